@@ -1,0 +1,10 @@
+"""Test set-up: without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before triton is imported."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
