@@ -1,0 +1,392 @@
+"""The public engine: requests in, tokens and log-probs out, weights replaced in place between two steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lockstep.engine import checkpoint, weights
+from lockstep.engine.detokenizer import Detokenizer
+from lockstep.engine.models.config import ModelConfig, load_model_config
+from lockstep.engine.models.decoder import Decoder
+from lockstep.engine.page_pool import PagePool
+from lockstep.engine.radix_cache import RadixCache
+from lockstep.engine.request import Request, RequestOutput, SamplingParams
+from lockstep.engine.runner import Runner
+from lockstep.engine.scheduler import Scheduler, SchedulerConfig
+from lockstep.kernels import numerics
+
+CPU_KV_CACHE_BYTES = 512 * 2**20
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine serves and how much memory it may take.
+
+    model: an HF directory (config.json, safetensors, optionally a tokenizer).
+    device, dtype: "cpu" with "float32", or "cuda" with "bfloat16".
+    load_format: "auto" reads the directory's weights; "dummy" makes random ones (from `seed`), for benchmarks.
+    page_size: tokens of KV in a page, the unit of sharing between requests.
+    max_running_requests: requests that decode together.
+    max_prefill_tokens: prompt tokens computed in one step (the prefill chunk).
+    kv_cache_tokens: tokens of KV held. None: up to 512 MiB on a CPU, `memory_fraction` of the free memory on a GPU.
+    max_model_len: longest prompt plus output. None: the model's max_position_embeddings.
+    """
+
+    model: str
+    device: str = "cpu"
+    dtype: str = "float32"
+    load_format: str = "auto"
+    seed: int = 0
+    page_size: int = 16
+    max_running_requests: int = 256
+    max_prefill_tokens: int = 8192
+    kv_cache_tokens: int | None = None
+    memory_fraction: float = 0.85
+    max_model_len: int | None = None
+    enable_prefix_cache: bool = True
+    tp_size: int = 1
+    draft_model: str | None = None
+    num_draft_tokens: int = 0
+
+    def __post_init__(self):
+        for field in ("page_size", "max_running_requests", "max_prefill_tokens"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"EngineConfig.{field} must be at least 1, got {getattr(self, field)}")
+        if self.load_format not in ("auto", "dummy"):
+            raise ValueError(f'EngineConfig.load_format must be "auto" or "dummy", got {self.load_format!r}')
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f'EngineConfig.dtype must be "float32", "bfloat16" or "float16", got {self.dtype!r}')
+        if self.device.startswith("cpu") and self.dtype != "float32":
+            raise ValueError(f"on the CPU the row contract holds in float32 only, got dtype={self.dtype!r}")
+        if not 0.0 < self.memory_fraction <= 1.0:
+            raise ValueError(f"EngineConfig.memory_fraction must be in (0, 1], got {self.memory_fraction}")
+        if self.tp_size != 1:
+            raise ValueError(f"EngineConfig.tp_size: this version serves on one device, got {self.tp_size}")
+        if self.draft_model is not None or self.num_draft_tokens:
+            raise ValueError("EngineConfig.draft_model, num_draft_tokens: this version does not speculate")
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One token of a stream. `finish_reason` is set on the last event of its sample."""
+
+    prompt_index: int
+    sample_index: int
+    token_id: int
+    logprob: float
+    finish_reason: str | None
+
+
+class Engine:
+    """Serves one model. Not thread-safe: one thread owns an engine.
+
+    A request's tokens and log-probs are a function of the weights, its own tokens and its `SamplingParams`; nothing
+    else in the engine (batching, chunking, caching, preemption) can change a bit of them.
+    """
+
+    def __init__(self, config: EngineConfig):
+        self.config = config
+        device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+        numerics.set_up(device)
+        numerics.check_row_contract(device, dtype)
+        self.model_config = load_model_config(config.model)
+        self.max_model_len = _max_model_len(config, self.model_config)
+        self.model = Decoder(self.model_config, device=device, dtype=dtype)
+        if config.load_format == "dummy":
+            checkpoint.initialize_dummy(self.model, config.seed)
+        else:
+            checkpoint.load_into(self.model, config.model)
+        self.tokenizer = _load_tokenizer(config.model)
+        self.weight_version = 0
+        self.weight_targets = dict(self.model.named_parameters())
+
+        num_pages = _num_pages(config, self.model_config, self.max_model_len, device, dtype)
+        self.pool = PagePool(num_pages)
+        self.cache = RadixCache(self.pool, config.page_size)
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                max_running_requests=config.max_running_requests,
+                max_prefill_tokens=config.max_prefill_tokens,
+                page_size=config.page_size,
+                max_model_len=self.max_model_len,
+                enable_prefix_cache=config.enable_prefix_cache,
+            ),
+            self.pool,
+            self.cache,
+        )
+        self.runner = Runner(self.model, self.scheduler.config, num_pages, device, dtype)
+        self.next_request_id = 0
+        self.generated_tokens = 0
+        self.busy_s = 0.0
+        self.is_shut_down = False
+
+    # Whole batches ---------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Completes prompts given as token ids; one `SamplingParams` for all, or one per prompt.
+
+        Returns the outputs in the order of the prompts (the `n` samples of a prompt in a row). Raises ValueError that
+        names the prompt and the problem if a request is impossible; nothing is generated then.
+        """
+        requests = self.submit(prompts, params)
+        self._complete(requests)
+        return [self.output(request) for request in requests]
+
+    def stream(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[TokenEvent]:
+        """The tokens of `generate`, each as soon as it is drawn. Closing the iterator aborts what is unfinished."""
+        return self._stream(self.submit(prompts, params))
+
+    def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[list[float | None]]:
+        """Log-probs of given tokens: `[None, lp(t1 | t0), lp(t2 | t0 t1), ...]` per sequence; generation's bits."""
+        params = SamplingParams(max_tokens=1, temperature=temperature)
+        requests = self.submit(sequences, params, kind="score")
+        self._complete(requests)
+        return [[None, *request.logprobs] for request in requests]
+
+    # One step at a time ----------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        kind: str = "generate",
+    ) -> list[Request]:
+        """Queues requests and returns at once; `step` makes progress, `output` reads a request that has ended.
+
+        kind: "generate", or "score" for the log-probs of the given tokens. Raises as `generate` does.
+        """
+        requests = self._requests(prompts, params, kind)
+        for request in requests:
+            if request.params.stop:
+                request.detokenizer = Detokenizer(self.tokenizer, request.params.stop)
+            self.scheduler.add(request)
+        return requests
+
+    def step(self) -> list[Request]:
+        """One forward pass over the running requests; returns those that were given a token or a score."""
+        started = time.perf_counter()
+        batch = self.scheduler.schedule()
+        results = self.runner.run(batch, self.weight_version)
+        self.scheduler.commit(batch)
+        for request in results:
+            self._finish_if_done(request)
+        self.busy_s += time.perf_counter() - started
+        return results
+
+    def abort(self, request: Request) -> None:
+        """Ends a request now; what it has generated stays in its output. Does nothing if it has ended already."""
+        if request.finish_reason is None:
+            self.scheduler.abort(request.request_id)
+
+    def output(self, request: Request) -> RequestOutput:
+        """What a request has generated so far; final once its `finish_reason` is set."""
+        detokenizer = request.detokenizer
+        if detokenizer is not None:
+            text = detokenizer.text if request.finish_reason == "stop" else detokenizer.finish()
+        elif self.tokenizer is not None:
+            text = self.tokenizer.decode(request.output_ids, skip_special_tokens=True)
+        else:
+            text = None
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt_index=request.prompt_index,
+            sample_index=request.sample_index,
+            prompt_ids=request.prompt_ids,
+            token_ids=request.output_ids,
+            logprobs=request.logprobs,
+            finish_reason=request.finish_reason,
+            weight_versions=request.weight_versions,
+            text=text,
+            num_cached_tokens=request.num_cached,
+            num_preemptions=request.num_preemptions,
+        )
+
+    # Weights ---------------------------------------------------------------------------------------------------------
+
+    def update_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, inflight: str = "keep"
+    ) -> dict[str, float | int | str]:
+        """Replaces all weights in place, between two steps.
+
+        named_tensors: Megatron names, shapes and dtypes, in any order. version: larger than the version now served.
+        inflight, for requests that are running: "keep" goes on over the KV that they have (their outputs record the
+        version of each token), "recompute" computes their KV anew under the new weights, "abort" ends them.
+        Returns timings in seconds and the sha256 of the weights now served. Raises ValueError that names the tensor
+        if the update is incomplete or does not fit; the old version then serves on.
+        """
+        self._check_running()
+        if version <= self.weight_version:
+            raise ValueError(f"weight version must grow: {version} after {self.weight_version}")
+        if inflight not in ("keep", "recompute", "abort"):
+            raise ValueError(f'inflight must be "keep", "recompute" or "abort", got {inflight!r}')
+        started = time.perf_counter()
+        staged = weights.stage(named_tensors, self.weight_targets)
+        expected = weights.checksum(staged.items())
+        verified = time.perf_counter()
+        if inflight == "abort":
+            self.scheduler.abort_all()
+        elif inflight == "recompute":
+            self.scheduler.preempt_all()
+        weights.copy_in_place(staged, self.weight_targets)
+        self.weight_version = version
+        self.scheduler.set_version(version)
+        copied = time.perf_counter()
+        served = weights.checksum(self.weight_targets.items())
+        if served != expected:
+            raise RuntimeError(f"weights served after update {version} differ from those sent: {served} != {expected}")
+        return {
+            "version": version,
+            "stage_s": verified - started,
+            "copy_s": copied - verified,
+            "verify_s": time.perf_counter() - copied,
+            "checksum": served,
+        }
+
+    # The rest --------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, float | int]:
+        """Counters since the engine started. `cache_hit_rate`: share of prompt tokens that were found in the cache."""
+        return {
+            **self.scheduler.stats(),
+            "weight_version": self.weight_version,
+            "generated_tokens": self.generated_tokens,
+            "busy_s": self.busy_s,
+            "tokens_per_s": self.generated_tokens / self.busy_s if self.busy_s else 0.0,
+            "free_pages": self.pool.num_free,
+            "accepted_draft_tokens": 0,
+        }
+
+    def shutdown(self) -> None:
+        """Ends all requests and frees the model and its KV cache. Later calls raise RuntimeError."""
+        if not self.is_shut_down:
+            self.scheduler.abort_all()
+            self.is_shut_down = True
+            del self.runner, self.model, self.weight_targets
+
+    def _check_running(self) -> None:
+        if self.is_shut_down:
+            raise RuntimeError("this engine was shut down")
+
+    def _requests(self, prompts, params, kind: str) -> list[Request]:
+        """Checks everything, then makes the requests, so that a bad prompt leaves nothing behind."""
+        self._check_running()
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(params)} SamplingParams")
+        requests = []
+        for prompt_index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
+            for sample_index in range(sampling.n):
+                request = Request(
+                    request_id=self.next_request_id + len(requests),
+                    prompt_ids=list(prompt),
+                    params=sampling,
+                    seed=sampling.seed + sample_index,
+                    prompt_index=prompt_index,
+                    sample_index=sample_index,
+                    kind=kind,
+                )
+                try:
+                    self._check(request)
+                except ValueError as error:
+                    raise ValueError(f"prompt {prompt_index}: {error}") from None
+                requests.append(request)
+        self.next_request_id += len(requests)
+        return requests
+
+    def _check(self, request: Request) -> None:
+        request.params.validate(self.model_config.vocab_size)
+        if not request.prompt_ids:
+            raise ValueError("is empty; at least one token is needed")
+        for token in request.prompt_ids:
+            if not 0 <= token < self.model_config.vocab_size:
+                raise ValueError(f"token id {token} is outside the vocabulary of {self.model_config.vocab_size}")
+        if request.params.stop and self.tokenizer is None:
+            raise ValueError(f"stop strings need a tokenizer, and {self.config.model} holds none")
+        self.scheduler.check(request)
+
+    def _complete(self, requests: Sequence[Request]) -> None:
+        try:
+            while any(request.finish_reason is None for request in requests):
+                self.step()
+        finally:
+            for request in requests:
+                self.abort(request)
+
+    def _stream(self, requests: list[Request]) -> Iterator[TokenEvent]:
+        mine = {request.request_id for request in requests}
+        try:
+            while any(request.finish_reason is None for request in requests):
+                for request in self.step():
+                    if request.request_id in mine:
+                        yield TokenEvent(
+                            request.prompt_index,
+                            request.sample_index,
+                            request.tokens[-1],
+                            request.logprobs[-1],
+                            request.finish_reason,
+                        )
+        finally:
+            for request in requests:
+                self.abort(request)
+
+    def _finish_if_done(self, request: Request) -> None:
+        reason = self._score_end(request) if request.kind == "score" else self._generation_end(request)
+        if reason is not None:
+            self.scheduler.finish(request, reason)
+
+    def _score_end(self, request: Request) -> str | None:
+        return "stop" if len(request.logprobs) == len(request.tokens) - 1 else None
+
+    def _generation_end(self, request: Request) -> str | None:
+        self.generated_tokens += 1
+        params, token = request.params, request.tokens[-1]
+        if token in params.stop_token_ids or (not params.ignore_eos and token in self.model_config.eos_token_ids):
+            return "stop"
+        if request.detokenizer is not None and request.detokenizer.append(token):
+            return "stop"
+        if len(request.logprobs) >= params.max_tokens or len(request.tokens) >= self.max_model_len:
+            return "length"
+        return None
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    longest = config.max_model_len or model.max_position_embeddings
+    if longest > model.max_position_embeddings:
+        raise ValueError(
+            f"EngineConfig.max_model_len={longest} is beyond the model's max_position_embeddings="
+            f"{model.max_position_embeddings}"
+        )
+    return longest
+
+
+def _num_pages(
+    config: EngineConfig, model: ModelConfig, max_model_len: int, device: torch.device, dtype: torch.dtype
+) -> int:
+    page_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * config.page_size * dtype.itemsize
+    if config.kv_cache_tokens is not None:
+        if config.kv_cache_tokens < config.page_size:
+            raise ValueError(f"kv_cache_tokens={config.kv_cache_tokens} is less than a page of {config.page_size}")
+        return config.kv_cache_tokens // config.page_size
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * config.memory_fraction) // page_bytes
+    useful = config.max_running_requests * -(-max_model_len // config.page_size)
+    return max(1, min(useful, CPU_KV_CACHE_BYTES // page_bytes))
+
+
+def _load_tokenizer(path: str):
+    if not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer  # a second of imports that token-id users do not need
+
+    return AutoTokenizer.from_pretrained(path)

@@ -1,0 +1,203 @@
+"""The shape of a model as the engine and the trainer see it, read from a transformers directory's config.json."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lockstep.engine.models.families import FAMILIES
+from lockstep.engine.models.families.family import UnsupportedModelError, read_flag, unsupported
+
+__all__ = ["ModelConfig", "UnsupportedModelError", "load_model_config", "parse_model_config"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and options of a dense decoder. Sizes are numbers of elements; windows are in tokens.
+
+    rope_scaling:  None, or transformers' `rope_parameters` without rope_theta, with rope_type and (where the type needs
+                   it) original_max_position_embeddings always present.
+    layer_windows: one per layer: the number of positions that a query sees, itself included; None for all before it.
+    eos_token_ids: generation_config.json's where it names any, else config.json's.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_hidden_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    proj_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    layer_windows: tuple[int | None, ...]
+    eos_token_ids: tuple[int, ...]
+
+
+def load_model_config(path: str | Path) -> ModelConfig:
+    """Reads config.json and, where there is one, generation_config.json of the directory `path`.
+
+    Raises FileNotFoundError without a config.json, and UnsupportedModelError, which names the key and its value, for a
+    model that the engine would not compute as transformers does.
+    """
+    directory = Path(path)
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"no config.json in {directory}")
+    raw = json.loads((directory / "config.json").read_text())
+    generation_path = directory / "generation_config.json"
+    generation = json.loads(generation_path.read_text()) if generation_path.is_file() else {}
+    return parse_model_config(raw, generation)
+
+
+def parse_model_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
+    """ModelConfig from the contents of config.json and of generation_config.json. Raises UnsupportedModelError."""
+    model_type = raw.get("model_type")
+    if model_type not in FAMILIES:
+        raise unsupported("model_type", model_type, f"known families are {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
+    architectures = raw.get("architectures")
+    if architectures and architectures != [family.architecture]:
+        raise unsupported("architectures", architectures, f"a {model_type} model must be a {family.architecture}")
+    raw = {**family.defaults, **raw}
+    _refuse_unsupported_options(raw)
+
+    num_heads = _size(raw, "num_attention_heads")
+    num_kv_heads = num_heads if raw.get("num_key_value_heads") is None else _size(raw, "num_key_value_heads")
+    if num_heads % num_kv_heads:
+        raise unsupported("num_key_value_heads", num_kv_heads, f"it does not divide num_attention_heads = {num_heads}")
+    hidden_size = _size(raw, "hidden_size")
+    if raw.get("head_dim") is not None:
+        head_dim = _size(raw, "head_dim")
+    elif hidden_size % num_heads == 0:
+        head_dim = hidden_size // num_heads
+    else:
+        raise unsupported(
+            "hidden_size", hidden_size, f"without head_dim, num_attention_heads = {num_heads} must divide it"
+        )
+    if head_dim % 2:
+        raise unsupported("head_dim", head_dim, "rotary embeddings need an even number")
+
+    eos_token_id = (generation or {}).get("eos_token_id")
+    if eos_token_id is None:
+        eos_token_id = raw.get("eos_token_id")
+    num_layers = _size(raw, "num_hidden_layers")
+    rope_theta, rope_scaling = _parse_rope(raw)
+    return ModelConfig(
+        family=model_type,
+        vocab_size=_size(raw, "vocab_size"),
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        ffn_hidden_size=_size(raw, "intermediate_size"),
+        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        max_position_embeddings=_size(raw, "max_position_embeddings"),
+        tie_word_embeddings=read_flag(raw, "tie_word_embeddings"),
+        eos_token_ids=_token_ids(eos_token_id),
+        **family.parse(raw),
+    )
+
+
+def _size(raw: Mapping[str, Any], key: str) -> int:
+    value = raw.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise unsupported(key, value, "expected a positive integer")
+    return value
+
+
+def _token_ids(value: object) -> tuple[int, ...]:
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token_id in ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+            raise unsupported("eos_token_id", value, "expected a token id or a list of token ids")
+    return tuple(ids)
+
+
+# Options that change the arithmetic of some relative of these families: (key, values that mean "off").
+_OPTIONS_THAT_MUST_BE_OFF: tuple[tuple[str, tuple[object, ...]], ...] = (
+    ("attn_logit_softcapping", (None,)),
+    ("final_logit_softcapping", (None,)),
+    ("partial_rotary_factor", (None, 1)),
+    ("per_layer_config", (None,)),
+    ("quantization_config", (None,)),
+)
+
+
+def _refuse_unsupported_options(raw: Mapping[str, Any]) -> None:
+    activation = raw.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise unsupported("hidden_act", activation, "only silu is computed")
+    for key, neutral_values in _OPTIONS_THAT_MUST_BE_OFF:
+        if raw.get(key) not in neutral_values:
+            raise unsupported(key, raw[key], "the engine does not compute it")
+
+
+# The keys of each rope type: (required, optional), beside rope_theta and rope_type.
+_ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+
+
+def _parse_rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """(rope_theta, rope_scaling) from `rope_parameters`, or from the older `rope_theta` and `rope_scaling`.
+
+    The precedence among them, and the default of original_max_position_embeddings, are those of transformers 5.
+    """
+    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    parameters = raw.get(key) or {}
+    if not isinstance(parameters, Mapping):
+        raise unsupported(key, parameters, "expected an object")
+    if parameters and all(isinstance(value, Mapping) for value in parameters.values()):
+        per_layer_type = list(parameters.values())
+        if any(value != per_layer_type[0] for value in per_layer_type):
+            raise unsupported(key, parameters, "layer types with different rotary embeddings")
+        parameters = per_layer_type[0]
+
+    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+    if rope_type not in _ROPE_KEYS:
+        raise unsupported(f"{key}.rope_type", rope_type, f"known types are {', '.join(_ROPE_KEYS)}")
+    if parameters.get("partial_rotary_factor") not in (None, 1):
+        raise unsupported(
+            f"{key}.partial_rotary_factor", parameters["partial_rotary_factor"], "only whole heads are rotated"
+        )
+    theta = parameters.get("rope_theta")
+    if theta is None:
+        theta = raw.get("rope_theta")
+    theta = 10000.0 if theta is None else theta
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
+        raise unsupported("rope_theta", theta, "expected a positive number")
+
+    required, optional = _ROPE_KEYS[rope_type]
+    meta_keys = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+    scaling = {name: value for name, value in parameters.items() if name not in meta_keys and value is not None}
+    if "original_max_position_embeddings" in required:
+        if raw.get("original_max_position_embeddings") is not None:
+            scaling["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
+        scaling.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])
+    for name, value in scaling.items():
+        if name not in required + optional:
+            raise unsupported(f"{key}.{name}", value, f"not a parameter of rope type {rope_type}")
+        if name != "truncate" and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
+            raise unsupported(f"{key}.{name}", value, "expected a number")
+    for name in required:
+        if name not in scaling:
+            raise unsupported(f"{key}.{name}", None, f"rope type {rope_type} needs it")
+    return float(theta), None if rope_type == "default" else {"rope_type": rope_type, **scaling}

@@ -1,0 +1,183 @@
+"""The dense decoder that the engine runs: lockstep's kernels over weights with Megatron-core's names and layout."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lockstep.engine.models.config import ModelConfig
+from lockstep.kernels.attention import attention
+from lockstep.kernels.embedding import embedding
+from lockstep.kernels.kv_cache import kv_store
+from lockstep.kernels.linear import linear
+from lockstep.kernels.rms_norm import add_rms_norm, rms_norm
+from lockstep.kernels.rope import apply_rope, rope_cos_sin, rope_inv_freq
+from lockstep.kernels.silu_mul import silu_mul
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """Where a step's T rows find and leave their keys and values. B requests, MP pages at most per request.
+
+    kv_caches:    one (k_cache, v_cache) per layer, from `kernels.kv_cache.new_kv_cache`.
+    slots:        int64 [T], where each row's key and value go; -1 for padding rows.
+    page_table:   int32 [B, MP], the pages of each request in order.
+    cu_seqlens_q: int32 [B + 1], the rows of request b are cu_seqlens_q[b] to cu_seqlens_q[b + 1].
+    kv_lens:      int32 [B], tokens of request b in the cache once this step's are stored.
+    """
+
+    kv_caches: list[tuple[torch.Tensor, torch.Tensor]]
+    slots: torch.Tensor
+    page_table: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    kv_lens: torch.Tensor
+
+
+class _Weights(nn.Module):
+    """A named place for a weight and perhaps a bias; the arithmetic is in the kernels."""
+
+    def __init__(self, *shape: int, bias: bool = False, **factory: torch.device | torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape, **factory), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(shape[0], **factory), requires_grad=False) if bias else None
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, config: ModelConfig, window: int | None, **factory: torch.device | torch.dtype) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.num_groups = config.num_kv_heads
+        self.heads_per_group = config.num_heads // config.num_kv_heads
+        self.head_dim = config.head_dim
+        self.eps = config.rms_norm_eps
+        self.scale = config.head_dim**-0.5
+        self.window = window
+        query_size = config.num_heads * config.head_dim
+        qkv_size = query_size + 2 * config.num_kv_heads * config.head_dim
+        self.linear_qkv = _Weights(qkv_size, config.hidden_size, bias=config.qkv_bias, **factory)
+        self.linear_proj = _Weights(config.hidden_size, query_size, bias=config.proj_bias, **factory)
+        self.q_layernorm = _Weights(config.head_dim, **factory) if config.qk_norm else None
+        self.k_layernorm = _Weights(config.head_dim, **factory) if config.qk_norm else None
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        kv_cache: tuple[torch.Tensor, torch.Tensor],
+        context: AttentionContext,
+    ) -> torch.Tensor:
+        num_rows = hidden.shape[0]
+        qkv = linear(hidden, self.linear_qkv.weight, self.linear_qkv.bias)
+        by_group = qkv.view(num_rows, self.num_groups, self.heads_per_group + 2, self.head_dim)
+        q = by_group[:, :, :-2].reshape(num_rows, self.num_heads, self.head_dim)
+        k = by_group[:, :, -2]
+        v = by_group[:, :, -1]
+        if self.q_layernorm is not None:
+            q = rms_norm(q, self.q_layernorm.weight, self.eps)
+            k = rms_norm(k, self.k_layernorm.weight, self.eps)
+        q = apply_rope(q, cos_sin, positions)
+        k = apply_rope(k, cos_sin, positions)
+        k_cache, v_cache = kv_cache
+        kv_store(k, v, k_cache, v_cache, context.slots)
+        out = attention(
+            q, k_cache, v_cache, context.page_table, context.cu_seqlens_q, context.kv_lens, self.scale, self.window
+        )
+        return linear(
+            out.view(num_rows, self.num_heads * self.head_dim), self.linear_proj.weight, self.linear_proj.bias
+        )
+
+
+class _MLP(nn.Module):
+    def __init__(self, config: ModelConfig, **factory: torch.device | torch.dtype) -> None:
+        super().__init__()
+        self.linear_fc1 = _Weights(2 * config.ffn_hidden_size, config.hidden_size, bias=config.mlp_bias, **factory)
+        self.linear_fc2 = _Weights(config.hidden_size, config.ffn_hidden_size, bias=config.mlp_bias, **factory)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        gate_up = linear(hidden, self.linear_fc1.weight, self.linear_fc1.bias)
+        return linear(silu_mul(gate_up), self.linear_fc2.weight, self.linear_fc2.bias)
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: ModelConfig, window: int | None, **factory: torch.device | torch.dtype) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.input_layernorm = _Weights(config.hidden_size, **factory)
+        self.self_attention = _SelfAttention(config, window, **factory)
+        self.pre_mlp_layernorm = _Weights(config.hidden_size, **factory)
+        self.mlp = _MLP(config, **factory)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        kv_cache: tuple[torch.Tensor, torch.Tensor],
+        context: AttentionContext,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden: the previous layer's MLP output, not yet added to `residual` (None before the first layer)."""
+        if residual is None:
+            residual = hidden
+            hidden = rms_norm(hidden, self.input_layernorm.weight, self.eps)
+        else:
+            hidden, residual = add_rms_norm(hidden, residual, self.input_layernorm.weight, self.eps)
+        hidden = self.self_attention(hidden, positions, cos_sin, kv_cache, context)
+        hidden, residual = add_rms_norm(hidden, residual, self.pre_mlp_layernorm.weight, self.eps)
+        return self.mlp(hidden), residual
+
+
+class _Embedding(nn.Module):
+    def __init__(self, config: ModelConfig, **factory: torch.device | torch.dtype) -> None:
+        super().__init__()
+        self.word_embeddings = _Weights(config.vocab_size, config.hidden_size, **factory)
+
+
+class _Layers(nn.Module):
+    def __init__(self, config: ModelConfig, **factory: torch.device | torch.dtype) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Layer(config, window, **factory) for window in config.layer_windows)
+        self.final_layernorm = _Weights(config.hidden_size, **factory)
+
+
+class Decoder(nn.Module):
+    """Token ids and positions in, hidden states and logits out, with keys and values in a paged cache.
+
+    Parameters are uninitialised (see `engine.checkpoint`), take no gradient, and stay where they are for the life of
+    the module: new weights are copied into them. Their names are those of `names.expand(config)`. The bits of an output
+    row depend on that row's request alone.
+    """
+
+    def __init__(self, config: ModelConfig, device: str | torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        factory = {"device": torch.device(device), "dtype": dtype}
+        self.embedding = _Embedding(config, **factory)
+        self.decoder = _Layers(config, **factory)
+        self.output_layer = (
+            None if config.tie_word_embeddings else _Weights(config.vocab_size, config.hidden_size, **factory)
+        )
+        inv_freq, attention_factor = rope_inv_freq(
+            config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings
+        )
+        cos_sin = rope_cos_sin(inv_freq, attention_factor, config.max_position_embeddings)
+        self.register_buffer("rope_cos_sin", cos_sin.to(device), persistent=False)
+
+    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        """Hidden states [T, H] after the final norm; the rows' keys and values go to the cache.
+
+        token_ids, positions: int64 [T].
+        """
+        hidden = embedding(token_ids, self.embedding.word_embeddings.weight)
+        residual = None
+        cos_sin = self.rope_cos_sin
+        for layer, kv_cache in zip(self.decoder.layers, context.kv_caches, strict=True):
+            hidden, residual = layer(hidden, residual, positions, cos_sin, kv_cache, context)
+        hidden, _ = add_rms_norm(hidden, residual, self.decoder.final_layernorm.weight, self.config.rms_norm_eps)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32 logits [N, V] of the hidden states [N, H] of `forward`."""
+        head = self.embedding.word_embeddings if self.output_layer is None else self.output_layer
+        return linear(hidden, head.weight, None).float()

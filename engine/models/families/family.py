@@ -1,0 +1,172 @@
+"""What a model family is: how its config.json is read, and the names of its parameters here and in transformers."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class NameRule:
+    """One parameter (of every layer, where the names hold `{i}`) under both naming schemes.
+
+    megatron:  the parameter's name inside Lockstep.
+    hf:        the tensors of a transformers checkpoint that make it up, in the order that `kind` expects.
+    kind:      "copy": one tensor, as it is. "qkv": q, k, v merged by query group (a group's query heads, its key head,
+               its value head, and so on). "gate_up": gate and up concatenated along dim 0.
+    shape:     names of dimensions, see `names.dimensions`.
+    shard_dim: the dimension that tensor parallelism splits: 0 for column-parallel and vocabulary-parallel parameters,
+               1 for row-parallel ones, None where every rank holds the whole. "qkv" is split between groups; "gate_up"
+               has its two halves split separately.
+    when:      (ModelConfig field, value) that must hold for the parameter to exist; None if it always does.
+    """
+
+    megatron: str
+    hf: tuple[str, ...]
+    shape: tuple[str, ...]
+    kind: Literal["copy", "qkv", "gate_up"] = "copy"
+    shard_dim: int | None = None
+    when: tuple[str, bool] | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family, as named by `model_type` in config.json.
+
+    defaults: values that transformers takes for keys which config.json leaves out.
+    parse:    config.json with the defaults filled in -> the ModelConfig fields in which families differ: qkv_bias,
+              proj_bias, mlp_bias, qk_norm, layer_windows. Raises UnsupportedModelError.
+    table:    the names, as data.
+    """
+
+    model_type: str
+    architecture: str
+    defaults: Mapping[str, Any]
+    parse: Callable[[Mapping[str, Any]], dict[str, Any]]
+    table: tuple[NameRule, ...]
+
+
+class UnsupportedModelError(ValueError):
+    """config.json asks for something that the engine does not compute; the message names the key and its value."""
+
+
+def unsupported(key: str, value: object, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"config.json: {key} = {value!r} is not supported: {reason}")
+
+
+def read_flag(raw: Mapping[str, Any], key: str) -> bool:
+    """The boolean at `key`; False where it is absent or null."""
+    value = raw.get(key)
+    if value not in (None, True, False):
+        raise unsupported(key, value, "expected true or false")
+    return bool(value)
+
+
+def refuse_flags(raw: Mapping[str, Any], family: str, *keys: str) -> None:
+    """Refuses keys that transformers would ignore for this family: the checkpoint's author meant something by them."""
+    for key in keys:
+        if raw.get(key):
+            raise unsupported(key, raw[key], f"{family} models do not have it")
+
+
+def window_size(raw: Mapping[str, Any]) -> int | None:
+    """The `sliding_window` of config.json, in tokens; None where it is null."""
+    window = raw.get("sliding_window")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise unsupported("sliding_window", window, "expected a positive number of tokens or null")
+    return window
+
+
+def qwen_layer_windows(raw: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Windows per layer from `layer_types`, or without it from `use_sliding_window` and `max_window_layers`."""
+    num_layers = raw["num_hidden_layers"]
+    window = window_size(raw) if read_flag(raw, "use_sliding_window") else None
+    layer_types = raw.get("layer_types")
+    if layer_types is None:
+        if window is None:
+            return (None,) * num_layers
+        first_sliding = raw["max_window_layers"]
+        if not isinstance(first_sliding, int):
+            raise unsupported("max_window_layers", first_sliding, "expected a number of layers")
+        return tuple(window if layer >= first_sliding else None for layer in range(num_layers))
+    if not isinstance(layer_types, list) or len(layer_types) != num_layers:
+        raise unsupported("layer_types", layer_types, f"expected one entry for each of the {num_layers} layers")
+    for layer_type in layer_types:
+        if layer_type not in ("full_attention", "sliding_attention"):
+            raise unsupported("layer_types", layer_type, "expected full_attention or sliding_attention")
+    if window is None and "sliding_attention" in layer_types:
+        raise unsupported("layer_types", "sliding_attention", "use_sliding_window is off or sliding_window is null")
+    return tuple(window if layer_type == "sliding_attention" else None for layer_type in layer_types)
+
+
+_HF = "model.layers.{i}."
+_MEGATRON = "decoder.layers.{i}."
+
+DENSE_DECODER_TABLE: tuple[NameRule, ...] = (
+    NameRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("vocab", "hidden"), shard_dim=0),
+    NameRule(_MEGATRON + "input_layernorm.weight", (_HF + "input_layernorm.weight",), ("hidden",)),
+    NameRule(
+        _MEGATRON + "self_attention.linear_qkv.weight",
+        (_HF + "self_attn.q_proj.weight", _HF + "self_attn.k_proj.weight", _HF + "self_attn.v_proj.weight"),
+        ("qkv", "hidden"),
+        kind="qkv",
+        shard_dim=0,
+    ),
+    NameRule(
+        _MEGATRON + "self_attention.linear_qkv.bias",
+        (_HF + "self_attn.q_proj.bias", _HF + "self_attn.k_proj.bias", _HF + "self_attn.v_proj.bias"),
+        ("qkv",),
+        kind="qkv",
+        shard_dim=0,
+        when=("qkv_bias", True),
+    ),
+    NameRule(
+        _MEGATRON + "self_attention.q_layernorm.weight",
+        (_HF + "self_attn.q_norm.weight",),
+        ("head_dim",),
+        when=("qk_norm", True),
+    ),
+    NameRule(
+        _MEGATRON + "self_attention.k_layernorm.weight",
+        (_HF + "self_attn.k_norm.weight",),
+        ("head_dim",),
+        when=("qk_norm", True),
+    ),
+    NameRule(
+        _MEGATRON + "self_attention.linear_proj.weight",
+        (_HF + "self_attn.o_proj.weight",),
+        ("hidden", "query"),
+        shard_dim=1,
+    ),
+    NameRule(
+        _MEGATRON + "self_attention.linear_proj.bias",
+        (_HF + "self_attn.o_proj.bias",),
+        ("hidden",),
+        when=("proj_bias", True),
+    ),
+    NameRule(_MEGATRON + "pre_mlp_layernorm.weight", (_HF + "post_attention_layernorm.weight",), ("hidden",)),
+    NameRule(
+        _MEGATRON + "mlp.linear_fc1.weight",
+        (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"),
+        ("gate_up", "hidden"),
+        kind="gate_up",
+        shard_dim=0,
+    ),
+    NameRule(
+        _MEGATRON + "mlp.linear_fc1.bias",
+        (_HF + "mlp.gate_proj.bias", _HF + "mlp.up_proj.bias"),
+        ("gate_up",),
+        kind="gate_up",
+        shard_dim=0,
+        when=("mlp_bias", True),
+    ),
+    NameRule(_MEGATRON + "mlp.linear_fc2.weight", (_HF + "mlp.down_proj.weight",), ("hidden", "ffn"), shard_dim=1),
+    NameRule(_MEGATRON + "mlp.linear_fc2.bias", (_HF + "mlp.down_proj.bias",), ("hidden",), when=("mlp_bias", True)),
+    NameRule("decoder.final_layernorm.weight", ("model.norm.weight",), ("hidden",)),
+    NameRule(
+        "output_layer.weight",
+        ("lm_head.weight",),
+        ("vocab", "hidden"),
+        shard_dim=0,
+        when=("tie_word_embeddings", False),
+    ),
+)

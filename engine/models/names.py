@@ -1,0 +1,137 @@
+"""Megatron-core's names and layout <-> transformers' names, as an invertible table.
+
+Inside Lockstep a parameter has Megatron-core's name and layout. transformers' names exist only in the families' tables,
+for loading and export.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import torch
+
+from lockstep.engine.models.config import ModelConfig
+from lockstep.engine.models.families import FAMILIES
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A NameRule with names and sizes filled in: one parameter of one model.
+
+    hf_names and hf_shapes are in the order in which `to_megatron` takes and `to_hf` gives the tensors. num_groups is
+    the number of query groups of a "qkv" entry, else 1. shard_dim: see NameRule.
+    """
+
+    megatron: str
+    hf_names: tuple[str, ...]
+    kind: Literal["copy", "qkv", "gate_up"]
+    shape: tuple[int, ...]
+    hf_shapes: tuple[tuple[int, ...], ...]
+    num_groups: int
+    shard_dim: int | None
+
+    @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
+
+def dimensions(config: ModelConfig) -> dict[str, int]:
+    """The sizes that the tables' shapes are written in."""
+    query = config.num_heads * config.head_dim
+    key_or_value = config.num_kv_heads * config.head_dim
+    return {
+        "vocab": config.vocab_size,
+        "hidden": config.hidden_size,
+        "head_dim": config.head_dim,
+        "query": query,
+        "qkv": query + 2 * key_or_value,
+        "ffn": config.ffn_hidden_size,
+        "gate_up": 2 * config.ffn_hidden_size,
+    }
+
+
+def expand(config: ModelConfig) -> list[Entry]:
+    """Every parameter of the model, once, in the order: embedding, layers in ascending order, final norm, head."""
+    sizes = dimensions(config)
+    present = [
+        rule
+        for rule in FAMILIES[config.family].table
+        if rule.when is None or getattr(config, rule.when[0]) == rule.when[1]
+    ]
+    per_layer = [rule for rule in present if "{i}" in rule.megatron]
+    first_layer_rule = present.index(per_layer[0])
+    before, after = present[:first_layer_rule], present[first_layer_rule + len(per_layer) :]
+    placed = [(rule, "") for rule in before]
+    placed += [(rule, str(layer)) for layer in range(config.num_layers) for rule in per_layer]
+    placed += [(rule, "") for rule in after]
+
+    entries = []
+    for rule, layer in placed:
+        shape = tuple(sizes[dimension] for dimension in rule.shape)
+        rest = shape[1:]
+        if rule.kind == "qkv":
+            query = config.num_heads * config.head_dim
+            key_or_value = config.num_kv_heads * config.head_dim
+            hf_shapes = ((query, *rest), (key_or_value, *rest), (key_or_value, *rest))
+        elif rule.kind == "gate_up":
+            hf_shapes = ((shape[0] // 2, *rest),) * 2
+        else:
+            hf_shapes = (shape,)
+        entries.append(
+            Entry(
+                megatron=rule.megatron.replace("{i}", layer),
+                hf_names=tuple(name.replace("{i}", layer) for name in rule.hf),
+                kind=rule.kind,
+                shape=shape,
+                hf_shapes=hf_shapes,
+                num_groups=config.num_kv_heads if rule.kind == "qkv" else 1,
+                shard_dim=rule.shard_dim,
+            )
+        )
+    return entries
+
+
+def to_megatron(entry: Entry, hf_tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The parameter of shape `entry.shape` from the tensors of `entry.hf_names`, in that order: a permutation of rows.
+
+    A "copy" entry gives back the tensor itself, not a clone. Raises ValueError for a wrong number of tensors or a
+    wrong shape.
+    """
+    if len(hf_tensors) != len(entry.hf_names):
+        raise ValueError(
+            f"{entry.megatron}: expected the {len(entry.hf_names)} tensors {entry.hf_names}, got {len(hf_tensors)}"
+        )
+    for name, shape, tensor in zip(entry.hf_names, entry.hf_shapes, hf_tensors, strict=True):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if entry.kind == "copy":
+        return hf_tensors[0]
+    # With one group, and for gate_up, "by group" is plain concatenation along dim 0.
+    by_group = [tensor.reshape(entry.num_groups, -1, *tensor.shape[1:]) for tensor in hf_tensors]
+    return torch.cat(by_group, dim=1).reshape(entry.shape)
+
+
+def to_hf(entry: Entry, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The inverse of `to_megatron`: tensors in the order of `entry.hf_names`, possibly views of `tensor`.
+
+    Raises ValueError for a wrong shape.
+    """
+    if tuple(tensor.shape) != entry.shape:
+        raise ValueError(f"{entry.megatron}: expected shape {entry.shape}, got {tuple(tensor.shape)}")
+    if entry.kind == "copy":
+        return (tensor,)
+    rows_per_group = [shape[0] // entry.num_groups for shape in entry.hf_shapes]
+    by_group = tensor.reshape(entry.num_groups, -1, *tensor.shape[1:])
+    parts = by_group.split(rows_per_group, dim=1)
+    return tuple(part.reshape(shape) for part, shape in zip(parts, entry.hf_shapes, strict=True))
+
+
+def format_table(entries: Sequence[Entry]) -> str:
+    """The table as text, a parameter a line: Megatron name, shape, sharded dimension, kind, transformers names."""
+    lines = []
+    for entry in entries:
+        sharded = "whole" if entry.shard_dim is None else f"dim {entry.shard_dim}"
+        shape = "x".join(map(str, entry.shape))
+        lines.append(f"{entry.megatron}  [{shape}]  {sharded}  {entry.kind}  {' '.join(entry.hf_names)}")
+    return "\n".join(lines)

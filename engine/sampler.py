@@ -1,0 +1,65 @@
+"""Draws the next token of each request from its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from lockstep.engine.request import Request
+from lockstep.kernels.log_probs import token_log_probs
+from lockstep.kernels.sampling import sample
+
+
+class Sampler:
+    """Holds the sampling parameters of the running requests as arrays by slot, so that a step only gathers them."""
+
+    def __init__(self, num_slots: int, device: torch.device):
+        self.device = device
+        self.occupants: list[Request | None] = [None] * num_slots
+        self.temperature = np.ones(num_slots, np.float32)
+        self.top_p = np.ones(num_slots, np.float32)
+        self.min_p = np.zeros(num_slots, np.float32)
+        self.top_k = np.full(num_slots, -1, np.int64)
+        self.seed = np.zeros(num_slots, np.int64)
+
+    def draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> tuple[list[int], list[float]]:
+        """logits: fp32 [B, V], one row per request. Returns the tokens drawn and their log-probs.
+
+        The log-prob is of log-softmax(logits / temperature), before penalties, bias and truncation (at temperature 1
+        for greedy requests): the number that a trainer, which knows only the weights, computes for the token.
+        """
+        slots = np.array([self._slot(request) for request in requests])
+        positions = np.array([len(request.tokens) for request in requests])
+        temperature = self._rows(self.temperature, slots)
+        tokens = sample(
+            self._penalized(logits, requests),
+            temperature,
+            self._rows(self.top_k, slots),
+            self._rows(self.top_p, slots),
+            self._rows(self.min_p, slots),
+            self._rows(self.seed, slots),
+            torch.from_numpy(positions).to(self.device),
+        )
+        drawn = tokens.tolist()
+        if min(drawn) < 0:
+            broken = requests[drawn.index(-1)]
+            raise FloatingPointError(
+                f"request {broken.request_id}: no finite logits at position {len(broken.tokens)}; are the weights finite?"
+            )
+        return drawn, token_log_probs(logits, tokens, temperature).tolist()
+
+    def _slot(self, request: Request) -> int:
+        slot = request.slot
+        if self.occupants[slot] is not request:
+            self.occupants[slot] = request
+            params = request.params
+            self.temperature[slot] = params.temperature
+            self.top_p[slot] = params.top_p
+            self.top_k[slot] = params.top_k
+            self.min_p[slot] = params.min_p
+            self.seed[slot] = request.seed
+        return slot
+
+    def _rows(self, values: np.ndarray, slots: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values[slots]).to(self.device)

@@ -1,0 +1,147 @@
+"""Matrix product with a weight, where a row's bits depend on that row and the weight alone."""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# MKL without its strict mode takes another path, with another order of sums, for other numbers of rows.
+_CPU_ROW_MULTIPLE = 16
+
+# Up to so many rows Triton's smaller launch cost wins over cuBLASLt's (75 us outside a graph).
+_TRITON_MAX_ROWS = 256
+# The K tile is part of the meaning of the bits and must not be tuned per shape; the others are free.
+_BLOCK_K = 64
+_GROUP_M = 8
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x[..., K], weight[N, K], bias[N] | None -> [..., N] of x's dtype.
+
+        y[..., n] = round(sum over k of x[..., k] * weight[n, k])        accumulated in fp32
+        y[..., n] = round(y[..., n] + bias[n])                            if there is a bias
+
+    The bias is added to the rounded product, so it cannot change the order of the sum. Differentiable in all three.
+    On the CPU only float32 (other dtypes raise ValueError).
+
+    Rows are independent in a process that called `lockstep.kernels.numerics.set_up` before its first matrix product.
+    (Without it, on a CPU, small weights still keep their rows: measured up to N = 1000, K = 256 and N = 128, K = 512.)
+    """
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _Linear.apply(x, weight, bias)
+    return _linear_forward(x, weight, bias)
+
+
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The formula of `linear` in plain torch, in any dtype."""
+    y = x @ weight.t()
+    return y if bias is None else y + bias
+
+
+def _linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.is_cuda:
+        return _linear_cuda(x, weight, bias)
+    return _linear_cpu(x, weight, bias)
+
+
+def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.dtype != torch.float32:
+        raise ValueError(f"linear on the CPU takes float32, not {x.dtype}")
+    # torch turns some strided batches into bmm, which has other bits: always hand it two dimensions.
+    x_MK = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    num_rows = x_MK.shape[0]
+    padding = -num_rows % _CPU_ROW_MULTIPLE
+    y = F.linear(F.pad(x_MK, (0, 0, 0, padding)), weight)[:num_rows] if padding else F.linear(x_MK, weight)
+    if bias is not None:
+        y.add_(bias)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+
+
+def _linear_cuda(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """cuBLASLt for large batches, Triton for small ones: without split-K both add K in order into one fp32 accumulator
+    and have the same bits. That was measured for bf16 and whole tiles of K and N; all else is Triton's."""
+    num_rows = x.numel() // x.shape[-1]
+    same_bits = x.dtype == torch.bfloat16 and weight.shape[0] % 64 == 0 and weight.shape[1] % _BLOCK_K == 0
+    if not same_bits or (num_rows <= _TRITON_MAX_ROWS and not torch.cuda.is_current_stream_capturing()):
+        return _linear_triton(x, weight, bias)
+    y = F.linear(x.reshape(-1, x.shape[-1]), weight)
+    if bias is not None:
+        y.add_(bias)
+    return y.view(*x.shape[:-1], -1)
+
+
+def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    x_MK = x.reshape(-1, x.shape[-1])
+    if x_MK.stride(1) != 1:
+        x_MK = x_MK.contiguous()
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    (m, k), n = x_MK.shape, weight.shape[0]
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if m and n:
+        block_m = 16 if m <= 16 else 64
+        block_n = 64 if m <= 64 else 128
+        grid = (triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)
+        _linear_kernel[grid](
+            x_MK, weight, y, m, n, k, x_MK.stride(0), weight.stride(0),
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=_BLOCK_K, GROUP_M=_GROUP_M, num_warps=4, num_stages=4,
+        )  # fmt: skip
+    if bias is not None:
+        y.add_(bias)
+    return y.view(*x.shape[:-1], n)
+
+
+@triton.jit
+def _linear_kernel(
+    x_ptr, weight_ptr, y_ptr, M, N, K, stride_x, stride_weight,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    # Programs that run together share rows of x and of the weight in the L2 cache: GROUP_M row tiles per column tile.
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    group = pid // (GROUP_M * tiles_n)
+    group_size = min(tiles_m - group * GROUP_M, GROUP_M)
+    pid_m = group * GROUP_M + (pid % (GROUP_M * tiles_n)) % group_size
+    pid_n = (pid % (GROUP_M * tiles_n)) // group_size
+
+    rows = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    columns = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        x = tl.load(
+            x_ptr + rows[:, None] * stride_x + ks[None, :], mask=(rows < M)[:, None] & (ks < K)[None, :], other=0.0
+        )
+        weight = tl.load(
+            weight_ptr + columns[None, :] * stride_weight + ks[:, None],
+            mask=(columns < N)[None, :] & (ks < K)[:, None],
+            other=0.0,
+        )
+        accumulator = tl.dot(x, weight, accumulator, input_precision="ieee")
+    tl.store(
+        y_ptr + rows[:, None] * N + columns[None, :],
+        accumulator.to(y_ptr.dtype.element_ty),
+        mask=(rows < M)[:, None] & (columns < N)[None, :],
+    )
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _linear_forward(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dy_MN = dy.reshape(-1, dy.shape[-1])
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        dx = (dy_MN @ weight).view(x.shape) if needs_x else None
+        dweight = dy_MN.t() @ x.reshape(-1, x.shape[-1]) if needs_weight else None
+        dbias = dy_MN.sum(0) if needs_bias else None
+        return dx, dweight, dbias

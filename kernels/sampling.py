@@ -1,0 +1,423 @@
+"""Draws tokens. A draw is a pure function of the row's logits, its own parameters, its seed and its position."""
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from lockstep.kernels._cpu import exp32, inline_njit, njit, parallel_rows
+from lockstep.kernels.noise import (
+    MAX_NOISE,
+    NOISE_BLOCK,
+    NOISE_LANES,
+    gumbel_from_bits,
+    gumbel_from_bits_tile,
+    gumbel_noise_reference,
+    philox_block,
+    philox_tile,
+)
+
+# Probability mass is added up as integers of this many fractional bits, so no order of summation can move a border.
+_MASS_BITS = 40
+_ROWS_PER_THREAD_ELEMENTS = 1 << 17
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """Draws one token per row.
+
+        if temperature == 0: return argmax(logits)
+        x       = logits / temperature
+        allowed = all tokens
+        if 0 < top_k < V: allowed &= x >= the k-th largest x
+        if top_p < 1:     allowed &= (mass of the allowed tokens with a larger x) < top_p * (mass of the allowed tokens)
+        if min_p > 0:     allowed &= softmax(x) >= min_p * max(softmax(x))
+        return argmax over allowed of x + gumbel_noise(seed, position, token)
+
+    logits: fp32 [B, V]. temperature >= 0, top_p in [0, 1], min_p in [0, 1]: fp32 [B]. top_k: int64 [B], 0 or less is
+    off. seeds, positions: int64 [B], non-negative. Returns int64 [B].
+
+    Order and meaning of the truncations are those of transformers' TopK, TopP and MinP warpers, and the likeliest token
+    is always allowed. The allowed set is closed under equal values: all tokens tied with the last one that top-k or
+    top-p lets in are let in too (transformers does so for top-k; for top-p it cuts a tie by sort order). Equal scores go
+    to the lowest id. Mass is counted in units of 2^-40 of the likeliest token's.
+
+    NaN logits never win, nor do -inf ones; a row that has nothing else gets -1, which no vocabulary contains.
+    Parameters outside their ranges are the caller's mistake and are not looked for. Raises ValueError if shapes or
+    dtypes are not these.
+    """
+    _check(logits, temperature, top_k, top_p, min_p, seeds, positions)
+    if logits.device.type == "cuda":
+        return _sample_triton(logits, temperature, top_k, top_p, min_p, seeds, positions)
+    return _sample_cpu(logits, temperature, top_k, top_p, min_p, seeds, positions)
+
+
+def _check(logits: torch.Tensor, *parameters: torch.Tensor) -> None:
+    if logits.dim() != 2 or logits.dtype != torch.float32:
+        raise ValueError(f"logits must be float32 [B, V], got {logits.dtype} {tuple(logits.shape)}")
+    dtypes = (torch.float32, torch.int64, torch.float32, torch.float32, torch.int64, torch.int64)
+    names = ("temperature", "top_k", "top_p", "min_p", "seeds", "positions")
+    for name, parameter, dtype in zip(names, parameters, dtypes, strict=True):
+        if parameter.dtype != dtype or parameter.shape != logits.shape[:1]:
+            raise ValueError(
+                f"{name} must be {dtype} [{logits.shape[0]}], got {parameter.dtype} {tuple(parameter.shape)}"
+            )
+
+
+def sample_reference(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """sample in plain torch."""
+    greedy = temperature == 0
+    x = logits / torch.where(greedy, 1.0, temperature)[:, None]
+    x = torch.where(x.isnan(), -torch.inf, x)
+    lowest = lowest_allowed_reference(x, top_k, top_p, min_p)
+    noisy = torch.where(x >= lowest[:, None], x + gumbel_noise_reference(seeds, positions, x.shape[1]), -torch.inf)
+    scores = torch.where(greedy[:, None], x, noisy)
+    best = scores.amax(dim=1, keepdim=True)
+    ids = torch.arange(x.shape[1], device=x.device)
+    tokens = torch.where(scores == best, ids, x.shape[1]).amin(dim=1)
+    return torch.where(best[:, 0] > -torch.inf, tokens, -1)
+
+
+def lowest_allowed_reference(
+    x: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> torch.Tensor:
+    """The smallest allowed value of each row of x = logits / temperature ([B, V], no NaN) -> [B]; -inf allows all."""
+    vocab_size = x.shape[1]
+    descending = x.sort(dim=1, descending=True).values
+    largest = descending[:, 0]
+    last = top_k.clamp(1, vocab_size) - 1
+    lowest = descending.gather(1, last[:, None])[:, 0].where(top_k > 0, -torch.inf)
+    weights = (descending - largest[:, None]).exp()
+    masses = (weights * 2.0**_MASS_BITS).to(torch.int64) * (descending >= lowest[:, None])
+    targets = (masses.sum(dim=1) * top_p.double()).ceil().to(torch.int64).clamp(min=1)
+    num_kept = (masses.cumsum(dim=1) - masses < targets[:, None]).sum(dim=1)
+    by_mass = descending.gather(1, num_kept[:, None] - 1)[:, 0]
+    lowest = torch.where(top_p < 1, torch.maximum(lowest, by_mass), lowest)
+    by_probability = descending.where(weights >= min_p[:, None], torch.inf).amin(dim=1)
+    lowest = torch.where(min_p > 0, torch.maximum(lowest, by_probability), lowest)
+    return torch.where(largest.isfinite(), lowest, largest)
+
+
+_NEGATIVE_INF = np.float32(-np.inf)
+_ZERO, _ONE = np.float32(0), np.float32(1)
+_MAX_NOISE = np.float32(MAX_NOISE)
+_MASS_UNIT = np.float32(2.0**_MASS_BITS)
+# Three digits of 11 bits cover a 32-bit key.
+_DIGIT_SHIFTS = (22, 11, 0)
+_DIGIT_MASK = np.uint32(2047)
+_NUM_DIGITS = 2048
+_SIGN = np.uint32(0x80000000)
+_MAGNITUDE = np.int32(0x7FFFFFFF)
+
+
+@inline_njit
+def _ordered_bits(value):
+    """int32 that compares as the float32 does (NaN aside); its own inverse on the bits."""
+    bits = np.float32(value).view(np.int32)
+    return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & _MAGNITUDE))
+
+
+# In integers, because a maximum of floats is vectorised only under a promise that there is no NaN.
+@inline_njit
+def _largest(values, count):
+    largest = np.int32(-0x80000000)
+    for i in range(count):
+        largest = max(largest, _ordered_bits(values[i]))
+    return np.int32(largest ^ np.int32(np.int32(largest >> np.int32(31)) & _MAGNITUDE)).view(np.float32)
+
+
+@njit
+def _lowest_of_heaviest(x, masses, target):
+    """The largest t with (mass of x >= t) >= target, by radix selection on order-preserving integer keys."""
+    histogram = np.empty(_NUM_DIGITS, np.int64)
+    prefix = np.uint32(0)
+    for shift in _DIGIT_SHIFTS:
+        histogram[:] = 0
+        above = np.uint64(shift + 11)
+        for i in range(x.size):
+            key = np.uint32(np.uint32(_ordered_bits(x[i])) ^ _SIGN)
+            if np.uint64(key) >> above == np.uint64(prefix) >> above:
+                histogram[(key >> np.uint32(shift)) & _DIGIT_MASK] += masses[i]
+        digit = _NUM_DIGITS - 1
+        while digit > 0 and histogram[digit] < target:
+            target -= histogram[digit]
+            digit -= 1
+        prefix = np.uint32(prefix | np.uint32(digit << shift))
+    ordered = np.int32(np.uint32(prefix ^ _SIGN))
+    return np.int32(ordered ^ np.int32(np.int32(ordered >> np.int32(31)) & _MAGNITUDE)).view(np.float32)
+
+
+@njit
+def _lowest_allowed(x, masses, top_k, top_p, min_p):
+    """lowest_allowed_reference for one row; masses: int64 [V] scratch."""
+    largest = _largest(x, x.size)
+    if not np.isfinite(largest):
+        return largest
+    lowest = _NEGATIVE_INF
+    if 0 < top_k < x.size:
+        masses[:] = 1
+        lowest = _lowest_of_heaviest(x, masses, top_k)
+    if top_p < _ONE:
+        total = np.int64(0)
+        for i in range(x.size):
+            masses[i] = np.int64(exp32(x[i] - largest) * _MASS_UNIT) if x[i] >= lowest else np.int64(0)
+            total += masses[i]
+        target = np.int64(np.ceil(np.float64(total) * np.float64(top_p)))
+        lowest = max(lowest, _lowest_of_heaviest(x, masses, max(target, np.int64(1))))
+    if min_p > _ZERO:
+        by_probability = largest
+        for i in range(x.size):
+            if x[i] < by_probability and exp32(x[i] - largest) >= min_p:
+                by_probability = x[i]
+        lowest = max(lowest, by_probability)
+    return lowest
+
+
+@njit
+def _sample_rows(start, stop, logits, temperature, top_k, top_p, min_p, seeds, positions, tokens):
+    vocab_size = logits.shape[1]
+    row_x = np.empty(0, np.float32)
+    masses = np.empty(0, np.int64)
+    x = np.empty(NOISE_BLOCK, np.float32)
+    bits = np.empty(NOISE_BLOCK, np.uint32)
+    for row in range(start, stop):
+        greedy = temperature[row] == _ZERO
+        divisor = _ONE if greedy else temperature[row]
+        lowest = _NEGATIVE_INF
+        if not greedy and (0 < top_k[row] < vocab_size or top_p[row] < _ONE or min_p[row] > _ZERO):
+            if row_x.size == 0:
+                row_x = np.empty(vocab_size, np.float32)
+                masses = np.empty(vocab_size, np.int64)
+            row_logits = logits[row]
+            for i in range(vocab_size):
+                value = row_logits[i] / divisor
+                row_x[i] = value if value >= _NEGATIVE_INF else _NEGATIVE_INF
+            lowest = _lowest_allowed(row_x, masses, top_k[row], top_p[row], min_p[row])
+        best = _NEGATIVE_INF
+        token = np.int64(-1)
+        for block in range((vocab_size + NOISE_BLOCK - 1) // NOISE_BLOCK):
+            first = block * NOISE_BLOCK
+            count = min(NOISE_BLOCK, vocab_size - first)
+            block_logits = logits[row, first : first + count]
+            for i in range(count):
+                value = block_logits[i] / divisor
+                x[i] = value if value >= lowest else _NEGATIVE_INF
+            highest = _largest(x, count)
+            # Noise is bounded: most blocks of a large vocabulary cannot beat the best score so far.
+            if (highest if greedy else highest + _MAX_NOISE) <= best:
+                continue
+            if not greedy:
+                philox_block(seeds[row], positions[row], block, bits)
+                for i in range(count):
+                    x[i] = x[i] + gumbel_from_bits(bits[i])
+                highest = _largest(x, count)
+            if highest > best:
+                best = highest
+                for i in range(count):
+                    if x[i] == highest:
+                        token = first + i
+                        break
+        tokens[row] = token
+
+
+def _sample_cpu(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    num_rows, vocab_size = logits.shape
+    tokens = torch.empty(num_rows, dtype=torch.int64)
+    inputs = (logits.detach(), temperature, top_k, top_p, min_p, seeds, positions)
+    arrays = [tensor.numpy() if tensor.is_contiguous() else tensor.contiguous().numpy() for tensor in inputs]
+    min_rows = 1 + _ROWS_PER_THREAD_ELEMENTS // max(1, vocab_size)
+    parallel_rows(_sample_rows, num_rows, min_rows, *arrays, tokens.numpy())
+    return tokens
+
+
+@triton.jit
+def _mass_at_or_above(logits, vocab_size, divisor, largest, lowest, key, BY_COUNT: tl.constexpr, TILE: tl.constexpr):
+    """Mass, or number if BY_COUNT, of the tokens with x >= lowest whose order-preserving key is at least `key`."""
+    total = tl.zeros((TILE,), tl.int64)
+    for first in range(0, vocab_size, TILE):
+        tokens = first + tl.arange(0, TILE)
+        x = tl.div_rn(tl.load(logits + tokens, mask=tokens < vocab_size, other=-float("inf")), divisor)
+        x = tl.where(x >= lowest, x, -float("inf"))
+        bits = x.to(tl.int32, bitcast=True)
+        x_key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+        if BY_COUNT:
+            mass = tl.full((TILE,), 1, tl.int64)
+        else:
+            mass = (tl.exp(x - largest) * 1099511627776.0).to(tl.int64)
+        total += tl.where((x_key >= key) & (tokens < vocab_size), mass, 0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _lowest_of_heaviest_tile(
+    logits, vocab_size, divisor, largest, lowest, target, BY_COUNT: tl.constexpr, TILE: tl.constexpr
+):
+    """The largest t with (mass of x >= t) >= target: the key's bits are found one by one from the top."""
+    key = tl.full((), -2147483648, tl.int64)
+    for bit in range(32):
+        candidate = key + (tl.full((), 1, tl.int64) << (31 - bit))
+        mass = _mass_at_or_above(logits, vocab_size, divisor, largest, lowest, candidate, BY_COUNT, TILE)
+        key = tl.where(mass >= target, candidate, key)
+    bits = key.to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _lowest_allowed_kernel(logits, temperature, top_k, top_p, min_p, lowest_out, vocab_size, TILE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * vocab_size
+    divisor = tl.load(temperature + row)
+    k, p, m = tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row)
+    by_k, by_p, by_m = (k > 0) & (k < vocab_size), p < 1.0, m > 0.0
+    lowest = -float("inf")
+    if (divisor > 0.0) & (by_k | by_p | by_m):
+        running = tl.full((TILE,), -float("inf"), tl.float32)
+        for first in range(0, vocab_size, TILE):
+            tokens = first + tl.arange(0, TILE)
+            x = tl.div_rn(tl.load(logits + tokens, mask=tokens < vocab_size, other=-float("inf")), divisor)
+            running = tl.where(x > running, x, running)
+        largest = tl.max(running, axis=0)
+        if (largest == float("inf")) | (largest == -float("inf")):
+            lowest = largest
+        else:
+            if by_k:
+                lowest = _lowest_of_heaviest_tile(logits, vocab_size, divisor, largest, lowest, k, True, TILE)
+            if by_p:
+                total = _mass_at_or_above(
+                    logits, vocab_size, divisor, largest, lowest, tl.full((), -2147483648, tl.int64), False, TILE
+                )
+                target = tl.maximum(tl.ceil(total.to(tl.float64) * p.to(tl.float64)).to(tl.int64), 1)
+                by_mass = _lowest_of_heaviest_tile(logits, vocab_size, divisor, largest, lowest, target, False, TILE)
+                lowest = tl.maximum(lowest, by_mass)
+            if by_m:
+                smallest = tl.full((TILE,), float("inf"), tl.float32)
+                for first in range(0, vocab_size, TILE):
+                    tokens = first + tl.arange(0, TILE)
+                    x = tl.div_rn(tl.load(logits + tokens, mask=tokens < vocab_size, other=-float("inf")), divisor)
+                    smallest = tl.where((tl.exp(x - largest) >= m) & (x < smallest), x, smallest)
+                lowest = tl.maximum(lowest, tl.min(smallest, axis=0))
+    tl.store(lowest_out + row, lowest)
+
+
+@triton.jit
+def _keep_better(logits, bits, tokens, vocab_size, divisor, greedy, lowest, best, best_token):
+    x = tl.div_rn(tl.load(logits + tokens, mask=tokens < vocab_size, other=-float("inf")), divisor)
+    score = tl.where(x >= lowest, x + tl.where(greedy, 0.0, gumbel_from_bits_tile(bits)), -float("inf"))
+    better = score > best
+    return tl.where(better, score, best), tl.where(better, tokens, best_token)
+
+
+@triton.jit
+def _draw_kernel(
+    logits,
+    temperature,
+    lowest_allowed,
+    seeds,
+    positions,
+    best_out,
+    token_out,
+    vocab_size,
+    tiles_per_split,
+    LANES: tl.constexpr,
+    COUNTERS: tl.constexpr,
+):
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    logits += row * vocab_size
+    seed, position = tl.load(seeds + row), tl.load(positions + row)
+    divisor = tl.load(temperature + row)
+    greedy = divisor == 0.0
+    divisor = tl.where(greedy, 1.0, divisor)
+    lowest = tl.load(lowest_allowed + row)
+    best = tl.full((COUNTERS,), -float("inf"), tl.float32)
+    best_token = tl.full((COUNTERS,), -1, tl.int32)
+    for tile in range(split * tiles_per_split, (split + 1) * tiles_per_split):
+        counters = tile * COUNTERS + tl.arange(0, COUNTERS)
+        tokens = counters // LANES * (4 * LANES) + counters % LANES
+        a, b, c, d = philox_tile(seed, position, counters)
+        # A lane meets its tokens in ascending order, and only a strictly better one replaces: ties go to the lowest id.
+        best, best_token = _keep_better(logits, a, tokens, vocab_size, divisor, greedy, lowest, best, best_token)
+        tokens += LANES
+        best, best_token = _keep_better(logits, b, tokens, vocab_size, divisor, greedy, lowest, best, best_token)
+        tokens += LANES
+        best, best_token = _keep_better(logits, c, tokens, vocab_size, divisor, greedy, lowest, best, best_token)
+        tokens += LANES
+        best, best_token = _keep_better(logits, d, tokens, vocab_size, divisor, greedy, lowest, best, best_token)
+    score = tl.max(best, axis=0)
+    token = tl.min(tl.where(best == score, best_token, 2147483647), axis=0)
+    tl.store(best_out + row * tl.num_programs(1) + split, score)
+    tl.store(token_out + row * tl.num_programs(1) + split, token)
+
+
+@triton.jit
+def _merge_kernel(best, token, out, num_splits, SPLITS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    splits = tl.arange(0, SPLITS)
+    scores = tl.load(best + row * num_splits + splits, mask=splits < num_splits, other=-float("inf"))
+    tokens = tl.load(token + row * num_splits + splits, mask=splits < num_splits, other=-1)
+    score = tl.max(scores, axis=0)
+    winner = tl.min(tl.where(scores == score, tokens, 2147483647), axis=0)
+    tl.store(out + row, tl.where(score > -float("inf"), winner, -1).to(tl.int64))
+
+
+def _sample_triton(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    tiles_per_split: int = 4,
+) -> torch.Tensor:
+    """sample on a GPU, without a synchronisation. tiles_per_split (tiles of 2048 tokens) is free: it changes no token."""
+    num_rows, vocab_size = logits.shape
+    logits, counters = logits.contiguous(), 4 * NOISE_LANES
+    out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    if num_rows == 0:
+        return out
+    lowest = torch.empty(num_rows, device=logits.device)
+    _lowest_allowed_kernel[(num_rows,)](
+        logits, temperature, top_k, top_p, min_p, lowest, vocab_size, TILE=2048, num_warps=8, enable_fp_fusion=False
+    )
+    num_splits = triton.cdiv(vocab_size, tiles_per_split * 4 * counters)
+    best = torch.empty(num_rows, num_splits, device=logits.device)
+    best_token = torch.empty(num_rows, num_splits, dtype=torch.int32, device=logits.device)
+    _draw_kernel[(num_rows, num_splits)](
+        logits,
+        temperature,
+        lowest,
+        seeds,
+        positions,
+        best,
+        best_token,
+        vocab_size,
+        tiles_per_split,
+        LANES=NOISE_LANES,
+        COUNTERS=counters,
+        enable_fp_fusion=False,
+    )
+    _merge_kernel[(num_rows,)](best, best_token, out, num_splits, SPLITS=triton.next_power_of_2(num_splits))
+    return out

@@ -1,0 +1,210 @@
+"""The command line: `lockstep STAGE [hydra overrides]`.
+
+A stage is a module with a frozen dataclass config and `run(config)`, one line in STAGES and `configs/STAGE.yaml`. Hydra
+composes the YAML over the dataclass's defaults; `--help`, `--cfg job`, `--info`, `--config-dir` are Hydra's own.
+"""
+
+import contextlib
+import difflib
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from lockstep.recipes import launch
+
+USAGE_ERROR = 2
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`config` and `run` are "module:name", looked up when the stage is chosen: help must not wait for torch."""
+
+    config: str
+    run: str
+    summary: str
+
+
+STAGES: Mapping[str, Stage] = {
+    "sft": Stage("lockstep.recipes.sft:SFTConfig", "lockstep.recipes.sft:run", "supervised fine-tuning"),
+    "rl": Stage("lockstep.recipes.rl:RLConfig", "lockstep.recipes.rl:run", "reinforcement learning from rewards"),
+    "eval": Stage(
+        "lockstep.recipes.evaluate:EvalConfig", "lockstep.recipes.evaluate:run", "accuracy on held-out tasks"
+    ),
+    "convert": Stage(
+        "lockstep.recipes.convert:ConvertConfig", "lockstep.recipes.convert:run", "checkpoint to HF format"
+    ),
+    "bench": Stage("lockstep.recipes.bench:BenchConfig", "lockstep.recipes.bench:run", "speed of engine and trainer"),
+}
+
+HELP_TEMPLATE = """\
+lockstep $stage: $summary
+
+Usage: lockstep $stage [KEY=VALUE ...]
+
+== Config (KEY=VALUE sets a value, e.g. a.b=3) ==
+$$CONFIG
+== Groups (GROUP=OPTION takes configs/GROUP/OPTION.yaml; --config-dir DIR adds your own) ==
+$$APP_CONFIG_GROUPS
+--cfg job prints the composed config, --info says where it comes from, --hydra-help lists the other flags.
+"""
+
+
+def main(argv: list[str] | None = None, stages: Mapping[str, Stage] = STAGES) -> None:
+    """Run the stage that argv (default: the process's arguments) names. Exits with 2 on a user's error."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        _print_help(stages)
+    elif arguments[0] in ("-V", "--version"):
+        print(f"lockstep {importlib.metadata.version('lockstep-rl')}")
+    elif arguments[0] not in stages:
+        near = difflib.get_close_matches(arguments[0], stages, cutoff=0.5)
+        _fail(
+            f"unknown stage {arguments[0]!r}",
+            near and f"did you mean: {', '.join(near)}",
+            f"stages: {' '.join(stages)}",
+        )
+    elif {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments):
+        _fail("--multirun is not supported: a run directory holds one run, so start one run per setting")
+    else:
+        _run_stage(arguments[0], stages[arguments[0]], arguments[1:])
+
+
+def _run_stage(name: str, stage: Stage, overrides: list[str]) -> None:
+    launch.prepare_environment()
+    full_errors = launch.take_over_hydra_errors()
+    with _user_errors(full_errors):
+        config_class, run = _resolve(stage.config), _resolve(stage.run)
+        config = _compose(name, stage, config_class, overrides)
+    if config is not None:
+        with _user_errors(full_errors, "(HYDRA_FULL_ERROR=1 shows where)"):
+            run(config)
+
+
+@contextlib.contextmanager
+def _user_errors(full_errors: bool, *details: str) -> Iterator[None]:
+    """A ValueError is the user's: a line and exit code 2. Anything else is a defect and keeps its traceback."""
+    try:
+        yield
+    except ValueError as error:
+        if full_errors:
+            raise
+        _fail(str(error), *details)
+    except KeyboardInterrupt:
+        _fail("interrupted", exit_code=130)
+
+
+def _compose(name: str, stage: Stage, config_class: type, overrides: list[str]) -> Any:
+    """The stage's config, or None where a flag such as --cfg asked Hydra to print instead.
+
+    Raises:
+        ValueError: what Hydra or OmegaConf refused, in one message that names the key.
+    """
+    import hydra  # here and not above: 0.4 s that `lockstep --help` need not wait
+
+    from lockstep.recipes import config_schema
+
+    composed = []
+
+    def keep(config: Any) -> None:
+        composed.append(config)
+
+    _register(name, stage, config_schema.mirror(config_class))
+    arguments_before = sys.argv
+    sys.argv = [f"lockstep {name}", *overrides]  # hydra.main reads its arguments there
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://lockstep.configs", config_name=name)(keep)()
+    except Exception as error:  # of many classes: OmegaConf has plain assertions where a null group is set key by key
+        raise ValueError(_explain(error, list(config_schema.keys(config_class)))) from error
+    finally:
+        sys.argv = arguments_before
+    # The stage itself runs after Hydra has returned, so that its tracebacks are its own.
+    return config_schema.build(config_class, composed[0]) if composed else None
+
+
+def _register(name: str, stage: Stage, schema: type) -> None:
+    """Give Hydra the stage's schema as NAME_schema, and its own settings: no output directory, no logging set-up."""
+    from hydra.conf import HydraConf, RunDir
+    from hydra.core.config_store import ConfigStore
+
+    template = HELP_TEMPLATE.replace("$stage", name).replace("$summary", stage.summary).replace("$$", "$")
+    hydra_config = HydraConf(run=RunDir(dir="."), output_subdir=None)
+    quiet = {"hydra_logging": "none", "job_logging": "none", "help": "lockstep"}
+    hydra_config.defaults = [
+        {group: quiet.get(group, option)} for entry in hydra_config.defaults for group, option in entry.items()
+    ]
+    store = ConfigStore.instance()
+    store.store(name=f"{name}_schema", node=schema, provider="lockstep")
+    store.store(group="hydra", name="config", node=hydra_config, provider="lockstep")
+    store.store(
+        group="hydra/help",
+        name="lockstep",
+        node={"app_name": f"lockstep {name}", "header": stage.summary, "footer": "", "template": template},
+        provider="lockstep",
+    )
+
+
+def _explain(error: Exception, known_keys: list[str]) -> str:
+    """One message for a Hydra or OmegaConf error: where, which key, and near matches if the key is unknown."""
+    from hydra.errors import MissingConfigException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+    from lockstep.recipes import config_schema
+
+    message = str(error)
+    if isinstance(error, MissingConfigException):
+        options = f"\noptions: {', '.join(error.options)}" if error.options else ""
+        return message.partition("\n")[0] + options
+    for cause in _causes(error):
+        if key := getattr(cause, "full_key", None):
+            where = message.partition(":")[0] + ": " if message.startswith("In '") else ""
+            if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+                return where + config_schema.unknown_key_message(key, known_keys)
+            return f"{where}{key}: {str(cause).partition(chr(10))[0]}"
+    if isinstance(error, AssertionError):
+        return f"a group that is null cannot be set key by key: set it in a YAML file ({message})"
+    return message
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _resolve(reference: str) -> Any:
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _print_help(stages: Mapping[str, Stage]) -> None:
+    lines = ["Usage: lockstep STAGE [KEY=VALUE ...]", "", "Stages:"]
+    lines += [f"  {name:<8} {stage.summary}" for name, stage in stages.items()]
+    lines += [
+        "",
+        "lockstep STAGE --help     the stage's config, with every key and its default",
+        "lockstep STAGE --cfg job  the config that these overrides give, without running it",
+        "lockstep --version        the version",
+        "",
+        "HYDRA_FULL_ERROR=1 in the environment gives tracebacks in place of one-line errors.",
+    ]
+    print("\n".join(lines))
+
+
+def _fail(message: str, *details: str, exit_code: int = USAGE_ERROR) -> None:
+    """Print the message and its details to stderr, and exit."""
+    first, *rest = [message, *filter(None, details)]
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"[bold red]error:[/] {escape(first)}")
+    for line in rest:
+        console.print(escape(line))
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Frozen dataclasses as Hydra schemas, and composed Hydra configs as frozen dataclasses.
+
+OmegaConf marks a frozen dataclass read-only (so nothing can be overridden inside a nested one), gives lists for
+tuples and knows no `Literal`. So Hydra composes against a mirror of the dataclass with the same keys, defaults and
+plain types, and `build` makes the real, immutable config of what came out.
+"""
+
+import dataclasses
+import difflib
+import functools
+import operator
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+
+@functools.cache
+def mirror(config_class: type) -> type:
+    """A mutable dataclass with config_class's keys and defaults, in types that OmegaConf accepts; nested ones too."""
+    hints = typing.get_type_hints(config_class)
+    fields = []
+    for field in dataclasses.fields(config_class):
+        if not field.init:
+            continue
+        if field.default is not dataclasses.MISSING:
+            default = dataclasses.field(default_factory=functools.partial(_mirror_value, field.default))
+        elif field.default_factory is not dataclasses.MISSING:
+            default = dataclasses.field(default_factory=functools.partial(_mirror_factory, field.default_factory))
+        else:
+            default = dataclasses.field(default=MISSING)
+        fields.append((field.name, _mirror_type(hints[field.name]), default))
+    return dataclasses.make_dataclass(config_class.__name__, fields, kw_only=True)
+
+
+def keys(config_class: type, prefix: str = "") -> Iterator[str]:
+    """Every dotted key that config_class can be given, nested dataclasses included."""
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        if not field.init:
+            continue
+        yield prefix + field.name
+        for arm in (hints[field.name], *get_args(hints[field.name])):
+            if dataclasses.is_dataclass(arm) and get_origin(hints[field.name]) in (None, Union, UnionType):
+                yield from keys(arm, f"{prefix}{field.name}.")
+
+
+def build(config_class: type, config: DictConfig) -> Any:
+    """The config_class instance with the values of a composed config.
+
+    Raises:
+        ValueError: a key is unknown, or has no value; or a value is none of its `Literal`'s; or the config refuses it.
+    """
+    plain = OmegaConf.to_container(config, resolve=True)
+    missing = list(_missing_keys(plain))
+    if missing:
+        raise ValueError(f"no value for {', '.join(missing)}: set it with {missing[0]}=VALUE")
+    return _build(config_class, plain, "")
+
+
+def unknown_key_message(key: str, known_keys: Sequence[str]) -> str:
+    """Names the unknown key and the known keys most like it: as a whole, or in their last part."""
+    near = difflib.get_close_matches(key, known_keys, n=3, cutoff=0.75)
+    last = key.rpartition(".")[2]
+    near += [known for known in known_keys if difflib.get_close_matches(last, [known.rpartition(".")[2]], cutoff=0.75)]
+    return f"unknown key {key!r}" + (f"\ndid you mean: {', '.join(dict.fromkeys(near))}" if near else "")
+
+
+def to_plain(value: Any) -> Any:
+    """A config, or any value in one, in the types that YAML holds: dict, list, str, numbers, bool, None."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_plain(item) for item in value]
+    return value if isinstance(value, bool | int | float | NoneType) else str(value)
+
+
+def _mirror_type(annotation: Any) -> Any:
+    if dataclasses.is_dataclass(annotation):
+        return mirror(annotation)
+    if annotation is Path:
+        return str
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is None:
+        return annotation
+    if origin is Literal:
+        return functools.reduce(operator.or_, (type(value) for value in arguments))
+    arguments = tuple(argument if argument is ... else _mirror_type(argument) for argument in arguments)
+    if origin in (Union, UnionType):
+        return functools.reduce(operator.or_, arguments)
+    return (dict if issubclass(origin, Mapping) else origin)[arguments]
+
+
+def _mirror_value(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value) if field.init]
+        return mirror(type(value))(**{name: _mirror_value(getattr(value, name)) for name in names})
+    if isinstance(value, Mapping):
+        return {key: _mirror_value(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_mirror_value(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _mirror_factory(factory: Any) -> Any:
+    return mirror(factory)() if dataclasses.is_dataclass(factory) else _mirror_value(factory())
+
+
+def _missing_keys(plain: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in plain.items():
+        if value == MISSING:
+            yield prefix + str(key)
+        elif isinstance(value, dict):
+            yield from _missing_keys(value, f"{prefix}{key}.")
+
+
+def _build(annotation: Any, value: Any, key: str) -> Any:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{key}: {value!r} is none of {', '.join(map(repr, arguments))}")
+        return value
+    if value is None:
+        return None
+    if dataclasses.is_dataclass(annotation):
+        hints = typing.get_type_hints(annotation)
+        prefix = f"{key}." if key else ""
+        for name in value.keys() - hints.keys():
+            raise ValueError(unknown_key_message(prefix + name, [prefix + known for known in hints]))
+        return annotation(**{name: _build(hints[name], item, prefix + name) for name, item in value.items()})
+    if annotation is Path:
+        return Path(value)
+    if origin in (Union, UnionType):
+        arms = [arm for arm in arguments if arm is not NoneType]
+        return _build(arms[0], value, key) if len(arms) == 1 else value
+    if annotation is tuple or origin is tuple:
+        arms = arguments if arguments and ... not in arguments else arguments[:1] * len(value) or (Any,) * len(value)
+        if len(arms) != len(value):
+            raise ValueError(f"{key}: {value} has {len(value)} values; {len(arms)} are wanted")
+        return tuple(_build(arm, item, f"{key}[{i}]") for i, (arm, item) in enumerate(zip(arms, value, strict=True)))
+    if origin is list:
+        return [_build(arguments[0], item, f"{key}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, dict) and len(arguments) == 2:
+        return {name: _build(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
+    return value

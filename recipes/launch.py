@@ -1,0 +1,89 @@
+"""Process set-up: environment, threads, seeds. Outside `kernels/`, only this file reads or sets the environment."""
+
+import os
+import random
+import socket
+import threading
+import warnings
+from urllib.parse import urlsplit
+
+# Read by libraries when they are imported. A value that the user has set stays.
+ENVIRONMENT_DEFAULTS = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "WANDB_ERROR_REPORTING": "false",  # wandb's own telemetry, which it sends in offline mode too
+    "WANDB_SILENT": "true",
+}
+NETWORK_TIMEOUT_S = 1.0
+
+
+def prepare_environment() -> None:
+    """Set what libraries read when imported: threads, offline mode, verbosity. Call before torch is imported."""
+    for name, value in ENVIRONMENT_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("OMP_NUM_THREADS", str(usable_cpus()))
+    if "HF_HUB_OFFLINE" not in os.environ and not _reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    # What Megatron-core says at import on a machine without Transformer Engine; Lockstep brings its own layers.
+    warnings.filterwarnings("ignore", message=r".*Apex (is|are) not installed.*")
+
+
+def set_up_process(seed: int, num_threads: int | None = None) -> None:
+    """Seed Python, numpy and torch, and set torch's CPU threads (None: the CPUs that this process may use).
+
+    Rollouts do not depend on these seeds (their draws are coordinates); initial weights and shuffles may. The number of
+    threads can change the last bits of a backward pass on the CPU, so a recipe that promises bits pins it.
+    """
+    import numpy  # here and not above: `lockstep --help` imports this file and must stay fast
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.set_num_threads(num_threads or usable_cpus())
+
+
+def take_over_hydra_errors() -> bool:
+    """Make Hydra raise its errors, for the caller to report; True if the user asked for full tracebacks."""
+    asked = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    return asked
+
+
+def wandb_mode(server: str) -> str:
+    """The user's WANDB_MODE, else "online" where the wandb server (a URL) answers and "offline" where it does not."""
+    return os.environ.get("WANDB_MODE") or ("online" if _reachable(server) else "offline")
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: its affinity, or the cgroup's quota where that is smaller."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+        cpus = min(cpus, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or the quota "max"
+        pass
+    return cpus
+
+
+def _reachable(url: str) -> bool:
+    """Whether the host of url, or the proxy that leads to it, accepts a connection within NETWORK_TIMEOUT_S."""
+    proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
+    target = urlsplit(proxy if proxy and "://" in proxy else f"http://{proxy}" if proxy else url)
+    port = target.port or (443 if target.scheme == "https" else 80)
+    answers: list[bool] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection((target.hostname, port), timeout=NETWORK_TIMEOUT_S).close()
+            answers.append(True)
+        except OSError:
+            answers.append(False)
+
+    # In a thread, since name resolution takes no deadline and hangs for many seconds without a network.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(NETWORK_TIMEOUT_S)
+    return bool(answers and answers[0])

@@ -1,0 +1,61 @@
+"""Makes a model from nothing: a Qwen3 architecture of a given shape with freshly initialised weights."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The shape of a new Qwen3 model. `vocab_size` None takes the tokenizer's."""
+
+    num_layers: int = 4
+    hidden_size: int = 128
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    ffn_hidden_size: int = 384
+    vocab_size: int | None = None
+    max_position_embeddings: int = 512
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+
+
+def new_model(path: Path, shape: ModelShape, seed: int, tokenizer: PreTrainedTokenizerFast | None = None) -> None:
+    """Writes an HF directory (config, float32 weights, the tokenizer if given) that any HF-compatible tool loads.
+
+    The directory appears whole or not at all. Raises ValueError if no vocabulary size is known.
+    """
+    vocab_size = shape.vocab_size or (len(tokenizer) if tokenizer is not None else None)
+    if vocab_size is None:
+        raise ValueError("a new model needs shape.vocab_size or a tokenizer")
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.ffn_hidden_size,
+        max_position_embeddings=shape.max_position_embeddings,
+        tie_word_embeddings=shape.tie_word_embeddings,
+        initializer_range=shape.initializer_range,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id if tokenizer is not None else None,
+        pad_token_id=tokenizer.pad_token_id if tokenizer is not None else None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(config).float()
+    unfinished = path.with_name(path.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(unfinished)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(unfinished)
+    unfinished.rename(path)

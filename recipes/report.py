@@ -1,0 +1,289 @@
+"""`write_report`: a run directory as one HTML page without external resources: results, plots, samples, config."""
+
+import io
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from lockstep.recipes.metrics import METRICS, TIME_PREFIX, format_value, in_order, title_of
+from lockstep.recipes.report_page import PAGE
+from lockstep.recipes.run_directory import read_config, read_metrics, read_rollouts, rollout_steps
+
+PLOTTED = ("reward", "accuracy", "loss", "response_length", "entropy", "grad_norm", "kl", "logprob_diff_max")
+COLOURS = ("#2f6fed", "#e07a1f", "#2a9d63", "#b04ac4", "#c2a200", "#5a6b7b")
+PLOT_STYLE = {
+    "svg.fonttype": "none",  # text stays text: smaller, sharp and searchable
+    "svg.hashsalt": "lockstep",  # the same run gives the same bytes
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#b8c0c8",
+    "axes.labelcolor": "#55606c",
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e8ecf0",
+    "xtick.color": "#77828d",
+    "ytick.color": "#77828d",
+}
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Card:
+    """One headline result."""
+
+    title: str
+    value: str
+    note: str = ""
+    good: bool = False
+
+
+def write_report(
+    run_dir: str | Path,
+    *,
+    decode: Callable[[Sequence[int]], str] | None = None,
+    earlier_runs: Iterable[str | Path] = (),
+    samples_per_step: int = 8,
+) -> Path:
+    """Write run_dir/report.html from what the run has recorded so far, and return its path.
+
+    Args:
+        decode: a tokenizer's decode, to show prompts and single tokens as text; without it they are shown as ids.
+        earlier_runs: run directories whose metrics come first in the plots (the fine-tuning that the run began with).
+        samples_per_step: samples shown of each of the first, the middle and the last step.
+    Raises:
+        ValueError: run_dir holds no run.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / "config.yaml").exists():
+        raise ValueError(f"{run_dir} is not a run directory: it has no config.yaml")
+    records = read_metrics(run_dir)
+    plotted = [record for earlier in earlier_runs for record in read_metrics(earlier)] + records
+    hash_file = run_dir / "weights.sha256"
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(PAGE).render(
+        name=run_dir.resolve().name,
+        stages=" + ".join(dict.fromkeys(str(record["stage"]) for record in plotted)) or "no records yet",
+        cards=summary_cards(records, hash_file.read_text().strip() if hash_file.exists() else None),
+        plots=_plots(plotted),
+        sampled_steps=[
+            (
+                step,
+                [_sample_view(row, decode) for row in _first_samples(read_rollouts(run_dir, step), samples_per_step)],
+            )
+            for step in _first_middle_last(rollout_steps(run_dir))
+        ],
+        last_metrics=_last_values(records),
+        config=yaml.safe_dump(read_config(run_dir), sort_keys=False, allow_unicode=True),
+    )
+    target = run_dir / "report.html"
+    temporary = run_dir / ".tmp-report.html"
+    temporary.write_text(page, encoding="utf-8")
+    temporary.rename(target)
+    return target
+
+
+def summary_cards(records: Sequence[Record], weights_hash: str | None) -> list[Card]:
+    """The headline results that the records hold."""
+    cards = []
+    if accuracy := _values(records, "accuracy"):
+        before, after = accuracy[0], accuracy[-1]
+        note = f"{after - before:+.1%} over {len(accuracy)} evaluations" if len(accuracy) > 1 else "one evaluation"
+        value = f"{before:.1%} → {after:.1%}" if len(accuracy) > 1 else f"{after:.1%}"
+        cards.append(Card("Held-out accuracy", value, note, good=after > before))
+    if differences := _values(records, "logprob_diff_max"):
+        largest = math.nan if any(map(math.isnan, differences)) else max(differences)
+        exact = largest == 0.0
+        note = (
+            f"trainer and engine agree to the bit, {len(differences)} steps" if exact else f"{len(differences)} steps"
+        )
+        cards.append(
+            Card(
+                "Largest log-prob difference", "0" if exact else format_value("logprob_diff_max", largest), note, exact
+            )
+        )
+    if rewards := _values(records, "reward"):
+        cards.append(Card("Reward", f"{rewards[0]:.3f} → {rewards[-1]:.3f}", f"best {max(rewards):.3f}"))
+    elif losses := _values(records, "loss"):
+        cards.append(Card("Loss", f"{losses[0]:.3f} → {losses[-1]:.3f}", f"lowest {min(losses):.3f}"))
+    if records:
+        times = [float(value) for record in records for name, value in record.items() if name.startswith(TIME_PREFIX)]
+        cards.append(Card("Steps", f"{max(record['step'] for record in records):,}", _duration(sum(times))))
+    if speeds := _values(records, "tokens_per_s"):
+        cards.append(Card("Tokens/s", f"{statistics.median(speeds):,.0f}", f"median; best {max(speeds):,.0f}"))
+    if weights_hash:
+        cards.append(Card("Final weights (SHA-256)", weights_hash[:12], weights_hash))
+    return cards
+
+
+def _plots(records: Sequence[Record]) -> list[str]:
+    """An SVG for each plotted metric of each stage that has it, and one of where the time went."""
+    stages = list(dict.fromkeys(record["stage"] for record in records))
+    plots = []
+    with matplotlib.rc_context(PLOT_STYLE):
+        for name in PLOTTED:
+            for stage in stages:
+                points = [
+                    (record["step"], record[name]) for record in records if record["stage"] == stage and name in record
+                ]
+                if points:
+                    plots.append(_plot_metric(name, stage, points))
+        for stage in stages:
+            timed = [r for r in records if r["stage"] == stage and any(name.startswith(TIME_PREFIX) for name in r)]
+            if timed:
+                plots.append(_plot_time(stage, timed))
+    return plots
+
+
+def _plot_metric(name: str, stage: str, points: Sequence[tuple[int, float]]) -> str:
+    figure, axes = _new_plot(f"{title_of(name)}  ·  {stage}")
+    steps, values = zip(*points, strict=True)
+    few = len(points) <= 30
+    axes.plot(
+        steps,
+        values,
+        color=COLOURS[0],
+        linewidth=1.6,
+        marker="o" if few else None,
+        markersize=3.5,
+        alpha=1.0 if few else 0.35,
+    )
+    if not few:
+        axes.plot(steps, _smoothed(values), color=COLOURS[0], linewidth=2.0)
+    if name in METRICS and METRICS[name].format.endswith("%"):
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    if name == "logprob_diff_max" and max(values) == 0.0:
+        axes.set_ylim(-1e-7, 1e-7)
+        axes.set_yticks([0.0], ["0 (exact)"])
+    return _svg(figure)
+
+
+def _plot_time(stage: str, records: Sequence[Record]) -> str:
+    figure, axes = _new_plot(f"seconds per step  ·  {stage}")
+    names = in_order({name for record in records for name in record if name.startswith(TIME_PREFIX)})
+    steps = [record["step"] for record in records]
+    parts = [[float(record.get(name, 0.0)) for record in records] for name in names]
+    bottoms = [0.0] * len(steps)
+    width = min((b - a for a, b in itertools.pairwise(steps) if b > a), default=1)
+    for index, (name, seconds) in enumerate(zip(names, parts, strict=True)):
+        axes.bar(steps, seconds, width, bottom=bottoms, label=title_of(name), color=COLOURS[index % len(COLOURS)])
+        bottoms = [bottom + second for bottom, second in zip(bottoms, seconds, strict=True)]
+    axes.set_ylim(0, max(bottoms) * 1.25 or 1.0)
+    axes.legend(loc="upper left", ncols=4, frameon=False, fontsize=8.5, handlelength=1.0, columnspacing=1.2)
+    return _svg(figure)
+
+
+def _new_plot(title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.6, 2.7), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return buffer.getvalue().partition("<svg")[1] + buffer.getvalue().partition("<svg")[2]
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Mean over a window of a tenth of the values, centred, so that it does not lag; what is no number is left out."""
+    reach = max(2, len(values) // 20)
+    windows = (values[max(0, index - reach) : index + reach + 1] for index in range(len(values)))
+    finite = ([value for value in window if math.isfinite(value)] for window in windows)
+    return [statistics.fmean(window) if window else math.nan for window in finite]
+
+
+def _first_middle_last(steps: Sequence[int]) -> list[int]:
+    return list(dict.fromkeys([steps[0], steps[len(steps) // 2], steps[-1]])) if steps else []
+
+
+def _first_samples(rows: Iterable[Record], count: int) -> list[Record]:
+    return sorted(rows, key=lambda row: (row.get("prompt_index", 0), row.get("sample_index", 0)))[:count]
+
+
+def _sample_view(row: Record, decode: Callable[[Sequence[int]], str] | None) -> dict[str, Any]:
+    """One sample as the page shows it; each token with its log-prob and how improbable it was (0 to 1)."""
+    versions = row.get("weight_versions") or [None] * len(row["response_ids"])
+    tokens = []
+    for position, (token_id, logprob, version) in enumerate(
+        zip(row["response_ids"], row["logprobs"], versions, strict=True)
+    ):
+        probability = math.exp(min(0.0, float(logprob)))
+        hint = f"token {position}: id {token_id}\nlog-prob {float(logprob):.6f} (p = {probability:.2%})"
+        tokens.append(
+            {
+                "text": decode([token_id]) if decode else str(token_id),
+                "hint": hint if version is None else f"{hint}\nweight version {version}",
+                "surprise": f"{1 - probability:.3f}",
+            }
+        )
+    total = sum(float(logprob) for logprob in row["logprobs"])
+    return {
+        "prompt": decode(row["prompt_ids"]) if decode else " ".join(map(str, row["prompt_ids"])),
+        "text": row.get("text", ""),
+        "tokens": tokens,
+        "as_ids": decode is None,
+        "reward": f"{float(row['reward']):.3g}",
+        "good": float(row["reward"]) > 0,
+        "facts": {
+            "prompt": row.get("prompt_index"),
+            "sample": row.get("sample_index"),
+            "problem": row.get("problem_id"),
+            "tokens": len(tokens),
+            "log-prob": f"{total:.3f}",
+            "ended by": row.get("finish_reason"),
+            "seed": row.get("seed"),
+        },
+    }
+
+
+def _last_values(records: Sequence[Record]) -> list[tuple[str, str, str, int]]:
+    """(stage, title, value, step) of the last record of every metric."""
+    last: dict[tuple[str, str], tuple[Any, int]] = {}
+    for record in records:
+        for name, value in record.items():
+            if name not in ("step", "stage"):
+                last[record["stage"], name] = (value, record["step"])
+    rows = []
+    for stage in dict.fromkeys(stage for stage, _ in last):
+        for name in in_order(name for owner, name in last if owner == stage):
+            value, step = last[stage, name]
+            shown = format_value(name, value) if isinstance(value, int | float) else str(value)
+            part = "time: " if name.startswith(TIME_PREFIX) else ""
+            rows.append((stage, part + title_of(name), shown, step))
+    return rows
+
+
+def _values(records: Iterable[Record], name: str) -> list[float]:
+    return [float(record[name]) for record in records if name in record]
+
+
+def _duration(seconds: float) -> str:
+    if not seconds:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{minutes // 60} h {minutes % 60} min"
+        if minutes >= 60
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{seconds:.1f} s"
+    )

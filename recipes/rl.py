@@ -1,0 +1,156 @@
+"""`lockstep rl`: reinforcement learning from verifiable rewards. The engine generates, Megatron-core learns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lockstep.engine import Engine, EngineConfig
+from lockstep.recipes import sft
+from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
+from lockstep.rollout.evaluation import EvaluationConfig, evaluate
+from lockstep.rollout.rewards import build_reward
+from lockstep.rollout.sample import Sample
+from lockstep.rollout.tasks import TaskSplits
+from lockstep.rollout.tokenizer import load_tokenizer
+from lockstep.rollout.worker import RolloutConfig, RolloutWorker
+from lockstep.trainer_bridge import MegatronTrainer, publish
+from lockstep.trainer_bridge.algorithms import Algorithm, AlgorithmConfig, build_algorithm
+from lockstep.trainer_bridge.packing import PackedBatch, TrainSequence, pack
+
+
+@dataclass(frozen=True)
+class RLConfig(TrainingRunConfig):
+    """warmup: a supervised stage to start from; its model, task and seed are this run's. null starts at the model.
+    reward: weights by name; see rollout/rewards.py. evaluate_every: steps between held-out evaluations.
+    engine: its `model` is filled in by the run.
+    """
+
+    name: str = "rl"
+    warmup: sft.SFTConfig | None = None
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: dict[str, float] = field(default_factory=lambda: {"task": 1.0})
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(model=START))
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluate_every: int = 20
+
+
+def run(config: RLConfig) -> dict[str, Any]:
+    """Trains until `config.steps` updates are made; see `train` for a step."""
+    config = resumed(config)
+    tasks = config.task.build()
+    start = starting_model(config, tasks)
+    with TrainingRun(config, "rl") as run:
+        trainer = run.trainer(start)
+        engine = Engine(replace(config.engine, model=str(start)))
+        if trainer.step_count > 0:
+            publish(trainer, engine, version=trainer.step_count)
+        train(config, run, tasks, trainer, engine)
+        engine.shutdown()
+        return run.finish(trainer)
+
+
+def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
+    """The model that RL starts from: the warm-up's result (made now if it is not there yet), or the given one."""
+    new_model = config.directory / "new_model"
+    if config.warmup is None:
+        return config.model.resolve(new_model, tasks.train, config.seed)
+    warmup = replace(
+        config.warmup,
+        name="sft",
+        runs_dir=str(config.directory),
+        model=config.model,
+        task=config.task,
+        seed=config.seed,
+        num_threads=config.num_threads,
+        sinks=config.sinks,
+    )
+    if not (warmup.directory / "weights.sha256").exists():
+        sft.run(warmup)
+    return warmup.directory / "model"
+
+
+def train(config: RLConfig, run: TrainingRun, tasks: TaskSplits, trainer: MegatronTrainer, engine: Engine) -> None:
+    """The loop. Weight version `s` is what the engine serves after step `s`; step `s` learns from version `s - 1`."""
+    tokenizer = load_tokenizer(engine.config.model)
+    reward, held_out_reward = build_reward(config.reward, tasks.train), build_reward(config.reward, tasks.held_out)
+    worker = RolloutWorker(engine, tokenizer, tasks.train, reward, config.rollout, config.seed)
+    algorithm = build_algorithm(config.algorithm)
+
+    def evaluate_if_due(step: int) -> None:
+        if step % config.evaluate_every == 0 or step == config.steps:
+            result = evaluate(engine, tokenizer, tasks.held_out, held_out_reward, config.evaluation, config.seed)
+            run.record_evaluation(step, result)
+
+    if trainer.step_count == 0:
+        evaluate_if_due(0)
+    for step in range(trainer.step_count + 1, config.steps + 1):
+        clock = Clock()
+        groups = worker.groups(step)
+        clock.lap("rollout")
+        stats = trainer.step(training_batches(config, algorithm, trainer, groups), algorithm.loss)
+        clock.lap("train")
+        publish(trainer, engine, version=step)
+        clock.lap("publish")
+        run.directory.write_rollouts(step, [sample for group in groups for sample in group])
+        run.record(step, step_metrics(groups, stats, clock))
+        evaluate_if_due(step)
+        run.checkpoint_if_due(step, trainer)
+
+
+def training_batches(
+    config: RLConfig, algorithm: Algorithm, trainer: MegatronTrainer, groups: Sequence[Sequence[Sample]]
+) -> list[PackedBatch]:
+    """The groups with their advantages, and the reference's log-probs if the loss asks for them, as micro-batches."""
+    advantages = algorithm.advantages([[sample.reward for sample in group] for group in groups])
+    pairs = [pair for group, row in zip(groups, advantages, strict=True) for pair in zip(group, row, strict=True)]
+    temperature = config.rollout.temperature
+    tokens = [[*sample.prompt_ids, *sample.response_ids] for sample, _ in pairs]
+    references: Sequence[list[float | None] | None] = [None] * len(pairs)
+    if config.algorithm.kl_coefficient:
+        references = trainer.reference_logprobs(tokens, temperature)
+    sequences = [
+        TrainSequence(
+            token_ids=token_ids,
+            loss_mask=[False] * len(sample.prompt_ids) + [True] * len(sample.response_ids),
+            advantage=advantage,
+            logprobs=[None] * len(sample.prompt_ids) + list(sample.logprobs),
+            ref_logprobs=reference,
+        )
+        for (sample, advantage), token_ids, reference in zip(pairs, tokens, references, strict=True)
+    ]
+    budget = config.trainer.max_tokens_per_micro_batch
+    return pack(sequences, budget, config.algorithm.aggregation, temperature)
+
+
+def step_metrics(groups: Sequence[Sequence[Sample]], stats: dict[str, float], clock: Clock) -> dict[str, float]:
+    """What a step reports. `logprob_diff_max` is the largest |trainer - engine| over the step's generated tokens."""
+    samples = [sample for group in groups for sample in group]
+    generated = sum(len(sample.response_ids) for sample in samples)
+    return {
+        "reward": sum(sample.reward for sample in samples) / len(samples),
+        "train_accuracy": sum(sample.correct for sample in samples) / len(samples),
+        "response_length": generated / len(samples),
+        "truncated": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
+        "mixed_groups": sum(len({sample.reward for sample in group}) > 1 for group in groups) / len(groups),
+        "learning_rate": stats["lr"],
+        **{name: value for name, value in stats.items() if name != "lr"},
+        "tokens_per_s": generated / clock.laps["rollout"],
+        **{f"time/{name}": seconds for name, seconds in clock.laps.items()},
+    }
+
+
+class Clock:
+    """Seconds of the parts of a step."""
+
+    def __init__(self):
+        self.laps: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self.last = now - self.last, now

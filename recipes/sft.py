@@ -1,0 +1,60 @@
+"""`lockstep sft`: supervised fine-tuning on the worked solutions of a task."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lockstep.recipes.training_run import TrainingRun, TrainingRunConfig, resumed
+from lockstep.rollout.order import ProblemOrder
+from lockstep.rollout.tasks import Problem, Task
+from lockstep.rollout.tokenizer import encode_response, load_tokenizer, render_prompt
+from lockstep.trainer_bridge.losses import sft_loss
+from lockstep.trainer_bridge.packing import TrainSequence, pack
+
+
+@dataclass(frozen=True)
+class SFTConfig(TrainingRunConfig):
+    """examples_per_step: worked solutions in one update."""
+
+    name: str = "sft"
+    examples_per_step: int = 32
+
+
+def run(config: SFTConfig) -> dict[str, Any]:
+    """Trains until `config.steps` updates are made, and exports the model to the run's `model/`."""
+    config = resumed(config)
+    with TrainingRun(config, "sft") as run:
+        tasks = config.task.build()
+        model = config.model.resolve(run.path / "new_model", tasks.train, config.seed)
+        tokenizer = load_tokenizer(model)
+        trainer = run.trainer(model)
+        order = ProblemOrder(len(tasks.train), config.seed)
+        for step in range(trainer.step_count + 1, config.steps + 1):
+            started = time.perf_counter()
+            examples = [order[step * config.examples_per_step + i] for i in range(config.examples_per_step)]
+            sequences = [example_sequence(tokenizer, tasks.train, index) for index in examples]
+            stats = trainer.step(pack(sequences, config.trainer.max_tokens_per_micro_batch), sft_loss)
+            seconds = time.perf_counter() - started
+            stats["learning_rate"] = stats.pop("lr")
+            run.record(step, {**stats, "tokens_per_s": stats["tokens"] / seconds, "time/train": seconds})
+            run.checkpoint_if_due(step, trainer)
+        return run.finish(trainer)
+
+
+def example_sequence(tokenizer, task: Task, index: int) -> TrainSequence:
+    """Problem `index` with its worked solution, of which alone the loss is taken.
+
+    Raises ValueError for a problem without a worked solution.
+    """
+    problem: Problem = task.problem(index)
+    if problem.solution is None:
+        raise ValueError(
+            f"problem {problem.problem_id} of task {task.name!r} has no worked solution to learn from; "
+            "local files name theirs with solution_column"
+        )
+    prompt = render_prompt(tokenizer, problem.messages)
+    response: Sequence[int] = encode_response(tokenizer, problem.solution)
+    return TrainSequence(token_ids=[*prompt, *response], loss_mask=[False] * len(prompt) + [True] * len(response))

@@ -1,0 +1,131 @@
+"""What every training stage does around its loop: directory, resume, metrics, checkpoints, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+
+from lockstep.recipes import config_schema, launch
+from lockstep.recipes.inputs import ModelSource, TaskConfig
+from lockstep.recipes.live import LiveView
+from lockstep.recipes.report import write_report
+from lockstep.recipes.run_directory import RunDirectory, read_config, read_metrics
+from lockstep.recipes.sinks import open_sinks
+from lockstep.rollout.evaluation import EvalResult
+from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
+
+START = "the run's model"  # stands in trainer.model and engine.model until the run knows its model directory
+
+
+@dataclass(frozen=True)
+class TrainingRunConfig:
+    """What all training stages take.
+
+    name: the run is written to `runs_dir`/`name`; where that holds an unfinished run of this config, it goes on.
+    run: a run directory to resume with the config that it holds; everything else given is then ignored.
+    num_threads: CPU threads; null takes the machine's. Part of the config, since gradients' last bits depend on it.
+    trainer: its `model` is filled in by the run.
+    sinks: beside metrics.jsonl: "wandb", "tensorboard".
+    """
+
+    name: str = "run"
+    run: str | None = None
+    runs_dir: str = "runs"
+    seed: int = 0
+    num_threads: int | None = 2
+    model: ModelSource = field(default_factory=ModelSource)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(model=START))
+    steps: int = 100
+    checkpoint_every: int = 20
+    keep_checkpoints: int = 2
+    sinks: tuple[str, ...] = ()
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.run) if self.run is not None else Path(self.runs_dir) / self.name
+
+
+Config = TypeVar("Config", bound=TrainingRunConfig)
+
+
+def resumed(config: Config) -> Config:
+    """The config to run: the one given, or with `run` set the one stored there."""
+    if config.run is None:
+        return config
+    if not (Path(config.run) / "config.yaml").exists():
+        raise ValueError(f"run={config.run}: there is no run to resume (no config.yaml)")
+    stored = config_schema.build(type(config), OmegaConf.create(read_config(config.run)))
+    return replace(stored, run=None, runs_dir=str(Path(config.run).parent), name=Path(config.run).name)
+
+
+class TrainingRun:
+    """One training stage's run, open for writing. Use as a context manager."""
+
+    def __init__(self, config: TrainingRunConfig, stage: str):
+        launch.set_up_process(config.seed, config.num_threads)
+        self.config = config
+        self.stage = stage
+        stored = replace(config, runs_dir="", name="", run=None)  # a run may be moved or renamed
+        self.directory = RunDirectory(config.directory, stored, keep_checkpoints=config.keep_checkpoints)
+        self.path = self.directory.path
+        self.view = LiveView(stage, config.steps, self.directory.resume_step or 0)
+        self.sinks = open_sinks(config.sinks, self.directory, config, self.view)
+
+    def __enter__(self) -> TrainingRun:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.sinks.close()
+        self.directory.close()
+
+    def trainer(self, model: Path) -> MegatronTrainer:
+        """A trainer at the run's newest checkpoint, or at `model` where there is none."""
+        trainer = MegatronTrainer(replace(self.config.trainer, model=str(model)))
+        checkpoint = self.directory.resume_checkpoint
+        if checkpoint is not None:
+            trainer.load(checkpoint / "trainer")
+        return trainer
+
+    def record(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self.sinks.record(step, self.stage, metrics)
+
+    def record_evaluation(self, step: int, result: EvalResult) -> None:
+        names = [field.name for field in dataclasses.fields(result) if field.name != "samples"]
+        self.sinks.record(step, "eval", {name: getattr(result, name) for name in names})
+
+    def checkpoint_if_due(self, step: int, trainer: MegatronTrainer) -> None:
+        """Every `checkpoint_every` steps, and at the last."""
+        if step % self.config.checkpoint_every == 0 or step == self.config.steps:
+            with self.directory.checkpoint(step) as folder:
+                trainer.save(folder / "trainer")
+
+    def finish(self, trainer: MegatronTrainer) -> dict[str, Any]:
+        """Exports the model, records its hash, writes the report, and prints the summary, which it returns."""
+        export = self.path / "model"
+        shutil.rmtree(export, ignore_errors=True)
+        trainer.export_hf(export)
+        digest = trainer.weights_hash()
+        self.directory.write_weights_hash(digest)
+        results = {**summarize(read_metrics(self.path)), "weights_hash": digest, "model": str(export)}
+        results["report"] = str(write_report(self.path))
+        self.view.summary(results)
+        return results
+
+
+def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The numbers that a run is judged by, from its metrics."""
+    accuracies = [(record["step"], record["accuracy"]) for record in records if record["stage"] == "eval"]
+    differences = [record["logprob_diff_max"] for record in records if "logprob_diff_max" in record]
+    results: dict[str, Any] = {}
+    if accuracies:
+        results["accuracy_before"], results["accuracy_after"] = accuracies[0][1], accuracies[-1][1]
+    if differences:
+        results["logprob_diff_max"] = max(differences)
+    return results

@@ -1,0 +1,52 @@
+"""What a rollout produces: samples, each with everything needed to train on it and to generate it again."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One scored response. `logprobs[t]` and `weight_versions[t]` belong to `response_ids[t]`."""
+
+    problem_id: str
+    step: int
+    prompt_index: int
+    sample_index: int
+    seed: int
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    weight_versions: tuple[int, ...]
+    finish_reason: str
+    text: str
+    reward: float
+    correct: bool
+
+    def record(self) -> dict[str, Any]:
+        """A JSON-ready dict; floats keep every bit, since JSON writes the shortest decimal that reads back equal."""
+        return asdict(self)
+
+
+def derive_seed(run_seed: int, step: int, prompt_index: int, sample_index: int) -> int:
+    """The 63-bit seed of one sample: a hash of its coordinates, so that any rollout can be generated again."""
+    packed = struct.pack("<4q", run_seed, step, prompt_index, sample_index)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+
+
+def digest(samples: Iterable[Sample]) -> str:
+    """sha256 over the problem, tokens and log-probs of samples in their given order.
+
+    Two evaluations of the same weights on the same problems have the same digest, whatever the batch size, the engine
+    settings or the number of engines.
+    """
+    sha = hashlib.sha256()
+    for sample in samples:
+        sha.update(f"{sample.problem_id}\n".encode())
+        sha.update(struct.pack(f"<{len(sample.response_ids)}q", *sample.response_ids))
+        sha.update(struct.pack(f"<{len(sample.logprobs)}d", *sample.logprobs))
+    return sha.hexdigest()

@@ -1,0 +1,123 @@
+"""Problems made by reasoning-gym: procedural, verifiable, and without a download."""
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import reasoning_gym
+from reasoning_gym.factory import DATASETS, ProceduralDataset
+
+from lockstep.rollout.tasks.problem import Problem, TaskSplits, check_index, content_hash, conversation, hash_fraction
+from lockstep.rollout.tasks.solutions import cut_short, num_steps, worked_solution
+
+# Datasets draw problem i from Random(seed + i), so streams must start further apart than any split is long.
+_STREAM_STRIDE = 1_000_003 * 1_009
+_MAX_REDRAWS = 64
+
+
+@dataclass(frozen=True)
+class ReasoningGymConfig:
+    """dataset: a name in reasoning_gym.factory.DATASETS; options: fields of that dataset's own config.
+
+    train_size, held_out_size: problems per split. Most datasets draw lazily; a few prepare all train_size at once.
+    shortcut_fraction: share of the worked solutions with at least shortcut_min_steps steps that stop one step early and
+        so end in a wrong answer. Which ones is a pure function of the question. References and scores stay right.
+    """
+
+    dataset: str = "chain_sum"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    train_size: int = 100_000
+    held_out_size: int = 256
+    system_prompt: str | None = None
+    shortcut_fraction: float = 0.0
+    shortcut_min_steps: int = 3
+
+
+class ReasoningGymTask:
+    """One split. A problem whose question is in `excluded` is drawn again from the next stream of the same split."""
+
+    def __init__(self, config: ReasoningGymConfig, first_seed: int, size: int, excluded: frozenset[str]):
+        self.name = config.dataset
+        self._config = config
+        self._first_seed = first_seed
+        self._size = size
+        self._excluded = excluded
+        self._streams: list[ProceduralDataset] = [_create_dataset(config, first_seed, size)]
+
+    def __len__(self) -> int:
+        return self._size
+
+    def problem(self, index: int) -> Problem:
+        """Problem `index`; ValueError when the question space is too small to avoid the excluded questions."""
+        check_index(index, self._size, self.name)
+        for redraw in range(_MAX_REDRAWS):
+            problem = self._draw(redraw, index)
+            if content_hash(problem.messages) not in self._excluded:
+                return problem
+        raise ValueError(
+            f"dataset {self.name!r} with options {dict(self._config.options)} has too few distinct questions: "
+            f"{_MAX_REDRAWS} draws all hit one of {len(self._excluded)} held-out questions; lower held_out_size"
+        )
+
+    def score(self, problem: Problem, answer: str | None) -> float:
+        """reasoning-gym's own verifier. Many datasets give partial credit to an answer that contains the right one."""
+        entry = {"question": problem.question, "answer": problem.answer, "metadata": problem.metadata}
+        return float(self._streams[0].score_answer(answer, entry))
+
+    def _draw(self, stream: int, index: int) -> Problem:
+        while stream >= len(self._streams):
+            seed = self._first_seed + 2 * _STREAM_STRIDE * len(self._streams)
+            self._streams.append(_create_dataset(self._config, seed, self._size))
+        dataset = self._streams[stream]
+        entry = dataset[index]
+        messages = conversation(entry["question"], self._config.system_prompt)
+        return Problem(
+            problem_id=f"{self.name}/{dataset.seed}/{index}",
+            messages=messages,
+            answer=entry["answer"],
+            metadata=entry["metadata"],
+            solution=self._demonstration(worked_solution(self.name, entry), messages),
+        )
+
+    def _demonstration(self, solution: str | None, messages: tuple[Mapping[str, str], ...]) -> str | None:
+        config = self._config
+        if solution is None or num_steps(solution) < config.shortcut_min_steps:
+            return solution
+        return cut_short(solution) if hash_fraction(messages) < config.shortcut_fraction else solution
+
+
+def build_reasoning_gym(config: ReasoningGymConfig) -> TaskSplits:
+    """Both splits; even streams train, odd streams are held out, and training never repeats a held-out question.
+
+    Raises ValueError for an unknown dataset, an unknown option, an option value that the dataset refuses, and shortcut
+    settings out of range.
+    """
+    if not 0.0 <= config.shortcut_fraction <= 1.0 or config.shortcut_min_steps < 2:
+        raise ValueError(
+            f"shortcut_fraction must be in [0, 1] and shortcut_min_steps at least 2, "
+            f"got {config.shortcut_fraction} and {config.shortcut_min_steps}"
+        )
+    held_out = ReasoningGymTask(config, config.seed + _STREAM_STRIDE, config.held_out_size, frozenset())
+    questions = frozenset(content_hash(held_out.problem(index).messages) for index in range(len(held_out)))
+    return TaskSplits(ReasoningGymTask(config, config.seed, config.train_size, questions), held_out)
+
+
+def _create_dataset(config: ReasoningGymConfig, seed: int, size: int) -> ProceduralDataset:
+    if config.dataset not in DATASETS:
+        close = difflib.get_close_matches(config.dataset, DATASETS, n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(f"no reasoning-gym dataset {config.dataset!r}{hint} There are: {', '.join(sorted(DATASETS))}")
+    known = {option.name for option in fields(DATASETS[config.dataset][1])} - {"seed", "size"}
+    unknown = sorted(set(config.options) - known)
+    if unknown:
+        raise ValueError(f"dataset {config.dataset!r} has no option {unknown}; it has: {', '.join(sorted(known))}")
+    if size < 1:
+        raise ValueError(f"a split of dataset {config.dataset!r} needs at least 1 problem, got {size}")
+    try:
+        return reasoning_gym.create_dataset(config.dataset, seed=seed, size=size, **config.options)
+    except AssertionError as error:
+        options = json.dumps(dict(config.options), default=str)
+        raise ValueError(f"dataset {config.dataset!r} refuses options {options}: {error}") from error

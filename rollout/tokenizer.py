@@ -1,0 +1,100 @@
+"""A tokenizer made from nothing for small models, and the two calls that rollouts make of any tokenizer."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lockstep.rollout.tasks.answers import ANSWER_CLOSE, ANSWER_OPEN
+
+PAD = "<|pad|>"
+END = "<|end|>"
+ROLES = ("system", "user", "assistant")
+
+# A turn is one role token, the content, and one end token.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+# Digits stand alone, so that a number is its digits whatever the training text was; an operator takes the spaces
+# around it, so that `4 + 3` is three tokens. Byte-level BPE works inside the other pieces: words, punctuation, space.
+_PIECES = Regex(r"\p{N}| ?[-+*/=%^<>()] ?| ?\p{L}+| ?[^\s\p{L}\p{N}]|\s+(?!\S)|\s+")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """vocab_size: upper bound, at least 256 bytes + 7 special tokens; training stops early on little text."""
+
+    vocab_size: int = 384
+    max_length: int = 4096
+
+
+def build_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on `texts`, with a chat template; the same bytes for the same arguments.
+
+    <|pad|> is id 0 and <|end|> (end of turn and of sequence) id 1. Any UTF-8 text survives encode and decode.
+    Raises ValueError when vocab_size cannot hold the bytes and the special tokens.
+    """
+    special = [PAD, END, *(f"<|{role}|>" for role in ROLES)]
+    plain = [ANSWER_OPEN, ANSWER_CLOSE]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(alphabet) + len(special) + len(plain)
+    if config.vocab_size < smallest:
+        raise ValueError(f"vocab_size must be at least {smallest}, got {config.vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(_PIECES, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size - len(plain),
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # Answer tags are single tokens, but text like any other: decoding keeps them.
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=special[2:],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=config.max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved in a local directory; OSError when there is none."""
+    return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of the conversation through the tokenizer's chat template, up to where the response begins.
+
+    Raises ValueError when the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template")
+    text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a whole response, the end token included."""
+    return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+
+
+def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    """The text of a response, without special tokens."""
+    return tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,0 +1,266 @@
+"""The decoder over a paged cache against transformers in fp32, and what config.json may and may not ask for."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from models import FAMILY_NAMES, make_hf_model, tiny_config
+
+from lockstep.engine.checkpoint import load_into
+from lockstep.engine.models.config import UnsupportedModelError, load_model_config, parse_model_config
+from lockstep.engine.models.decoder import AttentionContext, Decoder
+from lockstep.engine.models.names import expand
+from lockstep.kernels.kv_cache import new_kv_cache
+
+PAGE_SIZE = 8
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+SLIDING = {"use_sliding_window": True, "sliding_window": 11}
+CASES = {
+    "llama": ("llama", {"num_key_value_heads": 4}),
+    "llama tied, one kv head": ("llama", {"tie": True, "num_key_value_heads": 1}),
+    "llama biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama head_dim, llama3 rope": ("llama", {"head_dim": 32, "rope_parameters": LLAMA3}),
+    "llama linear rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
+    "llama yarn": ("llama", {"rope_parameters": YARN}),
+    "llama yarn, all options": (
+        "llama",
+        {
+            "tie": True,
+            "rope_parameters": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "mscale": 1.2, "mscale_all_dim": 0.7},
+        },
+    ),
+    "mistral window": ("mistral", {"sliding_window": 11}),
+    "mistral no window, tied": ("mistral", {"sliding_window": None, "head_dim": 32, "tie": True}),
+    "qwen2": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen2 upper layers slide, tied": ("qwen2", {"tie": True, "max_window_layers": 1, **SLIDING}),
+    "qwen2 layer types": (
+        "qwen2",
+        {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], **SLIDING},
+    ),
+    "qwen3": ("qwen3", {}),
+    "qwen3 biases, tied": ("qwen3", {"attention_bias": True, "tie": True, "rms_norm_eps": 1e-2}),
+    "qwen3 layer types, yarn": (
+        "qwen3",
+        {
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": YARN,
+            **SLIDING,
+        },
+    ),
+}
+PROMPT_LENGTHS = (37, 1, 64, 18)
+
+
+class PagedRun:
+    """Feeds requests to a decoder in steps, their pages scattered over the cache."""
+
+    def __init__(self, decoder: Decoder, num_requests: int, max_tokens: int) -> None:
+        config = decoder.config
+        self.decoder = decoder
+        pages_each = -(-max_tokens // PAGE_SIZE)
+        self.page_table = torch.randperm(num_requests * pages_each).view(num_requests, pages_each).to(torch.int32)
+        self.kv_caches = [
+            new_kv_cache(
+                num_requests * pages_each, PAGE_SIZE, config.num_kv_heads, config.head_dim, torch.float32, "cpu"
+            )
+            for _ in range(config.num_layers)
+        ]
+        self.kv_lens = [0] * num_requests
+
+    def step(self, rows: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """rows: request -> its next tokens. Returns request -> logits of those tokens."""
+        positions, slots, row_counts = [], [], [0]
+        for request, tokens in rows.items():
+            start = self.kv_lens[request]
+            self.kv_lens[request] += len(tokens)
+            position = torch.arange(start, start + len(tokens))
+            page = self.page_table[request, position // PAGE_SIZE].long()
+            positions.append(position)
+            slots.append(page * PAGE_SIZE + position % PAGE_SIZE)
+            row_counts.append(row_counts[-1] + len(tokens))
+        requests = list(rows)
+        context = AttentionContext(
+            kv_caches=self.kv_caches,
+            slots=torch.cat(slots),
+            page_table=self.page_table[requests],
+            cu_seqlens_q=torch.tensor(row_counts, dtype=torch.int32),
+            kv_lens=torch.tensor([self.kv_lens[request] for request in requests], dtype=torch.int32),
+        )
+        with torch.inference_mode():
+            hidden = self.decoder(torch.cat(list(rows.values())), torch.cat(positions), context)
+            logits = self.decoder.logits(hidden)
+        assert logits.dtype == torch.float32
+        return dict(zip(requests, logits.split([len(tokens) for tokens in rows.values()]), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(case, tmp_path):
+    family, options = CASES[case]
+    reference = make_hf_model(tmp_path, family, seed=3, **options)
+    decoder = Decoder(load_model_config(tmp_path), "cpu", torch.float32)
+    load_into(decoder, tmp_path)
+    torch.manual_seed(5)
+    prompts = [torch.randint(0, 131, (length,)) for length in PROMPT_LENGTHS]
+    with torch.inference_mode():
+        expected = [reference(prompt[None]).logits[0] for prompt in prompts]
+
+    whole = PagedRun(decoder, len(prompts), max(PROMPT_LENGTHS)).step(dict(enumerate(prompts)))
+    for request, logits in whole.items():
+        assert (logits - expected[request]).abs().max() <= 1e-4
+
+    run = PagedRun(decoder, len(prompts), max(PROMPT_LENGTHS))
+    chunks: list[list[torch.Tensor]] = [[] for _ in prompts]
+    # Requests join at different steps; after a few prefill chunks each goes on token by token.
+    for step in range(4 + max(PROMPT_LENGTHS)):
+        rows = {}
+        for request, prompt in enumerate(prompts):
+            done = run.kv_lens[request]
+            chunk = 0 if step < request else 13 if step < request + 2 else 1
+            if chunk and done < len(prompt):
+                rows[request] = prompt[done : done + chunk]
+        if rows:
+            for request, logits in run.step(rows).items():
+                chunks[request].append(logits)
+    for request, parts in enumerate(chunks):
+        assert torch.equal(torch.cat(parts), whole[request]), "chunked prefill and decode changed a bit"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_are_those_of_the_table(case):
+    family, options = CASES[case]
+    options = dict(options)
+    config = parse_model_config(tiny_config(family, tie_word_embeddings=options.pop("tie", False), **options).to_dict())
+    decoder = Decoder(config, "meta", torch.bfloat16)
+    parameters = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
+    assert parameters == {entry.megatron: entry.shape for entry in expand(config)}
+    assert decoder.state_dict().keys() == parameters.keys()
+    assert not any(parameter.requires_grad for parameter in decoder.parameters())
+
+
+def raw_config(family: str = "llama", **changes) -> dict:
+    raw = tiny_config(family).to_dict()
+    raw.pop("rope_parameters")
+    return {**raw, **changes}
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_config_fields(family):
+    config = parse_model_config(tiny_config(family, num_key_value_heads=1).to_dict())
+    assert (config.family, config.num_layers, config.num_heads, config.num_kv_heads) == (family, 3, 4, 1)
+    assert config.head_dim == (32 if family == "qwen3" else 16)
+    assert config.layer_windows == ((24,) * 3 if family == "mistral" else (None,) * 3)
+    assert config.qkv_bias == (family == "qwen2")
+    assert config.qk_norm == (family == "qwen3")
+    assert config.eos_token_ids == (0,)
+    assert config.rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    [
+        ({"rope_theta": 5e5}, {"rope_theta": 5e5, "rope_type": "default"}),
+        (
+            {"rope_theta": 7.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_theta": 7.0, "rope_type": "linear", "factor": 2.0},
+        ),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {key: LLAMA3[key] for key in LLAMA3 if key != "rope_theta"}},
+            LLAMA3,
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},
+        ),
+        ({"rope_theta": 3e4, "rope_scaling": None}, {"rope_theta": 3e4}),
+        ({}, {"rope_theta": 1e4}),
+    ],
+)
+def test_older_rope_keys(older, newer):
+    config = parse_model_config(raw_config(**older))
+    assert config == parse_model_config(raw_config(rope_parameters=newer))
+    theirs = type(tiny_config("llama")).from_dict(raw_config(**older)).rope_parameters
+    assert config.rope_theta == theirs["rope_theta"]
+    scaling = {key: value for key, value in theirs.items() if key not in ("rope_theta", "type")}
+    assert (config.rope_scaling or {"rope_type": "default"}) == scaling
+
+
+def test_rope_per_layer_type_is_accepted_when_all_agree():
+    same = {"full_attention": YARN, "sliding_attention": YARN}
+    assert parse_model_config(raw_config("qwen3", rope_parameters=same)).rope_scaling["rope_type"] == "yarn"
+    different = {**same, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    with pytest.raises(UnsupportedModelError, match=r"rope_parameters.*layer types with different"):
+        parse_model_config(raw_config("qwen3", rope_parameters=different))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "named"),
+    [
+        ("llama", {"model_type": "gemma2"}, "model_type = 'gemma2'"),
+        ("llama", {"model_type": None}, "model_type = None"),
+        ("llama", {"architectures": ["LlamaForCausalLMEagle3"]}, "architectures = .'LlamaForCausalLMEagle3'"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type = 'dynamic'"),
+        ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type = 'longrope'"),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor = None"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "factor": 2}}, "rope_parameters.factor = 2"),
+        ("llama", {"rope_parameters": {**YARN, "beta": 2}}, "rope_parameters.beta = 2"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ("llama", {"rope_theta": "big"}, "rope_theta = 'big'"),
+        ("llama", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+        ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ("llama", {"sliding_window": 16}, "sliding_window = 16"),
+        ("llama", {"attention_bias": "yes"}, "attention_bias = 'yes'"),
+        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads = 3"),
+        ("llama", {"head_dim": 15}, "head_dim = 15"),
+        ("llama", {"head_dim": None, "hidden_size": 66}, "hidden_size = 66"),
+        ("llama", {"vocab_size": None}, "vocab_size = None"),
+        ("llama", {"eos_token_id": "</s>"}, "eos_token_id = '</s>'"),
+        ("mistral", {"attention_bias": True}, "attention_bias = True"),
+        ("mistral", {"sliding_window": 0}, "sliding_window = 0"),
+        ("qwen2", {"mlp_bias": True}, "mlp_bias = True"),
+        ("qwen2", {"layer_types": ["full_attention"]}, "layer_types"),
+        ("qwen3", {"layer_types": ["full_attention"] * 2 + ["linear_attention"]}, "layer_types = 'linear_attention'"),
+        ("qwen3", {"layer_types": ["full_attention"] * 2 + ["sliding_attention"]}, "layer_types = 'sliding_attention'"),
+    ],
+)
+def test_unsupported_options_are_named(family, changes, named):
+    with pytest.raises(UnsupportedModelError, match=named):
+        parse_model_config(raw_config(family, **changes))
+
+
+def test_missing_keys_take_transformers_defaults():
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    for family in FAMILY_NAMES:
+        raw = {"model_type": family, "vocab_size": 8, "hidden_size": 256, "intermediate_size": 8}
+        raw |= {"num_hidden_layers": 40, "num_attention_heads": 32, "use_sliding_window": True}
+        if family == "llama":
+            raw.pop("use_sliding_window")
+        theirs = type(tiny_config(family)).from_dict(raw).to_dict()
+        assert all(theirs[key] == raw[key] for key in sizes)
+        assert parse_model_config(raw) == parse_model_config(theirs)
+
+
+def test_end_tokens_come_from_the_generation_config(tmp_path):
+    raw = raw_config(eos_token_id=[5, 6])
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert load_model_config(tmp_path).eos_token_ids == (5, 6)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.6}))
+    assert load_model_config(tmp_path).eos_token_ids == (5, 6)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
+    assert load_model_config(tmp_path) == replace(parse_model_config(raw), eos_token_ids=(9,))
+
+
+def test_directory_without_config(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        load_model_config(tmp_path)

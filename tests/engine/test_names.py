@@ -1,0 +1,138 @@
+"""The name table: to_hf inverts to_megatron bit for bit, and the layout is Megatron-core's."""
+
+import pytest
+import torch
+from models import FAMILY_NAMES, tiny_config
+
+from lockstep.engine.models.config import ModelConfig, parse_model_config
+from lockstep.engine.models.names import Entry, expand, format_table, to_hf, to_megatron
+
+OPTIONS = {
+    "plain": {},
+    "one kv head": {"num_key_value_heads": 1},
+    "no grouping": {"num_key_value_heads": 4},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "tied": {"tie_word_embeddings": True},
+}
+CASES = [
+    pytest.param(family, overrides, id=f"{family} {name}")
+    for family in FAMILY_NAMES
+    for name, overrides in OPTIONS.items()
+    if name != "biases" or family == "llama"
+]
+CASES.append(pytest.param("qwen3", {"attention_bias": True}, id="qwen3 attention bias"))
+
+
+def make_config(family: str, overrides: dict) -> ModelConfig:
+    return parse_model_config(tiny_config(family, **overrides).to_dict())
+
+
+def random_hf_tensors(entry: Entry, dtype: torch.dtype) -> list[torch.Tensor]:
+    # Random bits, NaN patterns among them: a permutation must keep every one.
+    width = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[dtype]
+    info = torch.iinfo(width)
+    return [torch.randint(info.min, info.max, shape, dtype=width).view(dtype) for shape in entry.hf_shapes]
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    width = torch.int16 if a.dtype == torch.bfloat16 else torch.int32
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(width), b.contiguous().view(width))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "overrides"), CASES)
+def test_round_trip(family, overrides, dtype):
+    torch.manual_seed(0)
+    for entry in expand(make_config(family, overrides)):
+        hf_tensors = random_hf_tensors(entry, dtype)
+        merged = to_megatron(entry, hf_tensors)
+        assert tuple(merged.shape) == entry.shape
+        back = to_hf(entry, merged)
+        assert all(same_bits(a, b) for a, b in zip(hf_tensors, back, strict=True)), entry.megatron
+        again = to_megatron(entry, back)
+        assert same_bits(again, merged), entry.megatron
+
+
+@pytest.mark.parametrize(("family", "overrides"), CASES)
+def test_hf_names_are_transformers_own(family, overrides):
+    import transformers
+
+    hf_config = tiny_config(family, **overrides)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(hf_config)
+    theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    ours = {
+        name: shape
+        for entry in expand(make_config(family, overrides))
+        for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True)
+    }
+    assert ours == theirs
+
+
+def entry_named(config: ModelConfig, name: str) -> Entry:
+    return next(entry for entry in expand(config) if entry.megatron == name)
+
+
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_qkv_rows_are_grouped(kind):
+    config = make_config("qwen2", {})
+    entry = entry_named(config, f"decoder.layers.1.self_attention.linear_qkv.{kind}")
+    rest = (64,) if kind == "weight" else ()
+    head = torch.arange(16.0).reshape(16, *[1] * len(rest)).expand(16, *rest)
+    q = torch.cat([head + 1000 * index for index in range(4)])
+    k = torch.cat([head + 10_000 + 1000 * index for index in range(2)])
+    v = torch.cat([head + 20_000 + 1000 * index for index in range(2)])
+    merged = to_megatron(entry, [q, k, v])
+    heads = [int(block.flatten()[0]) for block in merged.split(16)]
+    assert heads == [0, 1000, 10_000, 20_000, 2000, 3000, 11_000, 21_000]
+    assert torch.equal(merged[:16], head)
+
+
+def test_gate_comes_before_up():
+    entry = entry_named(make_config("llama", {}), "decoder.layers.0.mlp.linear_fc1.weight")
+    merged = to_megatron(entry, [torch.zeros(96, 64), torch.ones(96, 64)])
+    assert merged[:96].eq(0).all()
+    assert merged[96:].eq(1).all()
+
+
+def test_names_of_a_biased_layer():
+    config = make_config("llama", {"attention_bias": True, "mlp_bias": True, "num_hidden_layers": 1})
+    assert [entry.megatron for entry in expand(config)] == [
+        "embedding.word_embeddings.weight",
+        "decoder.layers.0.input_layernorm.weight",
+        "decoder.layers.0.self_attention.linear_qkv.weight",
+        "decoder.layers.0.self_attention.linear_qkv.bias",
+        "decoder.layers.0.self_attention.linear_proj.weight",
+        "decoder.layers.0.self_attention.linear_proj.bias",
+        "decoder.layers.0.pre_mlp_layernorm.weight",
+        "decoder.layers.0.mlp.linear_fc1.weight",
+        "decoder.layers.0.mlp.linear_fc1.bias",
+        "decoder.layers.0.mlp.linear_fc2.weight",
+        "decoder.layers.0.mlp.linear_fc2.bias",
+        "decoder.final_layernorm.weight",
+        "output_layer.weight",
+    ]
+
+
+def test_wrong_shapes_are_named():
+    config = make_config("qwen3", {})
+    entry = entry_named(config, "decoder.layers.0.mlp.linear_fc1.weight")
+    with pytest.raises(ValueError, match=r"up_proj\.weight: expected shape \(96, 64\), got \(95, 64\)"):
+        to_megatron(entry, [torch.zeros(96, 64), torch.zeros(95, 64)])
+    with pytest.raises(ValueError, match=r"expected the 2 tensors .*up_proj"):
+        to_megatron(entry, [torch.zeros(96, 64)])
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.linear_fc1\.weight: expected shape \(192, 64\)"):
+        to_hf(entry, torch.zeros(191, 64))
+
+
+def test_table_prints_every_parameter():
+    entries = expand(make_config("qwen3", {}))
+    lines = format_table(entries).splitlines()
+    assert len(lines) == len(entries)
+    qkv = next(line for line in lines if "layers.2.self_attention.linear_qkv.weight" in line)
+    assert qkv.split() == [
+        "decoder.layers.2.self_attention.linear_qkv.weight",
+        "[256x64]",
+        *("dim", "0", "qkv"),
+        *(f"model.layers.2.self_attn.{part}_proj.weight" for part in "qkv"),
+    ]

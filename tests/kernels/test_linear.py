@@ -1,0 +1,148 @@
+"""kernels/linear.py and kernels/numerics.py: the row contract, the gradients, the start-up check."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lockstep.kernels.linear import _linear_triton, linear, linear_reference
+from lockstep.kernels.numerics import check_row_contract, set_up
+
+# At import, because no test of any file has multiplied matrices yet when the files are collected.
+set_up("cpu")
+
+# (N, K) of weights, odd ones included
+SHAPES = [(384, 128), (128, 384), (260, 100), (512, 192), (1, 128), (33, 17)]
+
+
+def _random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("shape", [(5,), (33,), (3, 7), (4, 16)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_value_and_gradients_match_fp64(shape, with_bias):
+    inputs = [_random(*shape, 100, seed=1), _random(260, 100, seed=2), _random(260, seed=3) if with_bias else None]
+    ours = [None if t is None else t.clone().requires_grad_() for t in inputs]
+    oracle = [None if t is None else t.double().requires_grad_() for t in inputs]
+    y, expected = linear(*ours), linear_reference(*oracle)
+    dy = _random(*expected.shape, seed=4)
+    y.backward(dy)
+    expected.backward(dy.double())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
+    for got, want in zip(ours, oracle, strict=True):
+        if want is not None:
+            torch.testing.assert_close(got.grad.double(), want.grad, rtol=1e-5, atol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(shape=st.sampled_from(SHAPES), num_rows=st.integers(1, 2000), size=st.integers(1, 600), seed=st.integers(0, 99))
+def test_row_contract(shape, num_rows, size, seed):
+    n, k = shape
+    x, weight, bias = _random(num_rows, k, seed=seed), _random(n, k, seed=seed + 1), _random(n, seed=seed + 2)
+    rows = torch.randint(num_rows, (size,), generator=torch.Generator().manual_seed(seed))
+    together = linear(x, weight, bias)
+    assert torch.equal(linear(x[rows], weight, bias), together[rows])
+    assert torch.equal(linear(x[rows[:1]], weight, bias), together[rows[:1]])
+
+
+@pytest.mark.parametrize(("n", "k"), [(1024, 1000), (512, 3072)])
+def test_row_contract_for_weights_where_padding_alone_is_not_enough(n, k):
+    x, weight = _random(300, k), _random(n, k, seed=1)
+    together = linear(x, weight)
+    for size in (1, 16, 64, 130, 256):
+        assert torch.equal(linear(x[:size], weight), together[:size]), size
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_row_contract_holds_for_every_small_batch(num_threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        x, weight = _random(400, 128), _random(384, 128, seed=1)
+        together = linear(x, weight)
+        for size in range(1, 100):
+            assert torch.equal(linear(x[size : 2 * size], weight), together[size : 2 * size]), size
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_layout_of_x_does_not_change_bits():
+    x, weight = _random(6, 10, 100), _random(64, 100, seed=1)
+    expected = linear(x.reshape(60, 100), weight).view(6, 10, 64)
+    assert torch.equal(linear(x, weight), expected)
+    assert torch.equal(linear(x.transpose(0, 1), weight), expected.transpose(0, 1))
+    assert torch.equal(linear(torch.cat([x, x], -1)[..., 100:], weight), expected)
+    assert linear(x[:0], weight).shape == (0, 10, 64)
+
+
+def test_gradients_do_not_change_the_value():
+    x, weight, bias = _random(37, 128), _random(384, 128, seed=1), _random(384, seed=2)
+    with_grad = linear(x.clone().requires_grad_(), weight.clone().requires_grad_(), bias.clone().requires_grad_())
+    assert torch.equal(with_grad.detach(), linear(x, weight, bias))
+    with torch.no_grad():
+        assert not linear(x, weight.clone().requires_grad_()).requires_grad
+
+
+def test_only_float32_on_the_cpu():
+    with pytest.raises(ValueError, match="bfloat16"):
+        linear(_random(2, 8).bfloat16(), _random(4, 8).bfloat16())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
+@pytest.mark.parametrize(("m", "n", "k"), [(3, 40, 100), (70, 130, 64), (130, 33, 17)])
+def test_triton_matches_fp64_and_keeps_rows(m, n, k):
+    x, weight, bias = _random(m, k), _random(n, k, seed=1), _random(n, seed=2)
+    y = _linear_triton(x, weight, bias)
+    expected = linear_reference(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
+    rows = torch.randperm(m, generator=torch.Generator().manual_seed(0))[: m // 2 + 1]
+    # Not to the bit: the interpreter multiplies tiles with numpy's BLAS, which is free to treat each height otherwise.
+    torch.testing.assert_close(_linear_triton(x[rows], weight, bias), y[rows], rtol=1e-6, atol=1e-5)
+
+
+def test_check_finds_a_linear_that_depends_on_the_batch(monkeypatch):
+    check_row_contract("cpu", torch.float32)
+    monkeypatch.setattr("lockstep.kernels.numerics.linear", lambda x, weight: F.linear(x, weight) + 1e-6 * len(x))
+    with pytest.raises(RuntimeError, match=r"\[384, 128\].*set_up"):
+        check_row_contract("cpu", torch.float32)
+
+
+def test_set_up_may_be_called_again():
+    set_up("cpu")
+    set_up("cpu")
+
+
+def test_set_up_makes_rows_independent_for_large_k_and_any_number_of_threads():
+    program = """
+import torch
+from lockstep.kernels.numerics import check_row_contract, set_up
+from lockstep.kernels.linear import linear
+set_up("cpu")
+check_row_contract("cpu", torch.float32, shapes=[(1024, 4096), (512, 3072), (128, 2048)])
+x, weight = torch.randn(48, 2048), torch.randn(128, 2048)
+torch.set_num_threads(1)
+alone = linear(x, weight)
+torch.set_num_threads(2)
+assert torch.equal(linear(x, weight), alone)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_padding_keeps_rows_of_small_weights_without_set_up():
+    program = """
+import torch
+from lockstep.kernels.linear import linear
+for n, k in [(384, 128), (128, 384), (260, 100)]:
+    x, weight = torch.randn(300, k), torch.randn(n, k)
+    together = linear(x, weight)
+    for size in (1, 2, 7, 15, 17, 33, 130):
+        assert torch.equal(linear(x[:size], weight), together[:size]), (n, k, size)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120, env=environment)

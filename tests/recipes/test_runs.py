@@ -1,0 +1,174 @@
+"""Promise 5: a run is one function of its config, however often it is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import user_rewards
+import yaml
+
+from lockstep.engine import EngineConfig
+from lockstep.recipes import convert, evaluate, rl, sft
+from lockstep.recipes.config_schema import to_plain
+from lockstep.recipes.inputs import ModelSource, TaskConfig
+from lockstep.recipes.new_model import ModelShape
+from lockstep.recipes.run_directory import checkpoint_steps, read_metrics, rollout_steps
+from lockstep.recipes.training_run import START, TrainingRun
+from lockstep.rollout.evaluation import EvaluationConfig
+from lockstep.rollout.tasks import ReasoningGymConfig
+from lockstep.rollout.worker import RolloutConfig
+from lockstep.trainer_bridge import TrainerConfig
+
+STEPS = 4
+
+
+def short_config(runs_dir: Path) -> rl.RLConfig:
+    trainer = TrainerConfig(model=START, learning_rate=1e-2, max_tokens_per_micro_batch=512)
+    return rl.RLConfig(
+        name="short",
+        runs_dir=str(runs_dir),
+        seed=3,
+        model=ModelSource(shape=ModelShape(num_layers=2, hidden_size=32, head_dim=16, ffn_hidden_size=64)),
+        task=TaskConfig(reasoning_gym=ReasoningGymConfig(dataset="chain_sum", train_size=500, held_out_size=20)),
+        trainer=trainer,
+        engine=EngineConfig(model=START, kv_cache_tokens=4096),
+        warmup=sft.SFTConfig(steps=3, examples_per_step=8, checkpoint_every=2, trainer=trainer),
+        rollout=RolloutConfig(prompts_per_step=3, samples_per_prompt=4, max_tokens=12),
+        reward={"format": 1.0, "user_rewards.length_reward": 0.1},
+        evaluation=EvaluationConfig(num_problems=8, max_tokens=12),
+        evaluate_every=2,
+        steps=STEPS,
+        checkpoint_every=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    runs_dir = tmp_path_factory.mktemp("undisturbed")
+    return runs_dir / "short", rl.run(short_config(runs_dir))
+
+
+def without_times(records: list[dict]) -> list[dict]:
+    timed = ("time/", "tokens_per_s")
+    return [{key: value for key, value in record.items() if not key.startswith(timed)} for record in records]
+
+
+def assert_same_run(path: Path, results: dict, undisturbed: tuple[Path, dict]) -> None:
+    other_path, other_results = undisturbed
+    assert results["weights_hash"] == other_results["weights_hash"]
+    assert without_times(read_metrics(path)) == without_times(read_metrics(other_path))
+    assert rollout_steps(path) == rollout_steps(other_path) == list(range(1, STEPS + 1))
+    for step in rollout_steps(path):
+        name = f"rollouts/step_{step:06d}.jsonl"
+        assert (path / name).read_bytes() == (other_path / name).read_bytes()
+
+
+def test_two_runs_with_one_seed_are_the_same_run(undisturbed, tmp_path):
+    assert_same_run(tmp_path / "short", rl.run(short_config(tmp_path)), undisturbed)
+
+
+def test_another_seed_is_another_run(undisturbed, tmp_path):
+    results = rl.run(replace(short_config(tmp_path), seed=4))
+    assert results["weights_hash"] != undisturbed[1]["weights_hash"]
+
+
+class Killed(BaseException):
+    """Stands in for a kill: nothing catches it."""
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_run_that_is_killed_and_resumed_is_the_same_run(undisturbed, tmp_path, monkeypatch, stage, step, moment):
+    record = TrainingRun.record
+
+    def record_and_die(self, recorded_step, metrics):
+        dies = (self.stage, recorded_step) == (stage, step)
+        if dies and moment == "before":
+            raise Killed
+        record(self, recorded_step, metrics)
+        if dies:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "record", record_and_die)
+        with pytest.raises(Killed):
+            rl.run(short_config(tmp_path))
+    assert_same_run(tmp_path / "short", rl.run(short_config(tmp_path)), undisturbed)
+
+
+def test_a_run_killed_by_sigkill_is_resumed_by_its_directory_alone(undisturbed, tmp_path):
+    """The real command line and a real kill, as soon as the first checkpoint of the RL stage exists."""
+    recipe = tmp_path / "recipe" / "short.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text("# @package _global_\n" + yaml.safe_dump(to_plain(short_config(tmp_path))))
+    command = [sys.executable, "-m", "lockstep.recipes.cli", "rl", "--config-dir", str(tmp_path), "recipe=short"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(user_rewards.__file__).parent)}
+    process = subprocess.Popen(command, env=environment)
+    deadline = time.monotonic() + 120
+    while not checkpoint_steps(tmp_path / "short"):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "no checkpoint within 120 s"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    results = rl.run(replace(rl.RLConfig(), run=str(tmp_path / "short")))
+    assert_same_run(tmp_path / "short", results, undisturbed)
+
+
+def test_the_engine_and_the_trainer_agree_in_every_step(undisturbed):
+    records = [record for record in read_metrics(undisturbed[0]) if record["stage"] == "rl"]
+    assert len(records) == STEPS
+    assert all(record["logprob_diff_max"] == 0.0 for record in records)
+
+
+def test_rollouts_record_what_is_needed_to_make_them_again(undisturbed):
+    path, _ = undisturbed
+    for step in rollout_steps(path):
+        for line in (path / f"rollouts/step_{step:06d}.jsonl").read_text().splitlines():
+            sample = json.loads(line)
+            assert sample["step"] == step
+            assert set(sample["weight_versions"]) == {step - 1}
+            assert len(sample["response_ids"]) == len(sample["logprobs"]) > 0
+            assert isinstance(sample["seed"], int)
+
+
+def test_the_evaluation_digest_does_not_depend_on_the_engine_settings(undisturbed):
+    model = str(undisturbed[0] / "model")
+    settings = [
+        {},
+        {"max_running_requests": 1, "enable_prefix_cache": False},
+        {"max_prefill_tokens": 5, "page_size": 4, "kv_cache_tokens": 256, "max_model_len": 128},
+    ]
+    summaries = [
+        evaluate.run(
+            evaluate.EvalConfig(
+                engine=EngineConfig(model=model, **setting),
+                task=short_config(Path()).task,
+                evaluation=EvaluationConfig(num_problems=8, samples_per_problem=3, max_tokens=10, temperature=1.0),
+                show=0,
+            )
+        )
+        for setting in settings
+    ]
+    assert len({summary["digest"] for summary in summaries}) == 1
+
+
+def test_a_checkpoint_converts_to_the_exported_weights(undisturbed, tmp_path):
+    path, results = undisturbed
+    config = convert.ConvertConfig(
+        model=str(path / "model"),
+        checkpoint=str(path / f"checkpoints/step_{STEPS:06d}/trainer"),
+        output=str(tmp_path / "hf"),
+    )
+    summary = convert.run(config)
+    assert summary["weights_hash"] == results["weights_hash"]
+    assert summary["step"] == STEPS
+    with pytest.raises(ValueError, match="exists"):
+        convert.run(config)

@@ -1,0 +1,116 @@
+"""Sinks and the live view: every record arrives; optional packages are asked for by name."""
+
+import io
+import math
+import sys
+
+import pytest
+from rich.console import Console
+
+from lockstep.recipes import sinks
+from lockstep.recipes.live import LiveView, sparkline
+from lockstep.recipes.run_directory import RunDirectory, read_metrics
+from lockstep.recipes.sinks import open_sinks
+
+
+@pytest.fixture
+def run(tmp_path):
+    with RunDirectory(tmp_path / "run", {"steps": 2}) as run:
+        yield run
+
+
+class Recording:
+    def __init__(self) -> None:
+        self.records: list[tuple] = []
+        self.closed = 0
+
+    def record(self, step, stage, metrics) -> None:
+        self.records.append((step, stage, dict(metrics)))
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_records_go_to_metrics_jsonl_and_to_every_other_sink(run):
+    other = Recording()
+    with open_sinks((), run, {}, other) as opened:
+        opened.record(1, "rl", {"reward": 0.5})
+        opened.record(1, "eval", {"accuracy": 0.25})
+    assert other.records == [(1, "rl", {"reward": 0.5}), (1, "eval", {"accuracy": 0.25})]
+    assert other.closed == 1
+    assert read_metrics(run.path) == [
+        {"step": 1, "stage": "rl", "reward": 0.5},
+        {"step": 1, "stage": "eval", "accuracy": 0.25},
+    ]
+
+
+def test_an_unknown_sink_is_named(run):
+    with pytest.raises(ValueError, match="unknown sink 'wandbb'; there are: wandb, tensorboard"):
+        open_sinks(("wandbb",), run, {})
+
+
+@pytest.mark.parametrize(("name", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
+def test_a_sink_that_is_not_installed_names_the_extra(run, monkeypatch, name, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=r"lockstep-rl\[sinks\]"):
+        open_sinks((name,), run, {})
+
+
+def test_wandb_runs_offline_inside_the_run_directory(run, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(sinks.launch, "_reachable", lambda url: False)
+    with open_sinks(("wandb",), run, {"steps": 2}) as opened:
+        opened.record(1, "rl", {"reward": 0.5})
+        opened.record(1, "eval", {"accuracy": 0.5})
+    assert list(run.path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_tensorboard_writes_every_value(run):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with open_sinks(("tensorboard",), run, {}) as opened:
+        opened.record(1, "rl", {"reward": 0.5, "note": "text"})
+        opened.record(2, "rl", {"reward": 0.75})
+    events = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("rl/reward")] == [(1, 0.5), (2, 0.75)]
+
+
+def view_of(is_terminal: bool, console_width: int = 100) -> tuple[LiveView, io.StringIO]:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=is_terminal, width=console_width, color_system=None)
+    return LiveView("rl", total_steps=2, console=console), output
+
+
+def test_without_a_terminal_a_record_is_a_line():
+    view, output = view_of(is_terminal=False, console_width=20)
+    with view:
+        view.record(1, "rl", {"time/train": 0.25, "reward": 0.5, "logprob_diff_max": 0.0, "novel_metric": 3})
+        view.record(1, "eval", {"accuracy": 0.125})
+        view.summary({"accuracy": "12.5%"})
+    lines = output.getvalue().splitlines()
+    assert lines[0] == "rl 1/2  reward 0.500  logprob_diff_max 0 (exact)  novel_metric 3  time/train 0.25 s"
+    assert lines[1:3] == ["eval 1/2  accuracy 12.5%", "rl accuracy: 12.5%"]
+    assert "\x1b" not in output.getvalue()
+
+
+def test_in_a_terminal_the_table_shows_the_latest_values():
+    view, output = view_of(is_terminal=True)
+    with view:
+        view.record(1, "rl", {"reward": 0.25, "tokens_per_s": 1234.5})
+        view.record(2, "rl", {"reward": 0.5, "tokens_per_s": math.nan})
+        view.record(2, "eval", {"accuracy": 0.75})
+    last_frame = output.getvalue().rpartition("2/2")[2]
+    for shown in ("reward", "0.500", "▁█", "tokens/s", "nan", "eval: held-out accuracy", "75.0%"):
+        assert shown in last_frame
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([], ""), ([1.0], "▁"), ([0.0, 1.0, 0.5], "▁█▅"), ([9.0, 0.0, math.nan, 1.0], "▁ █"), ([math.inf], " ")],
+)
+def test_sparkline(values, expected):
+    assert sparkline(values, 3) == expected

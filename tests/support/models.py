@@ -1,0 +1,63 @@
+"""Tiny random models in transformers' format, for tests; norm weights and biases are random too, so a mix-up shows."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+_COMMON = {
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+_FAMILIES: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (transformers.LlamaConfig, {}),
+    "mistral": (transformers.MistralConfig, {"sliding_window": 24}),
+    "qwen2": (transformers.Qwen2Config, {}),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 32}),
+}
+FAMILY_NAMES = tuple(_FAMILIES)
+
+
+def tiny_config(family: str, **overrides: Any) -> transformers.PreTrainedConfig:
+    """A transformers config of about 0.1 million parameters; `overrides` are arguments of the family's config class."""
+    config_class, family_defaults = _FAMILIES[family]
+    # transformers fills in the dicts that it is given, such as rope_parameters.
+    return config_class(**copy.deepcopy({**_COMMON, **family_defaults, **overrides}))
+
+
+def make_hf_model(
+    path: str | Path,
+    family: str,
+    seed: int,
+    tie: bool = False,
+    max_shard_size: str | int = "1GB",
+    **overrides: Any,
+) -> transformers.PreTrainedModel:
+    """Builds a tiny fp32 model, saves it to the directory `path` (in several files if larger than `max_shard_size`).
+
+    Returns the model, in eval mode. `overrides`: see `tiny_config`.
+    """
+    config = tiny_config(family, tie_word_embeddings=tie, **overrides)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                parameter.copy_(1.0 + 0.3 * noise)
+            elif name.endswith("bias"):
+                parameter.copy_(0.3 * noise)
+            else:
+                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+    model.save_pretrained(path, max_shard_size=max_shard_size)
+    return model

@@ -1,0 +1,5 @@
+"""A user's own reward, found by its dotted path."""
+
+
+def length_reward(problem, response: str) -> float:
+    return len(response) / 100

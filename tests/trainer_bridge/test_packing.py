@@ -1,0 +1,107 @@
+"""Packing: every prediction lands on one row with its own values, and the weights are the aggregation's."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lockstep.trainer_bridge.packing import TrainSequence, first_fit, pack
+
+
+@st.composite
+def train_sequences(draw):
+    sequences = []
+    for _ in range(draw(st.integers(1, 8))):
+        length = draw(st.integers(1, 12))
+        mask = [False, *draw(st.lists(st.booleans(), min_size=length - 1, max_size=length - 1))]
+        sequences.append(
+            TrainSequence(
+                token_ids=draw(st.lists(st.integers(1, 99), min_size=length, max_size=length)),
+                loss_mask=mask,
+                advantage=draw(st.floats(-2, 2, width=32)),
+                logprobs=[draw(st.floats(-9, 0, width=32)) if trained else None for trained in mask],
+                ref_logprobs=[draw(st.floats(-9, 0, width=32)) if trained else None for trained in mask],
+            )
+        )
+    return sequences
+
+
+def one_row_per_prediction(sequences, aggregation):
+    """Slow oracle: {(sequence, row): (token, target, weight, advantage, old, ref)} of the trained predictions."""
+    trained = {i: [t for t, m in enumerate(s.loss_mask) if m] for i, s in enumerate(sequences)}
+    total = sum(len(positions) for positions in trained.values())
+    with_targets = sum(bool(positions) for positions in trained.values())
+    rows = {}
+    for i, s in enumerate(sequences):
+        for t in trained[i]:
+            weight = 1 / total if aggregation == "token_mean" else 1 / with_targets / len(trained[i])
+            rows[i, t - 1] = (s.token_ids[t - 1], s.token_ids[t], weight, s.advantage, s.logprobs[t], s.ref_logprobs[t])
+    return rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(train_sequences(), st.integers(12, 40), st.sampled_from(["token_mean", "sequence_mean"]))
+def test_pack_against_a_slow_oracle(sequences, max_tokens, aggregation):
+    expected = one_row_per_prediction(sequences, aggregation)
+    if not expected:
+        with pytest.raises(ValueError, match="no token"):
+            pack(sequences, max_tokens, aggregation)
+        return
+    batches = pack(sequences, max_tokens, aggregation, temperature=0.5)
+    bins = first_fit([len(s.token_ids) for s in sequences], max_tokens)
+    assert len(batches) == len(bins)
+    assert sum(batch.weights.double().sum().item() for batch in batches) == pytest.approx(1.0, abs=1e-6)
+    for batch, members in zip(batches, bins, strict=True):
+        assert len(batch.token_ids) <= max_tokens
+        assert batch.temperature == 0.5
+        assert batch.cu_seqlens.dtype == torch.int32
+        assert batch.cu_seqlens.diff().tolist() == [len(sequences[i].token_ids) for i in members]
+        for number, i in enumerate(members):
+            start = int(batch.cu_seqlens[number])
+            for t, token in enumerate(sequences[i].token_ids):
+                row = start + t
+                assert int(batch.positions[row]) == t
+                assert int(batch.token_ids[row]) == token
+                values = [batch.weights, batch.advantages, batch.old_logprobs, batch.ref_logprobs]
+                if (i, t) in expected:
+                    assert int(batch.targets[row]) == expected[i, t][1]
+                    assert [v[row].item() for v in values] == pytest.approx(expected[i, t][2:], rel=1e-6)
+                else:
+                    assert [v[row].item() for v in values] == [0.0] * 4
+
+
+def test_first_fit_fills_the_first_bin_with_room():
+    assert first_fit([5, 4, 3, 6, 1, 2], 9) == [[0, 1], [2, 3], [4, 5]]
+    with pytest.raises(ValueError, match="sequence 1 has 10 tokens"):
+        first_fit([3, 10], 9)
+    with pytest.raises(ValueError, match="sequence 0 has 0 tokens"):
+        first_fit([0], 9)
+
+
+def sequence(**overrides):
+    return TrainSequence(**{"token_ids": [1, 2, 3], "loss_mask": [False, False, True], "advantage": 1.0, **overrides})
+
+
+@pytest.mark.parametrize(
+    ("sequences", "message"),
+    [
+        ([sequence(loss_mask=[True, True, True])], "nothing predicts token 0"),
+        ([sequence(loss_mask=[False, True])], "2 loss_mask for 3 tokens"),
+        ([sequence(logprobs=[-1.0] * 4)], "4 logprobs for 3 tokens"),
+        ([sequence(logprobs=[None, -1.0, None])], "logprobs of trained token 2 is None"),
+        ([sequence(ref_logprobs=[None, None, float("nan")])], "ref_logprobs of trained token 2 is nan"),
+        ([sequence(advantage=float("inf"))], "advantage is inf"),
+        ([sequence(logprobs=[None, None, -1.0]), sequence()], "given for some"),
+        ([sequence(loss_mask=[False] * 3)], "no token of the step"),
+        ([], "no token of the step"),
+        ([sequence(token_ids=[1] * 9, loss_mask=[False] * 8 + [True])], "has 9 tokens"),
+    ],
+)
+def test_impossible_sequences_are_named(sequences, message):
+    with pytest.raises(ValueError, match=message):
+        pack(sequences, 8)
+
+
+def test_unknown_aggregation_is_named():
+    with pytest.raises(ValueError, match="'mean'"):
+        pack([sequence()], 8, "mean")

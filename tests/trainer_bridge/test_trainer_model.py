@@ -1,0 +1,135 @@
+"""The trained model against the engine's decoder to the bit, and against transformers in values and gradients."""
+
+import pytest
+import torch
+from models import FAMILY_NAMES, make_hf_model
+
+from lockstep.engine.checkpoint import load_into
+from lockstep.engine.models.config import load_model_config
+from lockstep.engine.models.decoder import AttentionContext, Decoder
+from lockstep.engine.models.names import expand, to_megatron
+from lockstep.kernels.kv_cache import new_kv_cache
+from lockstep.kernels.log_probs import token_log_probs
+from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
+from lockstep.trainer_bridge.losses import sft_loss
+from lockstep.trainer_bridge.packing import TrainSequence, pack
+
+CASES = {
+    **{family: (family, {}) for family in FAMILY_NAMES},
+    "llama, all biases, tied": ("llama", {"attention_bias": True, "mlp_bias": True, "tie": True}),
+    "llama, mlp bias only, one kv head": ("llama", {"mlp_bias": True, "num_key_value_heads": 1}),
+    "qwen2, windows on upper layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "tie": True},
+    ),
+}
+PAGE_SIZE = 16
+
+
+def random_sequences(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 131, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.no_grad()
+def decoder_logprobs(decoder, sequence, temperature, chunk):
+    """A sequence's log-probs as the engine computes them: through a paged cache, `chunk` tokens a step."""
+    config = decoder.config
+    num_pages = -(-len(sequence) // PAGE_SIZE)
+    page_table = torch.arange(num_pages, dtype=torch.int32).flip(0)[None]
+    kv_caches = [
+        new_kv_cache(num_pages, PAGE_SIZE, config.num_kv_heads, config.head_dim, torch.float32, torch.device("cpu"))
+        for _ in range(config.num_layers)
+    ]
+    tokens, hidden = torch.tensor(sequence), []
+    for start in range(0, len(sequence), chunk):
+        positions = torch.arange(start, min(start + chunk, len(sequence)))
+        slots = page_table[0, positions // PAGE_SIZE].long() * PAGE_SIZE + positions % PAGE_SIZE
+        context = AttentionContext(
+            kv_caches=kv_caches,
+            slots=slots,
+            page_table=page_table,
+            cu_seqlens_q=torch.tensor([0, len(positions)], dtype=torch.int32),
+            kv_lens=torch.tensor([start + len(positions)], dtype=torch.int32),
+        )
+        hidden.append(decoder(tokens[positions], positions, context))
+    logits = decoder.logits(torch.cat(hidden)[:-1])
+    return token_log_probs(logits, tokens[1:], torch.full((len(sequence) - 1,), temperature))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_names_and_log_probs_are_the_decoders(case, tmp_path):
+    family, options = CASES[case]
+    hf = make_hf_model(tmp_path, family, seed=1, **options)
+    decoder = Decoder(load_model_config(tmp_path), "cpu", torch.float32)
+    load_into(decoder, tmp_path)
+    trainer = MegatronTrainer(TrainerConfig(model=str(tmp_path)))
+    weights = dict(trainer.named_weights())
+    assert [(n, p.shape) for n, p in decoder.named_parameters()] == [(n, p.shape) for n, p in weights.items()]
+    assert all(torch.equal(p, weights[n]) for n, p in decoder.named_parameters())
+
+    sequences = random_sequences([50, 2, 75, 33])
+    for temperature in (1.0, 0.6):
+        logprobs = trainer.logprobs(sequences, temperature)
+        for sequence, values in zip(sequences, logprobs, strict=True):
+            assert values[0] is None
+            for chunk in (len(sequence), 13):
+                by_engine = decoder_logprobs(decoder, sequence, temperature, chunk)
+                assert torch.equal(torch.tensor(values[1:]), by_engine)
+            with torch.no_grad():
+                logits = hf(torch.tensor([sequence])).logits[0] / temperature
+            by_hf = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(sequence[1:])[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(values[1:]), by_hf, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_log_probs_do_not_depend_on_the_packing(family, tmp_path):
+    make_hf_model(tmp_path, family, seed=2)
+    sequences = random_sequences([7, 40, 1, 64, 23, 5, 90])
+    trainer = MegatronTrainer(TrainerConfig(model=str(tmp_path)))
+    together = trainer.logprobs(sequences)
+    assert [len(values) for values in together] == [len(sequence) for sequence in sequences]
+    assert [trainer.logprobs([sequence])[0] for sequence in sequences] == together
+    assert trainer.logprobs(sequences[::-1])[::-1] == together
+    small_bins = MegatronTrainer(TrainerConfig(model=str(tmp_path), max_tokens_per_micro_batch=91))
+    assert small_bins.logprobs(sequences) == together
+
+
+def sft_batches(sequences, max_tokens):
+    training = [TrainSequence(s, [False, *(t % 3 != 0 for t in range(1, len(s)))]) for s in sequences]
+    return pack(training, max_tokens, temperature=0.8)
+
+
+def hf_gradients(hf, sequences, config):
+    """Gradients, under Megatron's names, of sft_batches' loss by transformers and autograd."""
+    hf.zero_grad()
+    total, count = 0.0, 0
+    for s in sequences:
+        logprobs = (hf(torch.tensor([s])).logits[0] / 0.8).log_softmax(-1)
+        for t in range(1, len(s)):
+            if t % 3 != 0:
+                total, count = total - logprobs[t - 1, s[t]], count + 1
+    (total / count).backward()
+    gradients = {name: parameter.grad for name, parameter in hf.named_parameters()}
+    return (total / count).item(), {
+        entry.megatron: to_megatron(entry, [gradients[name] for name in entry.hf_names]) for entry in expand(config)
+    }
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_equal_transformers(case, recompute, tmp_path):
+    family, options = CASES[case]
+    hf = make_hf_model(tmp_path, family, seed=3, **options).double()
+    sequences = random_sequences([20, 45, 31])
+    trainer = MegatronTrainer(TrainerConfig(model=str(tmp_path), recompute=recompute))
+    expected_loss, expected = hf_gradients(hf, sequences, trainer.model_config)
+    loss = sum(trainer._backward(batch, sft_loss)["loss"] for batch in sft_batches(sequences, 64))
+    assert loss.item() == pytest.approx(expected_loss, abs=1e-5)
+    for name, parameter in trainer.model.named_parameters():
+        # fp32 against fp64: rounding of about 1e-6 per operation, over three layers and cancelling sums.
+        scale = expected[name].abs().max().item()
+        assert scale > 1e-4, f"{name} has no gradient to compare"
+        torch.testing.assert_close(
+            parameter.grad.double(), expected[name], atol=2e-5 * scale, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )

@@ -1,0 +1,33 @@
+"""Gives the trainer's weights to an engine of the same process."""
+
+import time
+from collections.abc import Iterable
+from typing import Any, Literal, Protocol
+
+import torch
+
+from lockstep.trainer_bridge.trainer import MegatronTrainer
+
+InflightPolicy = Literal["keep", "recompute", "abort"]
+
+
+class WeightReceiver(Protocol):
+    """What publish needs of an engine."""
+
+    def update_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int, inflight: str
+    ) -> dict[str, Any]: ...
+
+
+def publish(
+    trainer: MegatronTrainer, engine: WeightReceiver, version: int, inflight: InflightPolicy = "keep"
+) -> dict[str, Any]:
+    """Copies the trainer's weights into the engine's tensors, in place, as weight version `version`.
+
+    inflight: what becomes of requests that are being generated; see Engine.update_weights.
+    Returns the engine's report (timings, checksum of the weights it now serves) with publish_s, the seconds of the
+    whole call. What update_weights raises passes through; the engine then still serves its old version.
+    """
+    started = time.perf_counter()
+    report = engine.update_weights(trainer.named_weights(), version=version, inflight=inflight)
+    return {**report, "publish_s": time.perf_counter() - started}
