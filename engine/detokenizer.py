@@ -22,6 +22,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
         self.text = ""
+        self.found_stop = False
         self.tokenizer = tokenizer
         self.stop = tuple(stop)
         self.longest_stop = max(map(len, self.stop), default=0)
@@ -53,4 +54,5 @@ class Detokenizer:
         found = [at for at in (self.text.find(stop, search_from) for stop in self.stop) if at >= 0]
         if found:
             self.text = self.text[: min(found)]
-        return bool(found)
+            self.found_stop = True
+        return self.found_stop

@@ -13,6 +13,7 @@ from lockstep.engine import checkpoint, weights
 from lockstep.engine.detokenizer import Detokenizer
 from lockstep.engine.models.config import ModelConfig, load_model_config
 from lockstep.engine.models.decoder import Decoder
+from lockstep.engine.models.names import matrix_shapes
 from lockstep.engine.page_pool import PagePool
 from lockstep.engine.radix_cache import RadixCache
 from lockstep.engine.request import Request, RequestOutput, SamplingParams
@@ -94,8 +95,8 @@ class Engine:
         self.config = config
         device, dtype = torch.device(config.device), getattr(torch, config.dtype)
         numerics.set_up(device)
-        numerics.check_row_contract(device, dtype)
         self.model_config = load_model_config(config.model)
+        numerics.check_row_contract(device, dtype, matrix_shapes(self.model_config))
         self.max_model_len = _max_model_len(config, self.model_config)
         self.model = Decoder(self.model_config, device=device, dtype=dtype)
         if config.load_format == "dummy":
@@ -189,10 +190,12 @@ class Engine:
             self.scheduler.abort(request.request_id)
 
     def output(self, request: Request) -> RequestOutput:
-        """What a request has generated so far; final once its `finish_reason` is set."""
+        """The result of a request that has ended. Raises ValueError for one that has not."""
+        if request.finish_reason is None:
+            raise ValueError(f"request {request.request_id} has not ended")
         detokenizer = request.detokenizer
         if detokenizer is not None:
-            text = detokenizer.text if request.finish_reason == "stop" else detokenizer.finish()
+            text = detokenizer.text if detokenizer.found_stop else detokenizer.finish()
         elif self.tokenizer is not None:
             text = self.tokenizer.decode(request.output_ids, skip_special_tokens=True)
         else:
@@ -291,7 +294,7 @@ class Engine:
                     request_id=self.next_request_id + len(requests),
                     prompt_ids=list(prompt),
                     params=sampling,
-                    seed=sampling.seed + sample_index,
+                    seed=(sampling.seed + sample_index) % 2**63,
                     prompt_index=prompt_index,
                     sample_index=sample_index,
                     kind=kind,

@@ -29,7 +29,7 @@ class Node:
         self.page = page
         self.children: dict[tuple[int, ...], Node] = {}
         self.locks = 0  # handles that end at this node or below it
-        self.stamp = 0  # when a handle that ended here was last unlocked, or below here at a page now evicted
+        self.stamp = 0  # when a handle that ended here was last unlocked
 
 
 class CacheHandle:
@@ -157,7 +157,8 @@ class RadixCache:
             self._pool.release((node.page,))
             node.parent = None
             evicted += 1
-            parent.stamp = max(parent.stamp, stamp)
+            # Though uses of the child were uses of the parent, its own stamp serves: whatever is at most the child's
+            # stamp, which was the oldest of all leaves, puts the parent next in line.
             self._offer(parent, version)
         self.num_pages -= evicted
         self.num_evictable -= evicted

@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from lockstep.engine.detokenizer import Detokenizer
     from lockstep.engine.radix_cache import CacheHandle
 
 Kind = Literal["generate", "score"]
@@ -51,6 +52,12 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     stop: Sequence[str] = ()
     ignore_eos: bool = False
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether a penalty or a bias is on."""
+        off = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) == (1.0, 0.0, 0.0)
+        return bool(self.logit_bias) or not off
 
     def validate(self, vocab_size: int) -> None:
         """Raises ValueError that names the first bad field and its value."""
@@ -145,6 +152,7 @@ class Request:
     kv_version: int = -1  # weight version of the KV; -1: mixed, never goes to the cache
     num_preemptions: int = 0
     cache_handle: CacheHandle | None = None
+    detokenizer: Detokenizer | None = None  # of a request with stop strings
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt_ids)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+
 from lockstep.engine.models.decoder import AttentionContext, Decoder
 from lockstep.engine.request import Request
 from lockstep.engine.sampler import Sampler

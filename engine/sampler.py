@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+
 from lockstep.engine.request import Request
 from lockstep.kernels.log_probs import token_log_probs
+from lockstep.kernels.penalties import Ragged, apply_penalties
 from lockstep.kernels.sampling import sample
 
 
@@ -22,6 +24,7 @@ class Sampler:
         self.min_p = np.zeros(num_slots, np.float32)
         self.top_k = np.full(num_slots, -1, np.int64)
         self.seed = np.zeros(num_slots, np.int64)
+        self.edits_logits = np.zeros(num_slots, bool)
 
     def draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> tuple[list[int], list[float]]:
         """logits: fp32 [B, V], one row per request. Returns the tokens drawn and their log-probs.
@@ -33,7 +36,7 @@ class Sampler:
         positions = np.array([len(request.tokens) for request in requests])
         temperature = self._rows(self.temperature, slots)
         tokens = sample(
-            self._penalized(logits, requests),
+            self._edited(logits, requests, np.flatnonzero(self.edits_logits[slots])),
             temperature,
             self._rows(self.top_k, slots),
             self._rows(self.top_p, slots),
@@ -44,9 +47,8 @@ class Sampler:
         drawn = tokens.tolist()
         if min(drawn) < 0:
             broken = requests[drawn.index(-1)]
-            raise FloatingPointError(
-                f"request {broken.request_id}: no finite logits at position {len(broken.tokens)}; are the weights finite?"
-            )
+            where = f"request {broken.request_id}, position {len(broken.tokens)}"
+            raise FloatingPointError(f"{where}: the logits hold no number to draw from; are the weights finite?")
         return drawn, token_log_probs(logits, tokens, temperature).tolist()
 
     def _slot(self, request: Request) -> int:
@@ -59,7 +61,30 @@ class Sampler:
             self.top_k[slot] = params.top_k
             self.min_p[slot] = params.min_p
             self.seed[slot] = request.seed
+            self.edits_logits[slot] = params.edits_logits
         return slot
+
+    def _edited(self, logits: torch.Tensor, requests: Sequence[Request], rows: np.ndarray) -> torch.Tensor:
+        """The logits with penalties and biases; the given ones stay as they are, since the log-probs need them."""
+        if len(rows) == 0:
+            return logits
+        edited = [requests[row] for row in rows]
+        params = [request.params for request in edited]
+        biases = [param.logit_bias or {} for param in params]
+        bias_values = [value for bias in biases for value in bias.values()]
+        logits = logits.clone()
+        apply_penalties(
+            logits,
+            torch.from_numpy(rows).to(self.device),
+            Ragged.from_lists([request.prompt_ids for request in edited]).to(self.device),
+            Ragged.from_lists([request.output_ids for request in edited]).to(self.device),
+            torch.tensor([param.repetition_penalty for param in params], device=self.device),
+            torch.tensor([param.presence_penalty for param in params], device=self.device),
+            torch.tensor([param.frequency_penalty for param in params], device=self.device),
+            Ragged.from_lists([list(bias) for bias in biases]).to(self.device),
+            torch.tensor(bias_values, dtype=torch.float32, device=self.device),
+        )
+        return logits
 
     def _rows(self, values: np.ndarray, slots: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values[slots]).to(self.device)

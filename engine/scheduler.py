@@ -66,13 +66,11 @@ class Scheduler:
 
     A step of the engine:
 
-        batch = scheduler.schedule()         # takes pages, names the tokens to compute
-        sampled = runner.run(batch)          # computes their KV, draws tokens
-        scheduler.commit(batch)              # the KV is there: num_computed advances, full pages go to the cache
-        for request, token, logprob in sampled:
-            request.append(token, logprob, version)
-            if the request has ended:
-                scheduler.finish(request, reason)
+        batch = scheduler.schedule()            # takes pages, names the tokens to compute
+        requests = runner.run(batch)            # computes their KV, appends what is drawn
+        scheduler.commit(batch)                 # the KV is there: num_computed advances, full pages go to the cache
+        for request in requests:
+            if it has ended: scheduler.finish(request, reason)
 
     Each request with a sampling chunk must get a token or be finished before the next schedule(), and each score
     request be finished once it is computed to the end. abort, preempt_all and set_version are for between steps. A

@@ -40,9 +40,9 @@ def _row_kernel(fastmath: set[str] | bool) -> Callable[[Callable[..., None]], Ca
         dispatcher = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=fastmath)(function)
         # numba finds a cached kernel by the kernel's own file alone; kernels here also contain this file's helpers, and
         # one compiled with older helpers would give other bits than its neighbours.
-        index = getattr(getattr(dispatcher, "_cache", None), "_index_file", None)
-        if index is not None:
-            index._source_stamp = (index._source_stamp, _HELPERS_STAMP)
+        cache_file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
+        if cache_file is not None:
+            cache_file._source_stamp = (cache_file._source_stamp, _HELPERS_STAMP)
         return dispatcher
 
     return decorate

@@ -56,7 +56,7 @@ def attention_forward(
     q = q.detach().contiguous()
     out = torch.empty_like(q)
     lse = torch.empty((num_heads, num_tokens), dtype=torch.float32) if with_lse else None
-    lengths = kv_lens.numpy()
+    lengths = kv_lens.contiguous().numpy()
     if num_tokens == 0 or lengths.size == 0:
         return out, lse
     pairs_per_row = max(1, int(lengths.max()) * num_heads // num_kv_heads)
@@ -163,8 +163,8 @@ def _pointer(context, builder, array_type, array, index):
     return builder.gep(context.make_array(array_type)(context, builder, value=array).data, [index])
 
 
-def _fma_chain(num_rows):
-    """acc[a + r * acc_stride :][:16] += sum over i < n, in ascending order, of
+def _fma_chain(num_rows, accumulate):
+    """acc[a + r * acc_stride :][:16] = (acc or 0) + sum over i < n, in ascending order, of
     coefficients[c + r * coefficient_stride + i] * memory[m + i * memory_stride :][:16], for r < num_rows.
 
     The sums stay in registers, and each vector of `memory` is loaded once for all rows.
@@ -189,7 +189,9 @@ def _fma_chain(num_rows):
 
             rows = [word(r) for r in range(num_rows)]
             targets = [builder.bitcast(at(acc_type, acc, a, r, acc_stride), _VECTOR.as_pointer()) for r in rows]
-            sums = [cgutils.alloca_once_value(builder, builder.load(target, align=4)) for target in targets]
+            zero = ir.Constant(_VECTOR, [0.0] * CPU_VECTOR)
+            starts = [builder.load(target, align=4) if accumulate else zero for target in targets]
+            sums = [cgutils.alloca_once_value(builder, start) for start in starts]
             with cgutils.for_range(builder, n) as loop:
                 source = at(memory_type, memory, m, loop.index, memory_stride)
                 values = builder.load(builder.bitcast(source, _VECTOR.as_pointer()), align=4)
@@ -238,22 +240,29 @@ def _reduction(start, combine):
 
 _vector_sum = _reduction(0.0, lambda builder, x, y: builder.fadd(x, y))
 _vector_max = _reduction(float("-inf"), lambda builder, x, y: builder.select(builder.fcmp_ordered(">", x, y), x, y))
-_fma_chain_1, _fma_chain_2, _fma_chain_4 = (_fma_chain(num_rows) for num_rows in (1, 2, 4))
 
 
-@inline_njit
-def _fma_rows(num_rows, acc, a, acc_stride, coefficients, c, coefficient_stride, memory, m, memory_stride, n):
+def _fma_rows(accumulate):
     """`_fma_chain` for any number of rows."""
-    quads = num_rows // 4 * 4
-    for r in range(0, quads, 4):
-        a_r, c_r = a + r * acc_stride, c + r * coefficient_stride
-        _fma_chain_4(acc, a_r, acc_stride, coefficients, c_r, coefficient_stride, memory, m, memory_stride, n)
-    a, c, left = a + quads * acc_stride, c + quads * coefficient_stride, num_rows - quads
-    if left >= 2:
-        _fma_chain_2(acc, a, acc_stride, coefficients, c, coefficient_stride, memory, m, memory_stride, n)
-    if left % 2:
-        a_r, c_r = a + (left - 1) * acc_stride, c + (left - 1) * coefficient_stride
-        _fma_chain_1(acc, a_r, acc_stride, coefficients, c_r, coefficient_stride, memory, m, memory_stride, n)
+    one, two, four = (_fma_chain(num_rows, accumulate) for num_rows in (1, 2, 4))
+
+    @inline_njit
+    def rows(num_rows, acc, a, acc_stride, coefficients, c, coefficient_stride, memory, m, memory_stride, n):
+        quads = num_rows // 4 * 4
+        for r in range(0, quads, 4):
+            a_r, c_r = a + r * acc_stride, c + r * coefficient_stride
+            four(acc, a_r, acc_stride, coefficients, c_r, coefficient_stride, memory, m, memory_stride, n)
+        a, c, left = a + quads * acc_stride, c + quads * coefficient_stride, num_rows - quads
+        if left >= 2:
+            two(acc, a, acc_stride, coefficients, c, coefficient_stride, memory, m, memory_stride, n)
+        if left % 2:
+            a_r, c_r = a + (left - 1) * acc_stride, c + (left - 1) * coefficient_stride
+            one(acc, a_r, acc_stride, coefficients, c_r, coefficient_stride, memory, m, memory_stride, n)
+
+    return rows
+
+
+_set_rows, _add_to_rows = _fma_rows(accumulate=False), _fma_rows(accumulate=True)
 
 
 @inline_njit
@@ -326,13 +335,13 @@ def _attend_tile(tile, caches, shape, scale, window, scratch):
     for split in range(lowest // SPLIT * SPLIT, visible_end, SPLIT):
         split_end = min(split + SPLIT, visible_end)
         first_page, end_page = max(split, lowest) // page_size, (split_end - 1) // page_size + 1
-        _fill(scores[: tokens * group * SCORE_STRIDE], _ZERO)
         for page in range(first_page, end_page):
             key = (pages[page] * num_kv_heads + kv_head) * page_size * head_dim
             first_row = max(0, page * page_size - first_position) * group
             column = page * page_size - split + MARGIN
+            # A whole vector is written even if the page ends within it; what is beyond is overwritten or masked.
             for i in range(0, page_size, CPU_VECTOR):
-                _fma_rows(
+                _set_rows(
                     tokens * group - first_row,
                     *(scores, first_row * SCORE_STRIDE + column + i, SCORE_STRIDE),
                     *(queries, first_row * head_dim, head_dim),
@@ -356,7 +365,7 @@ def _attend_tile(tile, caches, shape, scale, window, scratch):
                 low, high = _visible(first_position + t, split, split_end, window)
                 low, high = max(low, page_begin), min(high, page_begin + page_size)
                 for d in range(0, head_dim, CPU_VECTOR):
-                    _fma_rows(
+                    _add_to_rows(
                         group,
                         *(part, t * group * row_stride + d, row_stride),
                         *(scores, t * group * SCORE_STRIDE + low - split + MARGIN, SCORE_STRIDE),
@@ -401,6 +410,8 @@ def _attend(start, stop, q, k_memory, v_memory, page_table, cu_seqlens, kv_lens,
             continue
         tokens = min(tile_tokens, stop - row, cu_seqlens[request + 1] - token)
         first_position = kv_lens[request] - cu_seqlens[request + 1] + token
+        if first_position < token - cu_seqlens[request] or kv_lens[request] > page_table.shape[1] * page_size:
+            raise ValueError("attention: kv_lens does not fit the queries or the page table")
         first_head = kv_head * group
         for t in range(tokens):
             source = ((token + t) * num_heads + first_head) * head_dim

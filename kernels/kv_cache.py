@@ -97,7 +97,7 @@ def _kv_store_cpu(
     k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
 ) -> None:
     k, v = k.detach().contiguous(), v.detach().contiguous()
-    _store_rows(k.numpy(), v.numpy(), *cpu_arrays(k_cache, v_cache), slots.numpy())
+    _store_rows(k.numpy(), v.numpy(), *cpu_arrays(k_cache, v_cache), slots.contiguous().numpy())
 
 
 @numba.njit(cache=True, nogil=True)
@@ -160,10 +160,12 @@ def _store_kernel(
 ):
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
+    if slot < 0:
+        return
     page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE
     column = tl.arange(0, BLOCK)
     head, d = column // HEAD_DIM, column % HEAD_DIM
-    mask = (head < num_heads) & (slot >= 0)
+    mask = head < num_heads
     k = tl.load(k_ptr + token * k_token_stride + head * k_head_stride + d, mask=mask)
     v = tl.load(v_ptr + token * v_token_stride + head * v_head_stride + d, mask=mask)
     k_slot = page * k_page_stride + offset * k_slot_stride

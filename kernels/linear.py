@@ -26,8 +26,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     The bias is added to the rounded product, so it cannot change the order of the sum. Differentiable in all three.
     On the CPU only float32 (other dtypes raise ValueError).
 
-    Rows are independent in a process that called `lockstep.kernels.numerics.set_up` before its first matrix product.
-    (Without it, on a CPU, small weights still keep their rows: measured up to N = 1000, K = 256 and N = 128, K = 512.)
+    Rows are independent in a process that imported lockstep.kernels (on a GPU: that called `numerics.set_up`) before
+    its first matrix product. Where it was too late, small weights on a CPU still keep their rows: measured up to
+    N = 1000, K = 256 and N = 128, K = 512.
     """
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -58,7 +59,7 @@ def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = F.linear(F.pad(x_MK, (0, 0, 0, padding)), weight)[:num_rows] if padding else F.linear(x_MK, weight)
     if bias is not None:
         y.add_(bias)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _linear_cuda(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -71,7 +72,7 @@ def _linear_cuda(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = F.linear(x.reshape(-1, x.shape[-1]), weight)
     if bias is not None:
         y.add_(bias)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -27,7 +27,7 @@ _MANTISSA_MASK = 0x007FFFFF
 _LN2_HIGH = 0.693359375
 _LN2_LOW = -2.12194440e-4
 # log(1 + f) = f - f^2 / 2 + f^3 * P(f) for sqrt(1/2) <= 1 + f < sqrt(2), highest power first: a weighted minimax fit
-# whose largest relative error in the logarithm is 4.2e-8. Evaluated in pairs, which shortens the chain of dependent steps.
+# whose largest relative error in the logarithm is 4.2e-8. Evaluated in pairs: the chain of dependent steps is shorter.
 _P6, _P5, _P4, _P3 = 0.08917784690856934, -0.1435019075870514, 0.1487698256969452, -0.16565635800361633
 _P2, _P1, _P0 = 0.1996539682149887, -0.2500174641609192, 0.33333858847618103
 
@@ -203,7 +203,7 @@ def _log_of_parts_tile(f, exponent):
 
 @triton.jit
 def gumbel_from_bits_tile(bits):
-    """uint32 tile -> fp32 noise. Launch kernels that use it with enable_fp_fusion=False: a fused multiply-add has other bits."""
+    """uint32 tile -> fp32 noise. Launch with enable_fp_fusion=False: a fused multiply-add has other bits."""
     SHIFT: tl.constexpr = 0x3F800000 - 0x3F3504F3
     BASE: tl.constexpr = 0x3F3504F3
     complement = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
@@ -217,7 +217,7 @@ def gumbel_from_bits_tile(bits):
 
 @triton.jit
 def philox_tile(seed, position, counters):
-    """Four uint32 tiles: the words of counters[...] int32, that is, of tokens 512 * (c // 128) + 128 * word + c % 128."""
+    """The four words of int32 counters c, uint32 tiles: those of tokens 512 * (c // 128) + 128 * word + c % 128."""
     zero = counters * 0
     position_low = (position & 0xFFFFFFFF).to(tl.uint32) + zero.to(tl.uint32)
     position_high = (position >> 32).to(tl.uint32) + zero.to(tl.uint32)

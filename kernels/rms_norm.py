@@ -56,12 +56,16 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: flo
 
 
 def _rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    _check("rms_norm", x, x, weight)
+    _check("rms_norm", x, weight)
     return _rms_norm_triton(x, weight, eps) if x.is_cuda else _rms_norm_cpu(x, weight, eps)
 
 
 def _add_rms_norm_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    _check("add_rms_norm", x, residual, weight)
+    _check("add_rms_norm", x, weight)
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(
+            f"add_rms_norm: residual {tuple(residual.shape)} {residual.dtype} does not fit x {tuple(x.shape)} {x.dtype}"
+        )
     forward = _add_rms_norm_triton if x.is_cuda else _add_rms_norm_cpu
     return forward(x, residual, weight, eps)
 
@@ -84,7 +88,7 @@ def _row_layout(x: Tensor) -> tuple[Tensor, int, int, int]:
 def _flat(x: Tensor) -> np.ndarray:
     """x's memory from its first element to its last: always a contiguous array, so that one compiled kernel, with one
     order of sums, serves every layout."""
-    x = x.detach()
+    x = x.detach() if x.requires_grad else x
     if x.is_contiguous():
         return x.numpy().reshape(-1)
     span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
@@ -95,18 +99,16 @@ def _min_rows_per_thread(hidden_size: int) -> int:
     return _ELEMENTS_PER_THREAD // max(hidden_size, 1) + 1
 
 
-def _check(name: str, x: Tensor, residual: Tensor, weight: Tensor) -> None:
-    if weight.shape != x.shape[-1:] or residual.shape != x.shape:
-        shapes = [tuple(tensor.shape) for tensor in (x, residual, weight)]
-        raise ValueError(f"{name}: x, residual and weight of shapes {shapes} do not fit")
-    for tensor in (x, residual, weight):
-        if not tensor.is_cuda and tensor.dtype != torch.float32:
-            raise ValueError(f"{name} on the CPU takes float32, not {tensor.dtype}")
+def _check(name: str, x: Tensor, weight: Tensor) -> None:
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"{name}: x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit")
+    if not x.is_cuda and not (x.dtype is weight.dtype is torch.float32):
+        raise ValueError(f"{name} on the CPU takes float32, not {x.dtype} and {weight.dtype}")
 
 
 def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     hidden_size = x.shape[-1]
-    y = torch.empty(x.shape)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     x, outer, inner, count = _row_layout(x)
     parallel_rows(
         _rms_norm_rows,
@@ -119,7 +121,8 @@ def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _add_rms_norm_cpu(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     hidden_size = x.shape[-1]
-    y, summed = torch.empty(x.shape), torch.empty(x.shape)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    summed = torch.empty_like(y)
     parallel_rows(
         _add_rms_norm_rows,
         y.numel() // max(hidden_size, 1),

@@ -166,7 +166,8 @@ def _apply_rope_cpu(x: Tensor, cos_sin: Tensor, positions: Tensor, direction: fl
     if x.dtype != torch.float32 or cos_sin.dtype != torch.float32:
         raise ValueError(f"apply_rope on the CPU takes float32, not {x.dtype} and {cos_sin.dtype}")
     num_tokens, num_heads, head_dim = x.shape
-    x = x.detach()
+    if x.requires_grad:
+        x = x.detach()
     if x.stride(2) != 1:
         x = x.contiguous()
     # The memory from x's first element to its last, as one contiguous array: one compiled kernel for every layout.
@@ -175,7 +176,7 @@ def _apply_rope_cpu(x: Tensor, cos_sin: Tensor, positions: Tensor, direction: fl
     else:
         span = (num_tokens - 1) * x.stride(0) + (num_heads - 1) * x.stride(1) + head_dim
         x_flat = x.as_strided((span,), (1,)).numpy()
-    y = torch.empty(x.shape)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     parallel_rows(
         _apply_rope_tokens,
         num_tokens,
@@ -183,7 +184,7 @@ def _apply_rope_cpu(x: Tensor, cos_sin: Tensor, positions: Tensor, direction: fl
         x_flat,
         x.stride(0),
         x.stride(1),
-        cos_sin.detach().numpy(),
+        cos_sin.numpy(),
         positions.numpy(),
         y.numpy(),
         np.float32(direction),

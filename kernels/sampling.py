@@ -46,8 +46,8 @@ def sample(
 
     Order and meaning of the truncations are those of transformers' TopK, TopP and MinP warpers, and the likeliest token
     is always allowed. The allowed set is closed under equal values: all tokens tied with the last one that top-k or
-    top-p lets in are let in too (transformers does so for top-k; for top-p it cuts a tie by sort order). Equal scores go
-    to the lowest id. Mass is counted in units of 2^-40 of the likeliest token's.
+    top-p lets in are let in too (transformers does so for top-k; for top-p it cuts a tie by sort order). Equal scores
+    go to the lowest id. Mass is counted in units of 2^-40 of the likeliest token's.
 
     NaN logits never win, nor do -inf ones; a row that has nothing else gets -1, which no vocabulary contains.
     Parameters outside their ranges are the caller's mistake and are not looked for. Raises ValueError if shapes or
@@ -263,10 +263,7 @@ def _mass_at_or_above(logits, vocab_size, divisor, largest, lowest, key, BY_COUN
         x = tl.where(x >= lowest, x, -float("inf"))
         bits = x.to(tl.int32, bitcast=True)
         x_key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
-        if BY_COUNT:
-            mass = tl.full((TILE,), 1, tl.int64)
-        else:
-            mass = (tl.exp(x - largest) * 1099511627776.0).to(tl.int64)
+        mass = tl.full((TILE,), 1, tl.int64) if BY_COUNT else (tl.exp(x - largest) * 1099511627776.0).to(tl.int64)
         total += tl.where((x_key >= key) & (tokens < vocab_size), mass, 0)
     return tl.sum(total, axis=0)
 
@@ -392,7 +389,7 @@ def _sample_triton(
     positions: torch.Tensor,
     tiles_per_split: int = 4,
 ) -> torch.Tensor:
-    """sample on a GPU, without a synchronisation. tiles_per_split (tiles of 2048 tokens) is free: it changes no token."""
+    """sample on a GPU, without a synchronisation. tiles_per_split (of 2048 tokens) is free: it changes no token."""
     num_rows, vocab_size = logits.shape
     logits, counters = logits.contiguous(), 4 * NOISE_LANES
     out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)

@@ -171,7 +171,8 @@ def _write(result: dict, output: Path) -> None:
 
 
 def _machine() -> str:
-    return f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+    python = platform.python_version()
+    return f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {python}"
 
 
 def _processor() -> str:

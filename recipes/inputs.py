@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from lockstep.recipes.new_model import ModelShape, new_model
 from lockstep.rollout.tasks import LocalFilesConfig, ReasoningGymConfig, Task, TaskSplits, build_task
@@ -15,37 +16,27 @@ TOKENIZER_TRAINING_PROBLEMS = 2000
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """The problems to learn from: exactly one of these is set."""
+    """The problems to learn from. `kind` chooses which of the other fields counts: a key of rollout.tasks.TASKS."""
 
-    reasoning_gym: ReasoningGymConfig | None = None
-    local_files: LocalFilesConfig | None = None
+    kind: Literal["reasoning_gym", "local_files"] = "reasoning_gym"
+    reasoning_gym: ReasoningGymConfig = field(default_factory=ReasoningGymConfig)
+    local_files: LocalFilesConfig = field(default_factory=LocalFilesConfig)
 
     def build(self) -> TaskSplits:
-        """Raises ValueError unless exactly one kind of task is chosen, and as `build_task` does."""
-        chosen = [config for config in (self.reasoning_gym, self.local_files) if config is not None]
-        if len(chosen) != 1:
-            raise ValueError(
-                f"task: set one of task.reasoning_gym and task.local_files, {len(chosen)} are set "
-                "(for example task.reasoning_gym.dataset=chain_sum)"
-            )
-        return build_task(chosen[0])
+        """Raises as `build_task` does."""
+        return build_task(getattr(self, self.kind))
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """An HF directory (`path`), or the shape of a model and the size of a tokenizer to be made from nothing."""
+    """An HF directory (`path`); without one, a model of `shape` and its tokenizer are made from nothing."""
 
     path: str | None = None
-    shape: ModelShape | None = None
+    shape: ModelShape = field(default_factory=ModelShape)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
     def resolve(self, directory: Path, task: Task, seed: int) -> Path:
-        """The model directory; made at `directory` from the task's own text, and found there by a resumed run.
-
-        Raises ValueError unless either `path` or `shape` is set.
-        """
-        if (self.path is None) == (self.shape is None):
-            raise ValueError("model: set model.path to an HF directory, or model.shape to make a model from nothing")
+        """The model directory; made at `directory` from the task's own text, and found there by a resumed run."""
         if self.path is not None:
             return Path(self.path)
         if not directory.exists():

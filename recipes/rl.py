@@ -21,16 +21,18 @@ from lockstep.trainer_bridge import MegatronTrainer, publish
 from lockstep.trainer_bridge.algorithms import Algorithm, AlgorithmConfig, build_algorithm
 from lockstep.trainer_bridge.packing import PackedBatch, TrainSequence, pack
 
+WARMUP = "sft"  # the folder of the warm-up's run in the run directory
+
 
 @dataclass(frozen=True)
 class RLConfig(TrainingRunConfig):
-    """warmup: a supervised stage to start from; its model, task and seed are this run's. null starts at the model.
+    """warmup: a supervised stage to start from, if its `steps` are not 0; its model, task and seed are this run's.
     reward: weights by name; see rollout/rewards.py. evaluate_every: steps between held-out evaluations.
     engine: its `model` is filled in by the run.
     """
 
     name: str = "rl"
-    warmup: sft.SFTConfig | None = None
+    warmup: sft.SFTConfig = field(default_factory=lambda: sft.SFTConfig(steps=0))
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: dict[str, float] = field(default_factory=lambda: {"task": 1.0})
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
@@ -51,17 +53,18 @@ def run(config: RLConfig) -> dict[str, Any]:
             publish(trainer, engine, version=trainer.step_count)
         train(config, run, tasks, trainer, engine)
         engine.shutdown()
-        return run.finish(trainer)
+        warmup = run.path / WARMUP
+        return run.finish(trainer, earlier_runs=[warmup] if warmup.exists() else [])
 
 
 def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
     """The model that RL starts from: the warm-up's result (made now if it is not there yet), or the given one."""
     new_model = config.directory / "new_model"
-    if config.warmup is None:
+    if config.warmup.steps == 0:
         return config.model.resolve(new_model, tasks.train, config.seed)
     warmup = replace(
         config.warmup,
-        name="sft",
+        name=WARMUP,
         runs_dir=str(config.directory),
         model=config.model,
         task=config.task,

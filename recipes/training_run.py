@@ -18,6 +18,7 @@ from lockstep.recipes.report import write_report
 from lockstep.recipes.run_directory import RunDirectory, read_config, read_metrics
 from lockstep.recipes.sinks import open_sinks
 from lockstep.rollout.evaluation import EvalResult
+from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 
 START = "the run's model"  # stands in trainer.model and engine.model until the run knows its model directory
@@ -106,15 +107,19 @@ class TrainingRun:
             with self.directory.checkpoint(step) as folder:
                 trainer.save(folder / "trainer")
 
-    def finish(self, trainer: MegatronTrainer) -> dict[str, Any]:
-        """Exports the model, records its hash, writes the report, and prints the summary, which it returns."""
+    def finish(self, trainer: MegatronTrainer, earlier_runs: Sequence[Path] = ()) -> dict[str, Any]:
+        """Exports the model, records its hash, writes the report, and prints the summary, which it returns.
+
+        earlier_runs: directories of the stages that this run began with; the report plots them too.
+        """
         export = self.path / "model"
         shutil.rmtree(export, ignore_errors=True)
         trainer.export_hf(export)
         digest = trainer.weights_hash()
         self.directory.write_weights_hash(digest)
         results = {**summarize(read_metrics(self.path)), "weights_hash": digest, "model": str(export)}
-        results["report"] = str(write_report(self.path))
+        decode = load_tokenizer(export).decode
+        results["report"] = str(write_report(self.path, decode=decode, earlier_runs=earlier_runs))
         self.view.summary(results)
         return results
 

@@ -1,8 +1,10 @@
-"""Test set-up: without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before triton is imported."""
+"""Test set-up: without a GPU the Triton kernels run in Triton's interpreter, chosen before triton is imported."""
 
 import os
 
 import torch
+
+import lockstep.kernels  # noqa: F401  before the first matrix product of the process
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -47,9 +47,12 @@ def _imported(node: ast.AST) -> Iterator[str]:
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom) and node.module:
         yield from (f"{node.module}.{alias.name}" for alias in node.names)
-    elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-        if getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
-            yield str(node.args[0].value)
+    elif _is_import_call(node) and node.args and isinstance(node.args[0], ast.Constant):
+        yield str(node.args[0].value)
+
+
+def _is_import_call(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module"
 
 
 def test_no_import_runs_up_or_sideways():

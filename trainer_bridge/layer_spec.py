@@ -4,7 +4,6 @@ Megatron-core keeps what is its own: parameter names and layout, sharded state, 
 Each module here holds no arithmetic: it calls the kernel that the engine calls, so the bits are the engine's.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -151,9 +150,7 @@ class RecomputedLayer(TransformerLayer):
         return checkpoint(super().forward, hidden_states, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-def block_spec(
-    model: ModelConfig, recompute: bool, norm: Callable[..., torch.nn.Module] = KernelRMSNorm
-) -> TransformerBlockSubmodules:
+def block_spec(model: ModelConfig, recompute: bool) -> TransformerBlockSubmodules:
     """The spec of all transformer layers and the final norm.
 
     recompute: trade the activations inside a layer for a second forward pass.
@@ -162,8 +159,8 @@ def block_spec(
         linear_qkv=ModuleSpec(module=KernelColumnLinear, params={"has_bias": model.qkv_bias}),
         core_attention=ModuleSpec(module=KernelCoreAttention, params={"layer_windows": model.layer_windows}),
         linear_proj=ModuleSpec(module=KernelRowLinear, params={"has_bias": model.proj_bias}),
-        q_layernorm=norm if model.qk_norm else None,
-        k_layernorm=norm if model.qk_norm else None,
+        q_layernorm=KernelRMSNorm if model.qk_norm else None,
+        k_layernorm=KernelRMSNorm if model.qk_norm else None,
     )
     mlp = MLPSubmodules(
         linear_fc1=ModuleSpec(module=KernelColumnLinear, params={"has_bias": model.mlp_bias}),
@@ -173,14 +170,14 @@ def block_spec(
     layer = ModuleSpec(
         module=RecomputedLayer if recompute else TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=KernelRMSNorm,
             self_attention=ModuleSpec(
                 module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
+            pre_mlp_layernorm=KernelRMSNorm,
             mlp=ModuleSpec(module=MLP, params={"ffn_hidden_size": model.ffn_hidden_size}, submodules=mlp),
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * model.num_layers, layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * model.num_layers, layer_norm=KernelRMSNorm)

@@ -11,6 +11,7 @@ import torch
 
 from lockstep.engine.checkpoint import initialize_dummy, iterate_weights, save_hf
 from lockstep.engine.models.config import load_model_config
+from lockstep.engine.models.names import matrix_shapes
 from lockstep.engine.weights import checksum
 from lockstep.kernels import numerics
 from lockstep.trainer_bridge.checkpoint import load_tensors, read_common, save_checkpoint
@@ -83,6 +84,7 @@ class MegatronTrainer:
         numerics.set_up(self.device)
         initialize_megatron(self.device)
         self.model_config = load_model_config(config.model)
+        numerics.check_row_contract(self.device, self.dtype, matrix_shapes(self.model_config))
         self.model = LockstepGPTModel(self.model_config, self.device, self.dtype, config.recompute)
         if config.load_format == "dummy":
             initialize_dummy(self.model, config.seed)

@@ -92,6 +92,11 @@ def expand(config: ModelConfig) -> list[Entry]:
     return entries
 
 
+def matrix_shapes(config: ModelConfig) -> set[tuple[int, int]]:
+    """The distinct (rows, columns) of the model's weight matrices."""
+    return {entry.shape for entry in expand(config) if len(entry.shape) == 2}
+
+
 def to_megatron(entry: Entry, hf_tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The parameter of shape `entry.shape` from the tensors of `entry.hf_names`, in that order: a permutation of rows.
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from models import FAMILY_NAMES, tiny_config
 
 from lockstep.engine.models.config import ModelConfig, parse_model_config
@@ -55,8 +56,6 @@ def test_round_trip(family, overrides, dtype):
 
 @pytest.mark.parametrize(("family", "overrides"), CASES)
 def test_hf_names_are_transformers_own(family, overrides):
-    import transformers
-
     hf_config = tiny_config(family, **overrides)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(hf_config)

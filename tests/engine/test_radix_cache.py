@@ -184,10 +184,10 @@ class Game:
 
 @pytest.mark.parametrize("block", range(8))
 def test_random_use_agrees_with_the_model(block):
-    for seed in range(block * 12, (block + 1) * 12):
+    for seed in range(block * 6, (block + 1) * 6):
         game = Game(seed)
-        moves = [game.match] * 6 + [game.insert] * 8 + [game.unlock] * 6 + [game.evict] * 3
-        for _ in range(300):
+        moves = [game.match] * 6 + [game.insert] * 8 + [game.unlock] * 6 + [game.evict] * game.rng.choice([1, 3])
+        for _ in range(600):
             move = game.rng.choice([*moves, game.forget, game.reset] if game.rng.random() < 0.1 else moves)
             move()
             game.check()
@@ -260,3 +260,16 @@ def test_bookkeeping_does_not_grow_with_lookups():
         assert not lookup(cache, pool, [1, 2, 3, 4], version)
     assert len(cache._evictable_leaves) < 100
     assert len(cache._roots) == 1
+
+
+@pytest.mark.parametrize("num_lookups", range(60, 160, 5))
+def test_every_page_can_be_evicted_after_many_lookups(num_lookups):
+    pool = PagePool(8)
+    cache = RadixCache(pool, PAGE_SIZE)
+    for token in range(8):
+        cache_sequence(cache, pool, [token, token], version=0)
+    rng = random.Random(num_lookups)
+    for _ in range(num_lookups):
+        token = rng.randrange(8)
+        assert lookup(cache, pool, [token, token], version=0)
+    assert cache.evict(8) == 8

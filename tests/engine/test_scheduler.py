@@ -222,7 +222,7 @@ def test_random_schedules_read_what_was_written(block):
 
 @pytest.mark.parametrize(("prompt_length", "budget"), [(512, 8192), (512, 100), (520, 8192), (100, 1), (7, 8192)])
 def test_the_prompt_of_a_group_is_computed_once(prompt_length, budget):
-    world = World(num_pages=4096, page_size=16, max_running=64, budget=budget, max_model_len=2048, caching=True)
+    world = World(num_pages=256, page_size=16, max_running=64, budget=budget, max_model_len=2048, caching=True)
     groups = [[group, *range(prompt_length - 1)] for group in range(4)]
     for prompt in groups:
         for seed in range(16):
@@ -316,6 +316,18 @@ def test_new_requests_match_only_the_new_version(keep):
     world.step()
     # Mixed KV is never shared; what was computed anew is, save the last token, which has no KV.
     assert again.num_cached == (12 if keep else 20)
+
+
+def test_nobody_waits_for_pages_of_an_old_version():
+    world = World(num_pages=40, page_size=4, max_running=4, budget=8, max_model_len=64, caching=True)
+    world.add([1] * 12, 2, seed=1)
+    held = world.add([1] * 12, 2, seed=2)
+    world.step()
+    assert held.slot is None
+    world.scheduler.set_version(1)
+    world.step()
+    assert held.num_computed == 4
+    world.run_to_end()
 
 
 def test_an_update_after_a_failed_step_leaves_shared_pages_alone():

@@ -134,5 +134,5 @@ assert os.waitpid(child, 0)[1] == 0
 
 def test_a_cached_kernel_is_stale_when_the_helpers_change():
     helpers = os.stat(cpu.__file__)
-    stamp = _exp_rows._cache._index_file._source_stamp
+    stamp = _exp_rows._cache._cache_file._source_stamp
     assert (helpers.st_mtime, helpers.st_size) in stamp

@@ -11,11 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.kernels.linear import _linear_triton, linear, linear_reference
-from lockstep.kernels.numerics import check_row_contract, set_up
+from lockstep.kernels.numerics import check_row_contract
 
 # At import, because no test of any file has multiplied matrices yet when the files are collected.
-set_up("cpu")
-
 # (N, K) of weights, odd ones included
 SHAPES = [(384, 128), (128, 384), (260, 100), (512, 192), (1, 128), (33, 17)]
 
@@ -109,21 +107,15 @@ def test_triton_matches_fp64_and_keeps_rows(m, n, k):
 def test_check_finds_a_linear_that_depends_on_the_batch(monkeypatch):
     check_row_contract("cpu", torch.float32)
     monkeypatch.setattr("lockstep.kernels.numerics.linear", lambda x, weight: F.linear(x, weight) + 1e-6 * len(x))
-    with pytest.raises(RuntimeError, match=r"\[384, 128\].*set_up"):
+    with pytest.raises(RuntimeError, match=r"\[384, 128\].*MKL_CBWR"):
         check_row_contract("cpu", torch.float32)
 
 
-def test_set_up_may_be_called_again():
-    set_up("cpu")
-    set_up("cpu")
-
-
-def test_set_up_makes_rows_independent_for_large_k_and_any_number_of_threads():
+def test_importing_the_kernels_makes_rows_independent_for_large_k_and_any_number_of_threads():
     program = """
 import torch
-from lockstep.kernels.numerics import check_row_contract, set_up
+from lockstep.kernels.numerics import check_row_contract
 from lockstep.kernels.linear import linear
-set_up("cpu")
 check_row_contract("cpu", torch.float32, shapes=[(1024, 4096), (512, 3072), (128, 2048)])
 x, weight = torch.randn(48, 2048), torch.randn(128, 2048)
 torch.set_num_threads(1)
@@ -134,7 +126,7 @@ assert torch.equal(linear(x, weight), alone)
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
-def test_padding_keeps_rows_of_small_weights_without_set_up():
+def test_padding_keeps_rows_of_small_weights_in_mkl_s_default_mode():
     program = """
 import torch
 from lockstep.kernels.linear import linear
@@ -144,5 +136,5 @@ for n, k in [(384, 128), (128, 384), (260, 100)]:
     for size in (1, 2, 7, 15, 17, 33, 130):
         assert torch.equal(linear(x[:size], weight), together[:size]), (n, k, size)
 """
-    environment = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
+    environment = {**os.environ, "MKL_CBWR": "AUTO"}
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120, env=environment)

@@ -3,9 +3,9 @@
 import random
 
 import pytest
+from models import make_hf_model
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
-from tests.models import make_hf_model
 
 NUM_REQUESTS = 20
 SCHEDULES_PER_BATCH = 10

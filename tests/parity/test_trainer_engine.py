@@ -5,12 +5,12 @@ import random
 
 import pytest
 import torch
+from models import make_hf_model
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig, publish
 from lockstep.trainer_bridge.losses import grpo_loss
 from lockstep.trainer_bridge.packing import TrainSequence, pack
-from tests.models import make_hf_model
 
 MODELS = {
     "llama": ("llama", {}),

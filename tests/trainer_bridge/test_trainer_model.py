@@ -65,7 +65,7 @@ def test_names_and_log_probs_are_the_decoders(case, tmp_path):
     load_into(decoder, tmp_path)
     trainer = MegatronTrainer(TrainerConfig(model=str(tmp_path)))
     weights = dict(trainer.named_weights())
-    assert [(n, p.shape) for n, p in decoder.named_parameters()] == [(n, p.shape) for n, p in weights.items()]
+    assert {n: p.shape for n, p in decoder.named_parameters()} == {n: p.shape for n, p in weights.items()}
     assert all(torch.equal(p, weights[n]) for n, p in decoder.named_parameters())
 
     sequences = random_sequences([50, 2, 75, 33])

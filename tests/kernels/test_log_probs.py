@@ -1,0 +1,151 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lockstep.kernels import log_probs as module
+from lockstep.kernels.linear import linear
+from lockstep.kernels.log_probs import log_probs, log_probs_reference, token_log_probs, token_log_probs_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_rows(num_rows: int, vocab_size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 4 * torch.randn(num_rows, vocab_size, generator=generator)
+    tokens = torch.randint(0, vocab_size, (num_rows,), generator=generator)
+    temperature = 0.3 + 2 * torch.rand(num_rows, generator=generator)
+    temperature[::5] = 0.0
+    return logits, tokens, temperature
+
+
+def make_head(num_rows: int, hidden_size: int, vocab_size: int, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_rows, hidden_size, generator=generator)
+    weight = torch.randn(vocab_size, hidden_size, generator=generator) * hidden_size**-0.5
+    return hidden, weight, torch.randint(0, vocab_size, (num_rows,), generator=generator)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 512, 5000, 152000])
+def test_token_log_probs_against_fp64(vocab_size):
+    logits, tokens, temperature = make_rows(9, vocab_size)
+    expected = token_log_probs_reference(logits.double(), tokens, temperature.double())
+    tolerance = {"rtol": 1e-6, "atol": 4e-6}
+    torch.testing.assert_close(token_log_probs(logits, tokens, temperature).double(), expected, **tolerance)
+    on_device = module._rows_triton(logits.to(DEVICE), tokens.to(DEVICE), temperature.to(DEVICE)).logprobs
+    torch.testing.assert_close(on_device.double().cpu(), expected, **tolerance)
+
+
+def test_masked_nan_and_outside():
+    logits = torch.zeros(4, 8)
+    logits[0, 1:] = -torch.inf
+    logits[1, 2] = torch.nan
+    tokens = torch.tensor([0, 0, 8, -1])
+    result = token_log_probs(logits, tokens, torch.ones(4))
+    assert result[0] == 0
+    assert result[1:].isnan().all()
+    entropies = module._rows_cpu(logits, tokens, torch.ones(4)).entropies
+    assert entropies[0] == 0
+    on_device = module._rows_triton(logits.to(DEVICE), tokens.to(DEVICE), torch.ones(4, device=DEVICE))
+    assert on_device.logprobs[0] == 0
+    assert on_device.entropies[0] == 0
+    assert on_device.logprobs[1:].isnan().all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_a_log_prob_depends_on_its_own_row_only(data):
+    vocab_size = data.draw(st.sampled_from([2, 33, 512, 3001]))
+    num_rows = data.draw(st.integers(1, 70))
+    batch = make_rows(num_rows, vocab_size, data.draw(st.integers(0, 1000)))
+    whole = token_log_probs(*batch)
+    chosen = torch.tensor(data.draw(st.lists(st.integers(0, num_rows - 1), min_size=1, max_size=80)))
+    assert torch.equal(token_log_probs(*(tensor[chosen] for tensor in batch)), whole[chosen])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_trainer_and_engine_agree_to_the_bit(data):
+    num_rows = data.draw(st.integers(1, 90))
+    temperature = data.draw(st.sampled_from([0.0, 0.7, 1.0, 1.9]))
+    hidden, weight, tokens = make_head(num_rows, 48, data.draw(st.sampled_from([30, 512, 700])))
+    chunk_rows = data.draw(st.sampled_from([None, 1, 16, 37]))
+    trained, entropy = log_probs(hidden.requires_grad_(), weight, tokens, temperature, True, chunk_rows)
+    plain, plain_entropy = log_probs(hidden.detach(), weight, tokens, temperature, True)
+    assert torch.equal(trained, plain)
+    assert torch.equal(entropy, plain_entropy)
+    assert torch.equal(log_probs(hidden.detach(), weight, tokens, temperature), plain)
+    chosen = torch.tensor(data.draw(st.lists(st.integers(0, num_rows - 1), min_size=1, max_size=40)))
+    logits = linear(hidden.detach()[chosen], weight)
+    served = token_log_probs(logits, tokens[chosen], torch.full((len(chosen),), temperature))
+    assert torch.equal(served, trained[chosen])
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 16, 50])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_values_and_gradients_against_fp64(temperature, chunk_rows):
+    hidden, weight, tokens = make_head(100, 24, 300)
+    grad = torch.randn(100, generator=torch.Generator().manual_seed(5))
+    exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
+    expected, expected_entropy = log_probs_reference(*exact, tokens, temperature)
+    expected.backward(grad.double())
+    ours = [hidden.requires_grad_(), weight.requires_grad_()]
+    result, entropy = log_probs(*ours, tokens, temperature, with_entropy=True, chunk_rows=chunk_rows)
+    result.backward(grad)
+    assert not entropy.requires_grad
+    torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=4e-6)
+    torch.testing.assert_close(entropy.double(), expected_entropy, rtol=1e-6, atol=4e-6)
+    for mine, theirs in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-5, atol=4e-6)
+
+
+def test_backward_repeats_and_a_kept_graph_can_be_used_twice():
+    hidden, weight, tokens = make_head(64, 16, 200)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    total = log_probs(hidden, weight, tokens).sum()
+    first = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(total, (hidden, weight))
+    assert all(map(torch.equal, first, second))
+
+
+def test_kept_and_recomputed_logits_give_the_same_hidden_gradient():
+    hidden, weight, tokens = make_head(64, 16, 200)
+    hidden.requires_grad_()
+    kept, recomputed = (
+        torch.autograd.grad(log_probs(hidden, weight, tokens, chunk_rows=rows).sum(), hidden)[0] for rows in (64, 32)
+    )
+    torch.testing.assert_close(kept, recomputed, rtol=1e-5, atol=1e-6)
+
+
+def test_triton_gradient_and_entropy_against_numba():
+    logits, tokens, temperature = make_rows(6, 5000)
+    temperature = temperature.clamp(min=0.5)
+    rows = module._rows_cpu(logits, tokens, temperature)
+    inputs = (logits, tokens, temperature, rows.maxima, rows.sums, torch.linspace(-1, 2, 6))
+    expected, actual = torch.empty_like(logits), torch.empty_like(logits, device=DEVICE)
+    module._gradient_cpu(expected, *inputs)
+    on_device = [tensor.to(DEVICE) for tensor in inputs]
+    module._gradient_triton(actual, *on_device)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-5, atol=1e-7)
+    entropies = module._rows_triton(*on_device[:3]).entropies
+    torch.testing.assert_close(entropies.cpu(), rows.entropies, rtol=1e-5, atol=1e-5)
+
+
+def test_empty_batch():
+    hidden, weight, tokens = make_head(0, 8, 12)
+    weight.requires_grad_()
+    log_probs(hidden, weight, tokens).sum().backward()
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_wrong_inputs_are_named():
+    hidden, weight, tokens = make_head(4, 8, 12)
+    with pytest.raises(ValueError, match="tokens"):
+        log_probs(hidden, weight, tokens.int())
+    with pytest.raises(ValueError, match="temperature"):
+        log_probs(hidden, weight, tokens, -1.0)
+    with pytest.raises(ValueError, match="temperature"):
+        token_log_probs(torch.zeros(4, 12), tokens, torch.ones(3))
+    with pytest.raises(ValueError, match="float64"):
+        token_log_probs(torch.zeros(4, 12, dtype=torch.float64), tokens, torch.ones(4))
