@@ -93,7 +93,8 @@ def _mirror_type(annotation: Any) -> Any:
     arguments = tuple(argument if argument is ... else _mirror_type(argument) for argument in arguments)
     if origin in (Union, UnionType):
         return functools.reduce(operator.or_, arguments)
-    return (dict if issubclass(origin, Mapping) else origin)[arguments]
+    plain = dict if issubclass(origin, Mapping) else list if origin is Sequence else origin
+    return plain[arguments]
 
 
 def _mirror_value(value: Any) -> Any:
@@ -143,7 +144,7 @@ def _build(annotation: Any, value: Any, key: str) -> Any:
         if len(arms) != len(value):
             raise ValueError(f"{key}: {value} has {len(value)} values; {len(arms)} are wanted")
         return tuple(_build(arm, item, f"{key}[{i}]") for i, (arm, item) in enumerate(zip(arms, value, strict=True)))
-    if origin is list:
+    if origin in (list, Sequence):
         return [_build(arguments[0], item, f"{key}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, dict) and len(arguments) == 2:
         return {name: _build(arguments[1], item, f"{key}.{name}") for name, item in value.items()}

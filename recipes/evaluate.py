@@ -17,11 +17,11 @@ from lockstep.rollout.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """engine.model is the directory to evaluate. show: how many responses are printed."""
+    """engine.model is the directory to evaluate. reward: empty is the task's own verifier. show: responses to print."""
 
     engine: EngineConfig
     task: TaskConfig = field(default_factory=TaskConfig)
-    reward: dict[str, float] = field(default_factory=lambda: {"task": 1.0})
+    reward: dict[str, float] = field(default_factory=dict)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: int = 0
     num_threads: int | None = None

@@ -216,7 +216,8 @@ def _first_middle_last(steps: Sequence[int]) -> list[int]:
 
 
 def _first_samples(rows: Iterable[Record], count: int) -> list[Record]:
-    return sorted(rows, key=lambda row: (row.get("prompt_index", 0), row.get("sample_index", 0)))[:count]
+    """Samples of as many prompts as possible: the first of each prompt, then the second of each, and so on."""
+    return sorted(rows, key=lambda row: (row.get("sample_index", 0), row.get("prompt_index", 0)))[:count]
 
 
 def _sample_view(row: Record, decode: Callable[[Sequence[int]], str] | None) -> dict[str, Any]:

@@ -27,14 +27,14 @@ WARMUP = "sft"  # the folder of the warm-up's run in the run directory
 @dataclass(frozen=True)
 class RLConfig(TrainingRunConfig):
     """warmup: a supervised stage to start from, if its `steps` are not 0; its model, task and seed are this run's.
-    reward: weights by name; see rollout/rewards.py. evaluate_every: steps between held-out evaluations.
+    reward: weights by name, see rollout/rewards.py; empty is the task's own verifier. evaluate_every: steps between held-out evaluations.
     engine: its `model` is filled in by the run.
     """
 
     name: str = "rl"
     warmup: sft.SFTConfig = field(default_factory=lambda: sft.SFTConfig(steps=0))
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    reward: dict[str, float] = field(default_factory=lambda: {"task": 1.0})
+    reward: dict[str, float] = field(default_factory=dict)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(model=START))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -44,10 +44,10 @@ class RLConfig(TrainingRunConfig):
 def run(config: RLConfig) -> dict[str, Any]:
     """Trains until `config.steps` updates are made; see `train` for a step."""
     config = resumed(config)
-    tasks = config.task.build()
-    start = starting_model(config, tasks)
     with TrainingRun(config, "rl") as run:
-        trainer = run.trainer(start)
+        tasks = config.task.build()
+        start = starting_model(config, tasks)
+        trainer = run.start(start)
         engine = Engine(replace(config.engine, model=str(start)))
         if trainer.step_count > 0:
             publish(trainer, engine, version=trainer.step_count)

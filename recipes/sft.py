@@ -30,7 +30,7 @@ def run(config: SFTConfig) -> dict[str, Any]:
         tasks = config.task.build()
         model = config.model.resolve(run.path / "new_model", tasks.train, config.seed)
         tokenizer = load_tokenizer(model)
-        trainer = run.trainer(model)
+        trainer = run.start(model)
         order = ProblemOrder(len(tasks.train), config.seed)
         for step in range(trainer.step_count + 1, config.steps + 1):
             started = time.perf_counter()

@@ -16,7 +16,7 @@ from lockstep.recipes.inputs import ModelSource, TaskConfig
 from lockstep.recipes.live import LiveView
 from lockstep.recipes.report import write_report
 from lockstep.recipes.run_directory import RunDirectory, read_config, read_metrics
-from lockstep.recipes.sinks import open_sinks
+from lockstep.recipes.sinks import Sinks, open_sinks
 from lockstep.rollout.evaluation import EvalResult
 from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
@@ -67,7 +67,7 @@ def resumed(config: Config) -> Config:
 
 
 class TrainingRun:
-    """One training stage's run, open for writing. Use as a context manager."""
+    """One training stage's run, open for writing. Use as a context manager, and `start` it once its model is there."""
 
     def __init__(self, config: TrainingRunConfig, stage: str):
         launch.set_up_process(config.seed, config.num_threads)
@@ -76,22 +76,25 @@ class TrainingRun:
         stored = replace(config, runs_dir="", name="", run=None)  # a run may be moved or renamed
         self.directory = RunDirectory(config.directory, stored, keep_checkpoints=config.keep_checkpoints)
         self.path = self.directory.path
-        self.view = LiveView(stage, config.steps, self.directory.resume_step or 0)
-        self.sinks = open_sinks(config.sinks, self.directory, config, self.view)
+        self.view: LiveView | None = None
+        self.sinks: Sinks | None = None
 
     def __enter__(self) -> TrainingRun:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.sinks.close()
+        if self.sinks is not None:
+            self.sinks.close()
         self.directory.close()
 
-    def trainer(self, model: Path) -> MegatronTrainer:
-        """A trainer at the run's newest checkpoint, or at `model` where there is none."""
+    def start(self, model: Path) -> MegatronTrainer:
+        """Opens the live view and the sinks. Returns a trainer at the newest checkpoint, or at `model` without one."""
         trainer = MegatronTrainer(replace(self.config.trainer, model=str(model)))
         checkpoint = self.directory.resume_checkpoint
         if checkpoint is not None:
             trainer.load(checkpoint / "trainer")
+        self.view = LiveView(self.stage, self.config.steps, trainer.step_count)
+        self.sinks = open_sinks(self.config.sinks, self.directory, self.config, self.view)
         return trainer
 
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:

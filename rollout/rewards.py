@@ -49,11 +49,9 @@ def build_reward(weights: Mapping[str, float], task: Task) -> Reward:
     """The weighted sum of rewards: {"correct": 1.0, "format": 0.1, "my_package.my_module.my_reward": 0.5}.
 
     A key is a name in REWARDS or the dotted path of a function (problem, response) -> float.
-    Raises ValueError for an unknown name, a path that does not lead to a function, and an empty mapping.
+    An empty mapping is {"task": 1.0}. Raises ValueError for an unknown name and a path that leads to no function.
     """
-    if not weights:
-        raise ValueError(f"no reward is given; there are: {', '.join(REWARDS)}, or a dotted path")
-    terms = [(weight, _find_reward(name, task)) for name, weight in weights.items()]
+    terms = [(weight, _find_reward(name, task)) for name, weight in (weights or {"task": 1.0}).items()]
 
     def reward(problem: Problem, response: str) -> float:
         return sum(weight * float(term(problem, response)) for weight, term in terms)

@@ -122,5 +122,5 @@ def test_impossible_ids_are_refused_before_any_edit():
         assert torch.equal(logits, torch.zeros(2, VOCAB))
     with pytest.raises(IndexError, match="row"):
         apply_penalties(torch.zeros(2, VOCAB), torch.tensor([2]), *arguments([request]))
-    with pytest.raises(ValueError, match="rows"):
+    with pytest.raises(ValueError, match="repetition must be"):
         apply_penalties(torch.zeros(2, VOCAB), torch.tensor([0, 1]), *arguments([request]))

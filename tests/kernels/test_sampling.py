@@ -41,16 +41,22 @@ def plain(logits: torch.Tensor, **changes: float) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("vocab_size", [1, 5, 512, 1300])
-def test_every_implementation_draws_the_same_tokens(vocab_size, ties):
-    batch = make_batch(48, vocab_size, seed=vocab_size, ties=ties)
-    expected = sample_reference(*batch)
-    assert torch.equal(sample(*batch), expected)
+def test_cpu_draws_the_tokens_of_the_reference(vocab_size, ties):
+    batch = make_batch(100, vocab_size, seed=vocab_size, ties=ties)
+    assert torch.equal(sample(*batch), sample_reference(*batch))
+
+
+# Few rows: in Triton's interpreter a truncated row takes most of a second.
+@pytest.mark.parametrize(("vocab_size", "ties"), [(5, True), (1300, False)])
+def test_triton_draws_the_tokens_of_the_reference(vocab_size, ties):
+    batch = make_batch(6, vocab_size, seed=vocab_size, ties=ties)
     on_device = [tensor.to(DEVICE) for tensor in batch]
-    assert torch.equal(sampling._sample_triton(*on_device).cpu(), expected)
+    assert torch.equal(sampling._sample_triton(*on_device).cpu(), sample_reference(*batch))
 
 
 def test_splits_of_the_vocabulary_change_no_token():
-    batch = [tensor.to(DEVICE) for tensor in make_batch(6, 9000, seed=3)]
+    logits = torch.randn(3, 9000, generator=torch.Generator().manual_seed(3)).round()
+    batch = [tensor.to(DEVICE) for tensor in plain(logits)]
     drawn = [sampling._sample_triton(*batch, tiles_per_split=tiles) for tiles in (1, 2, 5)]
     assert torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0], drawn[2])
@@ -58,11 +64,17 @@ def test_splits_of_the_vocabulary_change_no_token():
 
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "min_p"),
-    [(0.7, 10, 1.0, 0.0), (1.0, -1, 0.8, 0.0), (1.3, -1, 1.0, 0.05), (0.9, 30, 0.7, 0.1), (1.0, 1, 0.5, 0.5), (1.0, 0, 0.01, 0.0)],
-)  # fmt: skip
+    [
+        (0.7, 10, 1.0, 0.0),
+        (1.0, -1, 0.8, 0.0),
+        (1.3, -1, 1.0, 0.05),
+        (0.9, 30, 0.7, 0.1),
+        (1.0, 1, 0.5, 0.5),
+        (1.0, 0, 0.01, 0.0),
+    ],
+)
 def test_allowed_set_is_that_of_transformers(temperature, top_k, top_p, min_p):
     logits = 2 * torch.randn(20, 300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    # The smallest and the largest allowed value are drawn out of our functions, in fp32; the warpers work in fp64.
     expected = logits / temperature
     for warper in (
         TopKLogitsWarper(top_k) if top_k > 0 else None,
@@ -125,7 +137,9 @@ def test_masked_and_nan_logits_never_win():
     for changes in ({}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2}):
         batch = plain(logits, **changes)
         assert sample(*batch).tolist() == [77, -1, 590, -1]
-        assert sampling._sample_triton(*(tensor.to(DEVICE) for tensor in batch)).tolist() == [77, -1, 590, -1]
+    for changes in ({}, {"top_k": 3}):
+        batch = [tensor.to(DEVICE) for tensor in plain(logits, **changes)]
+        assert sampling._sample_triton(*batch).tolist() == [77, -1, 590, -1]
 
 
 @settings(max_examples=40, deadline=None)

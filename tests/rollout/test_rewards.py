@@ -83,10 +83,14 @@ def test_weights_add_up_and_a_dotted_path_is_a_reward(task):
     assert reward(PROBLEM, response) == pytest.approx(1.0 + 0.5 + 0.1 * len(response) / 10)
 
 
+def test_no_weights_are_the_task_s_own_verifier(task):
+    response = "<answer>7</answer>"
+    assert build_reward({}, task)(PROBLEM, response) == build_reward({"task": 1.0}, task)(PROBLEM, response)
+
+
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({}, "no reward is given; there are: task"),
         ({"correctness": 1.0}, f"no reward 'correctness'; there are: {', '.join(REWARDS)}"),
         ({"lockstep.rollout.rewards.absent": 1.0}, "cannot find the reward function"),
         ({"lockstep.no_such_module.f": 1.0}, "cannot find the reward function"),
