@@ -12,6 +12,9 @@
 `exp32(x)`        e^x within 1 ulp. 0 under -104, inf above 88.73, gradual underflow, NaN kept.
 `log32(x)`        natural logarithm within 1 ulp, subnormal arguments included. log32(0) = -inf, negative -> NaN,
                   log32(inf) = inf, NaN kept.
+`row32`, `row64`  a row of float32 or int64 values at an offset from an address. A kernel that serves small batches
+                  takes addresses: `Tensor.numpy()` costs more than such a kernel's arithmetic on a few rows.
+`address_of`      what such a kernel is given for a tensor.
 `parallel_rows`   a row kernel over threads.
 
 exp32 and log32 are made of IEEE operations in a written order, so a value has the same bits in a vector lane, in a
@@ -29,20 +32,32 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba.core import types
+from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic
 
-_source = os.stat(__file__)
-_HELPERS_STAMP = (_source.st_mtime, _source.st_size)
+
+@functools.cache
+def _source_stamp(path: str) -> tuple[float, int]:
+    source = os.stat(path)
+    return source.st_mtime, source.st_size
+
+
+def _helper_sources(function: Callable[..., None]) -> list[str]:
+    """This file, and the others from which the kernel's module has imported compiled helpers."""
+    helpers = (value for value in function.__globals__.values() if isinstance(value, Dispatcher))
+    sources = {helper.py_func.__code__.co_filename for helper in helpers}
+    return sorted((sources | {__file__}) - {function.__code__.co_filename})
 
 
 def _row_kernel(fastmath: set[str] | bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def decorate(function):
         dispatcher = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=fastmath)(function)
-        # numba finds a cached kernel by the kernel's own file alone; kernels here also contain this file's helpers, and
-        # one compiled with older helpers would give other bits than its neighbours.
+        # numba finds a cached kernel by the kernel's own file alone; kernels here also contain helpers of other files,
+        # and one compiled with older helpers would give other bits than its neighbours.
         cache_file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
         if cache_file is not None:
-            cache_file._source_stamp = (cache_file._source_stamp, _HELPERS_STAMP)
+            helper_stamps = [_source_stamp(path) for path in _helper_sources(function)]
+            cache_file._source_stamp = (cache_file._source_stamp, *helper_stamps)
         return dispatcher
 
     return decorate
@@ -63,6 +78,28 @@ def fma32(typingctx, a, b, c):
         return builder.fma(*args)
 
     return signature, codegen
+
+
+@intrinsic
+def _pointer(typingctx, address):
+    signature = types.voidptr(types.int64)
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return signature, codegen
+
+
+@inline_njit
+def row32(address, offset, size):
+    """The `size` float32 values that begin `offset` values behind `address`, as a contiguous array."""
+    return numba.carray(_pointer(address + 4 * offset), (size,), np.float32)
+
+
+@inline_njit
+def row64(address, offset, size):
+    """As row32, of int64 values."""
+    return numba.carray(_pointer(address + 8 * offset), (size,), np.int64)
 
 
 @intrinsic
@@ -169,6 +206,19 @@ def log32(x):
     value = -_INF if x == _ZERO else value
     value = _NAN if x < _ZERO else value
     return value if x < _INF else x
+
+
+def address_of(tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> int:
+    """Where a contiguous CPU tensor of the given dtype begins; any other raises ValueError.
+
+    The caller keeps the tensor alive while the address is in use: give temporaries a name.
+    """
+    if not (tensor.is_cpu and tensor.dtype is dtype and tensor.is_contiguous()):
+        raise ValueError(
+            f"a CPU kernel takes contiguous {dtype} on the CPU, not {tensor.dtype} {tuple(tensor.shape)} with strides "
+            f"{tensor.stride()} on {tensor.device}"
+        )
+    return tensor.data_ptr()
 
 
 @functools.cache

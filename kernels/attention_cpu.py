@@ -3,7 +3,8 @@
 How a row is computed, whatever surrounds it: KV is cut into splits at absolute positions 0, SPLIT, 2 * SPLIT, ... In
 a split, a score is one chain of fused multiply-adds over the head dimension, the row sum has 16 partial sums chosen by
 absolute position and added as a tree, and the output is one chain of fused multiply-adds over the positions. Splits are
-merged in ascending order. The loops below only decide when each of these operations happens.
+merged in ascending order. The loops below only decide when each of these operations happens: rows of consecutive
+tokens, or of decoding requests whose page tables begin with the same pages, go over a page together.
 """
 
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from lockstep.kernels.kv_cache import CPU_VECTOR, cpu_arrays
 SPLIT = 256
 # Query rows (tokens times heads of a KV group) that share a pass over the keys and values of a split.
 TILE_ROWS = 32
+# Vectors of keys whose scores are computed side by side.
+KEY_VECTORS = 4
 # Query-key pairs per thread under which handing work to a second thread costs more than it saves.
 MIN_PAIRS_PER_THREAD = 100_000
 # Backward: queries of a block, scores in a batch of blocks (they should stay in the cache), padding of lengths.
@@ -158,49 +161,97 @@ def _backward_batch(
 _VECTOR = ir.VectorType(ir.FloatType(), CPU_VECTOR)
 
 
-def _pointer(context, builder, array_type, array, index):
-    """The address of the float `index` places behind the array's first, whatever its strides."""
-    return builder.gep(context.make_array(array_type)(context, builder, value=array).data, [index])
+@intrinsic
+def _pointer(typingctx, array):
+    """The address of the array's first element. Unlike an array it is not counted by reference at every call, which
+    costs more than the work on a short context; the caller keeps the array alive.
+    """
+
+    def codegen(context, builder, signature, args):
+        return context.make_array(signature.args[0])(context, builder, value=args[0]).data
+
+    return types.CPointer(array.dtype)(array), codegen
 
 
-def _fma_chain(num_rows, accumulate):
-    """acc[a + r * acc_stride :][:16] = (acc or 0) + sum over i < n, in ascending order, of
-    coefficients[c + r * coefficient_stride + i] * memory[m + i * memory_stride :][:16], for r < num_rows.
+@intrinsic
+def _prefetch(typingctx, pointer, index):
+    """Ask for the cache line of pointer[index]."""
 
-    The sums stay in registers, and each vector of `memory` is loaded once for all rows.
+    def codegen(context, builder, signature, args):
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function_type = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        prefetch = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0i8")
+        address = builder.bitcast(builder.gep(args[0], [args[1]]), byte)
+        builder.call(prefetch, [address, word(0), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.intp), codegen
+
+
+@intrinsic
+def _at(typingctx, pointer, index):
+    """pointer + index."""
+
+    def codegen(context, builder, signature, args):
+        return builder.gep(args[0], [args[1]])
+
+    return pointer(pointer, types.intp), codegen
+
+
+def _fma_chain(num_rows, num_vectors, accumulate):
+    """For r < num_rows and v < num_vectors, `sums` being (acc, acc_stride, acc_offsets) and so on:
+
+    acc[r * acc_stride + acc_offsets[first + v] :][:16] = (itself if accumulate else 0) + sum over i < n, ascending, of
+    coefficients[r * coefficient_stride + i] * memory[memory_offsets[first + v] + i * memory_stride :][:16].
+
+    The sums stay in registers: many independent chains hide the latency of a multiply-add, and what is loaded serves
+    all rows or all vectors. Sums are stored in the order of v: of two that overlap in memory the later one stays.
     """
 
     @intrinsic
-    def chain(typingctx, acc, a, acc_stride, coefficients, c, coefficient_stride, memory, m, memory_stride, n):
-        index = types.intp
-        signature = types.void(acc, index, index, coefficients, index, index, memory, index, index, index)
+    def chain(typingctx, sums, factors, source, first, n):
+        signature = types.void(sums, factors, source, types.intp, types.intp)
 
         def codegen(context, builder, signature, args):
-            acc, a, acc_stride, coefficients, c, coefficient_stride, memory, m, memory_stride, n = args
-            acc_type, coefficients_type, memory_type = (signature.args[i] for i in (0, 3, 6))
-            word, lane = n.type, ir.IntType(32)
+            (acc, acc_stride, acc_offsets), (coefficients, coefficient_stride), (memory, memory_stride, offsets) = (
+                cgutils.unpack_tuple(builder, arg) for arg in args[:3]
+            )
+            first, n = args[3:]
+            word, lane, vector_pointer = n.type, ir.IntType(32), _VECTOR.as_pointer()
             fma_type = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
             fma = cgutils.get_or_insert_function(builder.module, fma_type, f"llvm.fma.v{CPU_VECTOR}f32")
             undefined = ir.Constant(_VECTOR, ir.Undefined)
             first_lane = ir.Constant(ir.VectorType(lane, CPU_VECTOR), [0] * CPU_VECTOR)
+            zero = ir.Constant(_VECTOR, [0.0] * CPU_VECTOR)
 
-            def at(array_type, array, base, step, stride):
-                return _pointer(context, builder, array_type, array, builder.add(base, builder.mul(step, stride)))
+            def at(base, step, stride):
+                return builder.gep(base, [builder.mul(step, stride)])
+
+            def vectors_of(base, offsets):
+                indices = [builder.add(first, word(v)) for v in range(num_vectors)]
+                return [builder.gep(base, [builder.load(builder.gep(offsets, [index]))]) for index in indices]
 
             rows = [word(r) for r in range(num_rows)]
-            targets = [builder.bitcast(at(acc_type, acc, a, r, acc_stride), _VECTOR.as_pointer()) for r in rows]
-            zero = ir.Constant(_VECTOR, [0.0] * CPU_VECTOR)
+            targets = [
+                builder.bitcast(at(target, r, acc_stride), vector_pointer)
+                for target in vectors_of(acc, acc_offsets)
+                for r in rows
+            ]
+            sources = vectors_of(memory, offsets)
             starts = [builder.load(target, align=4) if accumulate else zero for target in targets]
-            sums = [cgutils.alloca_once_value(builder, start) for start in starts]
+            totals = [cgutils.alloca_once_value(builder, start) for start in starts]
             with cgutils.for_range(builder, n) as loop:
-                source = at(memory_type, memory, m, loop.index, memory_stride)
-                values = builder.load(builder.bitcast(source, _VECTOR.as_pointer()), align=4)
-                for r, total in zip(rows, sums, strict=True):
-                    source = at(coefficients_type, coefficients, builder.add(c, loop.index), r, coefficient_stride)
-                    splat = builder.insert_element(undefined, builder.load(source), lane(0))
-                    splat = builder.shuffle_vector(splat, undefined, first_lane)
-                    builder.store(builder.call(fma, [splat, values, builder.load(total)]), total)
-            for target, total in zip(targets, sums, strict=True):
+                splats = []
+                for r in rows:
+                    factor = builder.load(builder.gep(at(coefficients, r, coefficient_stride), [loop.index]))
+                    splat = builder.insert_element(undefined, factor, lane(0))
+                    splats.append(builder.shuffle_vector(splat, undefined, first_lane))
+                for v, source in enumerate(sources):
+                    values = builder.bitcast(at(source, loop.index, memory_stride), vector_pointer)
+                    values = builder.load(values, align=4)
+                    for splat, total in zip(splats, totals[v * num_rows : (v + 1) * num_rows], strict=True):
+                        builder.store(builder.call(fma, [splat, values, builder.load(total)]), total)
+            for target, total in zip(targets, totals, strict=True):
                 builder.store(builder.load(total), target, align=4)
             return context.get_dummy_value()
 
@@ -210,20 +261,19 @@ def _fma_chain(num_rows, accumulate):
 
 
 def _reduction(start, combine):
-    """array[b : b + 16 * n] to one float: lane by lane over the n vectors, then the lanes as a tree (8, 4, 2, 1)."""
+    """array[: 16 * n] to one float: lane by lane over the n vectors, then the lanes as a tree (8, 4, 2, 1)."""
 
     @intrinsic
-    def reduction(typingctx, array, b, n):
-        signature = types.float32(array, types.intp, types.intp)
+    def reduction(typingctx, array, n):
+        signature = types.float32(array, types.intp)
 
         def codegen(context, builder, signature, args):
-            array, b, n = args
+            array, n = args
             lane = ir.IntType(32)
+            array = builder.bitcast(array, _VECTOR.as_pointer())
             result = cgutils.alloca_once_value(builder, ir.Constant(_VECTOR, [start] * CPU_VECTOR))
             with cgutils.for_range(builder, n) as loop:
-                index = builder.add(b, builder.mul(loop.index, n.type(CPU_VECTOR)))
-                source = _pointer(context, builder, signature.args[0], array, index)
-                values = builder.load(builder.bitcast(source, _VECTOR.as_pointer()), align=4)
+                values = builder.load(builder.gep(array, [loop.index]), align=4)
                 builder.store(combine(builder, values, builder.load(result)), result)
             lanes = builder.load(result)
             for half in (8, 4, 2, 1):
@@ -242,76 +292,94 @@ _vector_sum = _reduction(0.0, lambda builder, x, y: builder.fadd(x, y))
 _vector_max = _reduction(float("-inf"), lambda builder, x, y: builder.select(builder.fcmp_ordered(">", x, y), x, y))
 
 
-def _fma_rows(accumulate):
+def _fma_rows(num_vectors, accumulate):
     """`_fma_chain` for any number of rows."""
-    one, two, four = (_fma_chain(num_rows, accumulate) for num_rows in (1, 2, 4))
+    one, two, four = (_fma_chain(num_rows, num_vectors, accumulate) for num_rows in (1, 2, 4))
 
     @inline_njit
-    def rows(num_rows, acc, a, acc_stride, coefficients, c, coefficient_stride, memory, m, memory_stride, n):
-        quads = num_rows // 4 * 4
-        for r in range(0, quads, 4):
-            a_r, c_r = a + r * acc_stride, c + r * coefficient_stride
-            four(acc, a_r, acc_stride, coefficients, c_r, coefficient_stride, memory, m, memory_stride, n)
-        a, c, left = a + quads * acc_stride, c + quads * coefficient_stride, num_rows - quads
-        if left >= 2:
-            two(acc, a, acc_stride, coefficients, c, coefficient_stride, memory, m, memory_stride, n)
-        if left % 2:
-            a_r, c_r = a + (left - 1) * acc_stride, c + (left - 1) * coefficient_stride
-            one(acc, a_r, acc_stride, coefficients, c_r, coefficient_stride, memory, m, memory_stride, n)
+    def rows(num_rows, sums, factors, source, first, n):
+        acc, acc_stride, acc_offsets = sums
+        coefficients, coefficient_stride = factors
+        row = 0
+        while row < num_rows:
+            sums = (_at(acc, row * acc_stride), acc_stride, acc_offsets)
+            factors = (_at(coefficients, row * coefficient_stride), coefficient_stride)
+            if num_rows - row >= 4:
+                four(sums, factors, source, first, n)
+                row += 4
+            elif num_rows - row >= 2:
+                two(sums, factors, source, first, n)
+                row += 2
+            else:
+                one(sums, factors, source, first, n)
+                row += 1
 
     return rows
 
 
-_set_rows, _add_to_rows = _fma_rows(accumulate=False), _fma_rows(accumulate=True)
+_set_scores = _fma_rows(KEY_VECTORS, accumulate=False)
+_add_one, _add_two, _add_four = (_fma_rows(num_vectors, accumulate=True) for num_vectors in (1, 2, 4))
 
 
 @inline_njit
-def _fill(array, value):
-    for i in range(array.size):
+def _add_values(num_rows, sums, factors, source, num_vectors, n):
+    first = 0
+    while num_vectors - first >= 4:
+        _add_four(num_rows, sums, factors, source, first, n)
+        first += 4
+    if num_vectors - first >= 2:
+        _add_two(num_rows, sums, factors, source, first, n)
+        first += 2
+    if first < num_vectors:
+        _add_one(num_rows, sums, factors, source, first, n)
+
+
+@inline_njit
+def _fill(array, begin, end, value):
+    for i in range(begin, end):
         array[i] = value
 
 
 @inline_njit
-def _copy(source, target):
-    for i in range(target.size):
+def _copy(source, target, size):
+    for i in range(size):
         target[i] = source[i]
 
 
 @inline_njit
-def _softmax(scores, low, high, scale):
+def _softmax(scores, size, low, high, scale):
     """Turn scores into exp(scale * score - m), 0 outside [low, high); returns (m, their sum).
 
     The number of scores is a multiple of 16. A column's lane is its absolute position modulo 16, as splits and `scores`
     begin at multiples of 16.
     """
-    _fill(scores[:low], _NEGATIVE_INFINITY)
-    _fill(scores[high:], _NEGATIVE_INFINITY)
-    m = scale * _vector_max(scores, 0, scores.size // CPU_VECTOR)
-    for i in range(scores.size):
+    _fill(scores, 0, low, _NEGATIVE_INFINITY)
+    _fill(scores, high, size, _NEGATIVE_INFINITY)
+    m = scale * _vector_max(scores, size // CPU_VECTOR)
+    for i in range(size):
         x = fma32(scores[i], scale, -m)
         p = exp32(_EXP_LOWEST if x < _EXP_LOWEST else x)
         scores[i] = _ZERO if x < _EXP_LOWEST else p
-    return m, _vector_sum(scores, 0, scores.size // CPU_VECTOR)
+    return m, _vector_sum(scores, size // CPU_VECTOR)
 
 
 @inline_njit
-def _merge(part, part_max, part_sum, total, total_max, total_sum):
+def _merge(part, part_max, part_sum, total, total_max, total_sum, size):
     """Fold a split's (output, max, sum) into the row's; `total` changes in place, the new max and sum are returned."""
     if total_sum == _ZERO:
-        for i in range(part.size):
-            total[i] = part[i]
+        _copy(part, total, size)
         return part_max, part_sum
     m = part_max if part_max > total_max else total_max
     old, new = exp32(total_max - m), exp32(part_max - m)
-    for i in range(part.size):
+    for i in range(size):
         total[i] = fma32(part[i], new, total[i] * old)
     return m, fma32(part_sum, new, total_sum * old)
 
 
 @inline_njit
-def _normalise(total, total_sum, out):
-    for i in range(out.size):
-        out[i] = total[i] / total_sum
+def _prefetch_floats(pointer, size):
+    for i in range(0, size, CPU_VECTOR):
+        _prefetch(pointer, i)
 
 
 @inline_njit
@@ -321,108 +389,241 @@ def _visible(position, split, split_end, window):
 
 
 @inline_njit
-def _attend_tile(tile, caches, shape, scale, window, scratch):
-    """The rows of consecutive tokens of one request and one KV group, in one pass over their pages.
+def _list_keys(pages, page_begin, page_end, split, kv_head, shape, key_offsets, columns, v_memory):
+    """Where the vectors of keys of some pages lie, and the columns of their scores; returns how many.
 
-    Leaves the not yet normalised outputs, the maxima and the sums in `scratch`.
+    Their number is made a multiple of KEY_VECTORS by repeating the last. Asks for the values of the pages, which are
+    needed once the scores are there.
     """
-    kv_head, tokens, first_position = tile
-    k_memory, v_memory, pages = caches
+    _, num_kv_heads, page_size, head_dim, _ = shape
+    count = 0
+    for page in range(page_begin, page_end):
+        key = (np.int64(pages[page]) * num_kv_heads + kv_head) * page_size * head_dim
+        _prefetch_floats(_at(v_memory, key), page_size * head_dim)
+        for i in range(0, page_size, CPU_VECTOR):
+            key_offsets[count], columns[count] = key + i, page * page_size + i - split + MARGIN
+            count += 1
+    while count % KEY_VECTORS:
+        key_offsets[count], columns[count] = key_offsets[count - 1], columns[count - 1]
+        count += 1
+    return count
+
+
+@inline_njit
+def _attend_tile(tile, caches, shape, scale, window, scratch):
+    """The rows of some tokens and one KV group, in one pass over the `shared_pages` that their page tables begin with.
+
+    These are consecutive tokens of one request, which share all pages, or tokens of different requests, all of which
+    see the shared pages whole. Leaves the not yet normalised outputs, the maxima and the sums in `scratch`.
+    """
+    kv_head, tokens, shared_pages = tile
+    k_memory, v_memory, page_table, max_pages = caches
     group, num_kv_heads, page_size, head_dim, row_stride = shape
-    queries, scores, part, part_max, part_sum, total, total_max, total_sum = scratch
-    _fill(total_sum, _ZERO)
-    lowest, visible_end = max(0, first_position - window + 1), first_position + tokens
+    requests, positions, key_offsets, columns, value_offsets = scratch[0]
+    queries, scores, part, part_max, part_sum, total, total_max, total_sum = scratch[1]
+    _fill(total_sum, 0, tokens * group, _ZERO)
+    lowest, visible_end = max(0, positions[0] - window + 1), 0
+    for t in range(tokens):
+        visible_end = max(visible_end, positions[t] + 1)
     for split in range(lowest // SPLIT * SPLIT, visible_end, SPLIT):
         split_end = min(split + SPLIT, visible_end)
         first_page, end_page = max(split, lowest) // page_size, (split_end - 1) // page_size + 1
-        for page in range(first_page, end_page):
-            key = (pages[page] * num_kv_heads + kv_head) * page_size * head_dim
-            first_row = max(0, page * page_size - first_position) * group
-            column = page * page_size - split + MARGIN
+        # Once for the pages that the tokens share, then for each token's own.
+        for own in range(tokens + 1):
+            if own == 0:
+                first, end, page_begin, page_end = 0, tokens, first_page, min(end_page, shared_pages)
+            else:
+                first, end, page_begin = own - 1, own, max(first_page, shared_pages)
+                page_end = min(end_page, positions[first] // page_size + 1)
+            if page_begin >= page_end:
+                continue
+            count = _list_keys(
+                _at(page_table, requests[first] * max_pages),
+                page_begin,
+                page_end,
+                split,
+                kv_head,
+                shape,
+                key_offsets,
+                columns,
+                v_memory,
+            )
             # A whole vector is written even if the page ends within it; what is beyond is overwritten or masked.
-            for i in range(0, page_size, CPU_VECTOR):
-                _set_rows(
-                    tokens * group - first_row,
-                    *(scores, first_row * SCORE_STRIDE + column + i, SCORE_STRIDE),
-                    *(queries, first_row * head_dim, head_dim),
-                    *(k_memory, key + i, page_size, head_dim),
+            for i in range(0, count, KEY_VECTORS):
+                row = max(first, columns[i] - MARGIN + split - positions[first]) * group
+                _set_scores(
+                    end * group - row,
+                    (_at(scores, row * SCORE_STRIDE), SCORE_STRIDE, columns),
+                    (_at(queries, row * head_dim), head_dim),
+                    (k_memory, page_size, key_offsets),
+                    *(i, head_dim),
                 )
         for t in range(tokens):
-            low, high = _visible(first_position + t, split, split_end, window)
+            low, high = _visible(positions[t], split, split_end, window)
             if low >= high:
                 continue
             begin, end = (low - split) // CPU_VECTOR * CPU_VECTOR, -(-(high - split) // CPU_VECTOR) * CPU_VECTOR
             for r in range(t * group, (t + 1) * group):
-                base = r * SCORE_STRIDE + MARGIN
-                row = scores[base + begin : base + end]
-                m, s = _softmax(row, low - split - begin, high - split - begin, scale)
+                row = _at(scores, r * SCORE_STRIDE + MARGIN + begin)
+                m, s = _softmax(row, end - begin, low - split - begin, high - split - begin, scale)
                 part_max[r], part_sum[r] = m, s
-        _fill(part[: tokens * group * row_stride], _ZERO)
+        _fill(part, 0, tokens * group * row_stride, _ZERO)
         for page in range(first_page, end_page):
-            page_begin = page * page_size
-            value = (pages[page] * num_kv_heads + kv_head) * page_size * head_dim
-            for t in range(max(0, page_begin - first_position), tokens):
-                low, high = _visible(first_position + t, split, split_end, window)
-                low, high = max(low, page_begin), min(high, page_begin + page_size)
-                for d in range(0, head_dim, CPU_VECTOR):
-                    _add_to_rows(
-                        group,
-                        *(part, t * group * row_stride + d, row_stride),
-                        *(scores, t * group * SCORE_STRIDE + low - split + MARGIN, SCORE_STRIDE),
-                        *(v_memory, value + (low - page_begin) * head_dim + d, head_dim, high - low),
-                    )
+            page_low, page_high = page * page_size, (page + 1) * page_size
+            first_low, first_high = _visible(positions[0], split, split_end, window)
+            last_low, last_high = _visible(positions[tokens - 1], split, split_end, window)
+            together = (
+                page < shared_pages
+                and max(first_low, page_low) == max(last_low, page_low)
+                and min(first_high, page_high) == min(last_high, page_high)
+            )
+            step = tokens if together else 1
+            for t in range(0, tokens, step):
+                low, high = _visible(positions[t], split, split_end, window)
+                low, high = max(low, page_low), min(high, page_high)
+                if low >= high:
+                    continue
+                value = (
+                    (np.int64(page_table[requests[t] * max_pages + page]) * num_kv_heads + kv_head)
+                    * page_size
+                    * head_dim
+                )
+                _add_values(
+                    step * group,
+                    (_at(part, t * group * row_stride), row_stride, value_offsets),
+                    (_at(scores, t * group * SCORE_STRIDE + low - split + MARGIN), SCORE_STRIDE),
+                    (_at(v_memory, value + (low - page_low) * head_dim), head_dim, value_offsets),
+                    *(row_stride // CPU_VECTOR, high - low),
+                )
         for t in range(tokens):
-            low, high = _visible(first_position + t, split, split_end, window)
+            low, high = _visible(positions[t], split, split_end, window)
             if low >= high:
                 continue
             for r in range(t * group, (t + 1) * group):
-                first, last = r * row_stride, r * row_stride + head_dim
                 total_max[r], total_sum[r] = _merge(
-                    *(part[first:last], part_max[r], part_sum[r], total[first:last], total_max[r], total_sum[r])
+                    *(_at(part, r * row_stride), part_max[r], part_sum[r]),
+                    *(_at(total, r * row_stride), total_max[r], total_sum[r], head_dim),
                 )
+
+
+@inline_njit
+def _shared_pages(pages, other_pages, most):
+    """The number of leading pages that two requests share, at most `most`."""
+    count = 0
+    while count < most and pages[count] == other_pages[count]:
+        count += 1
+    return count
+
+
+@inline_njit
+def _gather_decodes(request, most_tokens, page_table, max_pages, cu_seqlens, kv_lens, page_size, window):
+    """How many requests from `request` on, all of one query, to take as one tile, and the pages that they share.
+
+    As many as share with the first what the second shares with it. All of them see those pages whole.
+    """
+    tokens, shared = 1, min(kv_lens[request] // page_size, max_pages)
+    pages = _at(page_table, request * max_pages)
+    for other in range(request + 1, request + most_tokens):
+        if cu_seqlens[other + 1] - cu_seqlens[other] != 1 or max(kv_lens[request], kv_lens[other]) > window:
+            break
+        whole = min(shared, kv_lens[other] // page_size)
+        common = _shared_pages(pages, _at(page_table, other * max_pages), whole)
+        if common == 0 or (tokens > 1 and common < shared):
+            break
+        tokens, shared = tokens + 1, common
+    return tokens, shared
+
+
+@inline_njit
+def _tile_shape(sizes):
+    """(tokens, rows) of a full tile, and the floats between the outputs of two rows."""
+    _, num_heads, num_kv_heads, _, head_dim = sizes
+    group = num_heads // num_kv_heads
+    tokens = max(1, TILE_ROWS // group)
+    return tokens, tokens * group, (head_dim + CPU_VECTOR - 1) // CPU_VECTOR * CPU_VECTOR
+
+
+@inline_njit
+def _attend_rows(start, stop, arrays, max_pages, num_requests, with_lse, sizes, scale, window, floats, integers):
+    q, k_memory, v_memory, page_table, cu_seqlens, kv_lens, out, lse = arrays
+    num_tokens, num_heads, num_kv_heads, page_size, head_dim = sizes
+    group = num_heads // num_kv_heads
+    tile_tokens, tile_rows, row_stride = _tile_shape(sizes)
+    requests = _pointer(integers)
+    positions = _at(requests, tile_tokens)
+    key_offsets = _at(positions, tile_tokens)
+    columns = _at(key_offsets, SCORE_STRIDE)
+    value_offsets = _at(columns, SCORE_STRIDE)
+    for i in range(row_stride // CPU_VECTOR):
+        value_offsets[i] = i * CPU_VECTOR
+    scores = _pointer(floats)
+    part = _at(scores, tile_rows * SCORE_STRIDE)
+    total = _at(part, tile_rows * row_stride)
+    queries = _at(total, tile_rows * row_stride)
+    part_max = _at(queries, tile_rows * head_dim)
+    part_sum = _at(part_max, tile_rows)
+    total_max = _at(part_sum, tile_rows)
+    total_sum = _at(total_max, tile_rows)
+    scratch = (
+        (requests, positions, key_offsets, columns, value_offsets),
+        (queries, scores, part, part_max, part_sum, total, total_max, total_sum),
+    )
+    shape = (group, num_kv_heads, page_size, head_dim, row_stride)
+    # A thread that has all KV heads takes them tile by tile: their keys lie side by side.
+    whole = stop - start == num_kv_heads * num_tokens
+    stop = num_tokens if whole else stop
+    row, request = start, 0
+    while row < stop:
+        first_head, token = row // num_tokens, row % num_tokens
+        if token < cu_seqlens[request]:
+            request = 0
+        while request < num_requests and cu_seqlens[request + 1] <= token:
+            request += 1
+        if request == num_requests:
+            row, request = (first_head + 1) * num_tokens, 0
+            continue
+        if cu_seqlens[request + 1] - cu_seqlens[request] == 1:
+            most = min(tile_tokens, stop - row, num_requests - request)
+            tokens, shared_pages = _gather_decodes(
+                request, most, page_table, max_pages, cu_seqlens, kv_lens, page_size, window
+            )
+            last_request = request + tokens - 1
+        else:
+            tokens, shared_pages = min(tile_tokens, stop - row, cu_seqlens[request + 1] - token), max_pages
+            last_request = request
+        for t in range(tokens):
+            owner = min(request + t, last_request)
+            requests[t], positions[t] = owner, kv_lens[owner] - cu_seqlens[owner + 1] + token + t
+            if positions[t] < token + t - cu_seqlens[owner] or kv_lens[owner] > max_pages * page_size:
+                raise ValueError("attention: kv_lens does not fit the queries or the page table")
+        for kv_head in range(first_head, num_kv_heads if whole else first_head + 1):
+            for t in range(tokens):
+                source = ((token + t) * num_heads + kv_head * group) * head_dim
+                _copy(_at(q, source), _at(queries, t * group * head_dim), group * head_dim)
+            tile = (kv_head, tokens, shared_pages)
+            _attend_tile(tile, (k_memory, v_memory, page_table, max_pages), shape, scale, window, scratch)
+            for t in range(token, token + tokens):
+                for head in range(kv_head * group, (kv_head + 1) * group):
+                    r = (t - token) * group + head - kv_head * group
+                    row_total, row_out = _at(total, r * row_stride), _at(out, (t * num_heads + head) * head_dim)
+                    for i in range(head_dim):
+                        row_out[i] = row_total[i] / total_sum[r]
+                    if with_lse:
+                        lse[head * num_tokens + t] = total_max[r] + log32(total_sum[r])
+        row += tokens
 
 
 @njit
 def _attend(start, stop, q, k_memory, v_memory, page_table, cu_seqlens, kv_lens, out, lse, sizes, scale, window):
     """Rows [start, stop) of the [num_kv_heads, T] query rows; a row is a token's heads of one KV group."""
-    num_tokens, num_heads, num_kv_heads, page_size, head_dim = sizes
-    q, out = q.reshape(-1), out.reshape(-1)
-    group = num_heads // num_kv_heads
-    tile_tokens = max(1, TILE_ROWS // group)
-    tile_rows = tile_tokens * group
-    row_stride = (head_dim + CPU_VECTOR - 1) // CPU_VECTOR * CPU_VECTOR
-    queries = np.empty(tile_rows * head_dim, np.float32)
-    scores = np.empty(tile_rows * SCORE_STRIDE, np.float32)
-    part, total = np.empty(tile_rows * row_stride, np.float32), np.empty(tile_rows * row_stride, np.float32)
-    part_max, part_sum = np.empty(tile_rows, np.float32), np.empty(tile_rows, np.float32)
-    total_max, total_sum = np.empty(tile_rows, np.float32), np.empty(tile_rows, np.float32)
-    scratch = (queries, scores, part, part_max, part_sum, total, total_max, total_sum)
-    shape = (group, num_kv_heads, page_size, head_dim, row_stride)
-    row, request = start, 0
-    while row < stop:
-        kv_head, token = row // num_tokens, row % num_tokens
-        if token < cu_seqlens[request]:
-            request = 0
-        while request < kv_lens.size and cu_seqlens[request + 1] <= token:
-            request += 1
-        if request == kv_lens.size:
-            row, request = (kv_head + 1) * num_tokens, 0
-            continue
-        tokens = min(tile_tokens, stop - row, cu_seqlens[request + 1] - token)
-        first_position = kv_lens[request] - cu_seqlens[request + 1] + token
-        if first_position < token - cu_seqlens[request] or kv_lens[request] > page_table.shape[1] * page_size:
-            raise ValueError("attention: kv_lens does not fit the queries or the page table")
-        first_head = kv_head * group
-        for t in range(tokens):
-            source = ((token + t) * num_heads + first_head) * head_dim
-            target = t * group * head_dim
-            _copy(q[source : source + group * head_dim], queries[target : target + group * head_dim])
-        tile = (kv_head, tokens, first_position)
-        _attend_tile(tile, (k_memory, v_memory, page_table[request]), shape, scale, window, scratch)
-        for r in range(tokens * group):
-            t, head = token + r // group, first_head + r % group
-            target = (t * num_heads + head) * head_dim
-            _normalise(total[r * row_stride :], total_sum[r], out[target : target + head_dim])
-            if lse.size:
-                lse[head, t] = total_max[r] + log32(total_sum[r])
-        row += tokens
+    tile_tokens, tile_rows, row_stride = _tile_shape(sizes)
+    floats = np.empty(tile_rows * (SCORE_STRIDE + 3 * row_stride + 4), np.float32)
+    integers = np.empty(2 * tile_tokens + 2 * SCORE_STRIDE + row_stride // CPU_VECTOR, np.int64)
+    arrays = (
+        *(_pointer(q), _pointer(k_memory), _pointer(v_memory), _pointer(page_table), _pointer(cu_seqlens)),
+        *(_pointer(kv_lens), _pointer(out), _pointer(lse)),
+    )
+    _attend_rows(
+        *(start, stop, arrays, page_table.shape[1], kv_lens.size, lse.size > 0, sizes, scale, window),
+        *(floats, integers),
+    )

@@ -5,11 +5,12 @@ layout. On the CPU the keys of a page lie transposed, [num_pages, num_kv_heads, 
 of consecutive tokens are computed in the lanes of one vector.
 """
 
-import numba
 import numpy as np
 import torch
 import triton
 import triton.language as tl
+
+from lockstep.kernels._cpu import address_of, exact_njit, inline_njit, row32, row64
 
 # The CPU attention kernel reads whole vectors of this many values, so it may read past the last page.
 CPU_VECTOR = 16
@@ -46,6 +47,12 @@ def cpu_arrays(k_cache: torch.Tensor, v_cache: torch.Tensor) -> tuple[np.ndarray
 
     Raises ValueError for caches that `new_kv_cache` did not make (another layout or dtype, a slice).
     """
+    check_cpu_caches(k_cache, v_cache)
+    return k_cache.numpy(), v_cache.numpy()
+
+
+def check_cpu_caches(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    """Raises what `cpu_arrays` does: the memory at the caches' addresses is as said there."""
     num_pages, num_kv_heads, page_size, head_dim = shape = k_cache.shape
     if k_cache.dtype != torch.float32 or v_cache.dtype != torch.float32:
         raise ValueError(f"the CPU kernels are fp32 only, got caches of {k_cache.dtype} and {v_cache.dtype}")
@@ -57,9 +64,9 @@ def cpu_arrays(k_cache: torch.Tensor, v_cache: torch.Tensor) -> tuple[np.ndarray
         or v_cache.stride() != (num_kv_heads * page, page, head_dim, 1)
         or k_cache.untyped_storage().nbytes() != num_bytes
         or v_cache.untyped_storage().nbytes() != num_bytes
+        or not (k_cache.is_cpu and v_cache.is_cpu)
     ):
         raise ValueError("the KV cache was not made by new_kv_cache")
-    return k_cache.numpy(), v_cache.numpy()
 
 
 def kv_store(
@@ -96,26 +103,47 @@ def kv_store_reference(
 def _kv_store_cpu(
     k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
 ) -> None:
-    k, v = k.detach().contiguous(), v.detach().contiguous()
-    _store_rows(k.numpy(), v.numpy(), *cpu_arrays(k_cache, v_cache), slots.contiguous().numpy())
+    check_cpu_caches(k_cache, v_cache)
+    k, v, slots = k.contiguous(), v.contiguous(), slots.contiguous()
+    _store_tokens(
+        0, k.shape[0], address_of(k), address_of(v), k_cache.data_ptr(), v_cache.data_ptr(), k_cache.shape[0],
+        address_of(slots, torch.int64), k_cache.shape[2], k.shape[1], k.shape[2],
+    )  # fmt: skip
 
 
-@numba.njit(cache=True, nogil=True)
-def _store_rows(k, v, k_cache, v_cache, slots):
-    _, num_heads, head_dim = k.shape
-    num_pages, _, page_size, _ = k_cache.shape
-    for token in range(slots.size):
-        slot = slots[token]
+@inline_njit
+def checked_slot(slots, token, num_slots):
+    """The token's slot, negative if it has none."""
+    slot = row64(slots, token, 1)[0]
+    if slot >= num_slots:
+        raise ValueError("kv_store: a slot lies outside the cache")
+    return slot
+
+
+@inline_njit
+def store_head(k, v, k_cache, v_cache, slot, head, page_size, num_heads):
+    """One head of one token of `kv_store`, for the kernels that contain one."""
+    head_dim = k.shape[0]
+    page, offset = slot // page_size, slot % page_size
+    block = (page * num_heads + head) * page_size * head_dim
+    k_column = row32(k_cache, block + offset, page_size * head_dim)
+    v_row = row32(v_cache, block + offset * head_dim, head_dim)
+    for d in range(head_dim):
+        k_column[d * page_size] = k[d]
+    for d in range(head_dim):
+        v_row[d] = v[d]
+
+
+@exact_njit
+def _store_tokens(start, stop, k, v, k_cache, v_cache, num_pages, slots, page_size, num_heads, head_dim):
+    for token in range(start, stop):
+        slot = checked_slot(slots, token, num_pages * page_size)
         if slot < 0:
             continue
-        if slot >= num_pages * page_size:
-            raise ValueError("kv_store: a slot lies outside the cache")
-        page, offset = slot // page_size, slot % page_size
         for head in range(num_heads):
-            for d in range(head_dim):
-                k_cache[page, head, offset, d] = k[token, head, d]
-            for d in range(head_dim):
-                v_cache[page, head, offset, d] = v[token, head, d]
+            offset = (token * num_heads + head) * head_dim
+            k_row, v_row = row32(k, offset, head_dim), row32(v, offset, head_dim)
+            store_head(k_row, v_row, k_cache, v_cache, slot, head, page_size, num_heads)
 
 
 def _kv_store_triton(

@@ -27,8 +27,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     On the CPU only float32 (other dtypes raise ValueError).
 
     Rows are independent in a process that imported lockstep.kernels (on a GPU: that called `numerics.set_up`) before
-    its first matrix product. Where it was too late, small weights on a CPU still keep their rows: measured up to
-    N = 1000, K = 256 and N = 128, K = 512.
+    its first matrix product.
     """
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)

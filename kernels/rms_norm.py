@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lockstep.kernels._cpu import exact_njit, fma32, inline_njit, njit, parallel_rows
+from lockstep.kernels._cpu import address_of, exact_njit, fma32, inline_njit, njit, parallel_rows, row32
 
 _ELEMENTS_PER_THREAD = 65536
 _ZERO = np.float32(0.0)
@@ -102,32 +102,33 @@ def _min_rows_per_thread(hidden_size: int) -> int:
 def _check(name: str, x: Tensor, weight: Tensor) -> None:
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"{name}: x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit")
-    if not x.is_cuda and not (x.dtype is weight.dtype is torch.float32):
-        raise ValueError(f"{name} on the CPU takes float32, not {x.dtype} and {weight.dtype}")
+    if not x.is_cuda and not (x.is_cpu and x.dtype is weight.dtype is torch.float32):
+        raise ValueError(f"{name} on the CPU takes float32, not {x.dtype} ({x.device}) and {weight.dtype}")
 
 
 def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     hidden_size = x.shape[-1]
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     x, outer, inner, count = _row_layout(x)
+    weight = weight.contiguous()
     parallel_rows(
         _rms_norm_rows,
         y.numel() // max(hidden_size, 1),
         _min_rows_per_thread(hidden_size),
-        _flat(x), outer, inner, count, _flat(weight), eps, _flat(y), hidden_size,
+        x.data_ptr(), outer, inner, count, address_of(weight), eps, y.data_ptr(), hidden_size,
     )  # fmt: skip
     return y
 
 
 def _add_rms_norm_cpu(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     hidden_size = x.shape[-1]
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    summed = torch.empty_like(y)
+    x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
+    y, summed = torch.empty_like(x), torch.empty_like(x)
     parallel_rows(
         _add_rms_norm_rows,
         y.numel() // max(hidden_size, 1),
         _min_rows_per_thread(hidden_size),
-        _flat(x.contiguous()), _flat(residual.contiguous()), _flat(weight), eps, _flat(summed), _flat(y), hidden_size,
+        address_of(x), address_of(residual), address_of(weight), eps, summed.data_ptr(), y.data_ptr(), hidden_size,
     )  # fmt: skip
     return y, summed
 
@@ -165,27 +166,32 @@ def _rstd(row, eps):
     return _ONE / np.sqrt(mean + np.float32(eps))
 
 
+@inline_njit
+def rms_norm_row(row, weight, eps, out):
+    """One row of `rms_norm`, for the kernels that contain one."""
+    rstd = _rstd(row, eps)
+    for j in range(row.shape[0]):
+        out[j] = weight[j] * (row[j] * rstd)
+
+
 @exact_njit
 def _rms_norm_rows(start, stop, x, outer, inner, count, weight, eps, y, hidden_size):
+    scale = row32(weight, 0, hidden_size)
     for r in range(start, stop):
-        offset = r // count * outer + r % count * inner
-        row = x[offset : offset + hidden_size]
-        out = y[r * hidden_size : (r + 1) * hidden_size]
-        rstd = _rstd(row, eps)
-        for j in range(hidden_size):
-            out[j] = weight[j] * (row[j] * rstd)
+        row = row32(x, r // count * outer + r % count * inner, hidden_size)
+        rms_norm_row(row, scale, eps, row32(y, r * hidden_size, hidden_size))
 
 
 @exact_njit
 def _add_rms_norm_rows(start, stop, x, residual, weight, eps, summed, y, hidden_size):
+    scale = row32(weight, 0, hidden_size)
     for r in range(start, stop):
-        a, b = r * hidden_size, (r + 1) * hidden_size
-        row, other, total, out = x[a:b], residual[a:b], summed[a:b], y[a:b]
+        offset = r * hidden_size
+        row, other = row32(x, offset, hidden_size), row32(residual, offset, hidden_size)
+        total = row32(summed, offset, hidden_size)
         for j in range(hidden_size):
             total[j] = row[j] + other[j]
-        rstd = _rstd(total, eps)
-        for j in range(hidden_size):
-            out[j] = weight[j] * (total[j] * rstd)
+        rms_norm_row(total, scale, eps, row32(y, offset, hidden_size))
 
 
 @njit

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lockstep.kernels._cpu import exact_njit, parallel_rows
+from lockstep.kernels._cpu import address_of, exact_njit, inline_njit, parallel_rows, row32, row64
 
 _ELEMENTS_PER_THREAD = 32768
 
@@ -163,51 +163,54 @@ def _rotate(x: Tensor, cos_sin: Tensor, positions: Tensor, direction: float) -> 
 
 
 def _apply_rope_cpu(x: Tensor, cos_sin: Tensor, positions: Tensor, direction: float = 1.0) -> Tensor:
-    if x.dtype != torch.float32 or cos_sin.dtype != torch.float32:
-        raise ValueError(f"apply_rope on the CPU takes float32, not {x.dtype} and {cos_sin.dtype}")
+    if not (x.is_cpu and x.dtype is cos_sin.dtype is torch.float32):
+        raise ValueError(f"apply_rope on the CPU takes float32, not {x.dtype} ({x.device}) and {cos_sin.dtype}")
     num_tokens, num_heads, head_dim = x.shape
-    if x.requires_grad:
-        x = x.detach()
     if x.stride(2) != 1:
         x = x.contiguous()
-    # The memory from x's first element to its last, as one contiguous array: one compiled kernel for every layout.
-    if x.is_contiguous():
-        x_flat = x.numpy().reshape(-1)
-    else:
-        span = (num_tokens - 1) * x.stride(0) + (num_heads - 1) * x.stride(1) + head_dim
-        x_flat = x.as_strided((span,), (1,)).numpy()
+    cos_sin, positions = cos_sin.contiguous(), positions.contiguous()
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     parallel_rows(
         _apply_rope_tokens,
         num_tokens,
         _ELEMENTS_PER_THREAD // max(num_heads * head_dim, 1) + 1,
-        x_flat,
-        x.stride(0),
-        x.stride(1),
-        cos_sin.numpy(),
-        positions.numpy(),
-        y.numpy(),
-        np.float32(direction),
-    )
+        x.data_ptr(), x.stride(0), x.stride(1), address_of(cos_sin), cos_sin.shape[0],
+        address_of(positions, torch.int64), y.data_ptr(), num_heads, head_dim, direction,
+    )  # fmt: skip
     return y
 
 
+@inline_njit
+def cos_sin_row(cos_sin, num_positions, position, head_dim):
+    """The table's row for a position, which is checked."""
+    if position < 0 or position >= num_positions:
+        raise IndexError("apply_rope: a position lies outside the table of cosines and sines")
+    return row32(cos_sin, position * head_dim, head_dim)
+
+
+@inline_njit
+def rotate_row(row, cos_sin, direction, out):
+    """One head of one token of `apply_rope`, for the kernels that contain one; `out` is not `row`."""
+    # Two loops, because LLVM leaves short heads scalar where a loop has two outputs: three times as slow at D = 32.
+    half = row.shape[0] // 2
+    first, second, cos, sin = row[:half], row[half:], cos_sin[:half], cos_sin[half:]
+    out_first, out_second = out[:half], out[half:]
+    for j in range(half):
+        out_first[j] = first[j] * cos[j] - second[j] * (direction * sin[j])
+    for j in range(half):
+        out_second[j] = second[j] * cos[j] + first[j] * (direction * sin[j])
+
+
 @exact_njit
-def _apply_rope_tokens(start, stop, x, token_stride, head_stride, cos_sin, positions, y, direction):
-    num_heads, head_dim = y.shape[1], y.shape[2]
-    half = head_dim // 2
+def _apply_rope_tokens(
+    start, stop, x, token_stride, head_stride, cos_sin, num_positions, positions, y, num_heads, head_dim, direction
+):
     for t in range(start, stop):
-        position = positions[t]
-        if position < 0 or position >= cos_sin.shape[0]:
-            raise IndexError("apply_rope: a position lies outside the table of cosines and sines")
-        cos, sin = cos_sin[position, :half], cos_sin[position, half:]
+        table_row = cos_sin_row(cos_sin, num_positions, row64(positions, t, 1)[0], head_dim)
         for n in range(num_heads):
-            offset = t * token_stride + n * head_stride
-            first, second = x[offset : offset + half], x[offset + half : offset + head_dim]
-            out_first, out_second = y[t, n, :half], y[t, n, half:]
-            for j in range(half):
-                out_first[j] = first[j] * cos[j] - second[j] * (direction * sin[j])
-                out_second[j] = second[j] * cos[j] + first[j] * (direction * sin[j])
+            row = row32(x, t * token_stride + n * head_stride, head_dim)
+            out = row32(y, (t * num_heads + n) * head_dim, head_dim)
+            rotate_row(row, table_row, np.float32(direction), out)
 
 
 def _apply_rope_triton(x: Tensor, cos_sin: Tensor, positions: Tensor, direction: float = 1.0) -> Tensor:

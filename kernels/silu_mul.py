@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lockstep.kernels._cpu import exact_njit, exp32, parallel_rows
+from lockstep.kernels._cpu import address_of, exact_njit, exp32, parallel_rows, row32
 
 _ELEMENTS_PER_THREAD = 32768
 _ONE = np.float32(1.0)
@@ -43,15 +43,15 @@ def _silu_mul_cpu(gate_up: Tensor) -> Tensor:
     if gate_up.dtype != torch.float32:
         raise ValueError(f"silu_mul on the CPU takes float32, not {gate_up.dtype}")
     gate_up = gate_up.contiguous()
-    num_columns = gate_up.shape[-1] // 2
-    y = torch.empty(*gate_up.shape[:-1], num_columns)
-    num_rows = y.numel() // max(num_columns, 1)
+    *outer_shape, num_columns = gate_up.shape
+    num_columns //= 2
+    y = torch.empty(*outer_shape, num_columns)
     parallel_rows(
         _silu_mul_rows,
-        num_rows,
+        y.numel() // max(num_columns, 1),
         _ELEMENTS_PER_THREAD // max(num_columns, 1) + 1,
-        gate_up.detach().numpy().reshape(-1),
-        y.numpy().reshape(-1),
+        address_of(gate_up),
+        y.data_ptr(),
         num_columns,
     )
     return y
@@ -60,9 +60,9 @@ def _silu_mul_cpu(gate_up: Tensor) -> Tensor:
 @exact_njit
 def _silu_mul_rows(start, stop, gate_up, y, num_columns):
     for row in range(start, stop):
-        gate = gate_up[2 * row * num_columns : (2 * row + 1) * num_columns]
-        up = gate_up[(2 * row + 1) * num_columns : (2 * row + 2) * num_columns]
-        out = y[row * num_columns : (row + 1) * num_columns]
+        gate = row32(gate_up, 2 * row * num_columns, num_columns)
+        up = row32(gate_up, (2 * row + 1) * num_columns, num_columns)
+        out = row32(y, row * num_columns, num_columns)
         for j in range(num_columns):
             out[j] = gate[j] / (_ONE + exp32(-gate[j])) * up[j]
 

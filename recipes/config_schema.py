@@ -30,6 +30,8 @@ def mirror(config_class: type) -> type:
             default = dataclasses.field(default_factory=functools.partial(_mirror_value, field.default))
         elif field.default_factory is not dataclasses.MISSING:
             default = dataclasses.field(default_factory=functools.partial(_mirror_factory, field.default_factory))
+        elif dataclasses.is_dataclass(hints[field.name]):
+            default = dataclasses.field(default_factory=mirror(hints[field.name]))
         else:
             default = dataclasses.field(default=MISSING)
         fields.append((field.name, _mirror_type(hints[field.name]), default))

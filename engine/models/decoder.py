@@ -8,10 +8,10 @@ from torch import nn
 from lockstep.engine.models.config import ModelConfig
 from lockstep.kernels.attention import attention
 from lockstep.kernels.embedding import embedding
-from lockstep.kernels.kv_cache import kv_store
 from lockstep.kernels.linear import linear
+from lockstep.kernels.qk_norm_rope_store import qk_norm_rope_store
 from lockstep.kernels.rms_norm import add_rms_norm, rms_norm
-from lockstep.kernels.rope import apply_rope, rope_cos_sin, rope_inv_freq
+from lockstep.kernels.rope import rope_cos_sin, rope_inv_freq
 from lockstep.kernels.silu_mul import silu_mul
 
 
@@ -34,7 +34,11 @@ class AttentionContext:
 
 
 class _Weights(nn.Module):
-    """A named place for a weight and perhaps a bias; the arithmetic is in the kernels."""
+    """A named place for a weight and perhaps a bias; the arithmetic is in the kernels.
+
+    The modules that use a weight also hold its tensor in a tuple: a look-up of `module.weight` takes nn.Module a
+    microsecond, and a decode step does a dozen per layer.
+    """
 
     def __init__(self, *shape: int, bias: bool = False, **factory: torch.device | torch.dtype) -> None:
         super().__init__()
@@ -45,19 +49,22 @@ class _Weights(nn.Module):
 class _SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, window: int | None, **factory: torch.device | torch.dtype) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
-        self.num_groups = config.num_kv_heads
-        self.heads_per_group = config.num_heads // config.num_kv_heads
-        self.head_dim = config.head_dim
         self.eps = config.rms_norm_eps
         self.scale = config.head_dim**-0.5
         self.window = window
-        query_size = config.num_heads * config.head_dim
-        qkv_size = query_size + 2 * config.num_kv_heads * config.head_dim
+        self.query_size = config.num_heads * config.head_dim
+        qkv_size = self.query_size + 2 * config.num_kv_heads * config.head_dim
         self.linear_qkv = _Weights(qkv_size, config.hidden_size, bias=config.qkv_bias, **factory)
-        self.linear_proj = _Weights(config.hidden_size, query_size, bias=config.proj_bias, **factory)
+        self.linear_proj = _Weights(config.hidden_size, self.query_size, bias=config.proj_bias, **factory)
         self.q_layernorm = _Weights(config.head_dim, **factory) if config.qk_norm else None
         self.k_layernorm = _Weights(config.head_dim, **factory) if config.qk_norm else None
+        self._linear_tensors = (
+            self.linear_qkv.weight,
+            self.linear_qkv.bias,
+            self.linear_proj.weight,
+            self.linear_proj.bias,
+        )
+        self._norm_weights = (self.q_layernorm.weight, self.k_layernorm.weight) if config.qk_norm else (None, None)
 
     def forward(
         self,
@@ -67,25 +74,16 @@ class _SelfAttention(nn.Module):
         kv_cache: tuple[torch.Tensor, torch.Tensor],
         context: AttentionContext,
     ) -> torch.Tensor:
-        num_rows = hidden.shape[0]
-        qkv = linear(hidden, self.linear_qkv.weight, self.linear_qkv.bias)
-        by_group = qkv.view(num_rows, self.num_groups, self.heads_per_group + 2, self.head_dim)
-        q = by_group[:, :, :-2].reshape(num_rows, self.num_heads, self.head_dim)
-        k = by_group[:, :, -2]
-        v = by_group[:, :, -1]
-        if self.q_layernorm is not None:
-            q = rms_norm(q, self.q_layernorm.weight, self.eps)
-            k = rms_norm(k, self.k_layernorm.weight, self.eps)
-        q = apply_rope(q, cos_sin, positions)
-        k = apply_rope(k, cos_sin, positions)
+        qkv_weight, qkv_bias, proj_weight, proj_bias = self._linear_tensors
         k_cache, v_cache = kv_cache
-        kv_store(k, v, k_cache, v_cache, context.slots)
+        q = qk_norm_rope_store(
+            linear(hidden, qkv_weight, qkv_bias), *self._norm_weights, self.eps,
+            cos_sin, positions, k_cache, v_cache, context.slots,
+        )  # fmt: skip
         out = attention(
             q, k_cache, v_cache, context.page_table, context.cu_seqlens_q, context.kv_lens, self.scale, self.window
         )
-        return linear(
-            out.view(num_rows, self.num_heads * self.head_dim), self.linear_proj.weight, self.linear_proj.bias
-        )
+        return linear(out.view(-1, self.query_size), proj_weight, proj_bias)
 
 
 class _MLP(nn.Module):
@@ -93,10 +91,11 @@ class _MLP(nn.Module):
         super().__init__()
         self.linear_fc1 = _Weights(2 * config.ffn_hidden_size, config.hidden_size, bias=config.mlp_bias, **factory)
         self.linear_fc2 = _Weights(config.hidden_size, config.ffn_hidden_size, bias=config.mlp_bias, **factory)
+        self._tensors = (self.linear_fc1.weight, self.linear_fc1.bias, self.linear_fc2.weight, self.linear_fc2.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        gate_up = linear(hidden, self.linear_fc1.weight, self.linear_fc1.bias)
-        return linear(silu_mul(gate_up), self.linear_fc2.weight, self.linear_fc2.bias)
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias = self._tensors
+        return linear(silu_mul(linear(hidden, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
 
 
 class _Layer(nn.Module):
@@ -107,6 +106,7 @@ class _Layer(nn.Module):
         self.self_attention = _SelfAttention(config, window, **factory)
         self.pre_mlp_layernorm = _Weights(config.hidden_size, **factory)
         self.mlp = _MLP(config, **factory)
+        self._norm_weights = (self.input_layernorm.weight, self.pre_mlp_layernorm.weight)
 
     def forward(
         self,
@@ -118,13 +118,14 @@ class _Layer(nn.Module):
         context: AttentionContext,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden: the previous layer's MLP output, not yet added to `residual` (None before the first layer)."""
+        input_norm_weight, pre_mlp_norm_weight = self._norm_weights
         if residual is None:
             residual = hidden
-            hidden = rms_norm(hidden, self.input_layernorm.weight, self.eps)
+            hidden = rms_norm(hidden, input_norm_weight, self.eps)
         else:
-            hidden, residual = add_rms_norm(hidden, residual, self.input_layernorm.weight, self.eps)
+            hidden, residual = add_rms_norm(hidden, residual, input_norm_weight, self.eps)
         hidden = self.self_attention(hidden, positions, cos_sin, kv_cache, context)
-        hidden, residual = add_rms_norm(hidden, residual, self.pre_mlp_layernorm.weight, self.eps)
+        hidden, residual = add_rms_norm(hidden, residual, pre_mlp_norm_weight, self.eps)
         return self.mlp(hidden), residual
 
 

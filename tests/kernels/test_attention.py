@@ -148,6 +148,30 @@ def test_row_contract(served, data):
     _assert_equal(outputs, [alone[b][begin:end] for b, begin, end in batch])
 
 
+@settings(max_examples=60, deadline=None)
+@given(_served(), st.data())
+def test_requests_that_share_pages_get_the_bits_of_each_alone(served, data):
+    """Decodes whose page tables begin with the same pages; they may end anywhere, within those pages too."""
+    sequences, window = served
+    roots = len(sequences.lengths)
+    parents = data.draw(st.lists(st.integers(0, roots - 1), min_size=2, max_size=20).map(sorted))
+    sequences.lengths += [sequences.lengths[root] + data.draw(st.integers(0, 40)) for root in parents]
+    sequences.__post_init__()
+    shared_pages = [data.draw(st.integers(0, len(sequences.pages[root]) - 1)) for root in range(roots)]
+    for b, root in enumerate(parents, roots):
+        shared = shared_pages[root] * sequences.page_size
+        for x in (sequences.k, sequences.v):
+            x[b][:shared] = x[root][:shared]
+    sequences.place(0)
+    ends = [data.draw(st.sampled_from([n, n, n, 1 + n // 2, 1])) for n in sequences.lengths]
+    batch = [(b, end - 1, end) for b, end in enumerate(ends)]
+    alone = [sequences.serve([chunk], window)[0] for chunk in batch]
+    for b, root in enumerate(parents, roots):
+        sequences.pages[b][: shared_pages[root]] = sequences.pages[root][: shared_pages[root]]
+    order = data.draw(st.sampled_from([range(len(batch)), range(len(batch))[::-1], range(0, len(batch), 2)]))
+    _assert_equal(sequences.serve([batch[b] for b in order], window), [alone[b] for b in order])
+
+
 def test_one_token_at_a_time_gives_the_prefill():
     sequences = Sequences([530])
     decoded = [sequences.serve([(0, i, i + 1)])[0] for i in range(530)]

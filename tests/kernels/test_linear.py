@@ -1,6 +1,5 @@
 """kernels/linear.py and kernels/numerics.py: the row contract, the gradients, the start-up check."""
 
-import os
 import subprocess
 import sys
 
@@ -107,7 +106,7 @@ def test_triton_matches_fp64_and_keeps_rows(m, n, k):
 def test_check_finds_a_linear_that_depends_on_the_batch(monkeypatch):
     check_row_contract("cpu", torch.float32)
     monkeypatch.setattr("lockstep.kernels.numerics.linear", lambda x, weight: F.linear(x, weight) + 1e-6 * len(x))
-    with pytest.raises(RuntimeError, match=r"\[384, 128\].*MKL_CBWR"):
+    with pytest.raises(RuntimeError, match=r"weight \[128, 384\].*MKL_CBWR"):
         check_row_contract("cpu", torch.float32)
 
 
@@ -124,17 +123,3 @@ torch.set_num_threads(2)
 assert torch.equal(linear(x, weight), alone)
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
-
-
-def test_padding_keeps_rows_of_small_weights_in_mkl_s_default_mode():
-    program = """
-import torch
-from lockstep.kernels.linear import linear
-for n, k in [(384, 128), (128, 384), (260, 100)]:
-    x, weight = torch.randn(300, k), torch.randn(n, k)
-    together = linear(x, weight)
-    for size in (1, 2, 7, 15, 17, 33, 130):
-        assert torch.equal(linear(x[:size], weight), together[:size]), (n, k, size)
-"""
-    environment = {**os.environ, "MKL_CBWR": "AUTO"}
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120, env=environment)

@@ -1,0 +1,141 @@
+"""Promise 4: weights change in place, all or nothing, under a version, also while requests run."""
+
+import pytest
+import torch
+from models import make_hf_model
+
+from lockstep.engine import Engine, EngineConfig, SamplingParams
+
+PROMPT = list(range(1, 40))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two directories with the same architecture and other weights."""
+    paths = [tmp_path_factory.mktemp(f"model{seed}") for seed in (1, 2)]
+    for seed, path in zip((1, 2), paths, strict=True):
+        make_hf_model(path, "qwen3", seed=seed)
+    return [str(path) for path in paths]
+
+
+def engine_of(path: str, **settings) -> Engine:
+    return Engine(EngineConfig(model=path, **settings))
+
+
+def weights_of(path: str) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in engine_of(path).weight_targets.items()}
+
+
+def generate(engine: Engine, **params):
+    return engine.generate([PROMPT], SamplingParams(max_tokens=20, seed=5, ignore_eos=True, **params))[0]
+
+
+def test_an_updated_engine_is_the_other_engine_in_the_same_tensors(models):
+    engine, other = engine_of(models[0]), engine_of(models[1])
+    before = generate(engine)
+    addresses = {name: tensor.data_ptr() for name, tensor in engine.weight_targets.items()}
+    report = engine.update_weights(weights_of(models[1]).items(), version=3)
+    after = generate(engine)
+    expected = generate(other)
+    assert (after.token_ids, after.logprobs) == (expected.token_ids, expected.logprobs)
+    assert after.token_ids != before.token_ids
+    assert set(before.weight_versions) == {0}
+    assert set(after.weight_versions) == {3}
+    assert {name: tensor.data_ptr() for name, tensor in engine.weight_targets.items()} == addresses
+    assert report["version"] == 3
+
+
+def test_new_requests_never_match_kv_of_another_version(models):
+    engine = engine_of(models[0])
+    generate(engine)
+    assert generate(engine).num_cached_tokens > 0
+    engine.update_weights(weights_of(models[1]).items(), version=1)
+    assert generate(engine).num_cached_tokens == 0
+
+
+BROKEN = {
+    "missing": (lambda w: w.pop("decoder.final_layernorm.weight"), "lacks 1 tensors.*final_layernorm"),
+    "unknown": (lambda w: w.update({"decoder.extra": torch.zeros(1)}), "unknown tensor 'decoder.extra'"),
+    "shape": (lambda w: w.update({"output_layer.weight": torch.zeros(3, 3)}), r"output_layer.weight.*shape \(3, 3\)"),
+    "dtype": (lambda w: w.update({"output_layer.weight": w["output_layer.weight"].double()}), "float64"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_bad_update_names_the_tensor_and_leaves_the_old_version_serving(models, name):
+    engine = engine_of(models[0], enable_prefix_cache=False)
+    before = generate(engine)
+    update = weights_of(models[1])
+    breaks, message = BROKEN[name]
+    breaks(update)
+    with pytest.raises(ValueError, match=message):
+        engine.update_weights(update.items(), version=1)
+    after = generate(engine)
+    assert (after.token_ids, after.logprobs) == (before.token_ids, before.logprobs)
+    assert engine.weight_version == 0
+
+
+def test_a_sender_that_dies_leaves_the_old_version_serving(models):
+    engine = engine_of(models[0], enable_prefix_cache=False)
+    before = generate(engine)
+
+    def dying():
+        yield from list(weights_of(models[1]).items())[:3]
+        raise ConnectionError("sender died")
+
+    with pytest.raises(ConnectionError, match="sender died"):
+        engine.update_weights(dying(), version=1)
+    assert generate(engine).logprobs == before.logprobs
+
+
+def test_versions_must_grow(models):
+    engine = engine_of(models[0])
+    with pytest.raises(ValueError, match="must grow: 0 after 0"):
+        engine.update_weights(weights_of(models[1]).items(), version=0)
+    with pytest.raises(ValueError, match="'pause'"):
+        engine.update_weights(weights_of(models[1]).items(), version=1, inflight="pause")
+
+
+def run_across_an_update(models, inflight: str):
+    """A request of which 8 tokens are drawn before an update and the rest after it."""
+    engine = engine_of(models[0])
+    (request,) = engine.submit([PROMPT], SamplingParams(max_tokens=20, seed=5, ignore_eos=True))
+    while len(request.logprobs) < 8:
+        engine.step()
+    engine.update_weights(weights_of(models[1]).items(), version=1, inflight=inflight)
+    while request.finish_reason is None:
+        engine.step()
+    return request
+
+
+def test_keep_goes_on_and_records_the_version_of_each_token(models):
+    request = run_across_an_update(models, "keep")
+    assert request.weight_versions == [0] * 8 + [1] * 12
+    assert request.logprobs[:8] == generate(engine_of(models[0])).logprobs[:8]
+
+
+def test_recompute_continues_as_if_the_new_weights_had_read_the_whole_prefix(models):
+    request = run_across_an_update(models, "recompute")
+    assert request.weight_versions == [0] * 8 + [1] * 12
+    scored = engine_of(models[1]).score([request.tokens])[0]
+    assert request.logprobs[8:] == scored[len(PROMPT) + 8 :]
+
+
+def test_abort_ends_running_requests_with_what_they_have(models):
+    request = run_across_an_update(models, "abort")
+    assert request.finish_reason == "abort"
+    assert len(request.logprobs) == 8
+
+
+def test_kv_of_a_request_that_was_kept_is_never_shared(models):
+    engine = engine_of(models[0])
+    (request,) = engine.submit([PROMPT], SamplingParams(max_tokens=60, seed=5, ignore_eos=True))
+    while len(request.logprobs) < 8:
+        engine.step()
+    engine.update_weights(weights_of(models[1]).items(), version=1, inflight="keep")
+    while request.finish_reason is None:
+        engine.step()
+    params = SamplingParams(max_tokens=5, seed=1, ignore_eos=True)
+    (output,) = engine.generate([request.tokens], params)
+    (expected,) = engine_of(models[1]).generate([request.tokens], params)
+    assert output.logprobs == expected.logprobs
