@@ -27,7 +27,8 @@ WARMUP = "sft"  # the folder of the warm-up's run in the run directory
 @dataclass(frozen=True)
 class RLConfig(TrainingRunConfig):
     """warmup: a supervised stage to start from, if its `steps` are not 0; its model, task and seed are this run's.
-    reward: weights by name, see rollout/rewards.py; empty is the task's own verifier. evaluate_every: steps between held-out evaluations.
+    reward: weights by name, see rollout/rewards.py; empty is the task's own verifier.
+    evaluate_every: steps between held-out evaluations.
     engine: its `model` is filled in by the run.
     """
 
