@@ -318,16 +318,13 @@ def _fma_rows(num_vectors, accumulate):
 
 
 _set_scores = _fma_rows(KEY_VECTORS, accumulate=False)
-_add_one, _add_two, _add_four = (_fma_rows(num_vectors, accumulate=True) for num_vectors in (1, 2, 4))
+_add_one, _add_two = (_fma_rows(num_vectors, accumulate=True) for num_vectors in (1, 2))
 
 
 @inline_njit
 def _add_values(num_rows, sums, factors, source, num_vectors, n):
     first = 0
-    while num_vectors - first >= 4:
-        _add_four(num_rows, sums, factors, source, first, n)
-        first += 4
-    if num_vectors - first >= 2:
+    while num_vectors - first >= 2:
         _add_two(num_rows, sums, factors, source, first, n)
         first += 2
     if first < num_vectors:

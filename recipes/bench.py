@@ -47,9 +47,10 @@ class BenchConfig:
     shape: ModelShape = field(default_factory=lambda: ModelShape(vocab_size=512))
     workloads: list[Workload] = field(
         default_factory=lambda: [
-            Workload(prompt_tokens=32, output_tokens=64),
-            Workload(prompt_tokens=128, output_tokens=128),
-            Workload(prompt_tokens=256, output_tokens=128),
+            Workload(prompt_tokens=32),
+            Workload(prompt_tokens=128),
+            Workload(prompt_tokens=256),
+            Workload(prompt_tokens=384),
         ]
     )
     peer: str | None = None
