@@ -8,8 +8,8 @@ import itertools
 
 import torch
 
-from lockstep.kernels.attention_cpu import attention_backward as _backward_cpu
 from lockstep.kernels.attention_cpu import attention_forward as _forward_cpu
+from lockstep.kernels.attention_cpu_backward import attention_backward as _backward_cpu
 from lockstep.kernels.attention_triton import attention_forward as _forward_triton
 from lockstep.kernels.attention_triton_backward import attention_backward as _backward_triton
 from lockstep.kernels.kv_cache import kv_store, new_kv_cache

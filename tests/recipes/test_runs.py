@@ -24,6 +24,7 @@ from lockstep.rollout.evaluation import EvaluationConfig
 from lockstep.rollout.tasks import ReasoningGymConfig
 from lockstep.rollout.worker import RolloutConfig
 from lockstep.trainer_bridge import TrainerConfig
+from lockstep.trainer_bridge.algorithms import AlgorithmConfig
 
 STEPS = 4
 
@@ -126,6 +127,15 @@ def test_the_engine_and_the_trainer_agree_in_every_step(undisturbed):
     records = [record for record in read_metrics(undisturbed[0]) if record["stage"] == "rl"]
     assert len(records) == STEPS
     assert all(record["logprob_diff_max"] == 0.0 for record in records)
+
+
+def test_a_kl_penalty_is_taken_to_the_starting_model(tmp_path):
+    config = short_config(tmp_path)
+    config = replace(config, algorithm=AlgorithmConfig(kl_coefficient=0.1), warmup=sft.SFTConfig(steps=0), steps=2)
+    rl.run(config)
+    first, second = (r["reference_kl"] for r in read_metrics(tmp_path / "short") if r["stage"] == "rl")
+    assert first == 0.0
+    assert second > 0.0
 
 
 def test_rollouts_record_what_is_needed_to_make_them_again(undisturbed):
