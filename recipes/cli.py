@@ -5,6 +5,7 @@ composes the YAML over the dataclass's defaults; `--help`, `--cfg job`, `--info`
 """
 
 import contextlib
+import dataclasses
 import difflib
 import importlib
 import importlib.metadata
@@ -131,6 +132,7 @@ def _register(name: str, stage: Stage, schema: type) -> None:
     """Give Hydra the stage's schema as NAME_schema, and its own settings: no output directory, no logging set-up."""
     from hydra.conf import HydraConf, RunDir
     from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
 
     template = HELP_TEMPLATE.replace("$stage", name).replace("$summary", stage.summary).replace("$$", "$")
     hydra_config = HydraConf(run=RunDir(dir="."), output_subdir=None)
@@ -139,7 +141,9 @@ def _register(name: str, stage: Stage, schema: type) -> None:
         {group: quiet.get(group, option)} for entry in hydra_config.defaults for group, option in entry.items()
     ]
     store = ConfigStore.instance()
-    store.store(name=f"{name}_schema", node=schema, provider="lockstep")
+    node = OmegaConf.structured(schema)
+    _open_mappings(node)
+    store.store(name=f"{name}_schema", node=node, provider="lockstep")
     store.store(group="hydra", name="config", node=hydra_config, provider="lockstep")
     store.store(
         group="hydra/help",
@@ -147,6 +151,19 @@ def _register(name: str, stage: Stage, schema: type) -> None:
         node={"app_name": f"lockstep {name}", "header": stage.summary, "footer": "", "template": template},
         provider="lockstep",
     )
+
+
+def _open_mappings(node: Any) -> None:
+    """Let mappings (unlike dataclasses, whose keys are fixed) take new keys: `reward={correct: 1.0}` without a `+`."""
+    from omegaconf import DictConfig, OmegaConf
+
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+            if dataclasses.is_dataclass(child._metadata.object_type):
+                _open_mappings(child)
+            else:
+                OmegaConf.set_struct(child, False)
 
 
 def _explain(error: Exception, known_keys: list[str]) -> str:

@@ -240,3 +240,11 @@ def test_without_a_network_libraries_are_told_so(monkeypatch):
     assert launch.wandb_mode("http://127.0.0.1:9") == "offline"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert launch.wandb_mode("http://127.0.0.1:9") == "disabled"
+
+
+def test_mappings_take_new_keys_without_a_plus(capsys):
+    overrides = ["reward={format: 0.5, my_rewards.mine: 1.0}", "task.reasoning_gym.options.max_terms=3"]
+    main(["rl", *overrides, "--cfg", "job"])
+    shown = capsys.readouterr().out
+    assert "reward:\n  format: 0.5\n  my_rewards.mine: 1.0\n" in shown
+    assert "options:\n      max_terms: 3\n" in shown
