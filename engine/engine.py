@@ -145,7 +145,7 @@ class Engine:
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[TokenEvent]:
         """The tokens of `generate`, each as soon as it is drawn. Closing the iterator aborts what is unfinished."""
-        return self._stream(self.submit(prompts, params))
+        return self._stream(self._requests(prompts, params, "generate"))
 
     def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[list[float | None]]:
         """Log-probs of given tokens: `[None, lp(t1 | t0), lp(t2 | t0 t1), ...]` per sequence; generation's bits."""
@@ -167,10 +167,7 @@ class Engine:
         kind: "generate", or "score" for the log-probs of the given tokens. Raises as `generate` does.
         """
         requests = self._requests(prompts, params, kind)
-        for request in requests:
-            if request.params.stop:
-                request.detokenizer = Detokenizer(self.tokenizer, request.params.stop)
-            self.scheduler.add(request)
+        self._queue(requests)
         return requests
 
     def step(self) -> list[Request]:
@@ -318,6 +315,12 @@ class Engine:
             raise ValueError(f"stop strings need a tokenizer, and {self.config.model} holds none")
         self.scheduler.check(request)
 
+    def _queue(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            if request.params.stop:
+                request.detokenizer = Detokenizer(self.tokenizer, request.params.stop)
+            self.scheduler.add(request)
+
     def _complete(self, requests: Sequence[Request]) -> None:
         try:
             while any(request.finish_reason is None for request in requests):
@@ -327,6 +330,7 @@ class Engine:
                 self.abort(request)
 
     def _stream(self, requests: list[Request]) -> Iterator[TokenEvent]:
+        self._queue(requests)  # not before the first `next`: an iterator that is never started leaves nothing behind
         mine = {request.request_id for request in requests}
         try:
             while any(request.finish_reason is None for request in requests):

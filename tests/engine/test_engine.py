@@ -79,6 +79,13 @@ def test_closing_a_stream_aborts_its_requests_only(engine):
     assert other.finish_reason == "length"
 
 
+def test_a_stream_that_is_never_started_leaves_nothing_behind(engine):
+    engine.stream([[3, 4]], SamplingParams(max_tokens=50)).close()
+    assert not engine.scheduler.has_work
+    with pytest.raises(ValueError, match="prompt 0: is empty"):
+        engine.stream([[]])
+
+
 def test_stop_tokens_end_a_request_and_stay_in_it(engine):
     params = SamplingParams(max_tokens=30, seed=3, ignore_eos=True)
     (free,) = engine.generate([[3, 4]], params)
