@@ -17,10 +17,11 @@ from lockstep.engine.models.names import matrix_shapes
 from lockstep.engine.page_pool import PagePool
 from lockstep.engine.radix_cache import RadixCache
 from lockstep.engine.request import Request, RequestOutput, SamplingParams
-from lockstep.engine.runner import Runner
+from lockstep.engine.runner import LaunchedStep, Runner
 from lockstep.engine.scheduler import Scheduler, SchedulerConfig
 from lockstep.kernels import numerics
 
+PAGE_SIZE = {"cpu": 16, "cuda": 64}
 CPU_KV_CACHE_BYTES = 512 * 2**20
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -32,11 +33,13 @@ class EngineConfig:
     model: an HF directory (config.json, safetensors, optionally a tokenizer).
     device, dtype: "cpu" with "float32", or "cuda" with "bfloat16".
     load_format: "auto" reads the directory's weights; "dummy" makes random ones (from `seed`), for benchmarks.
-    page_size: tokens of KV in a page, the unit of sharing between requests.
+    page_size: tokens of KV in a page, the unit of sharing between requests. None: 16 on a CPU, 64 on a GPU.
     max_running_requests: requests that decode together.
     max_prefill_tokens: prompt tokens computed in one step (the prefill chunk).
     kv_cache_tokens: tokens of KV held. None: up to 512 MiB on a CPU, `memory_fraction` of the free memory on a GPU.
     max_model_len: longest prompt plus output. None: the model's max_position_embeddings.
+    cuda_graphs: on a GPU, decode steps are replayed as graphs.
+    overlap: on a GPU, a step is scheduled while the one before still runs.
     """
 
     model: str
@@ -44,21 +47,24 @@ class EngineConfig:
     dtype: str = "float32"
     load_format: str = "auto"
     seed: int = 0
-    page_size: int = 16
+    page_size: int | None = None
     max_running_requests: int = 256
     max_prefill_tokens: int = 8192
     kv_cache_tokens: int | None = None
     memory_fraction: float = 0.85
     max_model_len: int | None = None
     enable_prefix_cache: bool = True
+    cuda_graphs: bool = True
+    overlap: bool = True
     tp_size: int = 1
     draft_model: str | None = None
     num_draft_tokens: int = 0
 
     def __post_init__(self):
         for field in ("page_size", "max_running_requests", "max_prefill_tokens"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"EngineConfig.{field} must be at least 1, got {getattr(self, field)}")
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"EngineConfig.{field} must be at least 1, got {value}")
         if self.load_format not in ("auto", "dummy"):
             raise ValueError(f'EngineConfig.load_format must be "auto" or "dummy", got {self.load_format!r}')
         if self.dtype not in ("float32", "bfloat16", "float16"):
@@ -107,21 +113,25 @@ class Engine:
         self.weight_version = 0
         self.weight_targets = dict(self.model.named_parameters())
 
-        num_pages = _num_pages(config, self.model_config, self.max_model_len, device, dtype)
+        page_size = config.page_size or PAGE_SIZE[device.type]
+        num_pages = _num_pages(config, page_size, self.model_config, self.max_model_len, device, dtype)
         self.pool = PagePool(num_pages)
-        self.cache = RadixCache(self.pool, config.page_size)
+        self.cache = RadixCache(self.pool, page_size)
         self.scheduler = Scheduler(
             SchedulerConfig(
                 max_running_requests=config.max_running_requests,
                 max_prefill_tokens=config.max_prefill_tokens,
-                page_size=config.page_size,
+                page_size=page_size,
                 max_model_len=self.max_model_len,
                 enable_prefix_cache=config.enable_prefix_cache,
             ),
             self.pool,
             self.cache,
         )
-        self.runner = Runner(self.model, self.scheduler.config, num_pages, device, dtype)
+        self.runner = Runner(self.model, self.scheduler.config, num_pages, device, dtype, config.cuda_graphs)
+        self.overlaps = config.overlap and device.type == "cuda"
+        self.in_flight: LaunchedStep | None = None
+        self.editing: list[Request] = []  # requests whose draws depend on their earlier tokens: they do not overlap
         self.next_request_id = 0
         self.generated_tokens = 0
         self.busy_s = 0.0
@@ -171,13 +181,22 @@ class Engine:
         return requests
 
     def step(self) -> list[Request]:
-        """One forward pass over the running requests; returns those that were given a token or a score."""
+        """One forward pass over the running requests; returns those that were given a token or a score.
+
+        On a GPU the pass is launched, and the results are those of the pass before, during which this one was prepared.
+        Raises FloatingPointError that names the request for logits without a number; it is ended then.
+        """
         started = time.perf_counter()
+        self.editing = [request for request in self.editing if request.finish_reason is None]
+        overlaps = self.overlaps and not self.editing
+        results = [] if overlaps else self._drain()
         batch = self.scheduler.schedule()
-        results = self.runner.run(batch, self.weight_version)
-        self.scheduler.commit(batch)
-        for request in results:
-            self._finish_if_done(request)
+        launched = self.runner.launch(batch, self.weight_version) if batch.chunks else None
+        due, self.in_flight = (self.in_flight, launched) if overlaps else (launched, None)
+        try:
+            results += self._collect(due)
+        finally:
+            self.scheduler.commit(batch)
         self.busy_s += time.perf_counter() - started
         return results
 
@@ -225,6 +244,7 @@ class Engine:
         if the update is incomplete or does not fit; the old version then serves on.
         """
         self._check_running()
+        self._drain()
         if version <= self.weight_version:
             raise ValueError(f"weight version must grow: {version} after {self.weight_version}")
         if inflight not in ("keep", "recompute", "abort"):
@@ -270,6 +290,7 @@ class Engine:
         """Ends all requests and frees the model and its KV cache. Later calls raise RuntimeError."""
         if not self.is_shut_down:
             self.scheduler.abort_all()
+            self._drain()
             self.is_shut_down = True
             del self.runner, self.model, self.weight_targets
 
@@ -319,6 +340,8 @@ class Engine:
         for request in requests:
             if request.params.stop:
                 request.detokenizer = Detokenizer(self.tokenizer, request.params.stop)
+            if request.params.edits_logits:
+                self.editing.append(request)
             self.scheduler.add(request)
 
     def _complete(self, requests: Sequence[Request]) -> None:
@@ -346,6 +369,24 @@ class Engine:
         finally:
             for request in requests:
                 self.abort(request)
+
+    def _drain(self) -> list[Request]:
+        """Collects the pass in flight, if there is one."""
+        due, self.in_flight = self.in_flight, None
+        return self._collect(due)
+
+    def _collect(self, launched: LaunchedStep | None) -> list[Request]:
+        if launched is None:
+            return []
+        results, broken = self.runner.collect(launched)
+        for request in results:
+            self._finish_if_done(request)
+        for request in broken:
+            self.scheduler.finish(request, "abort")
+        if broken:
+            where = f"request {broken[0].request_id}, position {len(broken[0].tokens)}"
+            raise FloatingPointError(f"{where}: the logits hold no number to draw from; are the weights finite?")
+        return results
 
     def _finish_if_done(self, request: Request) -> None:
         reason = self._score_end(request) if request.kind == "score" else self._generation_end(request)
@@ -378,16 +419,21 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def _num_pages(
-    config: EngineConfig, model: ModelConfig, max_model_len: int, device: torch.device, dtype: torch.dtype
+    config: EngineConfig,
+    page_size: int,
+    model: ModelConfig,
+    max_model_len: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> int:
-    page_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * config.page_size * dtype.itemsize
+    page_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * page_size * dtype.itemsize
     if config.kv_cache_tokens is not None:
-        if config.kv_cache_tokens < config.page_size:
-            raise ValueError(f"kv_cache_tokens={config.kv_cache_tokens} is less than a page of {config.page_size}")
-        return config.kv_cache_tokens // config.page_size
+        if config.kv_cache_tokens < page_size:
+            raise ValueError(f"kv_cache_tokens={config.kv_cache_tokens} is less than a page of {page_size}")
+        return config.kv_cache_tokens // page_size
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * config.memory_fraction) // page_bytes
-    useful = config.max_running_requests * -(-max_model_len // config.page_size)
+    useful = config.max_running_requests * -(-max_model_len // page_size)
     return max(1, min(useful, CPU_KV_CACHE_BYTES // page_bytes))
 
 

@@ -125,9 +125,10 @@ class RequestOutput:
 class Request:
     """One sample in the making, or one sequence to score. Compared and hashed by identity.
 
-    The engine writes tokens, logprobs and weight_versions (through `append`). The scheduler writes everything below
-    `finish_reason`. The runner may keep a copy of `pages` in its page table: it copies the entries from
-    num_pages_synced on and sets num_pages_synced to their number; the scheduler lowers it where it replaces pages.
+    The engine writes tokens, logprobs and weight_versions (through `append`). The runner counts in `num_pending` what
+    it has launched and not collected. The scheduler writes everything below that. The runner may keep a copy of `pages`
+    in its page table: it copies the entries from num_pages_synced on and sets num_pages_synced to their number; the
+    scheduler lowers it where it replaces pages.
     """
 
     request_id: int
@@ -142,7 +143,9 @@ class Request:
     logprobs: list[float] = field(default_factory=list)
     weight_versions: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    num_pending: int = 0  # tokens drawn, or being drawn, on the device that `tokens` does not have yet
 
+    max_tokens: int = 0  # prompt and output: with so many the request ends
     arrival: int = -1  # admission order and, from the other end, preemption order
     slot: int | None = None  # row in the runner's arrays; None: waiting or finished
     pages: list[int] = field(default_factory=list)  # page i holds positions i * page_size ...
@@ -160,6 +163,11 @@ class Request:
     @property
     def num_prompt(self) -> int:
         return len(self.prompt_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Known and pending tokens."""
+        return len(self.tokens) + self.num_pending
 
     @property
     def output_ids(self) -> list[int]:

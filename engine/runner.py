@@ -3,108 +3,256 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from lockstep.engine.models.decoder import AttentionContext, Decoder
+from lockstep.engine.decode_graphs import DecodeGraphs
+from lockstep.engine.models.decoder import AttentionContext, AttentionPart, Decoder
 from lockstep.engine.request import Request
 from lockstep.engine.sampler import Sampler
 from lockstep.engine.scheduler import Chunk, SchedulerConfig, StepBatch
 from lockstep.kernels.kv_cache import new_kv_cache
 from lockstep.kernels.log_probs import token_log_probs
+from lockstep.kernels.step_inputs import step_inputs
 
 SCORED_ROWS_AT_ONCE = 1024  # bounds the logits of scoring at [1024, vocab]
+PENDING = -1  # a token that only the device knows
+
+
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step whose results are on their way: `tokens` and `logprobs` of `drawing`, and log-probs per scored chunk.
+
+    The tensors are the host's; they hold the results once `ready` has happened (at once where it is None).
+    """
+
+    weight_version: int
+    requests: list[Request]
+    drawing: list[Request]
+    tokens: torch.Tensor
+    logprobs: torch.Tensor
+    scored: list[tuple[Chunk, torch.Tensor]]
+    ready: torch.cuda.Event | None
 
 
 class Runner:
-    """Owns the KV cache tensors, and turns a `StepBatch` into tensors for the model."""
+    """Owns the KV cache and the page table, and turns a `StepBatch` into tensors for the model.
+
+    On a GPU nothing here waits for the device but `collect`: inputs go over in asynchronous copies, drawn tokens stay
+    in `last_tokens` for the step after, and a pure decode step is one graph.
+    """
 
     def __init__(
-        self, model: Decoder, config: SchedulerConfig, num_pages: int, device: torch.device, dtype: torch.dtype
+        self,
+        model: Decoder,
+        config: SchedulerConfig,
+        num_pages: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        cuda_graphs: bool = True,
     ):
         self.model = model
         self.page_size = config.page_size
         self.device = device
+        self.on_gpu = device.type == "cuda"
         shape = model.config
         self.kv_caches = [
             new_kv_cache(num_pages, config.page_size, shape.num_kv_heads, shape.head_dim, dtype, device)
             for _ in range(shape.num_layers)
         ]
-        pages_per_request = -(-config.max_model_len // config.page_size)
-        self.page_table = np.zeros((config.max_running_requests, pages_per_request), np.int32)
+        # The table's copy on the device is brought up to date with what each step's requests gained.
+        self.host_page_table = np.zeros(
+            (config.max_running_requests, -(-config.max_model_len // self.page_size)), np.int32
+        )
+        self.page_table = torch.from_numpy(self.host_page_table).to(device)
+        self.last_tokens = torch.zeros(config.max_running_requests, dtype=torch.int64, device=device)
         self.sampler = Sampler(config.max_running_requests, device)
+        self.graphs = None
+        if self.on_gpu and cuda_graphs:
+            self.graphs = DecodeGraphs(self._decode_logits, config.max_running_requests, device)
 
     @torch.inference_mode()
-    def run(self, batch: StepBatch, weight_version: int) -> list[Request]:
-        """Computes the batch and appends to each request what it was due: a drawn token, or log-probs of its tokens.
-
-        Returns the requests that were given something, in the order of the batch.
-        """
-        chunks = batch.chunks
-        ends = np.cumsum([chunk.length for chunk in chunks])
-        hidden = self.model(*self._inputs(chunks, ends))
-        drawing = [(chunk.request, end - 1) for chunk, end in zip(chunks, ends, strict=True) if chunk.samples]
-        if drawing:
-            self._draw(hidden, drawing, weight_version)
-        scoring = [(chunk, end) for chunk, end in zip(chunks, ends, strict=True) if chunk.request.kind == "score"]
-        for chunk, end in scoring:
-            self._score(hidden[end - chunk.length : end], chunk)
-        return [chunk.request for chunk in chunks if chunk.samples or chunk.request.kind == "score"]
-
-    def _inputs(self, chunks: Sequence[Chunk], ends: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, AttentionContext]:
-        """(token_ids [T], positions [T], context) of the chunks laid end to end."""
-        starts = np.array([chunk.start for chunk in chunks])
-        slots = np.array([self._synced_slot(chunk.request) for chunk in chunks])
-        lengths = np.diff(ends, prepend=0)
-        if len(chunks) == ends[-1]:  # every chunk is one token: a decode step
-            token_ids = np.array([chunk.request.tokens[chunk.start] for chunk in chunks])
-            rows, positions = slots, starts
+    def launch(self, batch: StepBatch, weight_version: int) -> LaunchedStep:
+        """Starts the computation of the batch; `collect` gives its requests what they are due."""
+        # On a GPU decodes and prefills take different attention kernels, so each kind's rows lie together.
+        chunks = sorted(batch.chunks, key=_is_prefill) if self.on_gpu else batch.chunks
+        self._sync_pages(chunks)
+        num_decodes = sum([chunk.length == 1 for chunk in chunks]) if self.on_gpu else 0
+        drawing = [chunk.request for chunk in chunks if chunk.samples]
+        rows = _rows(chunks, batch.num_tokens)
+        if self.graphs is not None and len(drawing) == num_decodes == len(chunks):
+            logits = self.graphs.run(rows)
+            hidden, slots = None, self._send(rows[1])
         else:
-            token_ids = np.concatenate(
-                [chunk.request.tokens[chunk.start : chunk.start + chunk.length] for chunk in chunks]
+            hidden, requests = self._forward(rows, chunks, num_decodes)
+            ends = np.cumsum([chunk.length for chunk in chunks])
+            last_rows = self._send(ends[[chunk.samples for chunk in chunks]] - 1)
+            slots = requests[last_rows]
+            logits = self.model.logits(hidden[last_rows]) if drawing else None
+        tokens, logprobs = self._draw(logits, drawing, slots)
+        scored = []
+        if hidden is not None:
+            starts = (0, *ends)
+            scored = [
+                (chunk, self._to_host(self._scores(hidden[start : start + chunk.length], chunk)))
+                for chunk, start in zip(chunks, starts, strict=False)
+                if chunk.request.kind == "score"
+            ]
+        ready = None
+        if self.on_gpu:
+            ready = torch.cuda.Event()
+            ready.record()
+        requests = [chunk.request for chunk in batch.chunks if chunk.samples or chunk.request.kind == "score"]
+        return LaunchedStep(weight_version, requests, drawing, tokens, logprobs, scored, ready)
+
+    def collect(self, step: LaunchedStep) -> tuple[list[Request], list[Request]]:
+        """Waits for the step, and appends to each request what it is due: a token, or log-probs of its tokens.
+
+        Returns the requests that got it, in the order of the batch, and those whose logits held no number to draw from.
+        Requests that have ended since get nothing and are in neither.
+        """
+        if step.ready is not None:
+            step.ready.synchronize()
+        broken = []
+        for request, token, logprob in zip(step.drawing, step.tokens.tolist(), step.logprobs.tolist(), strict=True):
+            request.num_pending -= 1
+            if request.finish_reason is None:
+                if token >= 0:
+                    request.append(token, logprob, step.weight_version)
+                else:
+                    broken.append(request)
+        for chunk, logprobs in step.scored:
+            del chunk.request.logprobs[chunk.start :]  # a preempted request starts over
+            chunk.request.logprobs += logprobs.tolist()
+        served = [r for r in step.requests if r.finish_reason is None and r not in broken]
+        return served, broken
+
+    def _forward(
+        self, rows: np.ndarray, chunks: Sequence[Chunk], num_decodes: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden states [T, H], the rows' slots [T]) of chunks laid end to end, the first num_decodes of one token."""
+        prefills = chunks[num_decodes:]
+        lengths = np.array([chunk.length for chunk in prefills], np.int64)
+        kv_lens = np.array([chunk.start for chunk in prefills], np.int64) + lengths
+        slots = np.array([chunk.request.slot for chunk in prefills], np.int64)
+        num_rows, num_prefills = rows.shape[1], len(prefills)
+        sent = self._send(np.concatenate((rows.ravel(), slots, kv_lens, [0], np.cumsum(lengths))))
+        tokens, requests, positions = sent[: 3 * num_rows].view(3, num_rows)
+        request_arrays = sent[3 * num_rows :]
+        parts = []
+        if num_decodes:
+            parts.append(self._decode_part(requests[:num_decodes], positions[:num_decodes]))
+        if num_prefills:
+            widest = -(-int(kv_lens.max()) // self.page_size)
+            int32s = request_arrays[num_prefills:].to(torch.int32)
+            part = AttentionPart(
+                num_rows=num_rows - num_decodes,
+                page_table=self.page_table[:, :widest].index_select(0, request_arrays[:num_prefills]),
+                cu_seqlens_q=int32s[num_prefills:],
+                kv_lens=int32s[:num_prefills],
             )
-            rows = np.repeat(slots, lengths)
-            positions = np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
-        pages = self.page_table[rows, positions // self.page_size]
-        kv_slots = pages.astype(np.int64) * self.page_size + positions % self.page_size
-        kv_lens = starts + lengths
-        widest = -(-int(kv_lens.max()) // self.page_size)
-        context = AttentionContext(
-            kv_caches=self.kv_caches,
-            slots=self._tensor(kv_slots),
-            page_table=self._tensor(self.page_table[slots, :widest]),
-            cu_seqlens_q=self._tensor(np.concatenate(([0], ends)).astype(np.int32)),
-            kv_lens=self._tensor(kv_lens.astype(np.int32)),
+            parts.append(part)
+        return self._hidden(tokens, requests, positions, tuple(parts)), requests
+
+    def _decode_logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """Logits [B, V] of a decode step. rows: int64 [3, B], tokens, requests (-1: padding) and positions."""
+        tokens, requests, positions = rows
+        part = self._decode_part(requests, positions)
+        return self.model.logits(self._hidden(tokens, requests, positions, (part,)))
+
+    def _hidden(
+        self, tokens: torch.Tensor, requests: torch.Tensor, positions: torch.Tensor, parts: tuple[AttentionPart, ...]
+    ) -> torch.Tensor:
+        token_ids, slots = step_inputs(tokens, requests, positions, self.last_tokens, self.page_table, self.page_size)
+        return self.model(token_ids, positions, AttentionContext(self.kv_caches, slots, parts))
+
+    def _decode_part(self, requests: torch.Tensor, positions: torch.Tensor) -> AttentionPart:
+        kv_lens = torch.where(requests >= 0, positions + 1, 0).to(torch.int32)
+        return AttentionPart(
+            num_rows=len(requests),
+            page_table=self.page_table.index_select(0, requests.clamp(min=0)),
+            cu_seqlens_q=torch.arange(len(requests) + 1, dtype=torch.int32, device=self.device),
+            kv_lens=kv_lens,
         )
-        return self._tensor(token_ids), self._tensor(positions), context
 
-    def _synced_slot(self, request: Request) -> int:
-        """The request's row of the page table, brought up to date."""
-        synced, pages = request.num_pages_synced, request.pages
-        if synced < len(pages):
-            self.page_table[request.slot, synced : len(pages)] = pages[synced:]
-            request.num_pages_synced = len(pages)
-        return request.slot
+    def _sync_pages(self, chunks: Sequence[Chunk]) -> None:
+        """Brings the requests' rows of the page table up to date."""
+        width = self.host_page_table.shape[1]
+        places: list[int] = []
+        pages: list[int] = []
+        for chunk in chunks:
+            request = chunk.request
+            synced, held = request.num_pages_synced, request.pages
+            if synced < len(held):
+                places += range(request.slot * width + synced, request.slot * width + len(held))
+                pages += held[synced:]
+                request.num_pages_synced = len(held)
+        if not places:
+            return
+        np.put(self.host_page_table, places, pages)
+        if self.on_gpu:
+            place, page = self._send(np.array([places, pages], np.int64))
+            self.page_table.view(-1).index_copy_(0, place, page.to(torch.int32))
 
-    def _draw(self, hidden: torch.Tensor, drawing: list[tuple[Request, int]], weight_version: int) -> None:
-        requests = [request for request, _ in drawing]
-        rows = torch.tensor([row for _, row in drawing], device=self.device)
-        last = hidden if len(rows) == len(hidden) else hidden[rows]
-        tokens, logprobs = self.sampler.draw(self.model.logits(last), requests)
-        for request, token, logprob in zip(requests, tokens, logprobs, strict=True):
-            request.append(token, logprob, weight_version)
+    def _draw(
+        self, logits: torch.Tensor | None, drawing: list[Request], slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draws for each request; the tokens are pending then. Returns tokens and log-probs, host-bound."""
+        if logits is None:
+            return torch.empty(0, dtype=torch.int64), torch.empty(0)
+        tokens, logprobs = self.sampler.draw(logits, drawing)
+        self.last_tokens.index_copy_(0, slots, tokens)
+        for request in drawing:
+            request.num_pending += 1
+        return self._to_host(tokens), self._to_host(logprobs)
 
-    def _score(self, hidden: torch.Tensor, chunk: Chunk) -> None:
-        """Appends the log-probs of the tokens that follow those of the chunk (the last token of all predicts none)."""
+    def _scores(self, hidden: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        """Log-probs of the tokens that follow those of the chunk (the last token of all predicts none)."""
         request = chunk.request
-        del request.logprobs[chunk.start :]  # a preempted request starts over
-        targets = request.tokens[chunk.start + 1 : chunk.start + chunk.length + 1]
-        for first in range(0, len(targets), SCORED_ROWS_AT_ONCE):
-            wanted = torch.tensor(targets[first : first + SCORED_ROWS_AT_ONCE], device=self.device)
-            temperature = torch.full((len(wanted),), request.params.temperature, device=self.device)
-            logits = self.model.logits(hidden[first : first + len(wanted)])
-            request.logprobs += token_log_probs(logits, wanted, temperature).tolist()
+        targets = self._send(np.array(request.tokens[chunk.start + 1 : chunk.start + chunk.length + 1], np.int64))
+        temperature = torch.full(targets.shape, request.params.temperature, device=self.device)
+        scores = [
+            token_log_probs(self.model.logits(states), wanted, temperature[: len(wanted)])
+            for states, wanted in zip(
+                hidden[: len(targets)].split(SCORED_ROWS_AT_ONCE), targets.split(SCORED_ROWS_AT_ONCE), strict=True
+            )
+        ]
+        return torch.cat(scores)
 
-    def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.device)
+    def _send(self, values: np.ndarray) -> torch.Tensor:
+        """The values on the device. From pinned memory, which torch keeps until the copy has been made."""
+        tensor = torch.from_numpy(np.ascontiguousarray(values))
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.on_gpu else tensor
+
+    def _to_host(self, values: torch.Tensor) -> torch.Tensor:
+        if not self.on_gpu:
+            return values
+        return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+
+
+def _is_prefill(chunk: Chunk) -> bool:
+    return chunk.length > 1
+
+
+def _rows(chunks: Sequence[Chunk], num_rows: int) -> np.ndarray:
+    """int64 [3, T]: token (or PENDING), slot and position of each row of chunks laid end to end."""
+    starts = [chunk.start for chunk in chunks]
+    slots = [chunk.request.slot for chunk in chunks]
+    if len(chunks) == num_rows:
+        tokens = [PENDING if chunk.request.num_pending else chunk.request.tokens[chunk.start] for chunk in chunks]
+        return np.array((tokens, slots, starts), np.int64)
+    tokens = []
+    for chunk in chunks:
+        if chunk.request.num_pending:
+            tokens.append(PENDING)
+        else:
+            tokens += chunk.request.tokens[chunk.start : chunk.start + chunk.length]
+    lengths = np.array([chunk.length for chunk in chunks])
+    begins = np.cumsum(lengths) - lengths
+    rows = np.empty((3, num_rows), np.int64)
+    rows[0] = tokens
+    rows[1] = np.repeat(slots, lengths)
+    rows[2] = np.arange(num_rows) + np.repeat(np.array(starts) - begins, lengths)
+    return rows

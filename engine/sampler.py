@@ -26,14 +26,16 @@ class Sampler:
         self.seed = np.zeros(num_slots, np.int64)
         self.edits_logits = np.zeros(num_slots, bool)
 
-    def draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> tuple[list[int], list[float]]:
-        """logits: fp32 [B, V], one row per request. Returns the tokens drawn and their log-probs.
+    def draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
+        """logits: fp32 [B, V], one row per request. Returns the tokens drawn, int64 [B], and their log-probs, fp32 [B].
+
+        A row whose logits hold no number to draw from gets token -1.
 
         The log-prob is of log-softmax(logits / temperature), before penalties, bias and truncation (at temperature 1
         for greedy requests): the number that a trainer, which knows only the weights, computes for the token.
         """
         slots = np.array([self._slot(request) for request in requests])
-        positions = np.array([len(request.tokens) for request in requests])
+        positions = np.array([request.num_tokens for request in requests])
         temperature = self._rows(self.temperature, slots)
         tokens = sample(
             self._edited(logits, requests, np.flatnonzero(self.edits_logits[slots])),
@@ -44,12 +46,7 @@ class Sampler:
             self._rows(self.seed, slots),
             torch.from_numpy(positions).to(self.device),
         )
-        drawn = tokens.tolist()
-        if min(drawn) < 0:
-            broken = requests[drawn.index(-1)]
-            where = f"request {broken.request_id}, position {len(broken.tokens)}"
-            raise FloatingPointError(f"{where}: the logits hold no number to draw from; are the weights finite?")
-        return drawn, token_log_probs(logits, tokens, temperature).tolist()
+        return tokens, token_log_probs(logits, tokens, temperature)
 
     def _slot(self, request: Request) -> int:
         slot = request.slot

@@ -67,14 +67,20 @@ class Scheduler:
     A step of the engine:
 
         batch = scheduler.schedule()            # takes pages, names the tokens to compute
-        requests = runner.run(batch)            # computes their KV, appends what is drawn
-        scheduler.commit(batch)                 # the KV is there: num_computed advances, full pages go to the cache
-        for request in requests:
+        launched = runner.launch(batch)         # computes their KV and draws; sets num_pending of who gets a token
+        for request in runner.collect(...):     # of this launch, or of the one before, while the device works on this
             if it has ended: scheduler.finish(request, reason)
+        scheduler.commit(batch)                 # the KV is there: num_computed advances, full pages go to the cache
 
-    Each request with a sampling chunk must get a token or be finished before the next schedule(), and each score
-    request be finished once it is computed to the end. abort, preempt_all and set_version are for between steps. A
-    batch whose forward failed is simply not committed: nothing has advanced, and the next schedule() names it again.
+    A step may be scheduled while the results of the one before are not collected: a pending token counts as a token,
+    and a request that its length will end gets no more steps. One that turns out to have ended for another reason is
+    finished in between, and commit passes over it; whatever its last step wrote is in pages that are used again only
+    by later steps. At commit all tokens that the batch computed must be known.
+
+    Each request with a sampling chunk must get a token or be finished before the schedule() after the next, and each
+    score request be finished once it is computed to the end. preempt_all and set_version are for when nothing is
+    pending. A batch whose launch failed is simply not committed: nothing has advanced, and the next schedule() names it
+    again.
 
     Order. Requests are admitted in order of arrival, run (prefill chunks, pages) in order of arrival, and are
     preempted in the reverse order, so the oldest request always advances and no request starves. The one exception is
@@ -115,8 +121,7 @@ class Scheduler:
             longest = num_kv = num_tokens
         else:
             longest = num_tokens + 1
-            # The last token that is drawn is never computed.
-            num_kv = max(num_tokens, min(request.num_prompt + request.params.max_tokens, config.max_model_len) - 1)
+            num_kv = max(num_tokens, self._max_tokens(request) - 1)  # the last token that is drawn is never computed
         if longest > config.max_model_len:
             drawn = "" if request.kind == "score" else " and the one to generate"
             raise ValueError(
@@ -134,6 +139,7 @@ class Scheduler:
         self.check(request)
         if request.request_id in self._requests:
             raise ValueError(f"request id {request.request_id} is in use")
+        request.max_tokens = self._max_tokens(request)
         request.arrival = self._num_arrivals
         self._num_arrivals += 1
         self._requests[request.request_id] = request
@@ -142,16 +148,22 @@ class Scheduler:
     def schedule(self) -> StepBatch:
         """The next step's batch: every running decode, and prefill chunks within the budget.
 
-        Empty only if there is no work. RuntimeError that names the request where work cannot go on.
+        Empty only if there is no work, or none before pending results are collected. RuntimeError that names the
+        request where work cannot go on.
         """
         page_size, budget = self.config.page_size, self.config.max_prefill_tokens
         running, num_running = self._running, len(self._running)
         chunks: list[Chunk] = []
         prefills: list[Request] = []
+        awaits_results = False
         # Preemption takes requests off the end of the list while this loop walks it.
         for request in running:
             start = request.num_computed
-            length = len(request.tokens) - start
+            num_tokens = len(request.tokens) + request.num_pending
+            length = num_tokens - start
+            if request.num_pending and num_tokens >= request.max_tokens:
+                awaits_results = True
+                continue
             if length == 1:
                 # A page begins where the position is a multiple of page_size; elsewhere the request has its page.
                 if start % page_size == 0 and not self._take_pages(request, start + 1):
@@ -159,6 +171,9 @@ class Scheduler:
                 chunks.append(Chunk(request, start, 1, request.kind == "generate"))
                 continue
             if length < 1:
+                if request.kind == "score":
+                    awaits_results = True
+                    continue
                 raise RuntimeError(
                     f"request {request.request_id} was computed to its end, but not continued or finished"
                 )
@@ -171,7 +186,7 @@ class Scheduler:
                 chunks.append(self._chunk(request, length))
         if self._waiting and len(running) == num_running:
             self._admit(chunks, prefills, budget)
-        assert chunks or not self._requests, "there is work, but nothing was scheduled"
+        assert chunks or awaits_results or not self._requests, "there is work, but nothing was scheduled"
         return StepBatch(chunks, sum([chunk.length for chunk in chunks]))
 
     def commit(self, batch: StepBatch) -> None:
@@ -179,6 +194,8 @@ class Scheduler:
         page_size = self.config.page_size
         for chunk in batch.chunks:
             request = chunk.request
+            if request.finish_reason is not None:
+                continue
             end = request.num_computed = chunk.start + chunk.length
             if end % page_size and chunk.length == 1:
                 continue
@@ -193,23 +210,20 @@ class Scheduler:
         self._num_computed_tokens += batch.num_tokens
 
     def finish(self, request: Request, reason: FinishReason) -> None:
-        """A running request has ended: its slot and pages are free (what the cache has of them stays cached)."""
+        """A request has ended: its slot and pages are free (what the cache has of them stays cached)."""
         del self._requests[request.request_id]
         request.finish_reason = reason
-        self._leave(request)
+        if request.slot is not None:
+            self._leave(request)
+        else:  # never started, or preempted
+            del self._waiting[bisect_left(self._waiting, request.arrival, key=_arrival)]
+            self._holds.pop(request, None)
 
     def abort(self, request_id: int) -> Request | None:
         """Ends a request with reason "abort", running or waiting, and returns it; None if there is no such request."""
         request = self._requests.get(request_id)
-        if request is None:
-            return None
-        if request.slot is not None:
+        if request is not None:
             self.finish(request, "abort")
-        else:
-            del self._requests[request_id]
-            request.finish_reason = "abort"
-            del self._waiting[bisect_left(self._waiting, request.arrival, key=_arrival)]
-            self._holds.pop(request, None)
         return request
 
     def abort_all(self) -> list[Request]:
@@ -251,13 +265,16 @@ class Scheduler:
             **self._cache.stats(),
         }
 
+    def _max_tokens(self, request: Request) -> int:
+        return min(request.num_prompt + request.params.max_tokens, self.config.max_model_len)
+
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.page_size)
 
     @staticmethod
     def _chunk(request: Request, length: int) -> Chunk:
         start = request.num_computed
-        return Chunk(request, start, length, request.kind == "generate" and start + length == len(request.tokens))
+        return Chunk(request, start, length, request.kind == "generate" and start + length == request.num_tokens)
 
     def _take_pages(self, request: Request, num_tokens: int) -> bool:
         """Gives a running request the pages of its first num_tokens tokens; False if it had to be preempted itself.

@@ -16,21 +16,32 @@ from lockstep.kernels.silu_mul import silu_mul
 
 
 @dataclass(frozen=True)
-class AttentionContext:
-    """Where a step's T rows find and leave their keys and values. B requests, MP pages at most per request.
+class AttentionPart:
+    """Requests whose queries are `num_rows` consecutive rows of a step. B requests, MP pages at most per request.
 
-    kv_caches:    one (k_cache, v_cache) per layer, from `kernels.kv_cache.new_kv_cache`.
-    slots:        int64 [T], where each row's key and value go; -1 for padding rows.
     page_table:   int32 [B, MP], the pages of each request in order.
-    cu_seqlens_q: int32 [B + 1], the rows of request b are cu_seqlens_q[b] to cu_seqlens_q[b + 1].
+    cu_seqlens_q: int32 [B + 1], the rows of request b are cu_seqlens_q[b] to cu_seqlens_q[b + 1] of the part's.
     kv_lens:      int32 [B], tokens of request b in the cache once this step's are stored.
+    """
+
+    num_rows: int
+    page_table: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    kv_lens: torch.Tensor
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """Where a step's T rows find and leave their keys and values.
+
+    kv_caches: one (k_cache, v_cache) per layer, from `kernels.kv_cache.new_kv_cache`.
+    slots:     int64 [T], where each row's key and value go; -1 for padding rows.
+    parts:     the rows' requests; the parts' rows follow one another and are all of the T.
     """
 
     kv_caches: list[tuple[torch.Tensor, torch.Tensor]]
     slots: torch.Tensor
-    page_table: torch.Tensor
-    cu_seqlens_q: torch.Tensor
-    kv_lens: torch.Tensor
+    parts: tuple[AttentionPart, ...]
 
 
 class _Weights(nn.Module):
@@ -80,9 +91,13 @@ class _SelfAttention(nn.Module):
             linear(hidden, qkv_weight, qkv_bias), *self._norm_weights, self.eps,
             cos_sin, positions, k_cache, v_cache, context.slots,
         )  # fmt: skip
-        out = attention(
-            q, k_cache, v_cache, context.page_table, context.cu_seqlens_q, context.kv_lens, self.scale, self.window
-        )
+        outs = [
+            attention(
+                part_q, k_cache, v_cache, part.page_table, part.cu_seqlens_q, part.kv_lens, self.scale, self.window
+            )
+            for part_q, part in zip(q.split([part.num_rows for part in context.parts]), context.parts, strict=True)
+        ]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return linear(out.view(-1, self.query_size), proj_weight, proj_bias)
 
 

@@ -9,7 +9,7 @@ from models import FAMILY_NAMES, make_hf_model, tiny_config
 
 from lockstep.engine.checkpoint import load_into
 from lockstep.engine.models.config import UnsupportedModelError, load_model_config, parse_model_config
-from lockstep.engine.models.decoder import AttentionContext, Decoder
+from lockstep.engine.models.decoder import AttentionContext, AttentionPart, Decoder
 from lockstep.engine.models.names import expand
 from lockstep.kernels.kv_cache import new_kv_cache
 
@@ -88,13 +88,13 @@ class PagedRun:
             slots.append(page * PAGE_SIZE + position % PAGE_SIZE)
             row_counts.append(row_counts[-1] + len(tokens))
         requests = list(rows)
-        context = AttentionContext(
-            kv_caches=self.kv_caches,
-            slots=torch.cat(slots),
+        part = AttentionPart(
+            num_rows=row_counts[-1],
             page_table=self.page_table[requests],
             cu_seqlens_q=torch.tensor(row_counts, dtype=torch.int32),
             kv_lens=torch.tensor([self.kv_lens[request] for request in requests], dtype=torch.int32),
         )
+        context = AttentionContext(self.kv_caches, torch.cat(slots), (part,))
         with torch.inference_mode():
             hidden = self.decoder(torch.cat(list(rows.values())), torch.cat(positions), context)
             logits = self.decoder.logits(hidden)

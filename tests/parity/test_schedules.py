@@ -78,6 +78,7 @@ def serve(path: str, workload: list, alone: list, rng: random.Random) -> dict:
             enable_prefix_cache=rng.random() < 0.7,
         )
     )
+    engine.overlaps = rng.random() < 0.5  # on a CPU too: what is computed is the same, only later known
     order = rng.sample(range(len(workload)), rng.randint(2, len(workload)))
     doomed = {index for index in order if rng.random() < 0.15}
     requests = {}

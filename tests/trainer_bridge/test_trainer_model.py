@@ -6,7 +6,7 @@ from models import FAMILY_NAMES, make_hf_model
 
 from lockstep.engine.checkpoint import load_into
 from lockstep.engine.models.config import load_model_config
-from lockstep.engine.models.decoder import AttentionContext, Decoder
+from lockstep.engine.models.decoder import AttentionContext, AttentionPart, Decoder
 from lockstep.engine.models.names import expand, to_megatron
 from lockstep.kernels.kv_cache import new_kv_cache
 from lockstep.kernels.log_probs import token_log_probs
@@ -45,14 +45,13 @@ def decoder_logprobs(decoder, sequence, temperature, chunk):
     for start in range(0, len(sequence), chunk):
         positions = torch.arange(start, min(start + chunk, len(sequence)))
         slots = page_table[0, positions // PAGE_SIZE].long() * PAGE_SIZE + positions % PAGE_SIZE
-        context = AttentionContext(
-            kv_caches=kv_caches,
-            slots=slots,
+        part = AttentionPart(
+            num_rows=len(positions),
             page_table=page_table,
             cu_seqlens_q=torch.tensor([0, len(positions)], dtype=torch.int32),
             kv_lens=torch.tensor([start + len(positions)], dtype=torch.int32),
         )
-        hidden.append(decoder(tokens[positions], positions, context))
+        hidden.append(decoder(tokens[positions], positions, AttentionContext(kv_caches, slots, (part,))))
     logits = decoder.logits(torch.cat(hidden)[:-1])
     return token_log_probs(logits, tokens[1:], torch.full((len(sequence) - 1,), temperature))
 

@@ -1,0 +1,64 @@
+"""The rows of a step, from what the host knows of them: token ids, and the cache slots that their KV goes to."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def step_inputs(
+    tokens: Tensor, requests: Tensor, positions: Tensor, last_tokens: Tensor, page_table: Tensor, page_size: int
+) -> tuple[Tensor, Tensor]:
+    """-> (token_ids[T], slots[T]), int64.
+
+        token_ids[t] = tokens[t] if tokens[t] >= 0 else last_tokens[requests[t]]
+        slots[t]     = page_table[requests[t], positions[t] // page_size] * page_size + positions[t] % page_size
+
+    tokens, requests, positions: int64 [T]; last_tokens: int64 [R]; page_table: int32 [R, MP]. A padding row has request
+    -1; it gets token 0 and slot -1. So a draw may stay on the device: the host need not know it to name the next step.
+    """
+    if tokens.is_cuda:
+        return _step_inputs_triton(tokens, requests, positions, last_tokens, page_table, page_size)
+    return step_inputs_reference(tokens, requests, positions, last_tokens, page_table, page_size)
+
+
+def step_inputs_reference(
+    tokens: Tensor, requests: Tensor, positions: Tensor, last_tokens: Tensor, page_table: Tensor, page_size: int
+) -> tuple[Tensor, Tensor]:
+    """`step_inputs` in plain torch."""
+    is_real = requests >= 0
+    row = requests.clamp(min=0)
+    token_ids = torch.where(tokens >= 0, tokens, last_tokens[row])
+    slots = page_table[row, positions // page_size].long() * page_size + positions % page_size
+    return torch.where(is_real, token_ids, 0), torch.where(is_real, slots, -1)
+
+
+def _step_inputs_triton(
+    tokens: Tensor, requests: Tensor, positions: Tensor, last_tokens: Tensor, page_table: Tensor, page_size: int
+) -> tuple[Tensor, Tensor]:
+    num_rows = tokens.shape[0]
+    token_ids, slots = torch.empty_like(tokens), torch.empty_like(tokens)
+    block = 128
+    _step_inputs_kernel[(triton.cdiv(num_rows, block),)](
+        tokens, requests, positions, last_tokens, page_table, token_ids, slots, num_rows, page_table.stride(0),
+        PAGE_SIZE=page_size, BLOCK=block,
+    )  # fmt: skip
+    return token_ids, slots
+
+
+@triton.jit
+def _step_inputs_kernel(
+    tokens_ptr, requests_ptr, positions_ptr, last_tokens_ptr, page_table_ptr, token_ids_ptr, slots_ptr, num_rows,
+    page_table_stride, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = row < num_rows
+    request = tl.load(requests_ptr + row, mask=exists, other=-1)
+    is_real = request >= 0
+    position = tl.load(positions_ptr + row, mask=is_real, other=0)
+    token = tl.load(tokens_ptr + row, mask=is_real, other=0)
+    token = tl.where(token >= 0, token, tl.load(last_tokens_ptr + request, mask=is_real & (token < 0), other=0))
+    page = tl.load(page_table_ptr + request * page_table_stride + position // PAGE_SIZE, mask=is_real, other=0)
+    slot = tl.where(is_real, page.to(tl.int64) * PAGE_SIZE + position % PAGE_SIZE, -1)
+    tl.store(token_ids_ptr + row, token, mask=exists)
+    tl.store(slots_ptr + row, slot, mask=exists)
