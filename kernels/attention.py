@@ -10,6 +10,9 @@ import torch
 
 from lockstep.kernels.attention_cpu import attention_forward as _forward_cpu
 from lockstep.kernels.attention_cpu_backward import attention_backward as _backward_cpu
+from lockstep.kernels.attention_decode_triton import MAX_TILE_ROWS
+from lockstep.kernels.attention_decode_triton import decode_forward as _decode_triton
+from lockstep.kernels.attention_plan import AttentionPlan
 from lockstep.kernels.attention_triton import attention_forward as _forward_triton
 from lockstep.kernels.attention_triton_backward import attention_backward as _backward_triton
 from lockstep.kernels.kv_cache import kv_store, new_kv_cache
@@ -27,6 +30,7 @@ def attention(
     kv_lens: torch.Tensor,
     scale: float,
     window: int | None = None,
+    plan: AttentionPlan | None = None,
 ) -> torch.Tensor:
     """Attend with the last tokens of each request to all of its cached tokens so far (their own keys included).
 
@@ -43,7 +47,8 @@ def attention(
     at least the request's number of queries. Returns [T, H, D]; rows past cu_seqlens_q[B] are undefined. No autograd.
     Cache slots that hold no visible token may hold anything. One limit, on a GPU: a NaN or infinity in v at a later
     position of the *same call's* tokens of a request reaches the earlier rows of that request.
-    Raises ValueError for shapes, dtypes, a scale or a window that do not fit.
+    plan: from `plan_attention` for these requests; computes batches of few queries per request fast, with the same bits
+    (on a GPU; the CPU does not need one). Raises ValueError for shapes, dtypes, a scale or a window that do not fit.
     """
     _check(q, k_cache.shape[1], k_cache.shape[3], k_cache.dtype, scale, window)
     num_requests = kv_lens.shape[0]
@@ -54,6 +59,14 @@ def attention(
         )
     if not page_table.dtype == cu_seqlens_q.dtype == kv_lens.dtype == torch.int32:
         raise ValueError("attention: page_table, cu_seqlens_q and kv_lens must be int32")
+    if plan is not None and (plan.window != window or plan.arrivals.shape != (num_requests, k_cache.shape[1])):
+        raise ValueError(
+            f"attention: a plan for {list(plan.arrivals.shape)} requests and KV heads and window={plan.window} does "
+            f"not fit {[num_requests, k_cache.shape[1]]} and {window=}"
+        )
+    group = q.shape[1] // k_cache.shape[1]
+    if plan is not None and q.device.type == "cuda" and plan.max_queries * group <= MAX_TILE_ROWS:
+        return _decode_triton(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lens, scale, plan)
     forward = _forward_triton if q.device.type == "cuda" else _forward_cpu
     return forward(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lens, scale, window, with_lse=False)[0]
 

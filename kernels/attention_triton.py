@@ -2,8 +2,8 @@
 
 KV is read in tiles of KV_TILE keys and cut into splits at absolute positions 0, SPLIT, 2 * SPLIT, ... A split's partial
 result (m, sums, acc in fp32) starts afresh; partials are merged in ascending order by `_merge`. `_prefill_kernel` does
-all of that in registers; `_split_kernel` computes each split in its own program and `_combine_kernel` merges. The
-number of query rows in a tile, the warps and the choice between the two ways are free: no bit depends on them, because
+all of that in registers, for any batch; the kernels of attention_decode_triton.py compute the splits of few queries in
+parallel. The number of query rows in a tile, the warps and the choice of kernel are free: no bit depends on them, since
 
 - a masked key contributes exp2(-inf) = 0, so a wholly masked tile or split leaves (m, sums, acc) as they were;
 - sums over keys run in tl.dot, whose order over keys does not depend on the tile of queries (the row sum is a product
@@ -16,10 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-SPLIT = 256
+SPLIT = 512
 KV_TILE = 64
-# Queries per request, on average, up to which a program per split is worth its second kernel.
-MAX_SPLIT_QUERIES = 8
 LOG2_E = 1.4426950408889634
 
 
@@ -34,13 +32,12 @@ def attention_forward(
     window: int | None,
     with_lse: bool,
     tile_rows: int | None = None,
-    split_parallel: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`lockstep.kernels.attention.attention` in Triton; also the log-sum-exp [H, T] fp32 if asked for.
 
-    Nothing here waits for the GPU: tiles and splits are launched for the largest number that the shapes allow, and the
-    superfluous ones return at once. tile_rows (a power of 2, at least 16) and split_parallel default to a choice by
-    shapes; tests pass them to show that they do not matter.
+    Nothing here waits for the GPU: tiles are launched for the largest number that the shapes allow, and the superfluous
+    ones return at once. tile_rows (a power of 2, at least 16) defaults to a choice by shapes; tests pass it to show
+    that it does not matter.
     """
     q = q.detach()
     q = q if q.stride(2) == 1 else q.contiguous()
@@ -53,9 +50,6 @@ def attention_forward(
     lse = torch.empty((num_heads, num_tokens), dtype=torch.float32, device=q.device) if with_lse else None
     if num_tokens == 0 or num_requests == 0:
         return out, lse
-    num_splits = triton.cdiv(page_table.shape[1] * page_size, SPLIT)
-    if split_parallel is None:
-        split_parallel = num_splits > 1 and num_tokens <= MAX_SPLIT_QUERIES * num_requests
     block_dim = max(16, triton.next_power_of_2(head_dim))
     if tile_rows is None:
         rows_per_request = triton.next_power_of_2(num_tokens * group // num_requests)
@@ -71,30 +65,30 @@ def attention_forward(
         "BLOCK_REQUESTS": triton.next_power_of_2(num_requests),
         "SPLIT": SPLIT,
         "WINDOW": window or 0,
+        "KV_TILE": KV_TILE,
+        "WITH_LSE": with_lse,
     }
-    places = (page_table, cu_seqlens_q, kv_lens, num_requests, page_table.stride(0))
     options = {
         "num_warps": 8 if tile_rows >= 128 else 4,
         "num_stages": 2 if block_dim * q.element_size() <= 256 else 1,
     }
-    scale_log2 = scale * LOG2_E
-    tiles = (q, k_cache, v_cache, *places, q.stride(0), q.stride(1), scale_log2)
-    lse_argument = out if lse is None else lse
-    if not split_parallel:
-        _prefill_kernel[(num_tiles, num_kv_heads)](
-            *tiles, out, lse_argument, num_tokens, **sizes, KV_TILE=KV_TILE, WITH_LSE=with_lse, **options
-        )
-        return out, lse
-    partial_max, partial_sum = torch.empty(
-        (2, num_splits, num_tokens, num_heads), dtype=torch.float32, device=q.device
-    ).unbind()
-    partial = torch.empty((num_splits, num_tokens, num_heads, head_dim), dtype=torch.float32, device=q.device)
-    partials = (partial_max, partial_sum, partial)
-    _split_kernel[(num_tiles, num_kv_heads, num_splits)](
-        *tiles, *partials, num_tokens, **sizes, KV_TILE=KV_TILE, **options
-    )
-    _combine_kernel[(num_tiles, num_kv_heads)](
-        *partials, *places[1:4], scale_log2, out, lse_argument, num_tokens, **sizes, WITH_LSE=with_lse, num_warps=4
+    _prefill_kernel[(num_tiles, num_kv_heads)](
+        q,
+        k_cache,
+        v_cache,
+        page_table,
+        cu_seqlens_q,
+        kv_lens,
+        num_requests,
+        page_table.stride(0),
+        q.stride(0),
+        q.stride(1),
+        scale * LOG2_E,
+        out,
+        out if lse is None else lse,
+        num_tokens,
+        **sizes,
+        **options,
     )
     return out, lse
 
@@ -149,7 +143,17 @@ def _load_queries(
 
 
 @triton.jit
+def _no_keys(TILE_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """The (m, sums, acc) of no keys at all."""
+    m = tl.full((TILE_ROWS,), float("-inf"), tl.float32)
+    return m, tl.zeros((TILE_ROWS,), tl.float32), tl.zeros((TILE_ROWS, BLOCK_DIM), tl.float32)
+
+
+@triton.jit
 def _attend_split(
+    m,
+    row_sums,
+    acc,
     q,
     position,
     k_cache_ptr,
@@ -164,25 +168,36 @@ def _attend_split(
     BLOCK_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     TILE_ROWS: tl.constexpr,
+    SPLIT: tl.constexpr,
     KV_TILE: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """The partial (m, sums, acc) of the keys [begin, end) of one split; m is the largest unscaled score.
+    """The partial (m, row_sums, acc) of a split after the keys [begin, end), given the one before them.
 
-    `begin` is a multiple of KV_TILE. sums is held in 16 equal columns.
+    m is the largest unscaled score. `begin` is a multiple of KV_TILE. The sums are held in 16 equal columns.
     """
-    m = tl.full((TILE_ROWS,), float("-inf"), tl.float32)
-    sums = tl.zeros((TILE_ROWS, 16), tl.float32)
-    acc = tl.zeros((TILE_ROWS, BLOCK_DIM), tl.float32)
+    sums = tl.zeros((TILE_ROWS, 16), tl.float32) + row_sums[:, None]
     d = tl.arange(0, BLOCK_DIM)
+    in_tile = tl.arange(0, KV_TILE)
     ones = tl.full((KV_TILE, 16), 1.0, q.dtype)
+    if PAGE_SIZE == KV_TILE:
+        # All page ids of the split at once: in the loop, the loads of keys and values depend on no other load.
+        page_index = tl.arange(0, SPLIT // KV_TILE)
+        first_page = begin // KV_TILE
+        pages = tl.load(pages_ptr + first_page + page_index, mask=(first_page + page_index) * KV_TILE < end, other=0)
     for tile_begin in range(begin, end, KV_TILE):
-        key = tile_begin + tl.arange(0, KV_TILE)
+        key = tile_begin + in_tile
         exists = key < end
-        page = tl.load(pages_ptr + key // PAGE_SIZE, mask=exists, other=0).to(tl.int64)
-        slot = ((page * NUM_KV_HEADS + kv_head) * PAGE_SIZE + key % PAGE_SIZE) * HEAD_DIM
-        k = tl.load(k_cache_ptr + slot[None, :] + d[:, None], mask=exists[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
-        v = tl.load(v_cache_ptr + slot[:, None] + d[None, :], mask=exists[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+        if PAGE_SIZE == KV_TILE:
+            page = tl.sum(tl.where(page_index == tile_begin // KV_TILE - first_page, pages, 0), 0).to(tl.int64)
+            tile_offset = (page * NUM_KV_HEADS + kv_head) * PAGE_SIZE * HEAD_DIM
+            k_ptr, v_ptr, slot = k_cache_ptr + tile_offset, v_cache_ptr + tile_offset, in_tile * HEAD_DIM
+        else:
+            page = tl.load(pages_ptr + key // PAGE_SIZE, mask=exists, other=0).to(tl.int64)
+            k_ptr, v_ptr = k_cache_ptr, v_cache_ptr
+            slot = ((page * NUM_KV_HEADS + kv_head) * PAGE_SIZE + key % PAGE_SIZE) * HEAD_DIM
+        k = tl.load(k_ptr + slot[None, :] + d[:, None], mask=exists[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
+        v = tl.load(v_ptr + slot[:, None] + d[None, :], mask=exists[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
         visible = (key[None, :] <= position[:, None]) & exists[None, :]
         if WINDOW > 0:
             visible = visible & (key[None, :] > position[:, None] - WINDOW)
@@ -275,12 +290,14 @@ def _prefill_kernel(
     head += kv_head * GROUP
     q = _load_queries(q_ptr, token, head, position, q_token_stride, q_head_stride, HEAD_DIM, BLOCK_DIM)
     pages_ptr = page_table_ptr + request.to(tl.int64) * page_table_stride
-    total_m = tl.full((TILE_ROWS,), float("-inf"), tl.float32)
-    total_sums = tl.zeros((TILE_ROWS,), tl.float32)
-    total_acc = tl.zeros((TILE_ROWS, BLOCK_DIM), tl.float32)
+    no_m, no_sums, no_acc = _no_keys(TILE_ROWS, BLOCK_DIM)
+    total_m, total_sums, total_acc = no_m, no_sums, no_acc
     for split in range(low // SPLIT * SPLIT, high, SPLIT):
         begin = tl.maximum(split, low // KV_TILE * KV_TILE)
         m, sums, acc = _attend_split(
+            no_m,
+            no_sums,
+            no_acc,
             q,
             position,
             k_cache_ptr,
@@ -295,133 +312,10 @@ def _prefill_kernel(
             BLOCK_DIM,
             PAGE_SIZE,
             TILE_ROWS,
+            SPLIT,
             KV_TILE,
             WINDOW,
         )
-        total_m, total_sums, total_acc = _merge(total_m, total_sums, total_acc, m, sums, acc, scale_log2)
-    _write(
-        total_m,
-        total_sums,
-        total_acc,
-        out_ptr,
-        lse_ptr,
-        token,
-        head,
-        position,
-        num_tokens,
-        scale_log2,
-        NUM_HEADS,
-        HEAD_DIM,
-        BLOCK_DIM,
-        WITH_LSE,
-    )
-
-
-@triton.jit
-def _split_kernel(
-    q_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    page_table_ptr,
-    cu_seqlens_ptr,
-    kv_lens_ptr,
-    num_requests,
-    page_table_stride,
-    q_token_stride,
-    q_head_stride,
-    scale_log2,
-    max_ptr,
-    sum_ptr,
-    acc_ptr,
-    num_tokens,
-    NUM_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    BLOCK_REQUESTS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    WINDOW: tl.constexpr,
-    KV_TILE: tl.constexpr,
-):
-    GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
-    kv_head = tl.program_id(1)
-    request, token, head, position = locate_tile(
-        cu_seqlens_ptr, kv_lens_ptr, num_requests, GROUP, TILE_ROWS, BLOCK_REQUESTS
-    )
-    low, high = visible_span(position, WINDOW)
-    split = tl.program_id(2) * SPLIT
-    if (split >= high) | (split + SPLIT <= low):
-        return
-    head += kv_head * GROUP
-    q = _load_queries(q_ptr, token, head, position, q_token_stride, q_head_stride, HEAD_DIM, BLOCK_DIM)
-    pages_ptr = page_table_ptr + request.to(tl.int64) * page_table_stride
-    m, sums, acc = _attend_split(
-        q,
-        position,
-        k_cache_ptr,
-        v_cache_ptr,
-        pages_ptr,
-        kv_head,
-        tl.maximum(split, low // KV_TILE * KV_TILE),
-        tl.minimum(split + SPLIT, high),
-        scale_log2,
-        NUM_KV_HEADS,
-        HEAD_DIM,
-        BLOCK_DIM,
-        PAGE_SIZE,
-        TILE_ROWS,
-        KV_TILE,
-        WINDOW,
-    )
-    exists = position >= 0
-    d = tl.arange(0, BLOCK_DIM)
-    rows = (tl.program_id(2) * num_tokens + token).to(tl.int64) * NUM_HEADS + head
-    tl.store(max_ptr + rows, m, mask=exists)
-    tl.store(sum_ptr + rows, sums, mask=exists)
-    tl.store(acc_ptr + rows[:, None] * HEAD_DIM + d[None, :], acc, mask=exists[:, None] & (d < HEAD_DIM)[None, :])
-
-
-@triton.jit
-def _combine_kernel(
-    max_ptr,
-    sum_ptr,
-    acc_ptr,
-    cu_seqlens_ptr,
-    kv_lens_ptr,
-    num_requests,
-    scale_log2,
-    out_ptr,
-    lse_ptr,
-    num_tokens,
-    NUM_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    BLOCK_REQUESTS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    WINDOW: tl.constexpr,
-    WITH_LSE: tl.constexpr,
-):
-    """Merge the splits of a tile, with `_split_kernel`'s tiles, so that both skip the same splits."""
-    GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
-    _, token, head, position = locate_tile(cu_seqlens_ptr, kv_lens_ptr, num_requests, GROUP, TILE_ROWS, BLOCK_REQUESTS)
-    low, high = visible_span(position, WINDOW)
-    head += tl.program_id(1) * GROUP
-    exists = position >= 0
-    d = tl.arange(0, BLOCK_DIM)
-    mask = exists[:, None] & (d < HEAD_DIM)[None, :]
-    total_m = tl.full((TILE_ROWS,), float("-inf"), tl.float32)
-    total_sums = tl.zeros((TILE_ROWS,), tl.float32)
-    total_acc = tl.zeros((TILE_ROWS, BLOCK_DIM), tl.float32)
-    for split in range(low // SPLIT, tl.cdiv(high, SPLIT)):
-        rows = (split * num_tokens + token).to(tl.int64) * NUM_HEADS + head
-        m = tl.load(max_ptr + rows, mask=exists, other=float("-inf"))
-        sums = tl.load(sum_ptr + rows, mask=exists, other=0.0)
-        acc = tl.load(acc_ptr + rows[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0.0)
         total_m, total_sums, total_acc = _merge(total_m, total_sums, total_acc, m, sums, acc, scale_log2)
     _write(
         total_m,

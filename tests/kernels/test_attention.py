@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 
 from lockstep.kernels import attention_cpu, attention_triton
 from lockstep.kernels.attention import _packed_forward, attention, attention_packed, attention_reference
+from lockstep.kernels.attention_decode_triton import decode_forward
+from lockstep.kernels.attention_plan import Groups, num_attention_items, plan_attention
+from lockstep.kernels.attention_triton import SPLIT
 from lockstep.kernels.attention_triton_backward import attention_backward as triton_backward
 from lockstep.kernels.kv_cache import kv_store, kv_store_reference, new_kv_cache
 
@@ -287,13 +290,47 @@ def test_bad_arguments_are_refused():
         attention(sequences.q[0].bfloat16(), *half, *(torch.zeros(s, dtype=torch.int32) for s in ((1, 2), 2, 1)), 1.0)
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _attention_triton(*args, dtype, **kwargs):
     """The Triton forward on the GPU, or in the interpreter where there is none."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    args = (
-        x.to(device, dtype if x.is_floating_point() else x.dtype) if isinstance(x, torch.Tensor) else x for x in args
+    return attention_triton.attention_forward(*_on_device(args, dtype), with_lse=True, **kwargs)[0].cpu()
+
+
+def _attention_planned(*args, dtype, shared_lens=None, group_tiles=None):
+    """The planned Triton forward: two calls along one plan, the second on what the first left behind."""
+    q, k_cache, v_cache, table, cu_seqlens, kv_lens, scale, window = _on_device(args, dtype)
+    groups = None if shared_lens is None else _groups(shared_lens, group_tiles)
+    plan = plan_attention(
+        kv_lens,
+        cu_seqlens,
+        k_cache.shape[1],
+        max_items=num_attention_items(kv_lens.tolist()),
+        max_queries=max(1, int(cu_seqlens.diff().max())),
+        window=window,
+        groups=groups,
     )
-    return attention_triton.attention_forward(*args, with_lse=True, **kwargs)[0].cpu()
+    assert plan.arrivals.eq(0).all()
+    first, second = (decode_forward(q, k_cache, v_cache, table, cu_seqlens, kv_lens, scale, plan) for _ in range(2))
+    assert plan.arrivals.eq(0).all()
+    used = kv_lens.repeat_interleave(cu_seqlens.diff().long()) > 0
+    assert torch.equal(first[used], second[used])
+    return second.cpu()
+
+
+def _groups(shared_lens, tiles):
+    unused_tail = (10**6, 10**6)
+    lens, tiles, count = (
+        torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (shared_lens, [*tiles, unused_tail], [len(tiles)])
+    )
+    return Groups(lens, tiles, count)
+
+
+def _on_device(args, dtype):
+    return [
+        x.to(DEVICE, dtype if x.is_floating_point() else x.dtype) if isinstance(x, torch.Tensor) else x for x in args
+    ]
 
 
 @pytest.mark.parametrize(
@@ -307,23 +344,114 @@ def test_triton_row_contract(num_heads, num_kv_heads, head_dim, page_size, windo
     """Query tile, split-parallel or not, chunking and batch mates: the same bits, near the reference."""
     if dtype == torch.bfloat16 and not torch.cuda.is_available():
         pytest.skip("the interpreter computes bf16 products wrongly")
-    sequences = Sequences([262, 6, 70], num_heads, num_kv_heads, head_dim, page_size, triton=True)
+    sequences = Sequences([518, 6, 70], num_heads, num_kv_heads, head_dim, page_size, triton=True)
 
-    def serve(chunks, tile_rows, split_parallel):
-        options = {"tile_rows": tile_rows, "split_parallel": split_parallel, "dtype": dtype}
-        return sequences.serve(chunks, window, _attention_triton, **options)
+    def serve(chunks, tile_rows):
+        return sequences.serve(chunks, window, _attention_triton, tile_rows=tile_rows, dtype=dtype)
 
-    batch = [(0, 250, 262), (1, 0, 6), (2, 68, 70)]
-    expected = serve(batch, 64, False)
+    def serve_planned(chunks):
+        return sequences.serve(chunks, window, _attention_planned, dtype=dtype)
+
+    batch = [(0, 506, 518), (1, 0, 6), (2, 68, 70)]
+    expected = serve(batch, 64)
     for out, reference in zip(expected, sequences.reference(window), strict=True):
         torch.testing.assert_close(out.double(), reference[-len(out) :], atol=tolerance, rtol=tolerance)
-    _assert_equal(serve(batch, 16, True), expected)
-    chunks = serve([(0, 250, 255), (1, 3, 3), (0, 255, 262)], 32, True)
-    assert torch.equal(torch.cat(chunks), expected[0])
-    positions = (250, 256, 257)
-    *decoded, last = serve([(0, i, i + 1) for i in positions] + [(2, 69, 70)], 16, True)
-    _assert_equal(decoded, [expected[0][i - 250 : i - 249] for i in positions])
+    _assert_equal(serve(batch, 16), expected)
+    chunks = [(0, 506, 508), (1, 3, 3), (0, 508, 510), (0, 510, 514), (0, 514, 518)]
+    assert torch.equal(torch.cat(serve(chunks, 32)), expected[0])
+    assert torch.equal(torch.cat(serve_planned(chunks)), expected[0])
+    positions = (506, 511, 512, 513)
+    *decoded, last = serve_planned([(0, i, i + 1) for i in positions] + [(2, 69, 70)])
+    _assert_equal(decoded, [expected[0][i - 506 : i - 505] for i in positions])
     assert torch.equal(last, expected[2][-1:])
+
+
+@dataclasses.dataclass
+class Batch:
+    """Requests of few queries, some in groups that share a prefix, among padding requests (length 0)."""
+
+    lengths: list[int]
+    queries: list[int]
+    shared_lens: list[int]
+    tiles: list[tuple[int, int]]
+    window: int | None
+
+    def spans(self):
+        """The range of splits that each request sees."""
+        for n, queries in zip(self.lengths, self.queries, strict=True):
+            low = max(n - queries - self.window + 1, 0) if self.window else 0
+            yield low // SPLIT, -(-n // SPLIT)
+
+
+@st.composite
+def _batches(draw):
+    batch = Batch([], [], [], [], draw(st.sampled_from([None, None, 40, 700])))
+
+    def add(length, queries, shared):
+        batch.lengths.append(length)
+        batch.queries.append(queries)
+        batch.shared_lens.append(shared)
+
+    for _ in range(draw(st.integers(1, 3))):
+        size = draw(st.integers(1, 3))
+        shared = 64 * draw(st.sampled_from([0, 0, 1, 7, 8, 9, 16]))
+        if shared:
+            batch.tiles.append((len(batch.lengths), size))
+        for _ in range(size):
+            queries = draw(st.sampled_from([1, 1, 2, 5]))
+            add(shared + queries + draw(st.sampled_from([0, 1, 63, 64, 300, 512, 600])), queries, shared)
+        if draw(st.booleans()):
+            add(0, draw(st.integers(0, 1)), 0)
+    return batch
+
+
+@settings(max_examples=12, deadline=None)
+@given(_batches())
+def test_plan(batch):
+    spans = list(batch.spans())
+    requests = list(zip(itertools.count(), spans, batch.shared_lens))
+    own = [(b, split) for b, (low, high), shared in requests for split in range(max(low, shared // SPLIT), high)]
+    kv_lens, queries = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (batch.lengths, [0, *batch.queries]))
+    groups = _groups(batch.shared_lens, batch.tiles)
+
+    def plan_of(max_items):
+        return plan_attention(
+            kv_lens, queries.cumsum(0).to(torch.int32), 2, max_items, window=batch.window, groups=groups
+        )
+
+    plan = plan_of(num_attention_items(batch.lengths))
+    num_items, num_group_items = plan.counts.tolist()
+    items = [tuple(item) for item in plan.items[:num_items].tolist()]
+    assert sorted(items) == own
+    assert [tuple(item) for item in plan.group_items[:num_group_items].tolist()] == [
+        (tile, split) for tile, (b, _) in enumerate(batch.tiles) for split in range(-(-batch.shared_lens[b] // SPLIT))
+    ]
+    is_last = [split == spans[b][1] - 1 for b, split in items]
+    assert is_last == sorted(is_last)
+    slots = [
+        plan.first_slots[b].item() + split
+        for b, (low, high), shared in requests
+        for split in range(high - low)
+        if high - low > 1 or shared
+    ]
+    assert slots == list(range(len(slots)))
+    if own:
+        assert plan_of(len(own) - 1).counts.eq(0).all()
+
+
+@settings(max_examples=6, deadline=None)
+@given(_batches(), st.sampled_from([16, 64]), st.booleans())
+def test_planned_attention_gives_the_same_bits(batch, page_size, grouped):
+    sequences = Sequences([max(n, 1) for n in batch.lengths], 4, 2, 16, page_size, triton=True)
+    for first, size in batch.tiles:
+        num_pages = batch.shared_lens[first] // page_size
+        for b in range(first + 1, first + size):
+            sequences.pages[b][:num_pages] = sequences.pages[first][:num_pages]
+    chunks = [(b, max(n - m, 0), n) for b, (n, m) in enumerate(zip(batch.lengths, batch.queries, strict=True))]
+    groups = {"shared_lens": batch.shared_lens, "group_tiles": batch.tiles} if grouped else {}
+    expected = sequences.serve(chunks, batch.window, _attention_triton, dtype=torch.float32)
+    outputs = sequences.serve(chunks, batch.window, _attention_planned, dtype=torch.float32, **groups)
+    _assert_equal(outputs, expected)
 
 
 @interpreted
