@@ -39,6 +39,7 @@ class EngineConfig:
     kv_cache_tokens: tokens of KV held. None: up to 512 MiB on a CPU, `memory_fraction` of the free memory on a GPU.
     max_model_len: longest prompt plus output. None: the model's max_position_embeddings.
     cuda_graphs: on a GPU, decode steps are replayed as graphs.
+    group_prefixes: on a GPU, attention reads a prefix that decoding requests share once for all of them.
     overlap: on a GPU, a step is scheduled while the one before still runs.
     """
 
@@ -55,6 +56,7 @@ class EngineConfig:
     max_model_len: int | None = None
     enable_prefix_cache: bool = True
     cuda_graphs: bool = True
+    group_prefixes: bool = True
     overlap: bool = True
     tp_size: int = 1
     draft_model: str | None = None
@@ -128,7 +130,9 @@ class Engine:
             self.pool,
             self.cache,
         )
-        self.runner = Runner(self.model, self.scheduler.config, num_pages, device, dtype, config.cuda_graphs)
+        self.runner = Runner(
+            self.model, self.scheduler.config, num_pages, device, dtype, config.cuda_graphs, config.group_prefixes
+        )
         self.overlaps = config.overlap and device.type == "cuda"
         self.in_flight: LaunchedStep | None = None
         self.editing: list[Request] = []  # requests whose draws depend on their earlier tokens: they do not overlap

@@ -10,13 +10,17 @@ import torch
 
 from lockstep.engine.decode_graphs import DecodeGraphs
 from lockstep.engine.models.decoder import AttentionContext, AttentionPart, Decoder
+from lockstep.engine.prefix_groups import PrefixGroups, find_groups
 from lockstep.engine.request import Request
 from lockstep.engine.sampler import Sampler
 from lockstep.engine.scheduler import Chunk, SchedulerConfig, StepBatch
+from lockstep.kernels.attention_plan import GROUP_ROWS, Groups, num_attention_items, plan_attention
+from lockstep.kernels.attention_triton import KV_TILE
 from lockstep.kernels.kv_cache import new_kv_cache
 from lockstep.kernels.log_probs import token_log_probs
 from lockstep.kernels.step_inputs import step_inputs
 
+MAX_ATTENTION_ITEMS = 8192  # bounds the workspace of planned attention; larger steps go without a plan
 SCORED_ROWS_AT_ONCE = 1024  # bounds the logits of scoring at [1024, vocab]
 PENDING = -1  # a token that only the device knows
 
@@ -52,6 +56,7 @@ class Runner:
         device: torch.device,
         dtype: torch.dtype,
         cuda_graphs: bool = True,
+        group_prefixes: bool = True,
     ):
         self.model = model
         self.page_size = config.page_size
@@ -69,6 +74,10 @@ class Runner:
         self.page_table = torch.from_numpy(self.host_page_table).to(device)
         self.last_tokens = torch.zeros(config.max_running_requests, dtype=torch.int64, device=device)
         self.sampler = Sampler(config.max_running_requests, device)
+        self.group_prefixes = group_prefixes
+        self.windows = set(shape.layer_windows)
+        self.num_kv_heads = shape.num_kv_heads
+        self.group_requests = max(1, GROUP_ROWS // (shape.num_heads // shape.num_kv_heads))
         self.graphs = None
         if self.on_gpu and cuda_graphs:
             self.graphs = DecodeGraphs(self._decode_logits, config.max_running_requests, device)
@@ -82,8 +91,8 @@ class Runner:
         num_decodes = sum([chunk.length == 1 for chunk in chunks]) if self.on_gpu else 0
         drawing = [chunk.request for chunk in chunks if chunk.samples]
         rows = _rows(chunks, batch.num_tokens)
-        if self.graphs is not None and len(drawing) == num_decodes == len(chunks):
-            logits = self.graphs.run(rows)
+        if self.graphs is not None and len(drawing) == len(chunks) == num_decodes and self._fits_a_plan(rows):
+            logits = self.graphs.run(rows, self._groups(rows))
             hidden, slots = None, self._send(rows[1])
         else:
             hidden, requests = self._forward(rows, chunks, num_decodes)
@@ -143,7 +152,8 @@ class Runner:
         request_arrays = sent[3 * num_rows :]
         parts = []
         if num_decodes:
-            parts.append(self._decode_part(requests[:num_decodes], positions[:num_decodes]))
+            planned = self._fits_a_plan(rows[:, :num_decodes])
+            parts.append(self._decode_part(requests[:num_decodes], positions[:num_decodes], planned=planned))
         if num_prefills:
             widest = -(-int(kv_lens.max()) // self.page_size)
             int32s = request_arrays[num_prefills:].to(torch.int32)
@@ -156,10 +166,10 @@ class Runner:
             parts.append(part)
         return self._hidden(tokens, requests, positions, tuple(parts)), requests
 
-    def _decode_logits(self, rows: torch.Tensor) -> torch.Tensor:
+    def _decode_logits(self, rows: torch.Tensor, groups: Groups | None) -> torch.Tensor:
         """Logits [B, V] of a decode step. rows: int64 [3, B], tokens, requests (-1: padding) and positions."""
         tokens, requests, positions = rows
-        part = self._decode_part(requests, positions)
+        part = self._decode_part(requests, positions, groups)
         return self.model.logits(self._hidden(tokens, requests, positions, (part,)))
 
     def _hidden(
@@ -168,14 +178,30 @@ class Runner:
         token_ids, slots = step_inputs(tokens, requests, positions, self.last_tokens, self.page_table, self.page_size)
         return self.model(token_ids, positions, AttentionContext(self.kv_caches, slots, parts))
 
-    def _decode_part(self, requests: torch.Tensor, positions: torch.Tensor) -> AttentionPart:
+    def _decode_part(
+        self, requests: torch.Tensor, positions: torch.Tensor, groups: Groups | None = None, planned: bool = True
+    ) -> AttentionPart:
         kv_lens = torch.where(requests >= 0, positions + 1, 0).to(torch.int32)
-        return AttentionPart(
-            num_rows=len(requests),
-            page_table=self.page_table.index_select(0, requests.clamp(min=0)),
-            cu_seqlens_q=torch.arange(len(requests) + 1, dtype=torch.int32, device=self.device),
-            kv_lens=kv_lens,
-        )
+        cu_seqlens_q = torch.arange(len(requests) + 1, dtype=torch.int32, device=self.device)
+        plans = {
+            window: plan_attention(
+                kv_lens, cu_seqlens_q, self.num_kv_heads, MAX_ATTENTION_ITEMS, window=window, groups=groups
+            )
+            for window in (self.windows if planned else ())
+        }
+        page_table = self.page_table.index_select(0, requests.clamp(min=0))
+        return AttentionPart(len(requests), page_table, cu_seqlens_q, kv_lens, plans)
+
+    def _fits_a_plan(self, rows: np.ndarray) -> bool:
+        return num_attention_items((rows[2] + 1).tolist()) <= MAX_ATTENTION_ITEMS
+
+    def _groups(self, rows: np.ndarray) -> PrefixGroups | None:
+        """The groups of a decode step that share a prefix."""
+        if not self.group_prefixes:
+            return None
+        _, slots, positions = rows
+        pages = self.host_page_table[slots, : int(positions.max()) // self.page_size + 1]
+        return find_groups(pages, positions + 1, self.page_size, KV_TILE, self.group_requests)
 
     def _sync_pages(self, chunks: Sequence[Chunk]) -> None:
         """Brings the requests' rows of the page table up to date."""

@@ -1,12 +1,13 @@
 """The dense decoder that the engine runs: lockstep's kernels over weights with Megatron-core's names and layout."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from lockstep.engine.models.config import ModelConfig
 from lockstep.kernels.attention import attention
+from lockstep.kernels.attention_plan import AttentionPlan
 from lockstep.kernels.embedding import embedding
 from lockstep.kernels.linear import linear
 from lockstep.kernels.qk_norm_rope_store import qk_norm_rope_store
@@ -22,12 +23,14 @@ class AttentionPart:
     page_table:   int32 [B, MP], the pages of each request in order.
     cu_seqlens_q: int32 [B + 1], the rows of request b are cu_seqlens_q[b] to cu_seqlens_q[b + 1] of the part's.
     kv_lens:      int32 [B], tokens of request b in the cache once this step's are stored.
+    plans:        per attention window of the model, how to cut the work (decode on a GPU); missing: not planned.
     """
 
     num_rows: int
     page_table: torch.Tensor
     cu_seqlens_q: torch.Tensor
     kv_lens: torch.Tensor
+    plans: dict[int | None, AttentionPlan] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,15 @@ class _SelfAttention(nn.Module):
         )  # fmt: skip
         outs = [
             attention(
-                part_q, k_cache, v_cache, part.page_table, part.cu_seqlens_q, part.kv_lens, self.scale, self.window
+                part_q,
+                k_cache,
+                v_cache,
+                part.page_table,
+                part.cu_seqlens_q,
+                part.kv_lens,
+                self.scale,
+                self.window,
+                part.plans.get(self.window),
             )
             for part_q, part in zip(q.split([part.num_rows for part in context.parts]), context.parts, strict=True)
         ]
