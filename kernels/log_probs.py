@@ -9,10 +9,13 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from lockstep.kernels._cpu import exp32, inline_njit, log32, njit, parallel_rows
+from lockstep.kernels._vocab_chunks import BLOCKS, CHUNK, chunk_sums, fold_chunks, load_chunk, log_prob_of
 from lockstep.kernels.linear import linear
+from lockstep.kernels.noise import NOISE_LANES
 
-# Logits of so many bytes exist at a time, but at least of so many rows: each chunk reads the whole weight again.
-_CHUNK_BYTES = 1 << 24
+# Logits of so many bytes exist at a time, but at least of so many rows: each chunk reads the whole weight again, and on
+# a GPU reads and writes the fp32 gradient of the weight.
+_CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 30}
 _CHUNK_MIN_ROWS = 256
 _ROWS_PER_THREAD_ELEMENTS = 1 << 17
 
@@ -33,15 +36,16 @@ def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor, temperature: tor
         m = max(x)
         return (x[token] - m) - log(sum(exp(x - m)))
 
-    logits: fp32 [B, V]. tokens: int64 [B]; NaN is returned for a token outside [0, V). temperature: fp32 [B], >= 0.
-    Returns fp32 [B]. A row's bits depend on that row, its token and its temperature only.
+    logits: fp32 [B, V], on a GPU also bf16 (widened as they are read). tokens: int64 [B]; NaN is returned for a token
+    outside [0, V). temperature: fp32 [B], >= 0. Returns fp32 [B]. A row's bits depend on that row, its token and its
+    temperature only. On a GPU the sum is taken by chunks of the vocabulary, which are then folded: m and the sum of a
+    chunk are scaled to those of the row.
 
     Raises ValueError if shapes or dtypes are not these.
     """
     if temperature.dtype != torch.float32 or temperature.shape != tokens.shape:
         raise ValueError(f"temperature must be float32 [B], got {temperature.dtype} {tuple(temperature.shape)}")
-    if logits.dtype != torch.float32 or logits.dim() != 2:
-        raise ValueError(f"logits must be float32 [B, V], got {logits.dtype} {tuple(logits.shape)}")
+    check_logits(logits)
     _check_tokens(tokens, logits.shape[0])
     return _rows(logits.detach(), tokens, temperature).logprobs
 
@@ -62,16 +66,17 @@ def log_probs(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of one token per row of hidden states, without ever holding [T, V].
 
-        logits = linear(hidden, weight).float()
+        logits = linear(hidden, weight)
         return token_log_probs(logits, tokens, temperature)       the same bits, differentiable in hidden and weight
 
     hidden: [T, H], weight: [V, H], tokens: int64 [T] in [0, V) (else NaN). temperature: >= 0, 0 counts as 1 as in
     token_log_probs. Returns fp32 [T], and with_entropy also the entropy of softmax(logits / temperature) in nats, fp32
     [T], without a gradient. chunk_rows: rows whose logits exist at a time; it changes no bit of the result, but the
-    weight's gradient is a sum over chunks in ascending order. The default depends on V alone.
+    weight's gradient is a sum over chunks in ascending order. The default depends on V and the device alone.
 
-    Backward: d logits = (onehot - softmax) * grad / temperature, chunk by chunk, deterministic. Each chunk's logits are
-    made again, unless one chunk holds all rows: then forward's are kept.
+    Backward: d logits = (onehot - softmax) * grad / temperature, rounded to the dtype of the logits, chunk by chunk,
+    deterministic. Each chunk's logits are made again, and their gradient takes their place, unless one chunk holds all
+    rows: then forward's are kept. The weight's gradient is accumulated in fp32.
 
     Raises ValueError if shapes or dtypes are not these.
     """
@@ -80,7 +85,7 @@ def log_probs(
     _check_tokens(tokens, hidden.shape[0])
     if not temperature >= 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}")
-    chunk_rows = chunk_rows or max(_CHUNK_MIN_ROWS, _CHUNK_BYTES // (4 * weight.shape[0]) // 16 * 16)
+    chunk_rows = chunk_rows or _default_chunk_rows(weight)
     divisor = torch.full(tokens.shape, temperature or 1.0, device=hidden.device)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         logprobs, entropies = _LogProbs.apply(hidden, weight, tokens, divisor, chunk_rows)
@@ -98,9 +103,22 @@ def log_probs_reference(
     return logprobs.gather(-1, tokens[:, None])[:, 0], entropy.detach()
 
 
+def check_logits(logits: torch.Tensor) -> None:
+    """Raises ValueError for logits that are not fp32, or bf16 on a GPU, and [B, V]."""
+    allowed = (torch.float32, torch.bfloat16) if logits.is_cuda else (torch.float32,)
+    if logits.dtype not in allowed or logits.dim() != 2:
+        names = " or ".join(str(dtype) for dtype in allowed)
+        raise ValueError(f"logits must be {names} [B, V], got {logits.dtype} {tuple(logits.shape)}")
+
+
 def _check_tokens(tokens: torch.Tensor, num_rows: int) -> None:
     if tokens.dtype != torch.int64 or tokens.shape != (num_rows,):
         raise ValueError(f"tokens must be int64 [{num_rows}], got {tokens.dtype} {tuple(tokens.shape)}")
+
+
+def _default_chunk_rows(weight: torch.Tensor) -> int:
+    row_bytes = weight.element_size() * weight.shape[0]
+    return max(_CHUNK_MIN_ROWS, _CHUNK_BYTES[weight.device.type] // row_bytes // 128 * 128)
 
 
 def _forward(
@@ -111,7 +129,7 @@ def _forward(
     results = _RowResults(*torch.empty(4, hidden.shape[0], device=hidden.device))
     for start in range(0, hidden.shape[0], chunk_rows):
         chunk = slice(start, start + chunk_rows)
-        logits = linear(hidden[chunk], weight).float()
+        logits = linear(hidden[chunk], weight)
         for result, value in zip(results, _rows(logits, tokens[chunk], temperature[chunk]), strict=True):
             result[chunk] = value
     return results, logits
@@ -135,21 +153,26 @@ class _LogProbs(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         scale = grad / temperature
-        gradients = torch.empty(min(ctx.chunk_rows, hidden.shape[0]), weight.shape[0], device=hidden.device)
         for start in range(0, hidden.shape[0], ctx.chunk_rows):
             chunk = slice(start, start + ctx.chunk_rows)
-            logits = linear(hidden[chunk], weight).float() if kept_logits is None else kept_logits
+            logits = linear(hidden[chunk], weight) if kept_logits is None else kept_logits
+            # Kept logits are not overwritten: the graph may be used again.
+            logits_grad = logits if kept_logits is None else torch.empty_like(logits)
             row_values = (values[chunk] for values in (tokens, temperature, maxima, sums, scale))
-            logits_grad = gradients[: logits.shape[0]]
             _write_gradient(logits_grad, logits, *row_values)
-            logits_grad = logits_grad.to(weight.dtype)
             if needs_hidden:
                 torch.mm(logits_grad, weight, out=hidden_grad[chunk])
-            if needs_weight and weight.dtype == torch.float32:
-                weight_grad.addmm_(logits_grad.t(), hidden[chunk])
-            elif needs_weight:
-                weight_grad += logits_grad.t() @ hidden[chunk]
+            if needs_weight:
+                _add_product(weight_grad, logits_grad.t(), hidden[chunk])
         return hidden_grad, weight_grad.to(weight.dtype) if needs_weight else None, None, None, None
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total (fp32) += a @ b, in one pass over total."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 def _rows(logits: torch.Tensor, tokens: torch.Tensor, temperature: torch.Tensor) -> _RowResults:
@@ -167,7 +190,7 @@ def _write_gradient(
     sums: torch.Tensor,
     scale: torch.Tensor,
 ) -> None:
-    """out[B, V] = (onehot(token) - softmax(logits / temperature)) * scale."""
+    """out[B, V] = (onehot(token) - softmax(logits / temperature)) * scale; out may be logits."""
     implementation = _gradient_triton if logits.device.type == "cuda" else _gradient_cpu
     implementation(out, logits, tokens, temperature, maxima, sums, scale)
 
@@ -241,33 +264,36 @@ def _min_rows(vocab_size: int) -> int:
 
 
 @triton.jit
-def _log_prob_kernel(logits, tokens, temperature, logprobs, entropies, maxima, sums, vocab_size, TILE: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * vocab_size
+def _chunk_kernel(
+    logits, temperature, maxima, sums, weighted, vocab_size, BLOCKS: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     divisor = tl.load(temperature + row)
     divisor = tl.where(divisor == 0.0, 1.0, divisor)
-    lanes = tl.arange(0, TILE)
-    running = tl.full((TILE,), -float("inf"), tl.float32)
-    for first in range(0, vocab_size, TILE):
-        values = tl.load(logits + first + lanes, mask=first + lanes < vocab_size, other=-float("inf"))
-        running = tl.maximum(running, values)
-    largest = tl.div_rn(tl.max(running, axis=0), divisor)
-    total = tl.zeros((TILE,), tl.float32)
-    weighted = tl.zeros((TILE,), tl.float32)
-    for first in range(0, vocab_size, TILE):
-        values = tl.load(logits + first + lanes, mask=first + lanes < vocab_size, other=-float("inf"))
-        difference = tl.div_rn(values, divisor) - largest
-        difference = tl.where(difference < -104.0, -104.0, difference)
-        weight = tl.exp(difference)
-        total += weight
-        weighted += weight * difference
-    total = tl.sum(total, axis=0)
+    a, b, c, d, _ = load_chunk(logits + row * vocab_size, chunk, vocab_size, divisor, BLOCKS, LANES)
+    largest, total, total_weighted = chunk_sums(a, b, c, d)
+    index = row * tl.num_programs(1) + chunk
+    tl.store(maxima + index, largest)
+    tl.store(sums + index, total)
+    tl.store(weighted + index, total_weighted)
+
+
+@triton.jit
+def _fold_kernel(
+    logits, tokens, temperature, chunk_maxima, chunk_sums, chunk_weighted, logprobs, entropies, maxima, sums,
+    vocab_size, num_chunks, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    divisor = tl.load(temperature + row)
+    divisor = tl.where(divisor == 0.0, 1.0, divisor)
+    first = row * num_chunks
+    largest, total, weighted = fold_chunks(
+        chunk_maxima + first, chunk_sums + first, chunk_weighted + first, tl.arange(0, CHUNKS), num_chunks
+    )
     log_total = tl.log(total)
-    token = tl.load(tokens + row)
-    inside = (token >= 0) & (token < vocab_size)
-    value = tl.load(logits + token, mask=inside, other=float("nan"))
-    tl.store(logprobs + row, tl.div_rn(value, divisor) - largest - log_total)
-    tl.store(entropies + row, log_total - tl.sum(weighted, axis=0) / total)
+    logprob = log_prob_of(logits + row * vocab_size, tl.load(tokens + row), vocab_size, divisor, largest, log_total)
+    tl.store(logprobs + row, logprob)
+    tl.store(entropies + row, log_total - tl.div_rn(weighted, total))
     tl.store(maxima + row, largest)
     tl.store(sums + row, total)
 
@@ -276,25 +302,31 @@ def _log_prob_kernel(logits, tokens, temperature, logprobs, entropies, maxima, s
 def _gradient_kernel(out, logits, tokens, temperature, maxima, sums, scale, vocab_size, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    logits += row * vocab_size
-    values = tl.load(logits + columns, mask=columns < vocab_size)
-    exponent = tl.div_rn(values, tl.load(temperature + row)) - tl.load(maxima + row)
-    factor = tl.load(scale + row)
+    mask = columns < vocab_size
+    x = tl.load(logits + row * vocab_size + columns, mask=mask).to(tl.float32)
+    divisor = tl.load(temperature + row)
+    if divisor != 1.0:
+        x = tl.div_rn(x, divisor)
+    probability = tl.exp(x - tl.load(maxima + row)) * (1.0 / tl.load(sums + row))
     onehot = tl.where(columns == tl.load(tokens + row), 1.0, 0.0)
-    gradient = (onehot - tl.exp(exponent) / tl.load(sums + row)) * factor
-    tl.store(out + row * vocab_size + columns, gradient, mask=columns < vocab_size)
-
-
-# Fixed: the tile's width is part of the order of the sums.
-_TILE = 4096
+    gradient = (onehot - probability) * tl.load(scale + row)
+    tl.store(out + row * vocab_size + columns, gradient.to(out.dtype.element_ty), mask=mask)
 
 
 def _rows_triton(logits: torch.Tensor, tokens: torch.Tensor, temperature: torch.Tensor) -> _RowResults:
     num_rows, vocab_size = logits.shape
+    num_chunks = triton.cdiv(vocab_size, CHUNK)
+    logits, tokens, temperature = logits.contiguous(), tokens.contiguous(), temperature.contiguous()
     results = torch.empty(4, num_rows, device=logits.device)
-    inputs = (logits.contiguous(), tokens.contiguous(), temperature.contiguous())
+    chunks = torch.empty(3, num_rows, num_chunks, device=logits.device)
     if num_rows > 0:
-        _log_prob_kernel[(num_rows,)](*inputs, *results, vocab_size, TILE=_TILE, num_warps=8)
+        _chunk_kernel[(num_rows, num_chunks)](
+            logits, temperature, *chunks, vocab_size, BLOCKS=BLOCKS, LANES=NOISE_LANES, enable_fp_fusion=False
+        )
+        _fold_kernel[(num_rows,)](
+            logits, tokens, temperature, *chunks, *results, vocab_size, num_chunks,
+            CHUNKS=triton.next_power_of_2(num_chunks), num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
     return _RowResults(*results)
 
 
@@ -302,5 +334,5 @@ def _gradient_triton(out: torch.Tensor, *inputs: torch.Tensor) -> None:
     num_rows, vocab_size = out.shape
     if num_rows > 0:
         inputs = [tensor.contiguous() for tensor in inputs]
-        grid = (num_rows, triton.cdiv(vocab_size, _TILE))
-        _gradient_kernel[grid](out, *inputs, vocab_size, TILE=_TILE, num_warps=8)
+        grid = (num_rows, triton.cdiv(vocab_size, CHUNK))
+        _gradient_kernel[grid](out, *inputs, vocab_size, TILE=CHUNK, num_warps=8)

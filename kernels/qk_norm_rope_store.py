@@ -2,11 +2,13 @@
 
 import numpy as np
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from lockstep.kernels._cpu import address_of, exact_njit, parallel_rows, row32, row64
 from lockstep.kernels.kv_cache import check_cpu_caches, checked_slot, kv_store, store_head
-from lockstep.kernels.rms_norm import rms_norm, rms_norm_row
+from lockstep.kernels.rms_norm import rms_norm, rms_norm_row, rms_norm_tile, rstd_tile
 from lockstep.kernels.rope import apply_rope, cos_sin_row, rotate_row
 
 _ELEMENTS_PER_THREAD = 32768
@@ -32,8 +34,8 @@ def qk_norm_rope_store(
         kv_store(k, v, k_cache, v_cache, slots)                                # not where the slot is -1
 
     The bits are those of the separate ops. q_weight, k_weight: [D]; cos_sin: fp32 [P, D]; positions, slots: int64 [T];
-    k_cache, v_cache: from `new_kv_cache`, whose shape gives HKV and D. qkv's rows may be strided. Without autograd. On
-    a GPU the separate ops run one after another. Errors are those of the separate ops.
+    k_cache, v_cache: from `new_kv_cache`, whose shape gives HKV and D. qkv's rows may be strided. Without
+    autograd. Errors are those of the separate ops; a GPU does not look for positions and slots that lie outside.
     """
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     num_columns = qkv.shape[1]
@@ -42,7 +44,7 @@ def qk_norm_rope_store(
         raise ValueError(
             f"qk_norm_rope_store: qkv {list(qkv.shape)} is not made of whole KV groups of a cache {list(k_cache.shape)}"
         )
-    forward = _qk_norm_rope_store_cpu if qkv.is_cpu else qk_norm_rope_store_reference
+    forward = _qk_norm_rope_store_triton if qkv.is_cuda else _qk_norm_rope_store_cpu
     return forward(qkv, q_weight, k_weight, eps, cos_sin, positions, k_cache, v_cache, slots)
 
 
@@ -70,6 +72,20 @@ def qk_norm_rope_store_reference(
     return q
 
 
+def _check(
+    qkv: Tensor, weights: tuple[Tensor | None, ...], cos_sin: Tensor, positions: Tensor, slots: Tensor, head_dim: int
+) -> None:
+    num_tokens = qkv.shape[0]
+    for weight in weights:
+        if weight is not None and weight.shape != (head_dim,):
+            raise ValueError(f"qk_norm_rope_store: a weight {list(weight.shape)} does not fit heads of {head_dim}")
+    if cos_sin.shape[1] != head_dim or positions.shape != (num_tokens,) or slots.shape != (num_tokens,):
+        raise ValueError(
+            f"qk_norm_rope_store: qkv {list(qkv.shape)}, cos_sin {list(cos_sin.shape)}, positions "
+            f"{list(positions.shape)} and slots {list(slots.shape)} do not fit"
+        )
+
+
 def _qk_norm_rope_store_cpu(
     qkv: Tensor,
     q_weight: Tensor | None,
@@ -85,14 +101,7 @@ def _qk_norm_rope_store_cpu(
     num_pages, num_kv_heads, page_size, head_dim = k_cache.shape
     if qkv.dtype is not torch.float32:
         raise ValueError(f"qk_norm_rope_store on the CPU takes float32, not {qkv.dtype}")
-    for weight in (q_weight, k_weight):
-        if weight is not None and weight.shape != (head_dim,):
-            raise ValueError(f"qk_norm_rope_store: a weight {list(weight.shape)} does not fit heads of {head_dim}")
-    if cos_sin.shape[1] != head_dim or positions.shape != (num_tokens,) or slots.shape != (num_tokens,):
-        raise ValueError(
-            f"qk_norm_rope_store: qkv {list(qkv.shape)}, cos_sin {list(cos_sin.shape)}, positions "
-            f"{list(positions.shape)} and slots {list(slots.shape)} do not fit"
-        )
+    _check(qkv, (q_weight, k_weight), cos_sin, positions, slots, head_dim)
     check_cpu_caches(k_cache, v_cache)
     if qkv.stride(1) != 1:
         qkv = qkv.contiguous()
@@ -141,3 +150,102 @@ def _tokens(
                 row = normed
             rotate_row(row, table_row, _FORWARD, key)
             store_head(key, value, k_cache, v_cache, slot, group, page_size, num_kv_heads)
+
+
+def _qk_norm_rope_store_triton(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    num_tokens, num_columns = qkv.shape
+    num_kv_heads, page_size, head_dim = k_cache.shape[1:]
+    _check(qkv, (q_weight, k_weight), cos_sin, positions, slots, head_dim)
+    if not (qkv.dtype == k_cache.dtype == v_cache.dtype) or slots.dtype != torch.int64:
+        raise ValueError(
+            f"qk_norm_rope_store: dtypes qkv {qkv.dtype}, caches {k_cache.dtype} and {v_cache.dtype}, slots "
+            f"{slots.dtype} do not fit"
+        )
+    if qkv.stride(1) != 1:
+        qkv = qkv.contiguous()
+    num_heads = num_columns // head_dim
+    group_size = num_heads // num_kv_heads - 2
+    q = torch.empty((num_tokens, num_kv_heads * group_size, head_dim), dtype=qkv.dtype, device=qkv.device)
+    if num_tokens == 0:
+        return q
+    block = triton.next_power_of_2(head_dim)
+    heads = max(1, _TILE // block)
+    _qk_norm_rope_store_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
+        qkv, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight, cos_sin, positions, slots,
+        q, k_cache, v_cache, qkv.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], num_heads, head_dim, eps,
+        Q_NORM=q_weight is not None, K_NORM=k_weight is not None, GROUP_SIZE=group_size, PAGE_SIZE=page_size,
+        HEAD_DIM=head_dim, HEADS=heads, BLOCK=block, enable_fp_fusion=False,
+    )  # fmt: skip
+    return q
+
+
+# A program has a tile of so many elements, heads by columns, of one token.
+_TILE = 2048
+
+
+@triton.jit
+def _qk_norm_rope_store_kernel(
+    qkv_ptr, q_weight_ptr, k_weight_ptr, cos_sin_ptr, positions_ptr, slots_ptr, q_ptr, k_cache_ptr, v_cache_ptr,
+    token_stride, k_page_stride, k_head_stride, k_slot_stride, v_page_stride, v_head_stride, v_slot_stride,
+    num_heads, head_dim, eps,
+    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, GROUP_SIZE: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    group, member = heads // (GROUP_SIZE + 2), heads % (GROUP_SIZE + 2)
+    is_q, is_k = (member < GROUP_SIZE)[:, None], (member == GROUP_SIZE)[:, None]
+    in_heads = (heads < num_heads)[:, None]
+    columns = tl.arange(0, BLOCK)
+    in_head = (columns < HEAD_DIM)[None, :]
+    dtype = q_ptr.dtype.element_ty
+
+    # The rotation pairs column j with j +- D / 2, which is read a second time, from the cache.
+    is_first = columns < HEAD_DIM // 2
+    partners = tl.where(is_first, columns + HEAD_DIM // 2, columns - HEAD_DIM // 2)
+    source = qkv_ptr + token * token_stride + heads[:, None] * HEAD_DIM
+    x = tl.load(source + columns[None, :], mask=in_heads & in_head, other=0.0)
+    partner = tl.load(source + partners[None, :], mask=in_heads & in_head, other=0.0).to(tl.float32)
+    value = x
+    x = x.to(tl.float32)
+    if Q_NORM or K_NORM:
+        rstd = rstd_tile(x, head_dim, eps)
+        if Q_NORM:
+            x_normed, partner_normed = _normed(x, partner, rstd, q_weight_ptr, columns, partners, in_head, dtype)
+            x, partner = tl.where(is_q, x_normed, x), tl.where(is_q, partner_normed, partner)
+        if K_NORM:
+            x_normed, partner_normed = _normed(x, partner, rstd, k_weight_ptr, columns, partners, in_head, dtype)
+            x, partner = tl.where(is_k, x_normed, x), tl.where(is_k, partner_normed, partner)
+    angles = cos_sin_ptr + tl.load(positions_ptr + token) * HEAD_DIM
+    first_columns = tl.minimum(columns, partners)
+    cos = tl.load(angles + first_columns, mask=columns < HEAD_DIM, other=0.0)[None, :]
+    sin = tl.load(angles + HEAD_DIM // 2 + first_columns, mask=columns < HEAD_DIM, other=0.0)
+    rotated = (x * cos + partner * tl.where(is_first, -sin, sin)[None, :]).to(dtype)
+
+    q_heads = token * (num_heads // (GROUP_SIZE + 2)) * GROUP_SIZE + group * GROUP_SIZE + member
+    tl.store(q_ptr + q_heads[:, None] * HEAD_DIM + columns[None, :], rotated, mask=in_heads & in_head & is_q)
+    slot = tl.load(slots_ptr + token)
+    page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE
+    has_slot = in_heads & in_head & (slot >= 0)
+    k_row = page * k_page_stride + offset * k_slot_stride + group * k_head_stride
+    v_row = page * v_page_stride + offset * v_slot_stride + group * v_head_stride
+    tl.store(k_cache_ptr + k_row[:, None] + columns[None, :], rotated, mask=has_slot & is_k)
+    is_v = (member > GROUP_SIZE)[:, None]
+    tl.store(v_cache_ptr + v_row[:, None] + columns[None, :], value, mask=has_slot & is_v)
+
+
+@triton.jit
+def _normed(x, partner, rstd, weight_ptr, columns, partners, in_head, dtype: tl.constexpr):
+    weight = tl.load(weight_ptr + columns[None, :], mask=in_head, other=0.0).to(tl.float32)
+    partner_weight = tl.load(weight_ptr + partners[None, :], mask=in_head, other=0.0).to(tl.float32)
+    return rms_norm_tile(x, weight, rstd, dtype), rms_norm_tile(partner, partner_weight, rstd, dtype)

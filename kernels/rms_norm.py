@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lockstep.kernels._cpu import address_of, exact_njit, fma32, inline_njit, njit, parallel_rows, row32
+from lockstep.kernels._triton import tree_sum
 
 _ELEMENTS_PER_THREAD = 65536
 _ZERO = np.float32(0.0)
@@ -230,14 +231,7 @@ def _rms_norm_weight_grad_columns(start, stop, x, outer, inner, count, dy, rstds
 def _rms_norm_backward(x: Tensor, weight: Tensor, eps: float, dy: Tensor, dx_start: Tensor | None):
     """(dx_start + gradient by x, gradient by weight); dx_start may be overwritten."""
     if x.is_cuda:
-        x_wide, dy_wide = x.float(), dy.float()
-        rstd = torch.rsqrt(x_wide.pow(2).mean(-1, keepdim=True) + eps)
-        x_hat = x_wide * rstd
-        weighted = dy_wide * weight.float()
-        dx = rstd * (weighted - x_hat * (weighted * x_hat).mean(-1, keepdim=True))
-        dx = dx if dx_start is None else dx + dx_start.float()
-        dweight = (dy_wide * x_hat).reshape(-1, x.shape[-1]).sum(0)
-        return dx.to(x.dtype), dweight.to(weight.dtype)
+        return _rms_norm_backward_triton(x, weight, eps, dy, dx_start)
     hidden_size = x.shape[-1]
     num_rows = x.numel() // max(hidden_size, 1)
     dx = torch.zeros(x.shape) if dx_start is None else dx_start.contiguous()
@@ -277,34 +271,109 @@ def _launch(x, outer, inner, count, residual, weight, eps, summed, y, has_residu
     hidden_size = x.shape[-1]
     if y.numel() == 0:
         return
-    # Tile and warps set the order of the sum, so they follow the hidden size alone.
     block = triton.next_power_of_2(hidden_size)
-    _rms_norm_kernel[(y.numel() // hidden_size,)](
-        x, residual, weight, summed, y, outer, inner, count, hidden_size, eps,
-        HAS_RESIDUAL=has_residual, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+    rows = max(1, _TILE // block)
+    num_rows = y.numel() // hidden_size
+    _rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
+        x, residual, weight, summed, y, outer, inner, count, num_rows, hidden_size, eps,
+        HAS_RESIDUAL=has_residual, ROWS=rows, BLOCK=block, num_warps=_num_warps(rows * block),
         enable_fp_fusion=False,
     )  # fmt: skip
 
 
+# A program of the kernels below has a tile of about so many elements. Tiles, rows and warps are free.
+_TILE = 2048
+
+
+def _num_warps(tile: int) -> int:
+    return min(16, max(4, tile // 512))
+
+
+@triton.jit
+def rstd_tile(x, hidden_size, eps):
+    """[ROWS, BLOCK] fp32, 0 outside the row -> [ROWS, 1]. Launch with enable_fp_fusion=False."""
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tree_sum(x * x), hidden_size.to(tl.float32)) + eps))[:, None]
+
+
+@triton.jit
+def rms_norm_tile(x, weight, rstd, dtype: tl.constexpr):
+    """The normed tile, rounded to dtype, as fp32."""
+    return (weight * (x * rstd).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+
+
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, summed_ptr, y_ptr, outer, inner, count, hidden_size, eps,
-    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, summed_ptr, y_ptr, outer, inner, count, num_rows, hidden_size, eps,
+    HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    mask = columns < hidden_size
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    mask = (rows < num_rows) & (columns < hidden_size)
     dtype = y_ptr.dtype.element_ty
-    x = tl.load(x_ptr + row // count * outer + row % count * inner + columns, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + rows // count * outer + rows % count * inner + columns, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + row * hidden_size + columns, mask=mask, other=0.0).to(tl.float32)
+        residual = tl.load(residual_ptr + rows * hidden_size + columns, mask=mask, other=0.0).to(tl.float32)
         rounded = (x + residual).to(dtype)
-        tl.store(summed_ptr + row * hidden_size + columns, rounded, mask=mask)
+        tl.store(summed_ptr + rows * hidden_size + columns, rounded, mask=mask)
         x = rounded.to(tl.float32)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=0) / hidden_size + eps)
-    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    y = weight * (x * rstd).to(dtype).to(tl.float32)
-    tl.store(y_ptr + row * hidden_size + columns, y.to(dtype), mask=mask)
+    weight = tl.load(weight_ptr + columns, mask=columns < hidden_size, other=0.0).to(tl.float32)
+    y = rms_norm_tile(x, weight, rstd_tile(x, hidden_size, eps), dtype)
+    tl.store(y_ptr + rows * hidden_size + columns, y.to(dtype), mask=mask)
+
+
+# Enough programs to fill a GPU, few enough that their partial sums of the weight's gradient cost little.
+_BACKWARD_PROGRAMS = 528
+
+
+def _rms_norm_backward_triton(x: Tensor, weight: Tensor, eps: float, dy: Tensor, dx_start: Tensor | None):
+    """dx in one pass over x and dy. The weight's gradient: each program adds its rows in order, then the programs'
+    sums are added, so it repeats to the bit."""
+    hidden_size = x.shape[-1]
+    num_rows = x.numel() // max(hidden_size, 1)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if num_rows == 0:
+        return dx, torch.zeros_like(weight)
+    x, outer, inner, count = _row_layout(x)
+    dy = dy.contiguous()
+    dx_start = dy if dx_start is None else dx_start.contiguous()
+    block = triton.next_power_of_2(hidden_size)
+    rows = max(1, _TILE // block)
+    steps = triton.cdiv(triton.cdiv(num_rows, rows), _BACKWARD_PROGRAMS)
+    num_programs = triton.cdiv(num_rows, rows * steps)
+    partial_sums = torch.empty(num_programs, hidden_size, device=x.device)
+    _rms_norm_backward_kernel[(num_programs,)](
+        x, weight, dy, dx_start, dx, partial_sums, outer, inner, count, num_rows, hidden_size, steps, eps,
+        HAS_START=dx_start is not dy, ROWS=rows, BLOCK=block, num_warps=_num_warps(rows * block),
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return dx, partial_sums.sum(0).to(weight.dtype)
+
+
+@triton.jit
+def _rms_norm_backward_kernel(
+    x_ptr, weight_ptr, dy_ptr, dx_start_ptr, dx_ptr, partial_sums_ptr, outer, inner, count, num_rows, hidden_size,
+    steps, eps, HAS_START: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    columns = tl.arange(0, BLOCK)[None, :]
+    weight = tl.load(weight_ptr + columns, mask=columns < hidden_size, other=0.0).to(tl.float32)
+    dweight = tl.zeros((ROWS, BLOCK), tl.float32)
+    for step in range(steps):
+        rows = ((tl.program_id(0) * steps + step) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        mask = (rows < num_rows) & (columns < hidden_size)
+        x = tl.load(x_ptr + rows // count * outer + rows % count * inner + columns, mask=mask, other=0.0)
+        dy = tl.load(dy_ptr + rows * hidden_size + columns, mask=mask, other=0.0).to(tl.float32)
+        x = x.to(tl.float32)
+        rstd = rstd_tile(x, hidden_size, eps)
+        x_hat = x * rstd
+        weighted = weight * dy
+        mean = tree_sum(weighted * x_hat) / hidden_size
+        dx = rstd * (weighted - x_hat * mean[:, None])
+        if HAS_START:
+            dx += tl.load(dx_start_ptr + rows * hidden_size + columns, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + rows * hidden_size + columns, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        dweight += dy * x_hat
+    partial_sum = tl.sum(dweight, axis=0)[None, :]
+    tl.store(partial_sums_ptr + tl.program_id(0) * hidden_size + columns, partial_sum, mask=columns < hidden_size)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -334,6 +403,7 @@ class _AddRmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dnormed, dsummed):
         summed, weight = ctx.saved_tensors
-        # autograd may still hold dsummed for others, and the kernel adds in place
-        dx, dweight = _rms_norm_backward(summed, weight, ctx.eps, dnormed, dsummed.clone())
+        # autograd may still hold dsummed for others, and the CPU's kernel adds in place
+        dx_start = dsummed if dsummed.is_cuda else dsummed.clone()
+        dx, dweight = _rms_norm_backward(summed, weight, ctx.eps, dnormed, dx_start)
         return dx, dx, dweight, None

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 
 from lockstep.kernels._cpu import exp32, inline_njit, njit, parallel_rows
+from lockstep.kernels._vocab_chunks import BLOCKS, CHUNK, chunk_sums, fold_chunks, load_chunk, log_prob_of
+from lockstep.kernels.log_probs import check_logits, token_log_probs
 from lockstep.kernels.noise import (
     MAX_NOISE,
     NOISE_BLOCK,
@@ -41,8 +43,8 @@ def sample(
         if min_p > 0:     allowed &= softmax(x) >= min_p * max(softmax(x))
         return argmax over allowed of x + gumbel_noise(seed, position, token)
 
-    logits: fp32 [B, V]. temperature >= 0, top_p in [0, 1], min_p in [0, 1]: fp32 [B]. top_k: int64 [B], 0 or less is
-    off. seeds, positions: int64 [B], non-negative. Returns int64 [B].
+    logits: fp32 [B, V], on a GPU also bf16. temperature >= 0, top_p in [0, 1], min_p in [0, 1]: fp32 [B]. top_k: int64
+    [B], 0 or less is off. seeds, positions: int64 [B], non-negative. Returns int64 [B].
 
     Order and meaning of the truncations are those of transformers' TopK, TopP and MinP warpers, and the likeliest token
     is always allowed. The allowed set is closed under equal values: all tokens tied with the last one that top-k or
@@ -55,13 +57,54 @@ def sample(
     """
     _check(logits, temperature, top_k, top_p, min_p, seeds, positions)
     if logits.device.type == "cuda":
-        return _sample_triton(logits, temperature, top_k, top_p, min_p, seeds, positions)
+        return _sample_triton(logits, temperature, top_k, top_p, min_p, seeds, positions)[0]
     return _sample_cpu(logits, temperature, top_k, top_p, min_p, seeds, positions)
 
 
+def sample_with_log_probs(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    truncates: bool = True,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    out_rows: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, log-probs) of one draw per row, on a GPU in one pass over the logits.
+
+        tokens = sample(logits, temperature, top_k, top_p, min_p, seeds, positions)
+        return tokens, token_log_probs(logits, tokens, temperature)          the same bits; NaN for token -1
+
+    truncates: False promises that no row asks for top-k, top-p or min-p, and saves the search for their borders.
+    out: int64 and fp32 tensors to write to, which are returned; out_rows: int64 [B], where each row's result goes in
+    them, -1 for nowhere. Without out_rows, row b goes to out[b]. For CUDA graphs: nothing waits for the host.
+
+    The rest is as in `sample` and `token_log_probs`.
+    """
+    _check(logits, temperature, top_k, top_p, min_p, seeds, positions)
+    if out_rows is not None and (out is None or out_rows.shape != seeds.shape or out_rows.dtype != torch.int64):
+        raise ValueError(f"out_rows must be int64 [{seeds.shape[0]}] and come with out")
+    if logits.device.type == "cuda":
+        return _sample_triton(
+            logits, temperature, top_k, top_p, min_p, seeds, positions, truncates, out=out, out_rows=out_rows
+        )
+    tokens = _sample_cpu(logits, temperature, top_k, top_p, min_p, seeds, positions)
+    results = tokens, token_log_probs(logits, tokens, temperature)
+    if out is None:
+        return results
+    for target, result in zip(out, results, strict=True):
+        if out_rows is None:
+            target[: len(result)] = result
+        else:
+            target[out_rows[out_rows >= 0]] = result[out_rows >= 0]
+    return out
+
+
 def _check(logits: torch.Tensor, *parameters: torch.Tensor) -> None:
-    if logits.dim() != 2 or logits.dtype != torch.float32:
-        raise ValueError(f"logits must be float32 [B, V], got {logits.dtype} {tuple(logits.shape)}")
+    check_logits(logits)
     dtypes = (torch.float32, torch.int64, torch.float32, torch.float32, torch.int64, torch.int64)
     names = ("temperature", "top_k", "top_p", "min_p", "seeds", "positions")
     for name, parameter, dtype in zip(names, parameters, dtypes, strict=True):
@@ -254,129 +297,241 @@ def _sample_cpu(
 
 
 @triton.jit
-def _mass_at_or_above(logits, vocab_size, divisor, largest, lowest, key, BY_COUNT: tl.constexpr, TILE: tl.constexpr):
-    """Mass, or number if BY_COUNT, of the tokens with x >= lowest whose order-preserving key is at least `key`."""
-    total = tl.zeros((TILE,), tl.int64)
-    for first in range(0, vocab_size, TILE):
-        tokens = first + tl.arange(0, TILE)
-        x = tl.div_rn(tl.load(logits + tokens, mask=tokens < vocab_size, other=-float("inf")), divisor)
-        x = tl.where(x >= lowest, x, -float("inf"))
-        bits = x.to(tl.int32, bitcast=True)
-        x_key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
-        mass = tl.full((TILE,), 1, tl.int64) if BY_COUNT else (tl.exp(x - largest) * 1099511627776.0).to(tl.int64)
-        total += tl.where((x_key >= key) & (tokens < vocab_size), mass, 0)
-    return tl.sum(total, axis=0)
+def _ordered_key(logits):
+    """uint32 tile that compares as the logits do (no NaN among them): 16 bits of bf16 (or fp16), 32 of fp32."""
+    if logits.dtype == tl.float32:
+        bits = logits.to(tl.uint32, bitcast=True)
+        return tl.where(bits >> 31 == 0, bits ^ 0x80000000, ~bits)
+    bits = logits.to(tl.uint16, bitcast=True).to(tl.uint32)
+    return tl.where(bits >> 15 == 0, bits ^ 0x8000, bits ^ 0xFFFF)
 
 
 @triton.jit
-def _lowest_of_heaviest_tile(
-    logits, vocab_size, divisor, largest, lowest, target, BY_COUNT: tl.constexpr, TILE: tl.constexpr
-):
-    """The largest t with (mass of x >= t) >= target: the key's bits are found one by one from the top."""
-    key = tl.full((), -2147483648, tl.int64)
-    for bit in range(32):
-        candidate = key + (tl.full((), 1, tl.int64) << (31 - bit))
-        mass = _mass_at_or_above(logits, vocab_size, divisor, largest, lowest, candidate, BY_COUNT, TILE)
-        key = tl.where(mass >= target, candidate, key)
-    bits = key.to(tl.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+def _logit_of_key(key, dtype: tl.constexpr):
+    if dtype == tl.float32:
+        return tl.where(key >> 31 == 0, ~key, key ^ 0x80000000).to(tl.float32, bitcast=True)
+    bits = tl.where(key >> 15 == 0, key ^ 0xFFFF, key ^ 0x8000)
+    return bits.to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def _lowest_allowed_kernel(logits, temperature, top_k, top_p, min_p, lowest_out, vocab_size, TILE: tl.constexpr):
+def _load_number(logits, tokens, vocab_size):
+    logit = tl.load(logits + tokens, mask=tokens < vocab_size, other=-float("inf"))
+    return tl.where(logit == logit, logit, -float("inf"))
+
+
+@triton.jit
+def _largest_kernel(logits, largest_keys, vocab_size, CHUNK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    logits += row * vocab_size
+    tokens = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    keys = _ordered_key(_load_number(logits + row * vocab_size, tokens, vocab_size))
+    tl.atomic_max(largest_keys + row, tl.max(keys.to(tl.int64), axis=0))
+
+
+# The searches below narrow an interval of keys: pass n finds the next DIGIT_BITS of the answer. masses[row, n, j] is the
+# mass of the tokens at or above (the key known so far) + j * (the pass's unit): all that later passes need.
+@triton.jit
+def _found_key(masses, target, WIDTH: tl.constexpr, DIGIT_BITS: tl.constexpr):
+    """What the passes so far (the masses of the others are 0) know of the largest key with mass(>= key) >= target."""
+    passes, digits = tl.arange(0, WIDTH // DIGIT_BITS), tl.arange(0, 1 << DIGIT_BITS)
+    mass = tl.load(masses + passes[:, None] * (1 << DIGIT_BITS) + digits[None, :])
+    reached = (mass >= target) & (digits > 0)[None, :]
+    digit = tl.sum(reached.to(tl.int64), axis=1)
+    return tl.sum(digit << (WIDTH - DIGIT_BITS - passes * DIGIT_BITS), axis=0).to(tl.uint32)
+
+
+@triton.jit
+def _mass_target(masses, top_p):
+    """The first mass of the first pass is that of all allowed tokens."""
+    return tl.maximum(tl.ceil(tl.load(masses).to(tl.float64) * top_p.to(tl.float64)).to(tl.int64), 1)
+
+
+@triton.jit
+def _narrow_kernel(
+    logits, temperature, top_k, top_p, largest_keys, counts, masses, vocab_size, pass_index,
+    BY_COUNT: tl.constexpr, WIDTH: tl.constexpr, DIGIT_BITS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One pass of the search for top-k's border (BY_COUNT) or, after all of those, for top-p's."""
+    row = tl.program_id(0).to(tl.int64)
+    divisor = tl.load(temperature + row)
+    k, p = tl.load(top_k + row), tl.load(top_p + row)
+    by_k = (k > 0) & (k < vocab_size)
+    off = (by_k == 0) if BY_COUNT else (p >= 1.0)
+    if (divisor == 0.0) | off:
+        return
+    dtype = logits.dtype.element_ty
+    row_size = (WIDTH // DIGIT_BITS) << DIGIT_BITS
+    counts += row * row_size
+    masses += row * row_size
+    tokens = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    logit = _load_number(logits + row * vocab_size, tokens, vocab_size)
+    keys = _ordered_key(logit)
+    if BY_COUNT:
+        known = _found_key(counts, k, WIDTH, DIGIT_BITS)
+        mass = (tokens < vocab_size).to(tl.int32)
+        found = counts
+    else:
+        known = _found_key(masses, _mass_target(masses, p), WIDTH, DIGIT_BITS)
+        largest = tl.div_rn(_logit_of_key(tl.load(largest_keys + row).to(tl.uint32), dtype), divisor)
+        x = tl.div_rn(logit.to(tl.float32), divisor)
+        mass = (tl.exp(x - largest) * 1099511627776.0).to(tl.int64)
+        if by_k:
+            lowest = tl.div_rn(_logit_of_key(_found_key(counts, k, WIDTH, DIGIT_BITS), dtype), divisor)
+            mass = tl.where(x >= lowest, mass, 0)
+        found = masses
+    found += pass_index << DIGIT_BITS
+    for digit in tl.static_range(1 << DIGIT_BITS):
+        border = known + (tl.full((), digit, tl.uint32) << (WIDTH - DIGIT_BITS - pass_index * DIGIT_BITS).to(tl.uint32))
+        if digit > 0 or pass_index == 0:
+            tl.atomic_add(found + digit, tl.sum(tl.where(keys >= border, mass, 0), axis=0).to(tl.int64))
+
+
+@triton.jit
+def _min_p_kernel(logits, temperature, min_p, largest_keys, likely_keys, vocab_size, CHUNK: tl.constexpr):
+    """The complement of the lowest key whose probability is at least min_p times the largest."""
+    row = tl.program_id(0).to(tl.int64)
+    divisor, m = tl.load(temperature + row), tl.load(min_p + row)
+    if (divisor == 0.0) | (m <= 0.0):
+        return
+    tokens = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    logit = _load_number(logits + row * vocab_size, tokens, vocab_size)
+    largest = _logit_of_key(tl.load(largest_keys + row).to(tl.uint32), logits.dtype.element_ty)
+    x = tl.div_rn(logit.to(tl.float32), divisor)
+    likely = (tl.exp(x - tl.div_rn(largest, divisor)) >= m) & (tokens < vocab_size)
+    complement = (~_ordered_key(logit)).to(tl.int64)
+    tl.atomic_max(likely_keys + row, tl.max(tl.where(likely, complement, 0), axis=0))
+
+
+@triton.jit
+def _lowest_allowed_kernel(
+    temperature, top_k, top_p, min_p, largest_keys, likely_keys, counts, masses, lowest_out, vocab_size,
+    DTYPE: tl.constexpr, WIDTH: tl.constexpr, DIGIT_BITS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
     divisor = tl.load(temperature + row)
     k, p, m = tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row)
     by_k, by_p, by_m = (k > 0) & (k < vocab_size), p < 1.0, m > 0.0
+    row_size = (WIDTH // DIGIT_BITS) << DIGIT_BITS
     lowest = -float("inf")
     if (divisor > 0.0) & (by_k | by_p | by_m):
-        running = tl.full((TILE,), -float("inf"), tl.float32)
-        for first in range(0, vocab_size, TILE):
-            tokens = first + tl.arange(0, TILE)
-            x = tl.div_rn(tl.load(logits + tokens, mask=tokens < vocab_size, other=-float("inf")), divisor)
-            running = tl.where(x > running, x, running)
-        largest = tl.max(running, axis=0)
+        largest = tl.div_rn(_logit_of_key(tl.load(largest_keys + row).to(tl.uint32), DTYPE), divisor)
         if (largest == float("inf")) | (largest == -float("inf")):
             lowest = largest
         else:
             if by_k:
-                lowest = _lowest_of_heaviest_tile(logits, vocab_size, divisor, largest, lowest, k, True, TILE)
+                key = _found_key(counts + row * row_size, k, WIDTH, DIGIT_BITS)
+                lowest = tl.div_rn(_logit_of_key(key, DTYPE), divisor)
             if by_p:
-                total = _mass_at_or_above(
-                    logits, vocab_size, divisor, largest, lowest, tl.full((), -2147483648, tl.int64), False, TILE
-                )
-                target = tl.maximum(tl.ceil(total.to(tl.float64) * p.to(tl.float64)).to(tl.int64), 1)
-                by_mass = _lowest_of_heaviest_tile(logits, vocab_size, divisor, largest, lowest, target, False, TILE)
-                lowest = tl.maximum(lowest, by_mass)
+                target = _mass_target(masses + row * row_size, p)
+                key = _found_key(masses + row * row_size, target, WIDTH, DIGIT_BITS)
+                lowest = tl.maximum(lowest, tl.div_rn(_logit_of_key(key, DTYPE), divisor))
             if by_m:
-                smallest = tl.full((TILE,), float("inf"), tl.float32)
-                for first in range(0, vocab_size, TILE):
-                    tokens = first + tl.arange(0, TILE)
-                    x = tl.div_rn(tl.load(logits + tokens, mask=tokens < vocab_size, other=-float("inf")), divisor)
-                    smallest = tl.where((tl.exp(x - largest) >= m) & (x < smallest), x, smallest)
-                lowest = tl.maximum(lowest, tl.min(smallest, axis=0))
+                key = ~tl.load(likely_keys + row).to(tl.uint32)
+                lowest = tl.maximum(lowest, tl.div_rn(_logit_of_key(key, DTYPE), divisor))
     tl.store(lowest_out + row, lowest)
 
 
-@triton.jit
-def _keep_better(logits, bits, tokens, vocab_size, divisor, greedy, lowest, best, best_token):
-    x = tl.div_rn(tl.load(logits + tokens, mask=tokens < vocab_size, other=-float("inf")), divisor)
-    score = tl.where(x >= lowest, x + tl.where(greedy, 0.0, gumbel_from_bits_tile(bits)), -float("inf"))
-    better = score > best
-    return tl.where(better, score, best), tl.where(better, tokens, best_token)
+_DIGIT_BITS = 2
+
+
+def _lowest_allowed_triton(
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> torch.Tensor:
+    """lowest_allowed_reference for each row. Programs share a row; what they share are integers, in whatever order."""
+    num_rows, vocab_size = logits.shape
+    width = 8 * logits.element_size()
+    num_passes = width // _DIGIT_BITS
+    state = torch.zeros(2 + 2 * (num_passes << _DIGIT_BITS), num_rows, dtype=torch.int64, device=logits.device)
+    largest_keys, likely_keys = state[:2]
+    counts, masses = state[2:].view(2, num_rows, -1)
+    lowest = torch.empty(num_rows, device=logits.device)
+    grid = (num_rows, triton.cdiv(vocab_size, CHUNK))
+    search = {"WIDTH": width, "DIGIT_BITS": _DIGIT_BITS}
+    _largest_kernel[grid](logits, largest_keys, vocab_size, CHUNK=CHUNK)
+    for by_count in (True, False):
+        for pass_index in range(num_passes):
+            _narrow_kernel[grid](
+                logits, temperature, top_k, top_p, largest_keys, counts, masses, vocab_size, pass_index,
+                BY_COUNT=by_count, CHUNK=CHUNK, **search, num_warps=8, enable_fp_fusion=False,
+            )  # fmt: skip
+    _min_p_kernel[grid](
+        logits, temperature, min_p, largest_keys, likely_keys, vocab_size, CHUNK=CHUNK, enable_fp_fusion=False
+    )
+    _lowest_allowed_kernel[(num_rows,)](
+        temperature, top_k, top_p, min_p, largest_keys, likely_keys, counts, masses, lowest, vocab_size,
+        DTYPE=_TRITON_DTYPES[logits.dtype], **search, num_warps=1, enable_fp_fusion=False,
+    )  # fmt: skip
+    return lowest
+
+
+_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
 def _draw_kernel(
-    logits,
-    temperature,
-    lowest_allowed,
-    seeds,
-    positions,
-    best_out,
-    token_out,
-    vocab_size,
-    tiles_per_split,
-    LANES: tl.constexpr,
-    COUNTERS: tl.constexpr,
-):
-    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    logits += row * vocab_size
-    seed, position = tl.load(seeds + row), tl.load(positions + row)
+    logits, temperature, lowest_allowed, seeds, positions, maxima, sums, weighted, best_scores, best_tokens, vocab_size,
+    TRUNCATES: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     divisor = tl.load(temperature + row)
     greedy = divisor == 0.0
     divisor = tl.where(greedy, 1.0, divisor)
-    lowest = tl.load(lowest_allowed + row)
-    best = tl.full((COUNTERS,), -float("inf"), tl.float32)
-    best_token = tl.full((COUNTERS,), -1, tl.int32)
-    for tile in range(split * tiles_per_split, (split + 1) * tiles_per_split):
-        counters = tile * COUNTERS + tl.arange(0, COUNTERS)
-        tokens = counters // LANES * (4 * LANES) + counters % LANES
-        a, b, c, d = philox_tile(seed, position, counters)
-        # A lane meets its tokens in ascending order, and only a strictly better one replaces: ties go to the lowest id.
-        best, best_token = _keep_better(logits, a, tokens, vocab_size, divisor, greedy, lowest, best, best_token)
-        tokens += LANES
-        best, best_token = _keep_better(logits, b, tokens, vocab_size, divisor, greedy, lowest, best, best_token)
-        tokens += LANES
-        best, best_token = _keep_better(logits, c, tokens, vocab_size, divisor, greedy, lowest, best, best_token)
-        tokens += LANES
-        best, best_token = _keep_better(logits, d, tokens, vocab_size, divisor, greedy, lowest, best, best_token)
-    score = tl.max(best, axis=0)
-    token = tl.min(tl.where(best == score, best_token, 2147483647), axis=0)
-    tl.store(best_out + row * tl.num_programs(1) + split, score)
-    tl.store(token_out + row * tl.num_programs(1) + split, token)
+    a, b, c, d, tokens = load_chunk(logits + row * vocab_size, chunk, vocab_size, divisor, BLOCKS, LANES)
+    index = row * tl.num_programs(1) + chunk
+    largest, total, total_weighted = chunk_sums(a, b, c, d)
+    tl.store(maxima + index, largest)
+    tl.store(sums + index, total)
+    tl.store(weighted + index, total_weighted)
+
+    if TRUNCATES:
+        lowest = tl.load(lowest_allowed + row)
+        a, b = tl.where(a >= lowest, a, -float("inf")), tl.where(b >= lowest, b, -float("inf"))
+        c, d = tl.where(c >= lowest, c, -float("inf")), tl.where(d >= lowest, d, -float("inf"))
+    if not greedy:
+        counters = tokens // (4 * LANES) * LANES + tokens % LANES
+        noise_a, noise_b, noise_c, noise_d = philox_tile(tl.load(seeds + row), tl.load(positions + row), counters)
+        a += gumbel_from_bits_tile(noise_a)
+        b += gumbel_from_bits_tile(noise_b)
+        c += gumbel_from_bits_tile(noise_c)
+        d += gumbel_from_bits_tile(noise_d)
+    # Of a NaN neither is true: it never wins. Ties go to the lowest id, which is that of the first tile.
+    score = tl.full(a.shape, -float("inf"), tl.float32)
+    token = tokens
+    score, token = _better(score, token, a, tokens)
+    score, token = _better(score, token, b, tokens + LANES)
+    score, token = _better(score, token, c, tokens + 2 * LANES)
+    score, token = _better(score, token, d, tokens + 3 * LANES)
+    best = tl.max(tl.max(score, axis=1), axis=0)
+    winner = tl.min(tl.min(tl.where(score == best, token, 2147483647), axis=1), axis=0)
+    tl.store(best_scores + index, best)
+    tl.store(best_tokens + index, winner)
 
 
 @triton.jit
-def _merge_kernel(best, token, out, num_splits, SPLITS: tl.constexpr):
+def _better(score, token, new_score, new_token):
+    better = new_score > score
+    return tl.where(better, new_score, score), tl.where(better, new_token, token)
+
+
+@triton.jit
+def _choose_kernel(
+    logits, temperature, maxima, sums, weighted, best_scores, best_tokens, tokens_out, logprobs_out, out_rows,
+    vocab_size, num_chunks, CHUNKS: tl.constexpr, HAS_OUT_ROWS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    splits = tl.arange(0, SPLITS)
-    scores = tl.load(best + row * num_splits + splits, mask=splits < num_splits, other=-float("inf"))
-    tokens = tl.load(token + row * num_splits + splits, mask=splits < num_splits, other=-1)
+    out_row = tl.load(out_rows + row) if HAS_OUT_ROWS else row
+    divisor = tl.load(temperature + row)
+    divisor = tl.where(divisor == 0.0, 1.0, divisor)
+    first, chunks = row * num_chunks, tl.arange(0, CHUNKS)
+    scores = tl.load(best_scores + first + chunks, mask=chunks < num_chunks, other=-float("inf"))
+    tokens = tl.load(best_tokens + first + chunks, mask=chunks < num_chunks, other=2147483647)
     score = tl.max(scores, axis=0)
-    winner = tl.min(tl.where(scores == score, tokens, 2147483647), axis=0)
-    tl.store(out + row, tl.where(score > -float("inf"), winner, -1).to(tl.int64))
+    token = tl.min(tl.where(scores == score, tokens, 2147483647), axis=0).to(tl.int64)
+    token = tl.where(score > -float("inf"), token, -1)
+    largest, total, _ = fold_chunks(maxima + first, sums + first, weighted + first, chunks, num_chunks)
+    logprob = log_prob_of(logits + row * vocab_size, token, vocab_size, divisor, largest, tl.log(total))
+    tl.store(tokens_out + out_row, token, mask=out_row >= 0)
+    tl.store(logprobs_out + out_row, logprob, mask=out_row >= 0)
 
 
 def _sample_triton(
@@ -387,34 +542,30 @@ def _sample_triton(
     min_p: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
-    tiles_per_split: int = 4,
-) -> torch.Tensor:
-    """sample on a GPU, without a synchronisation. tiles_per_split (of 2048 tokens) is free: it changes no token."""
+    truncates: bool = True,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    out_rows: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """sample_with_log_probs on a GPU, without a synchronisation."""
     num_rows, vocab_size = logits.shape
-    logits, counters = logits.contiguous(), 4 * NOISE_LANES
-    out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    logits = logits.contiguous()
+    device = logits.device
+    if out is None:
+        out = torch.empty(num_rows, dtype=torch.int64, device=device), torch.empty(num_rows, device=device)
+    tokens, logprobs = out
     if num_rows == 0:
-        return out
-    lowest = torch.empty(num_rows, device=logits.device)
-    _lowest_allowed_kernel[(num_rows,)](
-        logits, temperature, top_k, top_p, min_p, lowest, vocab_size, TILE=2048, num_warps=8, enable_fp_fusion=False
-    )
-    num_splits = triton.cdiv(vocab_size, tiles_per_split * 4 * counters)
-    best = torch.empty(num_rows, num_splits, device=logits.device)
-    best_token = torch.empty(num_rows, num_splits, dtype=torch.int32, device=logits.device)
-    _draw_kernel[(num_rows, num_splits)](
-        logits,
-        temperature,
-        lowest,
-        seeds,
-        positions,
-        best,
-        best_token,
-        vocab_size,
-        tiles_per_split,
-        LANES=NOISE_LANES,
-        COUNTERS=counters,
-        enable_fp_fusion=False,
-    )
-    _merge_kernel[(num_rows,)](best, best_token, out, num_splits, SPLITS=triton.next_power_of_2(num_splits))
-    return out
+        return tokens, logprobs
+    lowest = _lowest_allowed_triton(logits, temperature, top_k, top_p, min_p) if truncates else temperature
+    num_chunks = triton.cdiv(vocab_size, CHUNK)
+    chunks = torch.empty(4, num_rows, num_chunks, device=device)
+    best_tokens = torch.empty(num_rows, num_chunks, dtype=torch.int32, device=device)
+    _draw_kernel[(num_rows, num_chunks)](
+        logits, temperature, lowest, seeds, positions, *chunks, best_tokens, vocab_size,
+        TRUNCATES=truncates, BLOCKS=BLOCKS, LANES=NOISE_LANES, enable_fp_fusion=False,
+    )  # fmt: skip
+    _choose_kernel[(num_rows,)](
+        logits, temperature, *chunks, best_tokens, tokens, logprobs, temperature if out_rows is None else out_rows,
+        vocab_size, num_chunks, CHUNKS=triton.next_power_of_2(num_chunks), HAS_OUT_ROWS=out_rows is not None,
+        num_warps=1, enable_fp_fusion=False,
+    )  # fmt: skip
+    return tokens, logprobs

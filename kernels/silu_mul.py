@@ -105,13 +105,36 @@ def _silu_mul_kernel(gate_up_ptr, y_ptr, num_columns, BLOCK: tl.constexpr):
     tl.store(y_ptr + row * num_columns + columns, (activated * up).to(dtype), mask=mask)
 
 
+def _silu_mul_backward_triton(gate_up: Tensor, dy: Tensor) -> Tensor:
+    gate_up, dy = gate_up.contiguous(), dy.contiguous()
+    num_columns = dy.shape[-1]
+    dgate_up = torch.empty_like(gate_up)
+    if dy.numel():
+        block = min(1024, triton.next_power_of_2(num_columns))
+        grid = (dy.numel() // num_columns, triton.cdiv(num_columns, block))
+        _silu_mul_backward_kernel[grid](gate_up, dy, dgate_up, num_columns, BLOCK=block, num_warps=4)
+    return dgate_up
+
+
+@triton.jit
+def _silu_mul_backward_kernel(gate_up_ptr, dy_ptr, dgate_up_ptr, num_columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < num_columns
+    gate_offset, up_offset = 2 * row * num_columns + columns, (2 * row + 1) * num_columns + columns
+    gate = tl.load(gate_up_ptr + gate_offset, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + up_offset, mask=mask, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + row * num_columns + columns, mask=mask, other=0.0).to(tl.float32)
+    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    dgate = dy * up * (sigmoid * (1.0 + gate * (1.0 - sigmoid)))
+    dtype = dgate_up_ptr.dtype.element_ty
+    tl.store(dgate_up_ptr + gate_offset, dgate.to(dtype), mask=mask)
+    tl.store(dgate_up_ptr + up_offset, (dy * (gate * sigmoid)).to(dtype), mask=mask)
+
+
 def _silu_mul_backward(gate_up: Tensor, dy: Tensor) -> Tensor:
     if gate_up.is_cuda:
-        gate, up = gate_up.float().chunk(2, dim=-1)
-        dy = dy.float()
-        sigmoid = torch.sigmoid(gate)
-        dgate = dy * up * (sigmoid * (1 + gate * (1 - sigmoid)))
-        return torch.cat((dgate, dy * (gate * sigmoid)), dim=-1).to(gate_up.dtype)
+        return _silu_mul_backward_triton(gate_up, dy)
     gate_up, dy = gate_up.contiguous(), dy.contiguous()
     num_columns = dy.shape[-1]
     dgate_up = torch.empty_like(gate_up)
