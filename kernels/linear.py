@@ -7,6 +7,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lockstep.kernels.linear_decode import can_decode, linear_decode
+
 # MKL without its strict mode takes another path, with another order of sums, for other numbers of rows.
 _CPU_ROW_MULTIPLE = 16
 
@@ -62,19 +64,20 @@ def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _linear_cuda(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """cuBLASLt for large batches, Triton for small ones: without split-K both add K in order into one fp32 accumulator
-    and have the same bits. That was measured for bf16 and whole tiles of K and N; all else is Triton's."""
+    """The fastest of three for the number of rows. All add K in order into one fp32 accumulator (cuBLASLt does without
+    split-K) and have the same bits: measured for bf16 and whole tiles of K and N; all else is `_linear_triton`'s."""
     num_rows = x.numel() // x.shape[-1]
     same_bits = x.dtype == torch.bfloat16 and weight.shape[0] % 64 == 0 and weight.shape[1] % _BLOCK_K == 0
-    if not same_bits or (num_rows <= _TRITON_MAX_ROWS and not torch.cuda.is_current_stream_capturing()):
-        return _linear_triton(x, weight, bias)
-    y = F.linear(x.reshape(-1, x.shape[-1]), weight)
-    if bias is not None:
-        y.add_(bias)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    if can_decode(x, weight):
+        y = linear_decode(x, weight)
+    elif not same_bits or (num_rows <= _TRITON_MAX_ROWS and not torch.cuda.is_current_stream_capturing()):
+        y = _linear_triton(x, weight)
+    else:
+        y = F.linear(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
+    return y if bias is None else y.add_(bias)
 
 
-def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear_triton(x: Tensor, weight: Tensor) -> Tensor:
     x_MK = x.reshape(-1, x.shape[-1])
     if x_MK.stride(1) != 1:
         x_MK = x_MK.contiguous()
@@ -89,8 +92,6 @@ def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
             x_MK, weight, y, m, n, k, x_MK.stride(0), weight.stride(0),
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=_BLOCK_K, GROUP_M=_GROUP_M, num_warps=4, num_stages=4,
         )  # fmt: skip
-    if bias is not None:
-        y.add_(bias)
     return y.view(*x.shape[:-1], n)
 
 

@@ -1,18 +1,24 @@
 """What a process must set, once and before its first matrix product, for the row contract to hold."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from lockstep.kernels.linear import linear
+from lockstep.kernels.linear_silu_mul import linear_silu_mul
+from lockstep.kernels.silu_mul import silu_mul
 
 # (N, K) of weights, small enough that the check costs milliseconds.
 _CPU_SHAPES = ((384, 128), (128, 384), (260, 100), (1000, 256))
-_CUDA_SHAPES = ((1024, 3072), (4096, 4096), (128, 4096))
-_CHECK_ROWS = 288
-_CHECK_COLUMNS = 4096
-_CHECK_BATCHES = (1, 2, 7, 16, 33, 64, 130)
+_CUDA_SHAPES = ((1024, 3072), (4096, 4096), (128, 4096), (20480, 1024))
+# Enough, on a GPU, for every tile that `linear_decode` chooses by the number of columns, ...
+_CHECK_COLUMNS = {"cpu": 4096, "cuda": 20480}
+# ... and for both sides of every border at which `linear` chooses another kernel by the number of rows.
+_CHECK_BATCHES = {"cpu": (1, 2, 7, 16, 33, 64, 130), "cuda": (1, 2, 7, 16, 17, 33, 64, 130, 256, 257, 512)}
+_CHECK_ROWS = {"cpu": 288, "cuda": 600}
 
 
 def set_up(device: str | torch.device) -> None:
@@ -35,24 +41,48 @@ def check_row_contract(
 ) -> None:
     """Compares `linear` on rows alone, in small batches and in one large batch, to the bit.
 
-    shapes: (N, K) of the weights to try, best a model's own (of more than 4096 rows, only so many are tried). Default:
-    a few small ones. Raises RuntimeError that names the shape and what to do.
+    On a GPU also within a captured graph, where it chooses other kernels, and `linear_silu_mul` in the same way.
+
+    shapes: (N, K) of the weights to try, best a model's own (of a very large N only so much is tried). Default: a few
+    small ones. Raises RuntimeError that names the shape and what to do.
     """
     device = torch.device(device)
     if shapes is None:
         shapes = _CUDA_SHAPES if device.type == "cuda" else _CPU_SHAPES
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
+    random = partial(torch.randn, generator=generator, device=device, dtype=dtype)
     with torch.no_grad():
-        for n, k in sorted({(min(n, _CHECK_COLUMNS), k) for n, k in shapes}):
-            x = torch.randn(_CHECK_ROWS, k, generator=generator).to(device, dtype)
-            weight = (torch.randn(n, k, generator=generator) / k**0.5).to(device, dtype)
+        for n, k in sorted({(min(n, _CHECK_COLUMNS[device.type]), k) for n, k in shapes}):
+            x = random(_CHECK_ROWS[device.type], k)
+            weight = random(n, k) / k**0.5
             together = linear(x, weight)
-            for batch, start in ((batch, 3 * i) for i, batch in enumerate(_CHECK_BATCHES)):
-                if not torch.equal(linear(x[start : start + batch], weight), together[start : start + batch]):
-                    raise RuntimeError(
-                        f"linear on {device} in {dtype} gives a row other bits in a batch of {batch} than in one of "
-                        f"{_CHECK_ROWS}, weight [{n}, {k}]. {_REMEDY[device.type]}"
-                    )
+            _check_rows(linear, x, weight, together)
+            if x.is_cuda and n % 2 == 0:
+                _check_rows(linear_silu_mul, x, weight, silu_mul(together))
+
+
+def _check_rows(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, together: Tensor) -> None:
+    batches = [slice(3 * i, 3 * i + size) for i, size in enumerate(_CHECK_BATCHES[x.device.type])]
+
+    def outputs() -> list[Tensor]:
+        return [function(x[rows], weight) for rows in batches]
+
+    for run in (outputs, lambda: _in_graph(outputs)) if x.is_cuda else (outputs,):
+        for rows, alone in zip(batches, run(), strict=True):
+            if not torch.equal(alone, together[rows]):
+                raise RuntimeError(
+                    f"{function.__name__} on {x.device} in {x.dtype} gives a row other bits in a batch of {len(alone)} "
+                    f"than in one of {len(x)}, weight {list(weight.shape)}. {_REMEDY[x.device.type]}"
+                )
+
+
+def _in_graph(function: Callable[[], list[Tensor]]) -> list[Tensor]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function()
+    graph.replay()
+    torch.cuda.synchronize()
+    return outputs
 
 
 _REMEDY = {

@@ -98,11 +98,17 @@ def _silu_mul_kernel(gate_up_ptr, y_ptr, num_columns, BLOCK: tl.constexpr):
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < num_columns
     gate_ptr = gate_up_ptr + 2 * row * num_columns
-    gate = tl.load(gate_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_ptr + num_columns + columns, mask=mask, other=0.0).to(tl.float32)
-    dtype = y_ptr.dtype.element_ty
-    activated = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    tl.store(y_ptr + row * num_columns + columns, (activated * up).to(dtype), mask=mask)
+    gate = tl.load(gate_ptr + columns, mask=mask, other=0.0)
+    up = tl.load(gate_ptr + num_columns + columns, mask=mask, other=0.0)
+    tl.store(y_ptr + row * num_columns + columns, silu_mul_tile(gate, up), mask=mask)
+
+
+@triton.jit
+def silu_mul_tile(gate, up):
+    """The formula of `silu_mul` for other kernels, which must be compiled with enable_fp_fusion=False too."""
+    gate32 = gate.to(tl.float32)
+    activated = (gate32 / (1.0 + tl.exp(-gate32))).to(gate.dtype)
+    return (activated.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
 
 
 def _silu_mul_backward_triton(gate_up: Tensor, dy: Tensor) -> Tensor:

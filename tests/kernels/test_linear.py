@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.kernels.linear import _linear_triton, linear, linear_reference
-from lockstep.kernels.numerics import check_row_contract
+from lockstep.kernels.linear_decode import MAX_ROWS, linear_decode
+from lockstep.kernels.linear_silu_mul import linear_silu_mul
+from lockstep.kernels.numerics import _check_rows, check_row_contract, set_up
+from lockstep.kernels.silu_mul import _silu_mul_triton, silu_mul
 
 # At import, because no test of any file has multiplied matrices yet when the files are collected.
 # (N, K) of weights, odd ones included
@@ -94,13 +97,72 @@ def test_only_float32_on_the_cpu():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
 @pytest.mark.parametrize(("m", "n", "k"), [(3, 40, 100), (70, 130, 64), (130, 33, 17)])
 def test_triton_matches_fp64_and_keeps_rows(m, n, k):
-    x, weight, bias = _random(m, k), _random(n, k, seed=1), _random(n, seed=2)
-    y = _linear_triton(x, weight, bias)
-    expected = linear_reference(x.double(), weight.double(), bias.double())
+    x, weight = _random(m, k), _random(n, k, seed=1)
+    y = _linear_triton(x, weight)
+    expected = linear_reference(x.double(), weight.double())
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
     rows = torch.randperm(m, generator=torch.Generator().manual_seed(0))[: m // 2 + 1]
     # Not to the bit: the interpreter multiplies tiles with numpy's BLAS, which is free to treat each height otherwise.
-    torch.testing.assert_close(_linear_triton(x[rows], weight, bias), y[rows], rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(_linear_triton(x[rows], weight), y[rows], rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 1e-2)])
+@pytest.mark.parametrize(("shape", "n", "k"), [((3,), 128, 320), ((4, 4), 192, 64), ((1,), 64, 512)])
+def test_decode_matches_fp64_and_its_fused_activation(shape, n, k, dtype, tolerance):
+    x, weight = _random(*shape, k, dtype=dtype), _random(n, k, seed=1, dtype=dtype)
+    y = linear_decode(x, weight)
+    torch.testing.assert_close(y.double(), linear_reference(x.double(), weight.double()), rtol=tolerance, atol=1e-4)
+    assert torch.equal(linear_decode(x, weight, silu_mul=True), _silu_mul_triton(y))
+    strided = torch.cat([x, x], -1)[..., 3 : 3 + k]
+    torch.testing.assert_close(
+        linear_decode(strided, weight), linear_decode(strided.contiguous(), weight), rtol=0, atol=0
+    )
+
+
+def test_linear_silu_mul_is_its_two_steps_and_their_gradients():
+    x, weight, bias = _random(5, 100), _random(64, 100, seed=1), _random(64, seed=2)
+    assert torch.equal(linear_silu_mul(x, weight, bias), silu_mul(linear(x, weight, bias)))
+    fused, steps = weight.clone().requires_grad_(), weight.clone().requires_grad_()
+    linear_silu_mul(x, fused).sum().backward()
+    silu_mul(linear(x, steps)).sum().backward()
+    assert torch.equal(fused.grad, steps.grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 12288), (25600, 1024), (128, 64), (1024, 896)])
+def test_every_gpu_kernel_has_the_bits_of_cublas(n, k):
+    set_up("cuda")
+    x, weight = _random(300, k).cuda().bfloat16(), (_random(n, k, seed=1) / k**0.5).cuda().bfloat16()
+    together = F.linear(x, weight)
+    for size in (1, 2, 15, MAX_ROWS):
+        rows = slice(size, 2 * size)
+        assert torch.equal(linear_decode(x[rows], weight), together[rows]), size
+        assert torch.equal(linear_decode(x[rows], weight, silu_mul=True), silu_mul(together[rows])), size
+    assert torch.equal(_linear_triton(x[:100], weight), together[:100])
+    check_row_contract("cuda", torch.bfloat16, [(n, k)])
+
+
+@pytest.mark.gpu
+def test_decode_waits_for_the_kernel_before_it():
+    set_up("cuda")
+    weights = [(_random(4096, 4096, seed=i) / 64).cuda().bfloat16() for i in range(8)]
+
+    def chain(product, x):
+        for weight in weights:
+            x = product(x, weight)
+        return x
+
+    x = _random(4, 4096).cuda().bfloat16()
+    expected = chain(F.linear, x)
+    chain(linear_decode, x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(linear_decode, x)
+    for _ in range(20):
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, expected)
 
 
 def test_check_finds_a_linear_that_depends_on_the_batch(monkeypatch):
@@ -108,6 +170,18 @@ def test_check_finds_a_linear_that_depends_on_the_batch(monkeypatch):
     monkeypatch.setattr("lockstep.kernels.numerics.linear", lambda x, weight: F.linear(x, weight) + 1e-6 * len(x))
     with pytest.raises(RuntimeError, match=r"weight \[128, 384\].*MKL_CBWR"):
         check_row_contract("cpu", torch.float32)
+
+
+def test_check_finds_a_function_whose_small_batches_go_astray():
+    x, weight = _random(288, 128), _random(64, 128, seed=1)
+    _check_rows(linear_silu_mul, x, weight, silu_mul(linear(x, weight)))
+
+    def astray(x, weight):
+        y = linear_silu_mul(x, weight)
+        return y if len(x) > MAX_ROWS else y.nextafter(torch.zeros_like(y))
+
+    with pytest.raises(RuntimeError, match=r"astray .* in a batch of 1 than in one of 288"):
+        _check_rows(astray, x, weight, silu_mul(linear(x, weight)))
 
 
 def test_importing_the_kernels_makes_rows_independent_for_large_k_and_any_number_of_threads():

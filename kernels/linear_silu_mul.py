@@ -1,0 +1,21 @@
+"""A linear layer with SwiGLU's activation, in one kernel where that is faster."""
+
+import torch
+from torch import Tensor
+
+from lockstep.kernels.linear import linear
+from lockstep.kernels.linear_decode import can_decode, linear_decode
+from lockstep.kernels.silu_mul import silu_mul
+
+
+def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x[..., K], weight[2F, K] (gate rows, then up rows), bias[2F] | None -> [..., F] of x's dtype.
+
+        y = silu_mul(linear(x, weight, bias))        to the bit
+
+    Differentiable in all three.
+    """
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if x.is_cuda and bias is None and not needs_grad and can_decode(x, weight):
+        return linear_decode(x, weight, silu_mul=True)
+    return silu_mul(linear(x, weight, bias))
