@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lockstep.kernels import attention_prefill_hopper
+
 SPLIT = 256
 KV_TILE = 64
 # Queries per request, on average, up to which a program per split is worth its second kernel.
@@ -40,7 +42,8 @@ def attention_forward(
 
     Nothing here waits for the GPU: tiles and splits are launched for the largest number that the shapes allow, and the
     superfluous ones return at once. tile_rows (a power of 2, at least 16) and split_parallel default to a choice by
-    shapes; tests pass them to show that they do not matter.
+    shapes, and without tile_rows Hopper GPUs have a prefill kernel of their own; tests pass them to show that they do
+    not matter.
     """
     q = q.detach()
     q = q if q.stride(2) == 1 else q.contiguous()
@@ -56,6 +59,11 @@ def attention_forward(
     num_splits = triton.cdiv(page_table.shape[1] * page_size, SPLIT)
     if split_parallel is None:
         split_parallel = num_splits > 1 and num_tokens <= MAX_SPLIT_QUERIES * num_requests
+    scale_log2 = scale * LOG2_E
+    places = (page_table, cu_seqlens_q, kv_lens)
+    if not split_parallel and tile_rows is None and attention_prefill_hopper.supports(q, k_cache, window):
+        attention_prefill_hopper.prefill(q, k_cache, v_cache, *places, scale_log2, SPLIT, out, lse)
+        return out, lse
     block_dim = max(16, triton.next_power_of_2(head_dim))
     if tile_rows is None:
         rows_per_request = triton.next_power_of_2(num_tokens * group // num_requests)
@@ -72,12 +80,11 @@ def attention_forward(
         "SPLIT": SPLIT,
         "WINDOW": window or 0,
     }
-    places = (page_table, cu_seqlens_q, kv_lens, num_requests, page_table.stride(0))
+    places = (*places, num_requests, page_table.stride(0))
     options = {
         "num_warps": 8 if tile_rows >= 128 else 4,
         "num_stages": 2 if block_dim * q.element_size() <= 256 else 1,
     }
-    scale_log2 = scale * LOG2_E
     tiles = (q, k_cache, v_cache, *places, q.stride(0), q.stride(1), scale_log2)
     lse_argument = out if lse is None else lse
     if not split_parallel:
