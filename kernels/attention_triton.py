@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lockstep.kernels import attention_prefill_hopper
+
 SPLIT = 512
 KV_TILE = 64
 LOG2_E = 1.4426950408889634
@@ -36,8 +38,8 @@ def attention_forward(
     """`lockstep.kernels.attention.attention` in Triton; also the log-sum-exp [H, T] fp32 if asked for.
 
     Nothing here waits for the GPU: tiles are launched for the largest number that the shapes allow, and the superfluous
-    ones return at once. tile_rows (a power of 2, at least 16) defaults to a choice by shapes; tests pass it to show
-    that it does not matter.
+    ones return at once. tile_rows (a power of 2, at least 16) defaults to a choice by shapes, and without it Hopper GPUs
+    have a prefill kernel of their own; tests pass it to show that it does not matter.
     """
     q = q.detach()
     q = q if q.stride(2) == 1 else q.contiguous()
@@ -49,6 +51,12 @@ def attention_forward(
     out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((num_heads, num_tokens), dtype=torch.float32, device=q.device) if with_lse else None
     if num_tokens == 0 or num_requests == 0:
+        return out, lse
+    scale_log2 = scale * LOG2_E
+    if tile_rows is None and attention_prefill_hopper.supports(q, k_cache, window):
+        attention_prefill_hopper.prefill(
+            q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lens, scale_log2, SPLIT, out, lse
+        )
         return out, lse
     block_dim = max(16, triton.next_power_of_2(head_dim))
     if tile_rows is None:
@@ -83,7 +91,7 @@ def attention_forward(
         page_table.stride(0),
         q.stride(0),
         q.stride(1),
-        scale * LOG2_E,
+        scale_log2,
         out,
         out if lse is None else lse,
         num_tokens,
