@@ -59,6 +59,11 @@ class SamplingParams:
         off = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) == (1.0, 0.0, 0.0)
         return bool(self.logit_bias) or not off
 
+    @property
+    def truncates(self) -> bool:
+        """Whether top-k, top-p or min-p is on."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
     def validate(self, vocab_size: int) -> None:
         """Raises ValueError that names the first bad field and its value."""
 

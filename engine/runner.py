@@ -14,6 +14,7 @@ from lockstep.engine.prefix_groups import PrefixGroups, find_groups
 from lockstep.engine.request import Request
 from lockstep.engine.sampler import Sampler
 from lockstep.engine.scheduler import Chunk, SchedulerConfig, StepBatch
+from lockstep.engine.transfer import to_device, to_host
 from lockstep.kernels.attention_plan import GROUP_ROWS, Groups, num_attention_items, plan_attention
 from lockstep.kernels.attention_triton import KV_TILE
 from lockstep.kernels.kv_cache import new_kv_cache
@@ -105,7 +106,7 @@ class Runner:
         if hidden is not None:
             starts = (0, *ends)
             scored = [
-                (chunk, self._to_host(self._scores(hidden[start : start + chunk.length], chunk)))
+                (chunk, to_host(self._scores(hidden[start : start + chunk.length], chunk)))
                 for chunk, start in zip(chunks, starts, strict=False)
                 if chunk.request.kind == "score"
             ]
@@ -232,7 +233,7 @@ class Runner:
         self.last_tokens.index_copy_(0, slots, tokens)
         for request in drawing:
             request.num_pending += 1
-        return self._to_host(tokens), self._to_host(logprobs)
+        return to_host(tokens), to_host(logprobs)
 
     def _scores(self, hidden: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         """Log-probs of the tokens that follow those of the chunk (the last token of all predicts none)."""
@@ -248,14 +249,7 @@ class Runner:
         return torch.cat(scores)
 
     def _send(self, values: np.ndarray) -> torch.Tensor:
-        """The values on the device. From pinned memory, which torch keeps until the copy has been made."""
-        tensor = torch.from_numpy(np.ascontiguousarray(values))
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.on_gpu else tensor
-
-    def _to_host(self, values: torch.Tensor) -> torch.Tensor:
-        if not self.on_gpu:
-            return values
-        return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+        return to_device(values, self.device)
 
 
 def _is_prefill(chunk: Chunk) -> bool:

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from lockstep.engine.request import Request
+from lockstep.engine.transfer import to_device
 from lockstep.kernels.log_probs import token_log_probs
 from lockstep.kernels.penalties import Ragged, apply_penalties
-from lockstep.kernels.sampling import sample
+from lockstep.kernels.sampling import sample, sample_with_log_probs
 
 
 class Sampler:
@@ -24,10 +25,11 @@ class Sampler:
         self.min_p = np.zeros(num_slots, np.float32)
         self.top_k = np.full(num_slots, -1, np.int64)
         self.seed = np.zeros(num_slots, np.int64)
+        self.truncates = np.zeros(num_slots, bool)
         self.edits_logits = np.zeros(num_slots, bool)
 
     def draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
-        """logits: fp32 [B, V], one row per request. Returns the tokens drawn, int64 [B], and their log-probs, fp32 [B].
+        """logits: [B, V], one row per request. Returns the tokens drawn, int64 [B], and their log-probs, fp32 [B].
 
         A row whose logits hold no number to draw from gets token -1.
 
@@ -35,17 +37,16 @@ class Sampler:
         for greedy requests): the number that a trainer, which knows only the weights, computes for the token.
         """
         slots = np.array([self._slot(request) for request in requests])
-        positions = np.array([request.num_tokens for request in requests])
-        temperature = self._rows(self.temperature, slots)
-        tokens = sample(
-            self._edited(logits, requests, np.flatnonzero(self.edits_logits[slots])),
-            temperature,
-            self._rows(self.top_k, slots),
-            self._rows(self.top_p, slots),
-            self._rows(self.min_p, slots),
-            self._rows(self.seed, slots),
-            torch.from_numpy(positions).to(self.device),
+        positions = [request.num_tokens for request in requests]
+        positions, seeds, top_k = self._send(np.stack((positions, self.seed[slots], self.top_k[slots])))
+        temperature, top_p, min_p = self._send(
+            np.stack((self.temperature[slots], self.top_p[slots], self.min_p[slots]))
         )
+        parameters = (temperature, top_k, top_p, min_p, seeds, positions)
+        edited_rows = np.flatnonzero(self.edits_logits[slots])
+        if len(edited_rows) == 0:
+            return sample_with_log_probs(logits, *parameters, truncates=bool(self.truncates[slots].any()))
+        tokens = sample(self._edited(logits, requests, edited_rows), *parameters)
         return tokens, token_log_probs(logits, tokens, temperature)
 
     def _slot(self, request: Request) -> int:
@@ -58,21 +59,20 @@ class Sampler:
             self.top_k[slot] = params.top_k
             self.min_p[slot] = params.min_p
             self.seed[slot] = request.seed
+            self.truncates[slot] = params.truncates
             self.edits_logits[slot] = params.edits_logits
         return slot
 
     def _edited(self, logits: torch.Tensor, requests: Sequence[Request], rows: np.ndarray) -> torch.Tensor:
-        """The logits with penalties and biases; the given ones stay as they are, since the log-probs need them."""
-        if len(rows) == 0:
-            return logits
+        """The logits with penalties and biases, in fp32; the given ones stay, since the log-probs need them."""
         edited = [requests[row] for row in rows]
         params = [request.params for request in edited]
         biases = [param.logit_bias or {} for param in params]
         bias_values = [value for bias in biases for value in bias.values()]
-        logits = logits.clone()
+        logits = logits.to(torch.float32, copy=True)
         apply_penalties(
             logits,
-            torch.from_numpy(rows).to(self.device),
+            self._send(rows),
             Ragged.from_lists([request.prompt_ids for request in edited]).to(self.device),
             Ragged.from_lists([request.output_ids for request in edited]).to(self.device),
             torch.tensor([param.repetition_penalty for param in params], device=self.device),
@@ -83,5 +83,5 @@ class Sampler:
         )
         return logits
 
-    def _rows(self, values: np.ndarray, slots: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values[slots]).to(self.device)
+    def _send(self, values: np.ndarray) -> torch.Tensor:
+        return to_device(values, self.device)

@@ -205,6 +205,6 @@ class Decoder(nn.Module):
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """fp32 logits [N, V] of the hidden states [N, H] of `forward`."""
+        """Logits [N, V] of the hidden states [N, H] of `forward`, in the model's dtype."""
         head = self.embedding.word_embeddings if self.output_layer is None else self.output_layer
-        return linear(hidden, head.weight, None).float()
+        return linear(hidden, head.weight, None)
