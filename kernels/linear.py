@@ -12,7 +12,9 @@ from lockstep.kernels.linear_decode import can_decode, linear_decode
 # MKL without its strict mode takes another path, with another order of sums, for other numbers of rows.
 _CPU_ROW_MULTIPLE = 16
 
-# Up to so many rows Triton's smaller launch cost wins over cuBLASLt's (75 us outside a graph).
+# Up to so many rows a Triton kernel that only streams the weight wins over cuBLASLt's ...
+_DECODE_MAX_ROWS = 16
+# ... and up to so many any does outside a graph, by its smaller launch cost (cuBLASLt's: 75 us).
 _TRITON_MAX_ROWS = 256
 # The K tile is part of the meaning of the bits and must not be tuned per shape; the others are free.
 _BLOCK_K = 64
@@ -68,7 +70,7 @@ def _linear_cuda(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     split-K) and have the same bits: measured for bf16 and whole tiles of K and N; all else is `_linear_triton`'s."""
     num_rows = x.numel() // x.shape[-1]
     same_bits = x.dtype == torch.bfloat16 and weight.shape[0] % 64 == 0 and weight.shape[1] % _BLOCK_K == 0
-    if can_decode(x, weight):
+    if can_decode(x, weight, _DECODE_MAX_ROWS):
         y = linear_decode(x, weight)
     elif not same_bits or (num_rows <= _TRITON_MAX_ROWS and not torch.cuda.is_current_stream_capturing()):
         y = _linear_triton(x, weight)

@@ -1,10 +1,10 @@
-"""A linear layer with SwiGLU's activation, in one kernel where that is faster."""
+"""A linear layer with SwiGLU's activation: one kernel for the few rows of a decode step."""
 
 import torch
 from torch import Tensor
 
 from lockstep.kernels.linear import linear
-from lockstep.kernels.linear_decode import can_decode, linear_decode
+from lockstep.kernels.linear_decode import MAX_ROWS, can_decode, linear_decode
 from lockstep.kernels.silu_mul import silu_mul
 
 
@@ -16,6 +16,6 @@ def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     Differentiable in all three.
     """
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if x.is_cuda and bias is None and not needs_grad and can_decode(x, weight):
+    if x.is_cuda and bias is None and not needs_grad and can_decode(x, weight, MAX_ROWS):
         return linear_decode(x, weight, silu_mul=True)
     return silu_mul(linear(x, weight, bias))

@@ -14,10 +14,10 @@ from lockstep.kernels.silu_mul import silu_mul
 # (N, K) of weights, small enough that the check costs milliseconds.
 _CPU_SHAPES = ((384, 128), (128, 384), (260, 100), (1000, 256))
 _CUDA_SHAPES = ((1024, 3072), (4096, 4096), (128, 4096), (20480, 1024))
-# Enough, on a GPU, for every tile that `linear_decode` chooses by the number of columns, ...
+# On a GPU enough for every tile that `linear_decode` chooses by the number of columns, ...
 _CHECK_COLUMNS = {"cpu": 4096, "cuda": 20480}
 # ... and for both sides of every border at which `linear` chooses another kernel by the number of rows.
-_CHECK_BATCHES = {"cpu": (1, 2, 7, 16, 33, 64, 130), "cuda": (1, 2, 7, 16, 17, 33, 64, 130, 256, 257, 512)}
+_CHECK_BATCHES = {"cpu": (1, 2, 7, 16, 33, 64, 130), "cuda": (1, 2, 7, 16, 17, 32, 33, 64, 65, 130, 256, 257, 512)}
 _CHECK_ROWS = {"cpu": 288, "cuda": 600}
 
 

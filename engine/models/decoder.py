@@ -10,10 +10,10 @@ from lockstep.kernels.attention import attention
 from lockstep.kernels.attention_plan import AttentionPlan
 from lockstep.kernels.embedding import embedding
 from lockstep.kernels.linear import linear
+from lockstep.kernels.linear_silu_mul import linear_silu_mul
 from lockstep.kernels.qk_norm_rope_store import qk_norm_rope_store
 from lockstep.kernels.rms_norm import add_rms_norm, rms_norm
 from lockstep.kernels.rope import rope_cos_sin, rope_inv_freq
-from lockstep.kernels.silu_mul import silu_mul
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class _MLP(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         fc1_weight, fc1_bias, fc2_weight, fc2_bias = self._tensors
-        return linear(silu_mul(linear(hidden, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+        return linear(linear_silu_mul(hidden, fc1_weight, fc1_bias), fc2_weight, fc2_bias)
 
 
 class _Layer(nn.Module):
