@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lockstep.kernels.attention_plan import GROUP_ROWS, AttentionPlan, split_range
+from lockstep.kernels.attention_plan import GROUP_ROWS, AttentionPlan, load_item, split_range
 from lockstep.kernels.attention_triton import (
     KV_TILE,
     LOG2_E,
@@ -25,11 +25,8 @@ from lockstep.kernels.attention_triton import (
 
 # Rows of one request and KV head that fit a tile.
 MAX_TILE_ROWS = 64
-PROGRAMS_PER_SM = 2
 # Programs where there is no GPU: any number, but more than one and fewer than a test's items.
 INTERPRETER_PROGRAMS = 3
-# Partials whose loads are in flight together when they are merged.
-MERGED_AT_ONCE = 8
 
 
 def decode_forward(
@@ -55,9 +52,8 @@ def decode_forward(
     shape = (max_items, num_kv_heads, request_rows)
     partial_max, partial_sum = torch.empty((2, *shape), dtype=torch.float32, device=q.device).unbind()
     partial = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
-    batch = (q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lens)
-    strides = (page_table.stride(0), q.stride(0), q.stride(1), scale * LOG2_E)
-    workspace = (partial_max, partial_sum, partial, plan.first_slots)
+    inputs = (q, k_cache, v_cache, page_table, page_table.stride(0), q.stride(0), q.stride(1), scale * LOG2_E)
+    workspace = (partial_max, partial_sum, partial)
     block_dim = max(16, triton.next_power_of_2(head_dim))
     sizes = {
         "NUM_HEADS": num_heads,
@@ -70,54 +66,53 @@ def decode_forward(
         "KV_TILE": KV_TILE,
         "WINDOW": plan.window or 0,
         "num_warps": 4,
-        "num_stages": _num_stages(block_dim * q.element_size()),
     }
-    programs = INTERPRETER_PROGRAMS
-    if q.device.type == "cuda":
-        programs = PROGRAMS_PER_SM * torch.cuda.get_device_properties(q.device).multi_processor_count
-    grid = (min(programs, max_items * num_kv_heads),)
-    shared_lens = kv_lens
+    max_units = max_items * num_kv_heads
     if plan.groups is not None:
-        shared_lens = plan.groups.shared_lens
-        group_items = (plan.group_items, plan.counts, plan.groups.tiles, shared_lens)
-        _group_kernel[grid](*batch, *strides, *group_items, *workspace, **sizes, TILE_ROWS=GROUP_ROWS)
-    _item_kernel[grid](
-        *batch,
-        *strides,
+        group_items = (plan.group_items, plan.counts, plan.groups.tiles, plan.groups.shared_lens)
+        requests = (cu_seqlens_q, kv_lens, plan.first_slots)
+        num_programs, num_stages = _pipeline(GROUP_ROWS, block_dim * q.element_size(), q.device)
+        _group_kernel[(min(num_programs, max_units),)](
+            *inputs, *group_items, *requests, *workspace, **sizes, TILE_ROWS=GROUP_ROWS, num_stages=num_stages
+        )
+    tile_rows = max(16, triton.next_power_of_2(request_rows))
+    num_programs, num_stages = _pipeline(tile_rows, block_dim * q.element_size(), q.device)
+    _item_kernel[(min(num_programs, max_units),)](
+        *inputs,
         plan.items,
         plan.counts,
-        shared_lens,
-        *workspace,
         plan.arrivals,
+        *workspace,
         out,
         num_tokens,
         **sizes,
-        TILE_ROWS=max(16, triton.next_power_of_2(request_rows)),
+        TILE_ROWS=tile_rows,
         MERGE_ROWS=triton.next_power_of_2(request_rows),
-        MERGED_AT_ONCE=MERGED_AT_ONCE,
         GROUPED=plan.groups is not None,
+        num_stages=num_stages,
     )
     return out
 
 
-def _num_stages(row_bytes: int) -> int:
-    """Tiles in flight such that PROGRAMS_PER_SM programs fit the shared memory of an SM."""
-    return 4 if row_bytes <= 128 else 3 if row_bytes <= 256 else 2 if row_bytes <= 512 else 1
+def _pipeline(tile_rows: int, row_bytes: int, device: torch.device) -> tuple[int, int]:
+    """(programs, KV tiles that each has in shared memory): what fits an SM and keeps its share of the bus busy."""
+    if device.type != "cuda":
+        return INTERPRETER_PROGRAMS, 1
+    programs_per_sm = 3 if tile_rows == 16 and row_bytes <= 256 else 2
+    num_stages = 4 if row_bytes <= 128 else 3 if row_bytes <= 256 and tile_rows < 64 else 2 if row_bytes <= 512 else 1
+    return programs_per_sm * torch.cuda.get_device_properties(device).multi_processor_count, num_stages
 
 
 @triton.jit
 def _request_rows(
-    request, kv_head, cu_seqlens_ptr, kv_lens_ptr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, R: tl.constexpr
+    first_token, num_queries, kv_len, kv_head, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, ROWS: tl.constexpr
 ):
-    """The request's number of queries and KV length; per row of a tile of R its token, head and position (-1: none)."""
+    """Of the rows of a request and KV head, in a tile of ROWS: token, head and position (-1: no such row)."""
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
-    begin = tl.load(cu_seqlens_ptr + request)
-    end = tl.load(cu_seqlens_ptr + request + 1)
-    kv_len = tl.load(kv_lens_ptr + request)
-    row = tl.arange(0, R)
-    token = begin + row // GROUP
-    position = tl.where(token < end, kv_len - end + token, -1)
-    return end - begin, kv_len, token, kv_head * GROUP + row % GROUP, position
+    row = tl.arange(0, ROWS)
+    query = row // GROUP
+    position = tl.where(query < num_queries, kv_len - num_queries + query, -1)
+    return first_token + query, kv_head * GROUP + row % GROUP, position
 
 
 @triton.jit
@@ -126,20 +121,16 @@ def _item_kernel(
     k_cache_ptr,
     v_cache_ptr,
     page_table_ptr,
-    cu_seqlens_ptr,
-    kv_lens_ptr,
     page_table_stride,
     q_token_stride,
     q_head_stride,
     scale_log2,
     items_ptr,
     counts_ptr,
-    shared_lens_ptr,
+    arrivals_ptr,
     max_ptr,
     sum_ptr,
     acc_ptr,
-    first_slots_ptr,
-    arrivals_ptr,
     out_ptr,
     num_tokens,
     NUM_HEADS: tl.constexpr,
@@ -153,24 +144,21 @@ def _item_kernel(
     WINDOW: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
-    MERGED_AT_ONCE: tl.constexpr,
     GROUPED: tl.constexpr,
 ):
     row = tl.arange(0, TILE_ROWS)
     d = tl.arange(0, BLOCK_DIM)
+    # An item is loaded while the one before it is computed, the first together with the number of items.
+    next_item = load_item(items_ptr, tl.program_id(0) // NUM_KV_HEADS)
     num_units = tl.load(counts_ptr) * NUM_KV_HEADS
     for unit in range(tl.program_id(0), num_units, tl.num_programs(0)):
+        request, split, first_token, num_queries, kv_len, shared_len, first_slot = next_item
+        next_item = load_item(items_ptr, tl.minimum(unit + tl.num_programs(0), num_units - 1) // NUM_KV_HEADS)
         kv_head = unit % NUM_KV_HEADS
-        request = tl.load(items_ptr + unit // NUM_KV_HEADS * 2)
-        split = tl.load(items_ptr + unit // NUM_KV_HEADS * 2 + 1)
-        num_queries, kv_len, token, head, position = _request_rows(
-            request, kv_head, cu_seqlens_ptr, kv_lens_ptr, NUM_HEADS, NUM_KV_HEADS, TILE_ROWS
+        token, head, position = _request_rows(
+            first_token, num_queries, kv_len, kv_head, NUM_HEADS, NUM_KV_HEADS, TILE_ROWS
         )
-        shared_len = 0
-        if GROUPED:
-            shared_len = tl.load(shared_lens_ptr + request)
         first, first_own, end = split_range(kv_len, num_queries, shared_len, SPLIT, WINDOW)
-        first_slot = tl.load(first_slots_ptr + request)
         partial = ((first_slot + split - first).to(tl.int64) * NUM_KV_HEADS + kv_head) * REQUEST_ROWS + row
         exists = position >= 0
         mask = exists[:, None] & (d < HEAD_DIM)[None, :]
@@ -236,12 +224,12 @@ def _item_kernel(
             if tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == end - first_own - 1:
                 tl.store(arrivals, 0)
                 _merge_splits(
-                    request,
+                    first_token,
+                    num_queries,
+                    kv_len,
                     kv_head,
                     first_slot,
-                    first_slot + end - first,
-                    cu_seqlens_ptr,
-                    kv_lens_ptr,
+                    end - first,
                     max_ptr,
                     sum_ptr,
                     acc_ptr,
@@ -254,18 +242,17 @@ def _item_kernel(
                     BLOCK_DIM,
                     REQUEST_ROWS,
                     MERGE_ROWS,
-                    MERGED_AT_ONCE,
                 )
 
 
 @triton.jit
 def _merge_splits(
-    request,
+    first_token,
+    num_queries,
+    kv_len,
     kv_head,
     first_slot,
-    end_slot,
-    cu_seqlens_ptr,
-    kv_lens_ptr,
+    num_splits,
     max_ptr,
     sum_ptr,
     acc_ptr,
@@ -277,37 +264,51 @@ def _merge_splits(
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     REQUEST_ROWS: tl.constexpr,
-    MERGE_ROWS: tl.constexpr,
-    MERGED_AT_ONCE: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Merge the partials of one request and KV head in ascending order, and write the output.
-
-    They are read past the L1 cache (".cg"), which may hold what was there before other programs wrote them.
-    """
-    _, _, token, head, position = _request_rows(
-        request, kv_head, cu_seqlens_ptr, kv_lens_ptr, NUM_HEADS, NUM_KV_HEADS, MERGE_ROWS
-    )
-    d = tl.arange(0, BLOCK_DIM)
-    total_m, total_sums, total_acc = _no_keys(MERGE_ROWS, BLOCK_DIM)
-    for begin_slot in range(first_slot, end_slot, MERGED_AT_ONCE):
-        for i in tl.static_range(MERGED_AT_ONCE):
-            slot = begin_slot + i
-            # Past the last slot: the partial of no keys, which changes nothing.
-            exists = tl.where(slot < end_slot, position, -1) >= 0
-            partial = (slot.to(tl.int64) * NUM_KV_HEADS + kv_head) * REQUEST_ROWS + tl.arange(0, MERGE_ROWS)
-            m = tl.load(max_ptr + partial, mask=exists, other=float("-inf"), cache_modifier=".cg")
-            sums = tl.load(sum_ptr + partial, mask=exists, other=0.0, cache_modifier=".cg")
-            acc = tl.load(
-                acc_ptr + partial[:, None] * HEAD_DIM + d[None, :],
-                mask=exists[:, None] & (d < HEAD_DIM)[None, :],
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            total_m, total_sums, total_acc = _merge(total_m, total_sums, total_acc, m, sums, acc, scale_log2)
+    """Merge all splits of one request and KV head in ascending order, and write the output."""
+    # Partials in flight together: few where there are few, since those past the last one are computed for nothing.
+    FEW: tl.constexpr = 4
+    MANY: tl.constexpr = min(16, max(FEW, 64 // ROWS))
+    token, head, position = _request_rows(first_token, num_queries, kv_len, kv_head, NUM_HEADS, NUM_KV_HEADS, ROWS)
+    if num_splits <= FEW:
+        m, sums, acc = _merge_slots(
+            first_slot,
+            num_splits,
+            position,
+            kv_head,
+            max_ptr,
+            sum_ptr,
+            acc_ptr,
+            scale_log2,
+            NUM_KV_HEADS,
+            HEAD_DIM,
+            BLOCK_DIM,
+            REQUEST_ROWS,
+            ROWS,
+            FEW,
+        )
+    else:
+        m, sums, acc = _merge_slots(
+            first_slot,
+            num_splits,
+            position,
+            kv_head,
+            max_ptr,
+            sum_ptr,
+            acc_ptr,
+            scale_log2,
+            NUM_KV_HEADS,
+            HEAD_DIM,
+            BLOCK_DIM,
+            REQUEST_ROWS,
+            ROWS,
+            MANY,
+        )
     _write(
-        total_m,
-        total_sums,
-        total_acc,
+        m,
+        sums,
+        acc,
         out_ptr,
         out_ptr,
         token,
@@ -323,13 +324,57 @@ def _merge_splits(
 
 
 @triton.jit
+def _merge_slots(
+    first_slot,
+    num_slots,
+    position,
+    kv_head,
+    max_ptr,
+    sum_ptr,
+    acc_ptr,
+    scale_log2,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    REQUEST_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """The total of the partials in consecutive slots, in ascending order; the loads of AT_ONCE are in flight together.
+
+    They are read past the L1 cache (".cg"), which may hold what was there before other programs wrote them.
+    """
+    d = tl.arange(0, BLOCK_DIM)
+    total_m, total_sums, total_acc = _no_keys(ROWS, BLOCK_DIM)
+    for chunk in range(0, num_slots, AT_ONCE):
+        loaded = ()
+        for i in tl.static_range(AT_ONCE):
+            # Past the last slot: the partial of no keys, which changes nothing.
+            exists = tl.where(chunk + i < num_slots, position, -1) >= 0
+            partial = ((first_slot + chunk + i).to(tl.int64) * NUM_KV_HEADS + kv_head) * REQUEST_ROWS + tl.arange(
+                0, ROWS
+            )
+            acc_mask = exists[:, None] & (d < HEAD_DIM)[None, :]
+            acc_ptrs = acc_ptr + partial[:, None] * HEAD_DIM + d[None, :]
+            m = tl.load(max_ptr + partial, mask=exists, other=float("-inf"), cache_modifier=".cg")
+            sums = tl.load(sum_ptr + partial, mask=exists, other=0.0, cache_modifier=".cg")
+            acc = tl.load(acc_ptrs, mask=acc_mask, other=0.0, cache_modifier=".cg")
+            loaded = loaded + (m, sums, acc)  # noqa: RUF005  Triton knows no starred tuple
+        # The compiler would delay most of the loads until their turn; it does not move them past a barrier.
+        tl.debug_barrier()
+        for i in tl.static_range(AT_ONCE):
+            total_m, total_sums, total_acc = _merge(
+                total_m, total_sums, total_acc, loaded[3 * i], loaded[3 * i + 1], loaded[3 * i + 2], scale_log2
+            )
+    return total_m, total_sums, total_acc
+
+
+@triton.jit
 def _group_kernel(
     q_ptr,
     k_cache_ptr,
     v_cache_ptr,
     page_table_ptr,
-    cu_seqlens_ptr,
-    kv_lens_ptr,
     page_table_stride,
     q_token_stride,
     q_head_stride,
@@ -338,10 +383,12 @@ def _group_kernel(
     counts_ptr,
     group_tiles_ptr,
     shared_lens_ptr,
+    cu_seqlens_ptr,
+    kv_lens_ptr,
+    first_slots_ptr,
     max_ptr,
     sum_ptr,
     acc_ptr,
-    first_slots_ptr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,

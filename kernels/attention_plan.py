@@ -34,10 +34,10 @@ class Groups(NamedTuple):
 class AttentionPlan(NamedTuple):
     """From `plan_attention`; its tensors are of use to the attention kernels only."""
 
-    items: torch.Tensor  # [max_items, 2] int32: request, split
+    items: torch.Tensor  # [max_items, 8] int32, see `load_item`
     group_items: torch.Tensor  # [max_items, 2] int32: group tile, split
     counts: torch.Tensor  # [2] int32: items, group items
-    first_slots: torch.Tensor  # [B] int32: the workspace slot of a request's first split; the others follow
+    first_slots: torch.Tensor  # [B] int32: the workspace slot of a request's first visible split; the others follow
     arrivals: torch.Tensor  # [B, HKV] int32, zero between launches: items of the request that are done
     groups: Groups | None
     max_queries: int
@@ -77,7 +77,7 @@ def plan_attention(
             f"not fit {num_requests} requests"
         )
     plan = AttentionPlan(
-        items=torch.empty((max_items, 2), dtype=torch.int32, device=device),
+        items=torch.empty((max_items, 8), dtype=torch.int32, device=device),
         group_items=torch.empty((max_items if groups else 0, 2), dtype=torch.int32, device=device),
         counts=torch.empty(2, dtype=torch.int32, device=device),
         first_slots=torch.empty(num_requests, dtype=torch.int32, device=device),
@@ -121,6 +121,33 @@ def split_range(kv_len, num_queries, shared_len, SPLIT: tl.constexpr, WINDOW: tl
 
 
 @triton.jit
+def load_item(items_ptr, item):
+    """(request, split, first token, number of queries, kv_len, shared_len, workspace slot of the first split)."""
+    item_ptr = items_ptr + item * 8
+    return (
+        tl.load(item_ptr),
+        tl.load(item_ptr + 1),
+        tl.load(item_ptr + 2),
+        tl.load(item_ptr + 3),
+        tl.load(item_ptr + 4),
+        tl.load(item_ptr + 5),
+        tl.load(item_ptr + 6),
+    )
+
+
+@triton.jit
+def _store_items(items_ptr, item, mask, request, split, first_token, num_queries, kv_len, shared_len, first_slot):
+    item_ptrs = items_ptr + item * 8
+    tl.store(item_ptrs, request, mask=mask)
+    tl.store(item_ptrs + 1, split, mask=mask)
+    tl.store(item_ptrs + 2, first_token, mask=mask)
+    tl.store(item_ptrs + 3, num_queries, mask=mask)
+    tl.store(item_ptrs + 4, kv_len, mask=mask)
+    tl.store(item_ptrs + 5, shared_len, mask=mask)
+    tl.store(item_ptrs + 6, first_slot, mask=mask)
+
+
+@triton.jit
 def _plan_kernel(
     kv_lens_ptr,
     cu_seqlens_ptr,
@@ -145,8 +172,8 @@ def _plan_kernel(
     request = tl.arange(0, BLOCK_REQUESTS)
     exists = request < num_requests
     kv_len = tl.load(kv_lens_ptr + request, mask=exists, other=0)
-    begin = tl.load(cu_seqlens_ptr + request, mask=exists, other=0)
-    num_queries = tl.load(cu_seqlens_ptr + request + 1, mask=exists, other=0) - begin
+    first_token = tl.load(cu_seqlens_ptr + request, mask=exists, other=0)
+    num_queries = tl.load(cu_seqlens_ptr + request + 1, mask=exists, other=0) - first_token
     kv_len = tl.where(num_queries > 0, kv_len, 0)
     shared_len = kv_len * 0
     if GROUPED:
@@ -157,7 +184,8 @@ def _plan_kernel(
     fits = tl.maximum(tl.sum(num_items, 0), tl.sum(num_slots, 0)) <= max_items
     num_items = tl.where(fits, num_items, 0)
     tl.store(counts_ptr, tl.sum(num_items, 0))
-    tl.store(first_slots_ptr + request, tl.cumsum(num_slots, 0) - num_slots, mask=exists)
+    first_slot = tl.cumsum(num_slots, 0) - num_slots
+    tl.store(first_slots_ptr + request, first_slot, mask=exists)
     for kv_head in range(NUM_KV_HEADS):
         tl.store(arrivals_ptr + request * NUM_KV_HEADS + kv_head, 0, mask=exists)
 
@@ -165,9 +193,18 @@ def _plan_kernel(
     num_others = tl.maximum(num_items - 1, 0)
     first_other = tl.cumsum(num_others, 0) - num_others
     for i in range(tl.max(num_others, 0)):
-        item = items_ptr + (first_other + i) * 2
-        tl.store(item, request, mask=i < num_others)
-        tl.store(item + 1, first_own + i, mask=i < num_others)
+        _store_items(
+            items_ptr,
+            first_other + i,
+            i < num_others,
+            request,
+            first_own + i,
+            first_token,
+            num_queries,
+            kv_len,
+            shared_len,
+            first_slot,
+        )
     last_begin = tl.maximum((end - 1) * SPLIT, shared_len)
     if WINDOW > 0:
         last_begin = tl.maximum(last_begin, kv_len - num_queries - WINDOW + 1)
@@ -175,9 +212,10 @@ def _plan_kernel(
     place = tl.sum(num_others, 0)
     for lightness in tl.static_range(SPLIT // KV_TILE):
         chosen = (num_items > 0) & (num_tiles == SPLIT // KV_TILE - lightness)
-        item = items_ptr + (place + tl.cumsum(chosen.to(tl.int32), 0) - 1) * 2
-        tl.store(item, request, mask=chosen)
-        tl.store(item + 1, end - 1, mask=chosen)
+        item = place + tl.cumsum(chosen.to(tl.int32), 0) - 1
+        _store_items(
+            items_ptr, item, chosen, request, end - 1, first_token, num_queries, kv_len, shared_len, first_slot
+        )
         place += tl.sum(chosen.to(tl.int32), 0)
 
     if GROUPED:
@@ -189,6 +227,6 @@ def _plan_kernel(
         num_shared = tl.where(fits & (tl.sum(num_shared, 0) <= max_items), num_shared, 0)
         tl.store(counts_ptr + 1, tl.sum(num_shared, 0))
         for split in range(tl.max(num_shared, 0)):
-            item = group_items_ptr + (first_item + split) * 2
-            tl.store(item, group, mask=split < num_shared)
-            tl.store(item + 1, split, mask=split < num_shared)
+            item_ptrs = group_items_ptr + (first_item + split) * 2
+            tl.store(item_ptrs, group, mask=split < num_shared)
+            tl.store(item_ptrs + 1, split, mask=split < num_shared)
