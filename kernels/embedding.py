@@ -86,10 +86,11 @@ def _embedding_backward_kernel(
         while current == token:
             # Several rows are on their way at a time; they are added in order, and 0 changes no sum.
             for i in tl.static_range(ROWS_AT_ONCE):
-                inside = position + i < num_tokens
-                same = tl.load(sorted_ids_ptr + position + i, mask=inside, other=-1) == token
-                row = tl.load(order_ptr + position + i, mask=same, other=0)
-                total += tl.load(dy_ptr + row * hidden_size + columns, mask=mask & same, other=0.0).to(tl.float32)
+                here = position + i
+                same = tl.load(sorted_ids_ptr + here, mask=here < num_tokens, other=-1) == token
+                row = tl.load(order_ptr + here, mask=same, other=0)
+                in_row = columns < tl.where(same, hidden_size, 0)
+                total += tl.load(dy_ptr + row * hidden_size + columns, mask=in_row, other=0.0).to(tl.float32)
             position += ROWS_AT_ONCE
             current = tl.load(sorted_ids_ptr + position, mask=position < num_tokens, other=-1)
         tl.store(dweight_ptr + token * hidden_size + columns, total.to(dweight_ptr.dtype.element_ty), mask=mask)

@@ -207,15 +207,16 @@ def _qk_norm_rope_store_kernel(
     is_q, is_k = (member < GROUP_SIZE)[:, None], (member == GROUP_SIZE)[:, None]
     in_heads = (heads < num_heads)[:, None]
     columns = tl.arange(0, BLOCK)
-    in_head = (columns < HEAD_DIM)[None, :]
+    in_head = columns < HEAD_DIM
+    mask = in_heads & in_head[None, :]
     dtype = q_ptr.dtype.element_ty
 
     # The rotation pairs column j with j +- D / 2, which is read a second time, from the cache.
     is_first = columns < HEAD_DIM // 2
     partners = tl.where(is_first, columns + HEAD_DIM // 2, columns - HEAD_DIM // 2)
     source = qkv_ptr + token * token_stride + heads[:, None] * HEAD_DIM
-    x = tl.load(source + columns[None, :], mask=in_heads & in_head, other=0.0)
-    partner = tl.load(source + partners[None, :], mask=in_heads & in_head, other=0.0).to(tl.float32)
+    x = tl.load(source + columns[None, :], mask=mask, other=0.0)
+    partner = tl.load(source + partners[None, :], mask=mask, other=0.0).to(tl.float32)
     value = x
     x = x.to(tl.float32)
     if Q_NORM or K_NORM:
@@ -228,15 +229,15 @@ def _qk_norm_rope_store_kernel(
             x, partner = tl.where(is_k, x_normed, x), tl.where(is_k, partner_normed, partner)
     angles = cos_sin_ptr + tl.load(positions_ptr + token) * HEAD_DIM
     first_columns = tl.minimum(columns, partners)
-    cos = tl.load(angles + first_columns, mask=columns < HEAD_DIM, other=0.0)[None, :]
-    sin = tl.load(angles + HEAD_DIM // 2 + first_columns, mask=columns < HEAD_DIM, other=0.0)
+    cos = tl.load(angles + first_columns, mask=in_head, other=0.0)[None, :]
+    sin = tl.load(angles + HEAD_DIM // 2 + first_columns, mask=in_head, other=0.0)
     rotated = (x * cos + partner * tl.where(is_first, -sin, sin)[None, :]).to(dtype)
 
     q_heads = token * (num_heads // (GROUP_SIZE + 2)) * GROUP_SIZE + group * GROUP_SIZE + member
-    tl.store(q_ptr + q_heads[:, None] * HEAD_DIM + columns[None, :], rotated, mask=in_heads & in_head & is_q)
+    tl.store(q_ptr + q_heads[:, None] * HEAD_DIM + columns[None, :], rotated, mask=mask & is_q)
     slot = tl.load(slots_ptr + token)
     page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE
-    has_slot = in_heads & in_head & (slot >= 0)
+    has_slot = (heads < tl.where(slot >= 0, num_heads, 0))[:, None] & in_head[None, :]
     k_row = page * k_page_stride + offset * k_slot_stride + group * k_head_stride
     v_row = page * v_page_stride + offset * v_slot_stride + group * v_head_stride
     tl.store(k_cache_ptr + k_row[:, None] + columns[None, :], rotated, mask=has_slot & is_k)
@@ -246,6 +247,6 @@ def _qk_norm_rope_store_kernel(
 
 @triton.jit
 def _normed(x, partner, rstd, weight_ptr, columns, partners, in_head, dtype: tl.constexpr):
-    weight = tl.load(weight_ptr + columns[None, :], mask=in_head, other=0.0).to(tl.float32)
-    partner_weight = tl.load(weight_ptr + partners[None, :], mask=in_head, other=0.0).to(tl.float32)
-    return rms_norm_tile(x, weight, rstd, dtype), rms_norm_tile(partner, partner_weight, rstd, dtype)
+    weight = tl.load(weight_ptr + columns, mask=in_head, other=0.0).to(tl.float32)
+    partner_weight = tl.load(weight_ptr + partners, mask=in_head, other=0.0).to(tl.float32)
+    return rms_norm_tile(x, weight[None, :], rstd, dtype), rms_norm_tile(partner, partner_weight[None, :], rstd, dtype)

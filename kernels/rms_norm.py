@@ -307,7 +307,9 @@ def _rms_norm_kernel(
     HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    columns = tl.arange(0, BLOCK)[None, :]
+    columns = tl.arange(0, BLOCK)
+    weight = tl.load(weight_ptr + columns, mask=columns < hidden_size, other=0.0).to(tl.float32)[None, :]
+    columns = columns[None, :]
     mask = (rows < num_rows) & (columns < hidden_size)
     dtype = y_ptr.dtype.element_ty
     x = tl.load(x_ptr + rows // count * outer + rows % count * inner + columns, mask=mask, other=0.0).to(tl.float32)
@@ -316,7 +318,6 @@ def _rms_norm_kernel(
         rounded = (x + residual).to(dtype)
         tl.store(summed_ptr + rows * hidden_size + columns, rounded, mask=mask)
         x = rounded.to(tl.float32)
-    weight = tl.load(weight_ptr + columns, mask=columns < hidden_size, other=0.0).to(tl.float32)
     y = rms_norm_tile(x, weight, rstd_tile(x, hidden_size, eps), dtype)
     tl.store(y_ptr + rows * hidden_size + columns, y.to(dtype), mask=mask)
 
@@ -354,8 +355,9 @@ def _rms_norm_backward_kernel(
     x_ptr, weight_ptr, dy_ptr, dx_start_ptr, dx_ptr, partial_sums_ptr, outer, inner, count, num_rows, hidden_size,
     steps, eps, HAS_START: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.arange(0, BLOCK)[None, :]
-    weight = tl.load(weight_ptr + columns, mask=columns < hidden_size, other=0.0).to(tl.float32)
+    columns = tl.arange(0, BLOCK)
+    weight = tl.load(weight_ptr + columns, mask=columns < hidden_size, other=0.0).to(tl.float32)[None, :]
+    columns = columns[None, :]
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
     for step in range(steps):
         rows = ((tl.program_id(0) * steps + step) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]

@@ -328,8 +328,8 @@ def _largest_kernel(logits, largest_keys, vocab_size, CHUNK: tl.constexpr):
     tl.atomic_max(largest_keys + row, tl.max(keys.to(tl.int64), axis=0))
 
 
-# The searches below narrow an interval of keys: pass n finds the next DIGIT_BITS of the answer. masses[row, n, j] is the
-# mass of the tokens at or above (the key known so far) + j * (the pass's unit): all that later passes need.
+# The searches below narrow an interval of keys: pass n finds the next DIGIT_BITS of the answer. masses[row, n, j] is
+# the mass of the tokens at or above (the key known so far) + j * (the pass's unit): all that later passes need.
 @triton.jit
 def _found_key(masses, target, WIDTH: tl.constexpr, DIGIT_BITS: tl.constexpr):
     """What the passes so far (the masses of the others are 0) know of the largest key with mass(>= key) >= target."""
