@@ -346,7 +346,7 @@ def _mass_target(masses, top_p):
     return tl.maximum(tl.ceil(tl.load(masses).to(tl.float64) * top_p.to(tl.float64)).to(tl.int64), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pass_index"])
 def _narrow_kernel(
     logits, temperature, top_k, top_p, largest_keys, counts, masses, vocab_size, pass_index,
     BY_COUNT: tl.constexpr, WIDTH: tl.constexpr, DIGIT_BITS: tl.constexpr, CHUNK: tl.constexpr,
