@@ -390,15 +390,15 @@ def _narrow_kernel(
         if divisor != 1.0:
             x, largest, lowest = tl.div_rn(x, divisor), tl.div_rn(largest, divisor), tl.div_rn(lowest, divisor)
         mass = tl.where((x >= lowest) | (by_k == 0), tl.exp(x - largest) * 1099511627776.0, 0.0)
-        # The integer in two halves of 20 bits, whose sums over 2048 tokens fit in 32: floor(mass) = high * 2^20 + low.
-        high = (mass * 9.5367431640625e-07).to(tl.uint32)
-        low = (mass - high.to(tl.float32) * 1048576.0).to(tl.uint32)
+        # The integer by halves of 20 bits: a conversion from fp32 to int64 is slow.
+        high = (mass * 9.5367431640625e-07).to(tl.int32)
+        low = (mass - high.to(tl.float32) * 1048576.0).to(tl.int32)
+        mass = (high.to(tl.int64) << 20) + low
         for digit in tl.static_range(1 << DIGIT_BITS):
             if digit > 0 or pass_index == 0:
                 above = keys >= known + (tl.full((), digit, tl.uint32) << shift)
-                high_above = tl.sum(tl.where(above, high, 0), axis=0).to(tl.int64)
-                low_above = tl.sum(tl.where(above, low, 0), axis=0).to(tl.int64)
-                tl.atomic_add(masses + (pass_index << DIGIT_BITS) + digit, (high_above << 20) + low_above)
+                mass_above = tl.sum(tl.where(above, mass, 0), axis=0)
+                tl.atomic_add(masses + (pass_index << DIGIT_BITS) + digit, mass_above)
 
 
 @triton.jit
@@ -447,7 +447,7 @@ def _lowest_allowed_kernel(
 
 
 _DIGIT_BITS = 2
-# Of the kernels that search; _narrow_kernel's sums allow no more.
+# Of the kernels that search.
 _TILE = 2048
 
 
