@@ -61,10 +61,10 @@ def _embedding_backward_triton(token_ids: Tensor, dy: Tensor, vocab_size: int) -
     dweight = torch.zeros(vocab_size, hidden_size, dtype=dy.dtype, device=dy.device)
     if dy.numel():
         sorted_ids, order = torch.sort(token_ids, stable=True)
-        block = min(1024, triton.next_power_of_2(hidden_size))
+        block = min(512, triton.next_power_of_2(hidden_size))
         grid = (num_tokens, triton.cdiv(hidden_size, block))
         _embedding_backward_kernel[grid](
-            sorted_ids, order, dy, dweight, num_tokens, hidden_size, BLOCK=block, ROWS_AT_ONCE=8
+            sorted_ids, order, dy, dweight, num_tokens, hidden_size, BLOCK=block, ROWS_AT_ONCE=32
         )
     return dweight
 
@@ -75,21 +75,24 @@ def _embedding_backward_kernel(
     BLOCK: tl.constexpr, ROWS_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     # One program per sorted token; the one at the head of a run of equal tokens adds the run.
-    position = tl.program_id(0)
+    position = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < hidden_size
     token = tl.load(sorted_ids_ptr + position)
     previous = tl.load(sorted_ids_ptr + position - 1, mask=position > 0, other=-1)
     if token != previous:
-        total = tl.zeros((BLOCK,), tl.float32)
-        current = token
+        row = tl.load(order_ptr + position)
+        total = tl.load(dy_ptr + row * hidden_size + columns, mask=mask, other=0.0).to(tl.float32)
+        position += 1
+        current = tl.load(sorted_ids_ptr + position, mask=position < num_tokens, other=-1)
         while current == token:
-            # Several rows are on their way at a time; they are added in order, and 0 changes no sum.
+            # Many rows are on their way at a time; they are added in order, and a 0 beyond the run changes no sum.
             for i in tl.static_range(ROWS_AT_ONCE):
-                inside = position + i < num_tokens
-                same = tl.load(sorted_ids_ptr + position + i, mask=inside, other=-1) == token
-                row = tl.load(order_ptr + position + i, mask=same, other=0)
-                total += tl.load(dy_ptr + row * hidden_size + columns, mask=mask & same, other=0.0).to(tl.float32)
+                here = position + i
+                same = tl.load(sorted_ids_ptr + here, mask=here < num_tokens, other=-1) == token
+                row = tl.load(order_ptr + here, mask=same, other=0)
+                in_row = columns < tl.where(same, hidden_size, 0)
+                total += tl.load(dy_ptr + row * hidden_size + columns, mask=in_row, other=0.0).to(tl.float32)
             position += ROWS_AT_ONCE
             current = tl.load(sorted_ids_ptr + position, mask=position < num_tokens, other=-1)
         tl.store(dweight_ptr + token * hidden_size + columns, total.to(dweight_ptr.dtype.element_ty), mask=mask)

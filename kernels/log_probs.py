@@ -321,7 +321,14 @@ def _rows_triton(logits: torch.Tensor, tokens: torch.Tensor, temperature: torch.
     chunks = torch.empty(3, num_rows, num_chunks, device=logits.device)
     if num_rows > 0:
         _chunk_kernel[(num_rows, num_chunks)](
-            logits, temperature, *chunks, vocab_size, BLOCKS=BLOCKS, LANES=NOISE_LANES, enable_fp_fusion=False
+            logits,
+            temperature,
+            *chunks,
+            vocab_size,
+            BLOCKS=BLOCKS,
+            LANES=NOISE_LANES,
+            num_warps=2,
+            enable_fp_fusion=False,
         )
         _fold_kernel[(num_rows,)](
             logits, tokens, temperature, *chunks, *results, vocab_size, num_chunks,

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numba
 import numpy as np
 import torch
+import triton
+import triton.language as tl
 
 
 class Ragged(NamedTuple):
@@ -52,20 +54,14 @@ def apply_penalties(
     The repetition penalty is that of transformers' RepetitionPenaltyLogitsProcessor (Keskar et al., 2019, "CTRL"),
     presence and frequency are OpenAI's formula, and the order (biases, repetition, frequency, presence) is vLLM's.
 
-    The CPU path costs the length of the histories, not V. On a GPU this is plain torch over the R rows: such rows are
-    few, and a kernel would not pay yet.
+    The CPU path costs the length of the histories, not V. The GPU path waits for nothing on the host.
 
     Raises ValueError if shapes or dtypes are not these, and on the CPU IndexError if a row or a token id is outside of
-    logits (nothing has been edited then).
+    logits (nothing has been edited then); a GPU does not look.
     """
     _check(logits, rows, prompt_ids, output_ids, repetition, presence, frequency, bias_ids, bias_values)
-    if logits.device.type == "cuda":
-        selected = logits[rows]
-        logits[rows] = apply_penalties_reference(
-            selected, prompt_ids, output_ids, repetition, presence, frequency, bias_ids, bias_values
-        )
-        return
-    _apply_penalties_cpu(logits, rows, prompt_ids, output_ids, repetition, presence, frequency, bias_ids, bias_values)
+    implementation = _apply_penalties_triton if logits.device.type == "cuda" else _apply_penalties_cpu
+    implementation(logits, rows, prompt_ids, output_ids, repetition, presence, frequency, bias_ids, bias_values)
 
 
 def _check(
@@ -190,3 +186,69 @@ def _apply_penalties_cpu(
         if ids.numel() > 0 and not (int(ids.min()) >= 0 and int(ids.max()) < limit):
             raise IndexError(f"a {name} is outside [0, {limit})")
     _penalty_rows(logits.detach().numpy(), *arrays)
+
+
+def _apply_penalties_triton(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    prompt_ids: Ragged,
+    output_ids: Ragged,
+    repetition: torch.Tensor,
+    presence: torch.Tensor,
+    frequency: torch.Tensor,
+    bias_ids: Ragged,
+    bias_values: torch.Tensor,
+) -> None:
+    num_rows, vocab_size = rows.shape[0], logits.shape[1]
+    if num_rows == 0:
+        return
+    # Per token: twice the number of its outputs, plus 1 if the prompt has it.
+    counts = torch.zeros(num_rows, vocab_size, dtype=torch.int32, device=logits.device)
+    _history_kernel[(num_rows,)](counts, *prompt_ids, *output_ids, vocab_size, TILE=1024)
+    _bias_kernel[(num_rows,)](logits, rows, *bias_ids, bias_values, vocab_size, num_warps=1)
+    _penalty_kernel[(num_rows, triton.cdiv(vocab_size, 4096))](
+        logits, rows, counts, repetition, presence, frequency, vocab_size, TILE=4096, enable_fp_fusion=False
+    )
+
+
+@triton.jit
+def _history_kernel(
+    counts, prompt_values, prompt_offsets, output_values, output_offsets, vocab_size, TILE: tl.constexpr
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64)
+    counts += r * vocab_size
+    stop = tl.load(prompt_offsets + r + 1)
+    for first in range(tl.load(prompt_offsets + r), stop, TILE):
+        index = first + tl.arange(0, TILE)
+        tl.atomic_or(counts + tl.load(prompt_values + index, mask=index < stop, other=0), 1, mask=index < stop)
+    stop = tl.load(output_offsets + r + 1)
+    for first in range(tl.load(output_offsets + r), stop, TILE):
+        index = first + tl.arange(0, TILE)
+        tl.atomic_add(counts + tl.load(output_values + index, mask=index < stop, other=0), 2, mask=index < stop)
+
+
+@triton.jit
+def _bias_kernel(logits, rows, ids, offsets, values, vocab_size):
+    r = tl.program_id(0)
+    logits += tl.load(rows + r) * vocab_size
+    for i in range(tl.load(offsets + r), tl.load(offsets + r + 1)):
+        x = logits + tl.load(ids + i)
+        total = tl.load(x) + tl.load(values + i)
+        tl.debug_barrier()
+        tl.store(x, total)
+        tl.debug_barrier()
+
+
+@triton.jit
+def _penalty_kernel(logits, rows, counts, repetition, presence, frequency, vocab_size, TILE: tl.constexpr):
+    r = tl.program_id(0).to(tl.int64)
+    tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    mask = tokens < vocab_size
+    logits += tl.load(rows + r) * vocab_size
+    x = tl.load(logits + tokens, mask=mask)
+    count = tl.load(counts + r * vocab_size + tokens, mask=mask, other=0)
+    penalty = tl.load(repetition + r)
+    penalised = tl.where(x > 0.0, tl.div_rn(x, penalty), x * penalty)
+    x = tl.where(count > 0, penalised, x)
+    lowered = x - tl.load(frequency + r) * (count >> 1).to(tl.float32) - tl.load(presence + r)
+    tl.store(logits + tokens, tl.where(count > 1, lowered, x), mask=mask & (count > 0))

@@ -7,8 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lockstep.kernels._cpu import address_of, exact_njit, parallel_rows, row32, row64
+from lockstep.kernels._triton import tree_sum
 from lockstep.kernels.kv_cache import check_cpu_caches, checked_slot, kv_store, store_head
-from lockstep.kernels.rms_norm import rms_norm, rms_norm_row, rms_norm_tile, rstd_tile
+from lockstep.kernels.rms_norm import rms_norm, rms_norm_row, rms_norm_tile, rstd_of
 from lockstep.kernels.rope import apply_rope, cos_sin_row, rotate_row
 
 _ELEMENTS_PER_THREAD = 32768
@@ -178,13 +179,14 @@ def _qk_norm_rope_store_triton(
     q = torch.empty((num_tokens, num_kv_heads * group_size, head_dim), dtype=qkv.dtype, device=qkv.device)
     if num_tokens == 0:
         return q
-    block = triton.next_power_of_2(head_dim)
-    heads = max(1, _TILE // block)
+    block_half = triton.next_power_of_2(head_dim // 2)
+    heads = max(1, _TILE // (2 * block_half))
+    weights = (qkv if weight is None else weight for weight in (q_weight, k_weight))
     _qk_norm_rope_store_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
-        qkv, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight, cos_sin, positions, slots,
-        q, k_cache, v_cache, qkv.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], num_heads, head_dim, eps,
+        qkv, *weights, cos_sin, positions, slots, q, k_cache, v_cache,
+        qkv.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], num_heads, eps,
         Q_NORM=q_weight is not None, K_NORM=k_weight is not None, GROUP_SIZE=group_size, PAGE_SIZE=page_size,
-        HEAD_DIM=head_dim, HEADS=heads, BLOCK=block, enable_fp_fusion=False,
+        HALF=head_dim // 2, HEADS=heads, BLOCK_HALF=block_half, enable_fp_fusion=False,
     )  # fmt: skip
     return q
 
@@ -197,55 +199,66 @@ _TILE = 2048
 def _qk_norm_rope_store_kernel(
     qkv_ptr, q_weight_ptr, k_weight_ptr, cos_sin_ptr, positions_ptr, slots_ptr, q_ptr, k_cache_ptr, v_cache_ptr,
     token_stride, k_page_stride, k_head_stride, k_slot_stride, v_page_stride, v_head_stride, v_slot_stride,
-    num_heads, head_dim, eps,
-    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, GROUP_SIZE: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    num_heads, eps, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, GROUP_SIZE: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + token)
+    angles = cos_sin_ptr + tl.load(positions_ptr + token) * (2 * HALF)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     group, member = heads // (GROUP_SIZE + 2), heads % (GROUP_SIZE + 2)
-    is_q, is_k = (member < GROUP_SIZE)[:, None], (member == GROUP_SIZE)[:, None]
-    in_heads = (heads < num_heads)[:, None]
-    columns = tl.arange(0, BLOCK)
-    in_head = (columns < HEAD_DIM)[None, :]
+    is_q, is_k, is_v = member < GROUP_SIZE, member == GROUP_SIZE, member > GROUP_SIZE
+    columns = tl.arange(0, BLOCK_HALF)
+    in_half = columns < HALF
+    mask = (heads < num_heads)[:, None] & in_half[None, :]
     dtype = q_ptr.dtype.element_ty
 
-    # The rotation pairs column j with j +- D / 2, which is read a second time, from the cache.
-    is_first = columns < HEAD_DIM // 2
-    partners = tl.where(is_first, columns + HEAD_DIM // 2, columns - HEAD_DIM // 2)
-    source = qkv_ptr + token * token_stride + heads[:, None] * HEAD_DIM
-    x = tl.load(source + columns[None, :], mask=in_heads & in_head, other=0.0)
-    partner = tl.load(source + partners[None, :], mask=in_heads & in_head, other=0.0).to(tl.float32)
-    value = x
-    x = x.to(tl.float32)
+    heads_ptr = qkv_ptr + token * token_stride + heads[:, None] * (2 * HALF)
+    first_value = tl.load(heads_ptr + columns[None, :], mask=mask, other=0.0)
+    second_value = tl.load(heads_ptr + HALF + columns[None, :], mask=mask, other=0.0)
+    cos = tl.load(angles + columns, mask=in_half, other=0.0)[None, :]
+    sin = tl.load(angles + HALF + columns, mask=in_half, other=0.0)[None, :]
+    first, second = first_value.to(tl.float32), second_value.to(tl.float32)
     if Q_NORM or K_NORM:
-        rstd = rstd_tile(x, head_dim, eps)
-        if Q_NORM:
-            x_normed, partner_normed = _normed(x, partner, rstd, q_weight_ptr, columns, partners, in_head, dtype)
-            x, partner = tl.where(is_q, x_normed, x), tl.where(is_q, partner_normed, partner)
-        if K_NORM:
-            x_normed, partner_normed = _normed(x, partner, rstd, k_weight_ptr, columns, partners, in_head, dtype)
-            x, partner = tl.where(is_k, x_normed, x), tl.where(is_k, partner_normed, partner)
-    angles = cos_sin_ptr + tl.load(positions_ptr + token) * HEAD_DIM
-    first_columns = tl.minimum(columns, partners)
-    cos = tl.load(angles + first_columns, mask=columns < HEAD_DIM, other=0.0)[None, :]
-    sin = tl.load(angles + HEAD_DIM // 2 + first_columns, mask=columns < HEAD_DIM, other=0.0)
-    rotated = (x * cos + partner * tl.where(is_first, -sin, sin)[None, :]).to(dtype)
+        if HALF == BLOCK_HALF:
+            square_sum = tree_sum(first * first) + tree_sum(second * second)
+        else:  # the row's tree does not part between the halves
+            all_columns = tl.arange(0, 2 * BLOCK_HALF)
+            whole_mask = (heads < num_heads)[:, None] & (all_columns < 2 * HALF)[None, :]
+            whole = tl.load(heads_ptr + all_columns[None, :], mask=whole_mask, other=0.0).to(tl.float32)
+            square_sum = tree_sum(whole * whole)
+        rstd = rstd_of(square_sum, 2 * HALF, eps)
+        q_scale_ptr = q_weight_ptr if Q_NORM else k_weight_ptr
+        k_scale_ptr = k_weight_ptr if K_NORM else q_weight_ptr
+        first_normed = _normed(first, is_q, q_scale_ptr + columns, k_scale_ptr + columns, in_half, rstd, dtype)
+        q_scale_ptr, k_scale_ptr = q_scale_ptr + HALF, k_scale_ptr + HALF
+        second_normed = _normed(second, is_q, q_scale_ptr + columns, k_scale_ptr + columns, in_half, rstd, dtype)
+        if Q_NORM and K_NORM:
+            first, second = first_normed, second_normed
+        else:
+            has_norm = (is_q if Q_NORM else is_k)[:, None]
+            first, second = tl.where(has_norm, first_normed, first), tl.where(has_norm, second_normed, second)
+    first_rotated, second_rotated = (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
 
-    q_heads = token * (num_heads // (GROUP_SIZE + 2)) * GROUP_SIZE + group * GROUP_SIZE + member
-    tl.store(q_ptr + q_heads[:, None] * HEAD_DIM + columns[None, :], rotated, mask=in_heads & in_head & is_q)
-    slot = tl.load(slots_ptr + token)
+    q_heads = (token * (num_heads // (GROUP_SIZE + 2)) + group) * GROUP_SIZE + member
+    _store_heads(q_ptr + q_heads * (2 * HALF), first_rotated, second_rotated, columns, mask & is_q[:, None], HALF)
     page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE
-    has_slot = in_heads & in_head & (slot >= 0)
-    k_row = page * k_page_stride + offset * k_slot_stride + group * k_head_stride
-    v_row = page * v_page_stride + offset * v_slot_stride + group * v_head_stride
-    tl.store(k_cache_ptr + k_row[:, None] + columns[None, :], rotated, mask=has_slot & is_k)
-    is_v = (member > GROUP_SIZE)[:, None]
-    tl.store(v_cache_ptr + v_row[:, None] + columns[None, :], value, mask=has_slot & is_v)
+    mask = (heads < tl.where(slot >= 0, num_heads, 0))[:, None] & in_half[None, :]
+    k_ptr = k_cache_ptr + page * k_page_stride + offset * k_slot_stride + group * k_head_stride
+    _store_heads(k_ptr, first_rotated, second_rotated, columns, mask & is_k[:, None], HALF)
+    v_ptr = v_cache_ptr + page * v_page_stride + offset * v_slot_stride + group * v_head_stride
+    _store_heads(v_ptr, first_value, second_value, columns, mask & is_v[:, None], HALF)
 
 
 @triton.jit
-def _normed(x, partner, rstd, weight_ptr, columns, partners, in_head, dtype: tl.constexpr):
-    weight = tl.load(weight_ptr + columns[None, :], mask=in_head, other=0.0).to(tl.float32)
-    partner_weight = tl.load(weight_ptr + partners[None, :], mask=in_head, other=0.0).to(tl.float32)
-    return rms_norm_tile(x, weight, rstd, dtype), rms_norm_tile(partner, partner_weight, rstd, dtype)
+def _normed(x, is_q, q_weight_ptr, k_weight_ptr, in_half, rstd, dtype: tl.constexpr):
+    q_weight = tl.load(q_weight_ptr, mask=in_half, other=0.0).to(tl.float32)[None, :]
+    k_weight = tl.load(k_weight_ptr, mask=in_half, other=0.0).to(tl.float32)[None, :]
+    return rms_norm_tile(x, tl.where(is_q[:, None], q_weight, k_weight), rstd, dtype)
+
+
+@triton.jit
+def _store_heads(heads_ptr, first, second, columns, mask, HALF: tl.constexpr):
+    target = heads_ptr[:, None] + columns[None, :]
+    tl.store(target, first, mask=mask)
+    tl.store(target + HALF, second, mask=mask)

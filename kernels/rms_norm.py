@@ -290,9 +290,9 @@ def _num_warps(tile: int) -> int:
 
 
 @triton.jit
-def rstd_tile(x, hidden_size, eps):
-    """[ROWS, BLOCK] fp32, 0 outside the row -> [ROWS, 1]. Launch with enable_fp_fusion=False."""
-    return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tree_sum(x * x), hidden_size.to(tl.float32)) + eps))[:, None]
+def rstd_of(square_sum, hidden_size, eps):
+    """square_sum: [ROWS], tree_sum(x * x) of fp32 x, 0 outside the row -> [ROWS, 1]."""
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(square_sum, hidden_size * 1.0) + eps))[:, None]
 
 
 @triton.jit
@@ -307,7 +307,9 @@ def _rms_norm_kernel(
     HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    columns = tl.arange(0, BLOCK)[None, :]
+    columns = tl.arange(0, BLOCK)
+    weight = tl.load(weight_ptr + columns, mask=columns < hidden_size, other=0.0).to(tl.float32)[None, :]
+    columns = columns[None, :]
     mask = (rows < num_rows) & (columns < hidden_size)
     dtype = y_ptr.dtype.element_ty
     x = tl.load(x_ptr + rows // count * outer + rows % count * inner + columns, mask=mask, other=0.0).to(tl.float32)
@@ -316,13 +318,13 @@ def _rms_norm_kernel(
         rounded = (x + residual).to(dtype)
         tl.store(summed_ptr + rows * hidden_size + columns, rounded, mask=mask)
         x = rounded.to(tl.float32)
-    weight = tl.load(weight_ptr + columns, mask=columns < hidden_size, other=0.0).to(tl.float32)
-    y = rms_norm_tile(x, weight, rstd_tile(x, hidden_size, eps), dtype)
+    y = rms_norm_tile(x, weight, rstd_of(tree_sum(x * x), hidden_size, eps), dtype)
     tl.store(y_ptr + rows * hidden_size + columns, y.to(dtype), mask=mask)
 
 
 # Enough programs to fill a GPU, few enough that their partial sums of the weight's gradient cost little.
-_BACKWARD_PROGRAMS = 528
+_BACKWARD_PROGRAMS = 264
+_BACKWARD_STAGES = 3
 
 
 def _rms_norm_backward_triton(x: Tensor, weight: Tensor, eps: float, dy: Tensor, dx_start: Tensor | None):
@@ -343,8 +345,8 @@ def _rms_norm_backward_triton(x: Tensor, weight: Tensor, eps: float, dy: Tensor,
     partial_sums = torch.empty(num_programs, hidden_size, device=x.device)
     _rms_norm_backward_kernel[(num_programs,)](
         x, weight, dy, dx_start, dx, partial_sums, outer, inner, count, num_rows, hidden_size, steps, eps,
-        HAS_START=dx_start is not dy, ROWS=rows, BLOCK=block, num_warps=_num_warps(rows * block),
-        enable_fp_fusion=False,
+        HAS_START=dx_start is not dy, ROWS=rows, BLOCK=block, STAGES=_BACKWARD_STAGES,
+        num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return dx, partial_sums.sum(0).to(weight.dtype)
 
@@ -352,18 +354,19 @@ def _rms_norm_backward_triton(x: Tensor, weight: Tensor, eps: float, dy: Tensor,
 @triton.jit
 def _rms_norm_backward_kernel(
     x_ptr, weight_ptr, dy_ptr, dx_start_ptr, dx_ptr, partial_sums_ptr, outer, inner, count, num_rows, hidden_size,
-    steps, eps, HAS_START: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    steps, eps, HAS_START: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.arange(0, BLOCK)[None, :]
-    weight = tl.load(weight_ptr + columns, mask=columns < hidden_size, other=0.0).to(tl.float32)
+    columns = tl.arange(0, BLOCK)
+    weight = tl.load(weight_ptr + columns, mask=columns < hidden_size, other=0.0).to(tl.float32)[None, :]
+    columns = columns[None, :]
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
-    for step in range(steps):
+    for step in tl.range(steps, num_stages=STAGES):
         rows = ((tl.program_id(0) * steps + step) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         mask = (rows < num_rows) & (columns < hidden_size)
         x = tl.load(x_ptr + rows // count * outer + rows % count * inner + columns, mask=mask, other=0.0)
         dy = tl.load(dy_ptr + rows * hidden_size + columns, mask=mask, other=0.0).to(tl.float32)
         x = x.to(tl.float32)
-        rstd = rstd_tile(x, hidden_size, eps)
+        rstd = rstd_of(tree_sum(x * x), hidden_size, eps)
         x_hat = x * rstd
         weighted = weight * dy
         mean = tree_sum(weighted * x_hat) / hidden_size

@@ -301,17 +301,21 @@ def _ordered_key(logits):
     """uint32 tile that compares as the logits do (no NaN among them): 16 bits of bf16 (or fp16), 32 of fp32."""
     if logits.dtype == tl.float32:
         bits = logits.to(tl.uint32, bitcast=True)
-        return tl.where(bits >> 31 == 0, bits ^ 0x80000000, ~bits)
-    bits = logits.to(tl.uint16, bitcast=True).to(tl.uint32)
-    return tl.where(bits >> 15 == 0, bits ^ 0x8000, bits ^ 0xFFFF)
+        key = tl.where(bits >> 31 == 0, bits ^ 0x80000000, ~bits)
+    else:
+        bits = logits.to(tl.uint16, bitcast=True).to(tl.uint32)
+        key = tl.where(bits >> 15 == 0, bits ^ 0x8000, bits ^ 0xFFFF)
+    return key
 
 
 @triton.jit
 def _logit_of_key(key, dtype: tl.constexpr):
     if dtype == tl.float32:
-        return tl.where(key >> 31 == 0, ~key, key ^ 0x80000000).to(tl.float32, bitcast=True)
-    bits = tl.where(key >> 15 == 0, key ^ 0xFFFF, key ^ 0x8000)
-    return bits.to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+        logit = tl.where(key >> 31 == 0, ~key, key ^ 0x80000000).to(tl.float32, bitcast=True)
+    else:
+        bits = tl.where(key >> 15 == 0, key ^ 0xFFFF, key ^ 0x8000)
+        logit = bits.to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+    return logit
 
 
 @triton.jit
@@ -321,22 +325,22 @@ def _load_number(logits, tokens, vocab_size):
 
 
 @triton.jit
-def _largest_kernel(logits, largest_keys, vocab_size, CHUNK: tl.constexpr):
+def _largest_kernel(logits, largest_keys, vocab_size, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    tokens = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
     keys = _ordered_key(_load_number(logits + row * vocab_size, tokens, vocab_size))
-    tl.atomic_max(largest_keys + row, tl.max(keys.to(tl.int64), axis=0))
+    tl.atomic_max(largest_keys + row, tl.max(keys, axis=0).to(tl.int64))
 
 
-# The searches below narrow an interval of keys: pass n finds the next DIGIT_BITS of the answer. masses[row, n, j] is the
-# mass of the tokens at or above (the key known so far) + j * (the pass's unit): all that later passes need.
+# The searches below narrow an interval of keys: pass n finds the next DIGIT_BITS of the answer. masses[row, n, j] is
+# the mass of the tokens at or above (the key known before the pass) + j * (the pass's unit).
 @triton.jit
-def _found_key(masses, target, WIDTH: tl.constexpr, DIGIT_BITS: tl.constexpr):
-    """What the passes so far (the masses of the others are 0) know of the largest key with mass(>= key) >= target."""
+def _found_key(masses, target, num_passes, WIDTH: tl.constexpr, DIGIT_BITS: tl.constexpr):
+    """What so many passes know of the largest key with mass(>= key) >= target: its first digits, then zeros."""
     passes, digits = tl.arange(0, WIDTH // DIGIT_BITS), tl.arange(0, 1 << DIGIT_BITS)
-    mass = tl.load(masses + passes[:, None] * (1 << DIGIT_BITS) + digits[None, :])
-    reached = (mass >= target) & (digits > 0)[None, :]
-    digit = tl.sum(reached.to(tl.int64), axis=1)
+    done = (passes[:, None] < num_passes) & (digits > 0)[None, :]
+    mass = tl.load(masses + passes[:, None] * (1 << DIGIT_BITS) + digits[None, :], mask=done, other=0)
+    digit = tl.sum((mass >= target).to(tl.int64), axis=1)
     return tl.sum(digit << (WIDTH - DIGIT_BITS - passes * DIGIT_BITS), axis=0).to(tl.uint32)
 
 
@@ -346,10 +350,10 @@ def _mass_target(masses, top_p):
     return tl.maximum(tl.ceil(tl.load(masses).to(tl.float64) * top_p.to(tl.float64)).to(tl.int64), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pass_index"])
 def _narrow_kernel(
     logits, temperature, top_k, top_p, largest_keys, counts, masses, vocab_size, pass_index,
-    BY_COUNT: tl.constexpr, WIDTH: tl.constexpr, DIGIT_BITS: tl.constexpr, CHUNK: tl.constexpr,
+    BY_COUNT: tl.constexpr, WIDTH: tl.constexpr, DIGIT_BITS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One pass of the search for top-k's border (BY_COUNT) or, after all of those, for top-p's."""
     row = tl.program_id(0).to(tl.int64)
@@ -359,41 +363,52 @@ def _narrow_kernel(
     off = (by_k == 0) if BY_COUNT else (p >= 1.0)
     if (divisor == 0.0) | off:
         return
+    NUM_PASSES: tl.constexpr = WIDTH // DIGIT_BITS
     dtype = logits.dtype.element_ty
-    row_size = (WIDTH // DIGIT_BITS) << DIGIT_BITS
-    counts += row * row_size
-    masses += row * row_size
-    tokens = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    counts += row * (NUM_PASSES << DIGIT_BITS)
+    masses += row * (NUM_PASSES << DIGIT_BITS)
+    tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
     logit = _load_number(logits + row * vocab_size, tokens, vocab_size)
     keys = _ordered_key(logit)
+    shift = (WIDTH - DIGIT_BITS - pass_index * DIGIT_BITS).to(tl.uint32)
     if BY_COUNT:
-        known = _found_key(counts, k, WIDTH, DIGIT_BITS)
-        mass = (tokens < vocab_size).to(tl.int32)
-        found = counts
+        known = _found_key(counts, k, pass_index, WIDTH, DIGIT_BITS)
+        mass = (tokens < vocab_size).to(tl.uint32)
+        for digit in tl.static_range(1, 1 << DIGIT_BITS):
+            mass_above = tl.sum(tl.where(keys >= known + (tl.full((), digit, tl.uint32) << shift), mass, 0), axis=0)
+            tl.atomic_add(counts + (pass_index << DIGIT_BITS) + digit, mass_above.to(tl.int64))
     else:
-        known = _found_key(masses, _mass_target(masses, p), WIDTH, DIGIT_BITS)
-        largest = tl.div_rn(_logit_of_key(tl.load(largest_keys + row).to(tl.uint32), dtype), divisor)
-        x = tl.div_rn(logit.to(tl.float32), divisor)
-        mass = (tl.exp(x - largest) * 1099511627776.0).to(tl.int64)
+        # Before the first pass there is no target yet, and nothing is known.
+        target = _mass_target(masses, p)
+        known = _found_key(masses, target, pass_index, WIDTH, DIGIT_BITS)
+        largest = _logit_of_key(tl.load(largest_keys + row).to(tl.uint32), dtype)
+        x = logit.to(tl.float32)
+        lowest_key = tl.full((), 0, tl.uint32)
         if by_k:
-            lowest = tl.div_rn(_logit_of_key(_found_key(counts, k, WIDTH, DIGIT_BITS), dtype), divisor)
-            mass = tl.where(x >= lowest, mass, 0)
-        found = masses
-    found += pass_index << DIGIT_BITS
-    for digit in tl.static_range(1 << DIGIT_BITS):
-        border = known + (tl.full((), digit, tl.uint32) << (WIDTH - DIGIT_BITS - pass_index * DIGIT_BITS).to(tl.uint32))
-        if digit > 0 or pass_index == 0:
-            tl.atomic_add(found + digit, tl.sum(tl.where(keys >= border, mass, 0), axis=0).to(tl.int64))
+            lowest_key = _found_key(counts, k, NUM_PASSES, WIDTH, DIGIT_BITS)
+        lowest = _logit_of_key(lowest_key, dtype)
+        if divisor != 1.0:
+            x, largest, lowest = tl.div_rn(x, divisor), tl.div_rn(largest, divisor), tl.div_rn(lowest, divisor)
+        mass = tl.where((x >= lowest) | (by_k == 0), tl.exp(x - largest) * 1099511627776.0, 0.0)
+        # The integer by halves of 20 bits: a conversion from fp32 to int64 is slow.
+        high = (mass * 9.5367431640625e-07).to(tl.int32)
+        low = (mass - high.to(tl.float32) * 1048576.0).to(tl.int32)
+        mass = (high.to(tl.int64) << 20) + low
+        for digit in tl.static_range(1 << DIGIT_BITS):
+            if digit > 0 or pass_index == 0:
+                above = keys >= known + (tl.full((), digit, tl.uint32) << shift)
+                mass_above = tl.sum(tl.where(above, mass, 0), axis=0)
+                tl.atomic_add(masses + (pass_index << DIGIT_BITS) + digit, mass_above)
 
 
 @triton.jit
-def _min_p_kernel(logits, temperature, min_p, largest_keys, likely_keys, vocab_size, CHUNK: tl.constexpr):
+def _min_p_kernel(logits, temperature, min_p, largest_keys, likely_keys, vocab_size, TILE: tl.constexpr):
     """The complement of the lowest key whose probability is at least min_p times the largest."""
     row = tl.program_id(0).to(tl.int64)
     divisor, m = tl.load(temperature + row), tl.load(min_p + row)
     if (divisor == 0.0) | (m <= 0.0):
         return
-    tokens = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
     logit = _load_number(logits + row * vocab_size, tokens, vocab_size)
     largest = _logit_of_key(tl.load(largest_keys + row).to(tl.uint32), logits.dtype.element_ty)
     x = tl.div_rn(logit.to(tl.float32), divisor)
@@ -419,11 +434,11 @@ def _lowest_allowed_kernel(
             lowest = largest
         else:
             if by_k:
-                key = _found_key(counts + row * row_size, k, WIDTH, DIGIT_BITS)
+                key = _found_key(counts + row * row_size, k, WIDTH // DIGIT_BITS, WIDTH, DIGIT_BITS)
                 lowest = tl.div_rn(_logit_of_key(key, DTYPE), divisor)
             if by_p:
                 target = _mass_target(masses + row * row_size, p)
-                key = _found_key(masses + row * row_size, target, WIDTH, DIGIT_BITS)
+                key = _found_key(masses + row * row_size, target, WIDTH // DIGIT_BITS, WIDTH, DIGIT_BITS)
                 lowest = tl.maximum(lowest, tl.div_rn(_logit_of_key(key, DTYPE), divisor))
             if by_m:
                 key = ~tl.load(likely_keys + row).to(tl.uint32)
@@ -432,6 +447,8 @@ def _lowest_allowed_kernel(
 
 
 _DIGIT_BITS = 2
+# Of the kernels that search.
+_TILE = 2048
 
 
 def _lowest_allowed_triton(
@@ -445,17 +462,17 @@ def _lowest_allowed_triton(
     largest_keys, likely_keys = state[:2]
     counts, masses = state[2:].view(2, num_rows, -1)
     lowest = torch.empty(num_rows, device=logits.device)
-    grid = (num_rows, triton.cdiv(vocab_size, CHUNK))
+    grid = (num_rows, triton.cdiv(vocab_size, _TILE))
     search = {"WIDTH": width, "DIGIT_BITS": _DIGIT_BITS}
-    _largest_kernel[grid](logits, largest_keys, vocab_size, CHUNK=CHUNK)
+    _largest_kernel[grid](logits, largest_keys, vocab_size, TILE=_TILE)
     for by_count in (True, False):
         for pass_index in range(num_passes):
             _narrow_kernel[grid](
                 logits, temperature, top_k, top_p, largest_keys, counts, masses, vocab_size, pass_index,
-                BY_COUNT=by_count, CHUNK=CHUNK, **search, num_warps=8, enable_fp_fusion=False,
+                BY_COUNT=by_count, TILE=_TILE, **search, enable_fp_fusion=False,
             )  # fmt: skip
     _min_p_kernel[grid](
-        logits, temperature, min_p, largest_keys, likely_keys, vocab_size, CHUNK=CHUNK, enable_fp_fusion=False
+        logits, temperature, min_p, largest_keys, likely_keys, vocab_size, TILE=_TILE, enable_fp_fusion=False
     )
     _lowest_allowed_kernel[(num_rows,)](
         temperature, top_k, top_p, min_p, largest_keys, likely_keys, counts, masses, lowest, vocab_size,
@@ -561,7 +578,7 @@ def _sample_triton(
     best_tokens = torch.empty(num_rows, num_chunks, dtype=torch.int32, device=device)
     _draw_kernel[(num_rows, num_chunks)](
         logits, temperature, lowest, seeds, positions, *chunks, best_tokens, vocab_size,
-        TRUNCATES=truncates, BLOCKS=BLOCKS, LANES=NOISE_LANES, enable_fp_fusion=False,
+        TRUNCATES=truncates, BLOCKS=BLOCKS, LANES=NOISE_LANES, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     _choose_kernel[(num_rows,)](
         logits, temperature, *chunks, best_tokens, tokens, logprobs, temperature if out_rows is None else out_rows,

@@ -132,6 +132,34 @@ def test_triton_gradient_and_entropy_against_numba():
     torch.testing.assert_close(entropies.cpu(), rows.entropies, rtol=1e-5, atol=1e-5)
 
 
+def test_triton_gradient_may_take_the_place_of_the_logits():
+    logits, tokens, temperature = make_rows(3, 5000)
+    temperature = temperature.clamp(min=0.5)
+    rows = module._rows_cpu(logits, tokens, temperature)
+    inputs = [tensor.to(DEVICE) for tensor in (logits, tokens, temperature, rows.maxima, rows.sums, torch.ones(3))]
+    expected = torch.empty_like(inputs[0])
+    module._gradient_triton(expected, *inputs)
+    module._gradient_triton(inputs[0], *inputs)
+    assert torch.equal(inputs[0], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("chunk_rows", [None, 128])
+def test_bf16_gradients_repeat_and_match_fp64(chunk_rows):
+    hidden, weight, tokens = (tensor.cuda() for tensor in make_head(384, 256, 1024))
+    ours = [tensor.bfloat16().requires_grad_() for tensor in (hidden, weight)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in ours]
+    grad = torch.randn(384, device="cuda")
+    log_probs_reference(*exact, tokens, 0.7)[0].backward(grad.double())
+    result = log_probs(*ours, tokens, 0.7, chunk_rows=chunk_rows)
+    first = torch.autograd.grad(result, ours, grad, retain_graph=True)
+    second = torch.autograd.grad(result, ours, grad)
+    for a, b, tensor in zip(first, second, exact, strict=True):
+        assert torch.equal(a, b)
+        assert (a.double() - tensor.grad).norm() < 1e-2 * tensor.grad.norm()
+
+
 def test_empty_batch():
     hidden, weight, tokens = make_head(0, 8, 12)
     weight.requires_grad_()

@@ -4,9 +4,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from lockstep.kernels.penalties import Ragged, apply_penalties, apply_penalties_reference
+from lockstep.kernels.penalties import (
+    Ragged,
+    _apply_penalties_triton,
+    apply_penalties,
+    apply_penalties_reference,
+)
 
 VOCAB = 50
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make_request(seed: int) -> dict:
@@ -96,15 +102,15 @@ def test_reference_has_the_same_bits():
     assert torch.equal(logits, expected)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_gpu_has_the_same_bits():
-    requests = [make_request(seed) for seed in range(12)]
+def test_triton_has_the_same_bits():
+    requests = [make_request(seed) for seed in range(6)]
     logits = torch.stack([request["logits"] for request in requests])
-    on_gpu = logits.cuda()
-    apply_penalties(on_gpu, torch.arange(12).cuda(), *(argument.to("cuda") for argument in arguments(requests)))
-    apply_penalties(logits, torch.arange(12), *arguments(requests))
-    assert torch.equal(on_gpu.cpu(), logits)
+    rows = torch.tensor([4, 0, 2])
+    on_device = logits.to(DEVICE, copy=True)
+    chosen = arguments([requests[row] for row in rows.tolist()])
+    _apply_penalties_triton(on_device, rows.to(DEVICE), *(argument.to(DEVICE) for argument in chosen))
+    apply_penalties(logits, rows, *chosen)
+    assert torch.equal(on_device.cpu(), logits)
 
 
 def test_history_order_does_not_matter():

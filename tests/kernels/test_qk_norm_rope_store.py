@@ -5,9 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lockstep.kernels import kv_cache, rms_norm, rope
 from lockstep.kernels.kv_cache import new_kv_cache
-from lockstep.kernels.qk_norm_rope_store import qk_norm_rope_store, qk_norm_rope_store_reference
+from lockstep.kernels.qk_norm_rope_store import (
+    _qk_norm_rope_store_triton,
+    qk_norm_rope_store,
+    qk_norm_rope_store_reference,
+)
 from lockstep.kernels.rope import rope_cos_sin, rope_inv_freq
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 EPS = 1e-6
 NUM_POSITIONS = 300
@@ -144,3 +151,48 @@ def test_bad_inputs_are_refused():
         call(positions=case.positions.int())
     with pytest.raises(ValueError, match="not made by new_kv_cache"):
         call(caches=[cache.contiguous() for cache in caches])
+
+
+def _separate_triton_ops(qkv, q_weight, k_weight, eps, table, positions, k_cache, v_cache, slots):
+    """qk_norm_rope_store_reference with the Triton implementations, which the CPU's dispatch does not choose."""
+    num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
+    by_group = qkv.view(qkv.shape[0], num_kv_heads, -1, head_dim)
+    q, k, v = by_group[:, :, :-2].flatten(1, 2), by_group[:, :, -2], by_group[:, :, -1]
+    q = q if q_weight is None else rms_norm._rms_norm_triton(q, q_weight, eps)
+    k = k if k_weight is None else rms_norm._rms_norm_triton(k, k_weight, eps)
+    q, k = rope._apply_rope_triton(q, table, positions), rope._apply_rope_triton(k, table, positions)
+    kv_cache._kv_store_triton(k, v, k_cache, v_cache, slots)
+    return q
+
+
+def _assert_triton_bits_are_those_of_the_separate_ops(dtype, num_tokens, heads, page_size, weights):
+    num_kv_heads, group_size, head_dim = heads
+    case = _Case(num_tokens, num_kv_heads, group_size, head_dim, page_size)
+    shape = num_tokens // page_size + 2, num_kv_heads, page_size, head_dim
+    weights = [case.weights[i].to(DEVICE, dtype) if given else None for i, given in enumerate(weights)]
+    inputs = case.qkv.to(DEVICE, dtype), *weights, EPS, case.table.to(DEVICE), case.positions.to(DEVICE)
+    results = []
+    for op in (_qk_norm_rope_store_triton, _separate_triton_ops):
+        caches = [torch.full(shape, -7.0, dtype=dtype, device=DEVICE) for _ in range(2)]
+        q = op(*inputs, *caches, case.slots.to(DEVICE))
+        results.append((q, *caches))
+    _assert_same_bits(*results)
+    case.weights = [None if weight is None else weight.float().cpu() for weight in weights]
+    expected = case.run(qk_norm_rope_store_reference)[0]
+    tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}[dtype]
+    torch.testing.assert_close(results[0][0].float().cpu(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("weights", [(True, True), (False, False), (True, False)])
+@pytest.mark.parametrize("heads", [(2, 2, 32), (1, 7, 6), (2, 4, 128)])
+def test_triton_bits_are_those_of_the_separate_ops(dtype, weights, heads):
+    _assert_triton_bits_are_those_of_the_separate_ops(dtype, 6, heads, 7, weights)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("num_tokens", [1, 3, 64, 3000])
+@pytest.mark.parametrize("heads", [(8, 4, 128), (2, 8, 64), (4, 2, 96), (8, 2, 256)])
+def test_bf16_bits_are_those_of_the_separate_ops(num_tokens, heads):
+    _assert_triton_bits_are_those_of_the_separate_ops(torch.bfloat16, num_tokens, heads, 64, (True, True))

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from lockstep.kernels.rms_norm import (
     _add_rms_norm_triton,
+    _rms_norm_backward_triton,
     _rms_norm_triton,
     add_rms_norm,
     add_rms_norm_reference,
@@ -15,6 +16,7 @@ from lockstep.kernels.rms_norm import (
 )
 
 EPS = 1e-6
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _random(*shape, seed=0):
@@ -131,3 +133,39 @@ def test_triton_matches_the_reference_and_keeps_rows(dtype):
     normed, summed = _add_rms_norm_triton(x, qkv[:, 4:], weight, EPS)
     assert torch.equal(summed, x + qkv[:, 4:])
     assert torch.equal(normed, _rms_norm_triton(summed, weight, EPS))
+
+
+@pytest.mark.parametrize(("shape", "slice_heads"), [((9, 100), False), ((1300, 16), False), ((40, 6, 128), True)])
+def test_triton_gradients_match_fp64(shape, slice_heads, monkeypatch):
+    monkeypatch.setattr("lockstep.kernels.rms_norm._BACKWARD_PROGRAMS", 4)
+    x, weight = _random(*shape, seed=1), _random(shape[-1], seed=2)
+    x = x[:, 2:4] if slice_heads else x
+    dy, dx_start = _random(*x.shape, seed=3), _random(*x.shape, seed=4)
+    oracle = [x.double().requires_grad_(), weight.double().requires_grad_()]
+    rms_norm_reference(*oracle, EPS).backward(dy.double())
+    on_device = [tensor.to(DEVICE) for tensor in (x, weight, dy, dx_start)]
+    dx, dweight = _rms_norm_backward_triton(*on_device[:2], EPS, on_device[2], None)
+    torch.testing.assert_close(dx.cpu().double(), oracle[0].grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dweight.cpu().double(), oracle[1].grad, rtol=1e-4, atol=1e-4)
+    with_start, again = _rms_norm_backward_triton(*on_device[:2], EPS, *on_device[2:])
+    torch.testing.assert_close(with_start.cpu(), dx.cpu() + dx_start, rtol=1e-5, atol=1e-5)
+    assert torch.equal(again, dweight)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("hidden_size", [64, 128, 1024, 4096, 5120])
+def test_bf16_rows_alone_and_together(hidden_size):
+    x, residual, weight = (
+        _random(*shape, seed=i).to("cuda", torch.bfloat16)
+        for i, shape in enumerate([(3000, hidden_size)] * 2 + [(hidden_size,)])
+    )
+    normed, summed = add_rms_norm(x, residual, weight, EPS)
+    for start, stop in ((0, 1), (7, 8), (5, 69), (1, 3000)):
+        some_normed, some_summed = add_rms_norm(x[start:stop], residual[start:stop], weight, EPS)
+        assert torch.equal(some_normed, normed[start:stop])
+        assert torch.equal(some_summed, summed[start:stop])
+        assert torch.equal(rms_norm(summed[start:stop], weight, EPS), normed[start:stop])
+    # Pointers without alignment, and so without vector loads.
+    odd = torch.cat([summed.new_zeros(3000, 1), summed], dim=1)[:, 1:]
+    assert torch.equal(rms_norm(odd, weight, EPS), normed)

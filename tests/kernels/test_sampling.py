@@ -4,8 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from lockstep.kernels import sampling
-from lockstep.kernels.sampling import lowest_allowed_reference, sample, sample_reference
+from lockstep.kernels import log_probs, sampling
+from lockstep.kernels.log_probs import token_log_probs
+from lockstep.kernels.sampling import lowest_allowed_reference, sample, sample_reference, sample_with_log_probs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -47,11 +48,76 @@ def test_cpu_draws_the_tokens_of_the_reference(vocab_size, ties):
 
 
 # Few rows: in Triton's interpreter a truncated row takes most of a second.
-@pytest.mark.parametrize(("vocab_size", "ties"), [(5, True), (1300, False)])
+@pytest.mark.parametrize(("vocab_size", "ties"), [(5, True), (1300, False), (9000, True)])
 def test_triton_draws_the_tokens_of_the_reference(vocab_size, ties):
     batch = make_batch(6, vocab_size, seed=vocab_size, ties=ties)
     on_device = [tensor.to(DEVICE) for tensor in batch]
     assert torch.equal(sampling._sample_triton(*on_device)[0].cpu(), sample_reference(*batch))
+
+
+def test_log_probs_come_with_the_draw():
+    batch = make_batch(50, 700, seed=1)
+    tokens, logprobs = sample_with_log_probs(*batch)
+    assert torch.equal(tokens, sample(*batch))
+    assert torch.equal(logprobs, token_log_probs(batch[0], tokens, batch[1]))
+
+
+def test_triton_log_probs_are_those_of_given_tokens():
+    """The draw's kernels and those that score given tokens are two, but their sums are one."""
+    batch = [
+        tensor.to(DEVICE) for tensor in plain(3 * torch.randn(3, 9000, generator=torch.Generator().manual_seed(3)))
+    ]
+    batch[1][1], batch[1][2] = 0.0, 0.7
+    tokens, logprobs = sampling._sample_triton(*batch, truncates=False)
+    assert torch.equal(tokens.cpu(), sample_reference(*(tensor.cpu() for tensor in batch)))
+    assert torch.equal(logprobs, log_probs._rows_triton(batch[0], tokens, batch[1]).logprobs)
+    for row in range(3):
+        alone = sampling._sample_triton(*(tensor[row : row + 1] for tensor in batch), truncates=True)
+        assert torch.equal(alone[0], tokens[row : row + 1])
+        assert torch.equal(alone[1], logprobs[row : row + 1])
+
+
+@pytest.mark.parametrize("draw", [sample_with_log_probs, sampling._sample_triton])
+def test_results_go_to_the_given_rows(draw):
+    device = DEVICE if draw is sampling._sample_triton else "cpu"
+    batch = [tensor.to(device) for tensor in plain(torch.randn(3, 40, generator=torch.Generator().manual_seed(3)))]
+    out = torch.full((5,), -7, device=device), torch.full((5,), -7.0, device=device)
+    tokens, logprobs = draw(*batch, False)
+    draw(*batch, False, out, torch.tensor([4, -1, 0], device=device))
+    assert torch.equal(out[0][[4, 0]], tokens[[0, 2]])
+    assert torch.equal(out[1][[4, 0]], logprobs[[0, 2]])
+    assert (out[0][1:4] == -7).all()
+    assert (out[1][1:4] == -7).all()
+    with pytest.raises(ValueError, match="out_rows"):
+        sample_with_log_probs(*batch, False, None, torch.tensor([4, -1, 0], device=device))
+
+
+def test_half_precision_logits_have_the_borders_of_their_fp32_values():
+    """Borders are found on the logits' own bits: 16 of them here."""
+    batch = make_batch(4, 5000, seed=4)
+    half = batch[0].half()
+    parameters = [tensor.to(DEVICE) for tensor in batch[1:5]]
+    lowest = sampling._lowest_allowed_triton(half.to(DEVICE), *parameters)
+    assert torch.equal(lowest, sampling._lowest_allowed_triton(half.float().to(DEVICE), *parameters))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_draws_the_tokens_of_the_reference(dtype):
+    batch = [tensor.cuda() for tensor in make_batch(64, 151_936, seed=5)]
+    batch[0] = batch[0].to(dtype)
+    tokens, logprobs = sample_with_log_probs(*batch)
+    # The borders of top-p and min-p hang on the last bit of exp, which is the device's: there the reference may differ.
+    wide = [batch[0].float(), *batch[1:]]
+    by_rank = (wide[3] == 1) & (wide[4] == 0)
+    assert torch.equal(tokens[by_rank], sample_reference(*wide)[by_rank])
+    assert torch.equal(tokens, sample_with_log_probs(*wide)[0])
+    assert torch.equal(logprobs, token_log_probs(batch[0], tokens, batch[1]))
+    rows = torch.tensor([3, 60, 3, 17], device="cuda")
+    some_tokens, some_logprobs = sample_with_log_probs(*(tensor[rows] for tensor in batch))
+    assert torch.equal(some_tokens, tokens[rows])
+    assert torch.equal(some_logprobs, logprobs[rows])
 
 
 @pytest.mark.parametrize(

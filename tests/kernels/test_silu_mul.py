@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.kernels.silu_mul import _silu_mul_triton, silu_mul, silu_mul_reference
+from lockstep.kernels.silu_mul import _silu_mul_backward_triton, _silu_mul_triton, silu_mul, silu_mul_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _random(*shape, seed=0, scale=3.0):
@@ -70,3 +72,12 @@ def test_triton_matches_the_reference_and_keeps_rows(dtype):
     tolerance = 1e-5 if dtype == torch.float32 else 2e-3
     torch.testing.assert_close(y, silu_mul_reference(x), rtol=tolerance, atol=tolerance)
     assert torch.equal(_silu_mul_triton(x[4:7]), y[4:7])
+
+
+@pytest.mark.parametrize("num_columns", [7, 1500])
+def test_triton_gradient_matches_fp64(num_columns):
+    gate_up, dy = _random(5, 2 * num_columns), _random(5, num_columns, seed=1)
+    oracle = gate_up.double().requires_grad_()
+    silu_mul_reference(oracle).backward(dy.double())
+    gradient = _silu_mul_backward_triton(gate_up.to(DEVICE), dy.to(DEVICE))
+    torch.testing.assert_close(gradient.cpu().double(), oracle.grad, rtol=1e-5, atol=1e-5)
