@@ -1,0 +1,234 @@
+"""The benchmark's own arithmetic, tables and errors, and its suites at a size that a CPU does in seconds."""
+
+import json
+import os
+import time
+
+import pytest
+
+from lockstep.recipes.bench import decode_profile, own_process
+from lockstep.recipes.bench.candidates import CANDIDATES, candidates, engine_config
+from lockstep.recipes.bench.config import BenchConfig
+from lockstep.recipes.bench.decode_profile import busy_us, draw_timeline, gpu_spans, kind_of, length_us, summary
+from lockstep.recipes.bench.engine_suite import RECORDED, tokens_per_second
+from lockstep.recipes.bench.results import Column, Table
+from lockstep.recipes.bench.shapes import write_model_directory
+from lockstep.recipes.bench.stage import run
+from lockstep.recipes.bench.workloads import CPU_WORKLOADS, ENGINE_WORKLOADS, Workload, chosen, draw, output_lengths
+
+
+def test_the_drawn_lengths_are_fixed():
+    lengths = output_lengths(1024)
+    assert (sum(lengths), min(lengths), max(lengths)) == (666_751, 46, 2048)
+    assert output_lengths(16) == lengths[:16]
+
+
+def test_repeats_have_fresh_prompts_and_the_same_lengths():
+    workload = ENGINE_WORKLOADS[2]
+    first, second, again = (draw(workload, 1000, repeat, scale=0.05) for repeat in (0, 1, 0))
+    assert first == again
+    assert first.output_tokens == second.output_tokens
+    assert not {tuple(prompt) for prompt in first.prompts} & {tuple(prompt) for prompt in second.prompts}
+    assert len(first.prompts) == len(first.output_tokens) == 3 * 16
+    assert first.prompts[0] == first.prompts[15] != first.prompts[16]
+    assert {len(prompt) for prompt in first.prompts} == {26}
+
+
+def test_workloads_have_the_documented_sizes():
+    sizes = {}
+    for workload in ENGINE_WORKLOADS:
+        requests = draw(workload, 50, 1)
+        sizes[workload.name] = (len(requests.prompts), sum(map(len, requests.prompts)), sum(requests.output_tokens))
+    assert sizes == {
+        "W1": (1, 128, 256),
+        "W2": (64, 64 * 512, 64 * 512),
+        "W3": (1024, 1024 * 512, 666_751),
+        "W4": (32, 32 * 4096, 32),
+        "W5": (256, 256 * 128, 256 * 256),
+    }
+    assert all(numbers.keys() == sizes.keys() for numbers in RECORDED.values())
+    assert [w.name for w in chosen(ENGINE_WORKLOADS, ["W3", "W1"])] == ["W3", "W1"]
+    with pytest.raises(ValueError, match="'W9'; this suite has C32, C128"):
+        chosen(CPU_WORKLOADS, ["W9"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shape": "qwen3-9b"}, "unknown shape 'qwen3-9b'; known: qwen3-8b"),
+        ({"repeats": 0}, "must be positive"),
+        ({"shape": "small", "model": "x"}, "not both"),
+        ({"device": "cuda"}, "no NVIDIA GPU"),
+    ],
+)
+def test_impossible_settings_are_named(settings, message, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        BenchConfig(**settings).resolve()
+
+
+def test_the_suite_follows_the_machine(monkeypatch):
+    for has_gpu, suite, device in ((False, "cpu", "cpu"), (True, "engine", "cuda")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda answer=has_gpu: answer)
+        resolved = BenchConfig().resolve()
+        assert (resolved.suite, resolved.device) == (suite, device)
+
+
+def test_a_missing_peer_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs the package vllm, which is not here: pip install vllm"):
+        candidates("vllm-batch-invariant")
+    with pytest.raises(ValueError, match=r"unknown peer 'tgi'; known: .*sglang"):
+        candidates("tgi")
+
+
+def test_unknown_engine_settings_are_named():
+    config = BenchConfig(suite="engine", device="cpu", engine={"page_sise": 3})
+    with pytest.raises(ValueError, match=r"engine\.page_sise is no field of EngineConfig"):
+        engine_config("model", config)
+
+
+def test_an_engine_that_generates_too_little_is_refused():
+    workload = Workload("short", 1, 1, 4, 8)
+    with pytest.raises(RuntimeError, match="short: 7 tokens were generated, not 8"):
+        tokens_per_second(lambda requests, seed: 7, workload, draw(workload, 10, 0), 0)
+
+
+# Processes -----------------------------------------------------------------------------------------------------------
+
+
+def test_results_and_errors_cross_the_process_border():
+    call = own_process.call_in_own_process
+    assert call("sum", sum, [1, 2], 60) == 3
+    with pytest.raises(ValueError, match="parse: invalid literal"):
+        call("parse", int, "x", 60)
+    with pytest.raises(RuntimeError, match=r"(?s)length failed:.*TypeError"):
+        call("length", len, 3, 60)
+    with pytest.raises(RuntimeError, match="leave: its process ended with exit code 3"):
+        call("leave", os._exit, 3, 60)
+    with pytest.raises(TimeoutError, match="sleep did not end within"):
+        call("sleep", time.sleep, 60, 0.1)
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+def test_tables_in_markdown():
+    columns = [Column("what", "what"), Column("rate", "tokens/s", ",.0f"), Column("share", "share", ".0%")]
+    table = Table(
+        "A title", columns, [{"what": "a", "rate": 1234.5, "share": 0.5}, {"what": "b", "rate": 2}], ["Note."]
+    )
+    assert table.markdown().splitlines() == [
+        "## A title",
+        "Note.",
+        "",
+        "| what | tokens/s | share |",
+        "|---|---:|---:|",
+        "| a | 1,234 | 50% |",
+        "| b | 2 | - |",
+    ]
+    assert table.rich().row_count == 2
+
+
+# The profile ---------------------------------------------------------------------------------------------------------
+
+
+def event(name, start, duration, category="kernel"):
+    return {"name": name, "cat": category, "ts": start, "dur": duration, "ph": "X"}
+
+
+TRACE = {
+    "traceEvents": [
+        event("_linear_kernel", 110, 20),
+        event("_split_kernel", 100, 15),  # overlaps the one above by 5
+        event("Memcpy DtoH", 150, 10, "gpu_memcpy"),
+        event("nvjet_hsh_128x64", 180, 20),
+        event("aten::mm", 90, 200, "cpu_op"),
+        {"name": "process_name", "ph": "M"},
+    ]
+}
+
+
+def test_idle_share_of_a_made_up_trace(tmp_path):
+    spans = gpu_spans(TRACE)
+    assert [span.name for span in spans] == ["_split_kernel", "_linear_kernel", "Memcpy DtoH", "nvjet_hsh_128x64"]
+    assert length_us(spans) == 100
+    assert busy_us(spans) == 30 + 10 + 20
+    rows = {row["what"]: row for row in summary(spans, steps=2, untraced_step_us=40.0).rows}
+    assert rows["GPU idle"] == {"what": "GPU idle", "us": 20.0, "share": 0.4}
+    assert rows["matrix product"] == {"what": "matrix product", "launches": 1.0, "us": 20.0, "share": 0.4}
+    assert rows["a step, traced"] == {"what": "a step, traced", "launches": 2.0, "us": 50.0, "share": 1.0}
+    draw_timeline(spans, 4, tmp_path / "timeline.png")
+    assert (tmp_path / "timeline.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_a_trace_without_a_gpu_has_no_shares():
+    assert [row["share"] for row in summary([], 2, 40.0).rows] == [None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("_rms_norm_kernel", "norm, rope, KV store"),
+        ("_attend_split_kernel", "attention"),
+        ("_silu_mul_kernel", "activation"),
+        ("Memset (Device)", "copy, fill"),
+        ("_draw_kernel", "sampling"),
+        ("vectorized_elementwise_kernel", "other"),
+    ],
+)
+def test_kinds_of_kernels(kernel, kind):
+    assert kind_of(kernel) == kind
+
+
+# Whole suites --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Settings of a benchmark of seconds, and where its results go."""
+    return {
+        "device": "cpu",
+        "shape": "small",
+        "scale": 0.02,
+        "repeats": 1,
+        "output": str(tmp_path / "results"),
+        "images": str(tmp_path / "images"),
+    }
+
+
+def read(tmp_path, name):
+    results = tmp_path / "results" / f"bench_{name}"
+    return json.loads(results.with_suffix(".json").read_text()), results.with_suffix(".md").read_text()
+
+
+def test_the_engine_suite_beside_a_peer(tiny, tmp_path):
+    run(BenchConfig(suite="engine", workloads=["W1", "W4"], peer="transformers", **tiny))
+    result, text = read(tmp_path, "engine_small")
+    w1, w4 = result["tables"]["Tokens per second"]
+    assert w1["ratio"] == w1["lockstep"] / w1["transformers"]
+    assert len(w4["all"]["lockstep"]) == 1
+    assert "recorded" not in w1, "records are of another shape and machine"
+    assert "| W4: 32 requests, in 4096, out 1 |" in text
+    assert result["config"]["scale"] == 0.02
+    assert result["machine"] in text
+    assert result["commit"] in text
+
+
+def test_the_profile_without_a_gpu(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(decode_profile, "WARM_UP_STEPS", 2)
+    monkeypatch.setattr(decode_profile, "TRACED_STEPS", 3)
+    monkeypatch.setattr(decode_profile, "WORKLOAD", Workload("decode", 3, 1, 8, 20))
+    config = BenchConfig(suite="engine", **tiny).resolve()
+    model = write_model_directory("small", tmp_path / "model")
+    rows = decode_profile.run(decode_profile.Job(model, config)).rows
+    assert [row["what"] for row in rows] == ["GPU idle", "a step, traced", "a step, untraced"]
+    assert rows[-1]["us"] > 0
+
+
+def test_the_cpu_suite_takes_turns(tiny, tmp_path):
+    run(BenchConfig(suite="cpu", workloads=["C32"], peer="transformers", **tiny))
+    result, text = read(tmp_path, "cpu")
+    (row,) = result["tables"]["Output tokens per second"]
+    assert row["all"].keys() == {"lockstep", "transformers"} < CANDIDATES.keys()
+    assert "| 4 x 16 samples, in 32, out 128 |" in text
