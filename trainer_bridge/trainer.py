@@ -19,7 +19,7 @@ from lockstep.trainer_bridge.losses import Loss
 from lockstep.trainer_bridge.megatron_setup import initialize_megatron
 from lockstep.trainer_bridge.model import LockstepGPTModel
 from lockstep.trainer_bridge.optimizer import LrSchedule, MasterAdamW, NoOptimizer, learning_rate
-from lockstep.trainer_bridge.packing import PackedBatch, first_fit, sequence_layout
+from lockstep.trainer_bridge.packing import PackedBatch, first_fit, sequence_layout, to_device
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,8 @@ class MegatronTrainer:
             self._check_tokens(token_ids, positions)
             # The row before each token that is not the first of its sequence predicts it.
             rows = (positions > 0).nonzero().squeeze(1) - 1
-            inputs = [t.to(self.device) for t in (token_ids, positions, cu_seqlens, rows, token_ids[rows + 1])]
+            tensors = (token_ids, positions, cu_seqlens, rows, token_ids[rows + 1])
+            inputs = [to_device(tensor, self.device) for tensor in tensors]
             call = (*inputs, temperature)
             if weights is None:
                 values, _ = self.model(*call)
@@ -200,7 +201,7 @@ class MegatronTrainer:
 
     def _backward(self, batch: PackedBatch, loss: Loss) -> dict[str, torch.Tensor]:
         """Adds a micro-batch's gradients. Returns its part of the loss and of the stats, as scalars on the device."""
-        rows = batch.weights.nonzero().squeeze(1).to(self.device)
+        rows = to_device(batch.weights.nonzero().squeeze(1), self.device)
         batch = batch.to(self.device)
         if len(rows) == 0:
             return {}
