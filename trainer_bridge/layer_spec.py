@@ -63,7 +63,8 @@ class KernelRMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        # A key is a part of the fused projection, all of which would live until the backward pass if a view were saved.
+        return rms_norm(x.contiguous(), self.weight, self.eps)
 
 
 class KernelColumnLinear(ColumnParallelLinear):

@@ -6,11 +6,13 @@ import time
 
 import pytest
 
+from lockstep.engine.models.config import load_model_config
 from lockstep.recipes.bench import decode_profile, own_process
 from lockstep.recipes.bench.candidates import CANDIDATES, candidates, engine_config
 from lockstep.recipes.bench.config import BenchConfig
 from lockstep.recipes.bench.decode_profile import busy_us, draw_timeline, gpu_spans, kind_of, length_us, summary
 from lockstep.recipes.bench.engine_suite import RECORDED, tokens_per_second
+from lockstep.recipes.bench.flops import attention_pairs, forward_flops, matmul_parameters, training_flops
 from lockstep.recipes.bench.results import Column, Table
 from lockstep.recipes.bench.shapes import write_model_directory
 from lockstep.recipes.bench.stage import run
@@ -108,6 +110,22 @@ def test_results_and_errors_cross_the_process_border():
         call("leave", os._exit, 3, 60)
     with pytest.raises(TimeoutError, match="sleep did not end within"):
         call("sleep", time.sleep, 60, 0.1)
+
+
+# FLOPs ---------------------------------------------------------------------------------------------------------------
+
+
+def test_flops_against_hand_numbers(tmp_path):
+    # One layer of Qwen3-8B: qkv 4096 x 6144, proj 4096 x 4096, gate and up 4096 x 24576, down 12288 x 4096.
+    layer = 4096 * (6144 + 4096 + 24576 + 12288)
+    big = load_model_config(write_model_directory("qwen3-8b", tmp_path / "8b"))
+    assert matmul_parameters(big) == 36 * layer + 151936 * 4096
+    tied = load_model_config(write_model_directory("qwen3-0.6b", tmp_path / "0.6b"))
+    assert matmul_parameters(tied) == 28 * 1024 * (4096 + 2048 + 6144 + 3072) + 151936 * 1024
+    assert attention_pairs([1, 4]) == 1 + 10
+    # A sequence of 3: 6 pairs, each a dot product and a weighted sum over 36 layers of 32 heads of 128.
+    assert forward_flops(big, [3]) == 3 * 2 * matmul_parameters(big) + 6 * 4 * 36 * 32 * 128
+    assert training_flops(big, [3]) == 3 * forward_flops(big, [3])
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
@@ -232,3 +250,17 @@ def test_the_cpu_suite_takes_turns(tiny, tmp_path):
     (row,) = result["tables"]["Output tokens per second"]
     assert row["all"].keys() == {"lockstep", "transformers"} < CANDIDATES.keys()
     assert "| 4 x 16 samples, in 32, out 128 |" in text
+
+
+def test_the_trainer_suite(tiny, tmp_path):
+    run(BenchConfig(suite="trainer", **tiny))
+    result, text = read(tmp_path, "trainer")
+    rows = result["tables"]["Training"]
+    assert [row["recompute"] for row in rows] == ["no", "yes"]
+    for row in rows:
+        assert row["tokens_per_s"] == pytest.approx(8 * 41 / row["seconds"])
+        assert row["share"] == pytest.approx(row["tflops"] / row["matmul_tflops"])
+        assert row["mfu"] is None, "the datasheet is not of a CPU"
+    assert "8 packed sequences of 41 tokens" in text
+    with pytest.raises(ValueError, match="neither model, peer nor workloads"):
+        run(BenchConfig(suite="trainer", peer="vllm", **tiny))
