@@ -5,6 +5,7 @@ import os
 import time
 
 import pytest
+import torch
 
 from lockstep.engine.models.config import load_model_config
 from lockstep.recipes.bench import decode_profile, own_process
@@ -13,6 +14,7 @@ from lockstep.recipes.bench.config import BenchConfig
 from lockstep.recipes.bench.decode_profile import busy_us, draw_timeline, gpu_spans, kind_of, length_us, summary
 from lockstep.recipes.bench.engine_suite import RECORDED, tokens_per_second
 from lockstep.recipes.bench.flops import attention_pairs, forward_flops, matmul_parameters, training_flops
+from lockstep.recipes.bench.kernels_suite import Sizes, cases
 from lockstep.recipes.bench.results import Column, Table
 from lockstep.recipes.bench.shapes import write_model_directory
 from lockstep.recipes.bench.stage import run
@@ -264,3 +266,26 @@ def test_the_trainer_suite(tiny, tmp_path):
     assert "8 packed sequences of 41 tokens" in text
     with pytest.raises(ValueError, match="neither model, peer nor workloads"):
         run(BenchConfig(suite="trainer", peer="vllm", **tiny))
+
+
+def test_the_kernels_suite(tiny, tmp_path):
+    run(BenchConfig(suite="kernels", **tiny))
+    result, text = read(tmp_path, "kernels_small")
+    rows = result["tables"]["Kernels"]
+    assert len({row["kernel"] for row in rows}) == 5 + 2 + 3 + 3 + 1
+    assert all(row["us"] > 0 and row["share"] > 0 for row in rows)
+    assert "| linear qkv | 1 x 128 -> 256 |" in text
+
+
+def test_kernel_cases_count_bytes_and_flops(tmp_path):
+    model = load_model_config(write_model_directory("qwen3-8b", tmp_path))
+    found = {(case.kernel, case.size): case for case in cases(Sizes(model, torch.device("meta"), torch.bfloat16, 1.0))}
+    product = found["linear fc1", "64 x 4096 -> 24576"]
+    assert product.num_bytes == 2 * (64 * 4096 + 24576 * 4096 + 64 * 24576)
+    assert product.num_flops == 2 * 64 * 4096 * 24576
+    decode = found["attention, decode", "64 x 1024 tokens"]
+    assert decode.num_bytes == 2 * 64 * (2 * 1024 * 8 * 128 + 2 * 32 * 128)
+    assert decode.num_flops == 4 * 32 * 128 * 64 * 1024
+    prefill = found["attention, prefill", "4 x 4096 tokens"]
+    assert prefill.num_flops == 4 * 32 * 128 * 4 * (4096 * 4097 // 2)
+    assert found["add_rms_norm", "8192 rows"].num_bytes == 2 * 4 * 8192 * 4096
