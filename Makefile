@@ -4,13 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format clean
+SHAPE ?= qwen3-0.6b
+
+.PHONY: demo test test-gpu lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/lockstep rl recipe=demo
 
 test: $(INSTALLED)
 	$(BIN)/pytest
+
+# The promises on an NVIDIA GPU, on a model of the given shape, and the kernels' tests on it instead of the interpreter.
+test-gpu: $(INSTALLED)
+	$(BIN)/pytest -m gpu --shape $(SHAPE)
+	$(BIN)/pytest -m "not gpu" tests/kernels
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

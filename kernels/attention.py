@@ -8,6 +8,7 @@ import itertools
 
 import torch
 
+from lockstep.kernels import attention_flash_backward
 from lockstep.kernels.attention_cpu import attention_forward as _forward_cpu
 from lockstep.kernels.attention_cpu_backward import attention_backward as _backward_cpu
 from lockstep.kernels.attention_decode_triton import MAX_TILE_ROWS
@@ -167,5 +168,8 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
-        backward = _backward_triton if q.device.type == "cuda" else _backward_cpu
+        if attention_flash_backward.takes(q):
+            backward = attention_flash_backward.attention_backward
+        else:
+            backward = _backward_triton if q.device.type == "cuda" else _backward_cpu
         return *backward(grad_out, q, k, v, out, lse, cu_seqlens, ctx.scale, ctx.window), None, None, None

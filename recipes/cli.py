@@ -40,7 +40,11 @@ STAGES: Mapping[str, Stage] = {
     "convert": Stage(
         "lockstep.recipes.convert:ConvertConfig", "lockstep.recipes.convert:run", "checkpoint to HF format"
     ),
-    "bench": Stage("lockstep.recipes.bench:BenchConfig", "lockstep.recipes.bench:run", "speed of engine and trainer"),
+    "bench": Stage(
+        "lockstep.recipes.bench.config:BenchConfig",
+        "lockstep.recipes.bench.stage:run",
+        "speed of engine, trainer, kernels",
+    ),
 }
 
 HELP_TEMPLATE = """\

@@ -5,6 +5,7 @@ import random
 import socket
 import threading
 import warnings
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 # Read by libraries when they are imported. A value that the user has set stays.
@@ -27,6 +28,11 @@ def prepare_environment() -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
     # What Megatron-core says at import on a machine without Transformer Engine; Lockstep brings its own layers.
     warnings.filterwarnings("ignore", message=r".*Apex (is|are) not installed.*")
+
+
+def set_environment(variables: Mapping[str, str]) -> None:
+    """Set environment variables for libraries that this process has not imported yet, and for its children."""
+    os.environ.update(variables)
 
 
 def set_up_process(seed: int, num_threads: int | None = None) -> None:

@@ -10,3 +10,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--shape",
+        default="qwen3-0.6b",
+        help="model of the GPU tests: qwen3-0.6b, qwen3-1.7b, qwen3-8b; small also runs on a CPU",
+    )

@@ -25,7 +25,7 @@ from lockstep.kernels.attention import attention_packed
 from lockstep.kernels.linear import linear
 from lockstep.kernels.rms_norm import rms_norm
 from lockstep.kernels.rope import apply_rope
-from lockstep.kernels.silu_mul import silu_mul
+from lockstep.kernels.silu_mul_linear import silu_mul_linear
 
 
 @dataclass
@@ -63,7 +63,8 @@ class KernelRMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        # A key is a part of the fused projection, all of which would live until the backward pass if a view were saved.
+        return rms_norm(x.contiguous(), self.weight, self.eps)
 
 
 class KernelColumnLinear(ColumnParallelLinear):
@@ -91,19 +92,26 @@ class KernelRowLinear(RowParallelLinear):
         return linear(input_, self.weight, self.bias), None
 
 
-def _require_one_tensor_parallel_rank(module: ColumnParallelLinear | RowParallelLinear) -> None:
-    if module.tp_group.size() != 1:
-        raise NotImplementedError(f"{type(module).__name__} does not reduce over tensor-parallel ranks")
-
-
-class KernelSiluMul(MegatronModule):
-    """[..., 2F] (gate | up) -> [..., F]. Megatron's MLP gives the whole of linear_fc1's output to such a module."""
+class NoActivation(MegatronModule):
+    """Stands where Megatron's MLP calls its activation on the whole of linear_fc1's output: linear_fc2 does it."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config)
 
     def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return silu_mul(gate_up)
+        return gate_up
+
+
+class KernelSiluMulRowLinear(KernelRowLinear):
+    """The MLP's second linear layer with the activation before it, [..., 2F] (gate | up) -> [..., H]."""
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return silu_mul_linear(input_, self.weight, self.bias), None
+
+
+def _require_one_tensor_parallel_rank(module: ColumnParallelLinear | RowParallelLinear) -> None:
+    if module.tp_group.size() != 1:
+        raise NotImplementedError(f"{type(module).__name__} does not reduce over tensor-parallel ranks")
 
 
 class KernelCoreAttention(torch.nn.Module):
@@ -164,8 +172,8 @@ def block_spec(model: ModelConfig, recompute: bool) -> TransformerBlockSubmodule
     )
     mlp = MLPSubmodules(
         linear_fc1=ModuleSpec(module=KernelColumnLinear, params={"has_bias": model.mlp_bias}),
-        linear_fc2=ModuleSpec(module=KernelRowLinear, params={"has_bias": model.mlp_bias}),
-        activation_func=KernelSiluMul,
+        linear_fc2=ModuleSpec(module=KernelSiluMulRowLinear, params={"has_bias": model.mlp_bias}),
+        activation_func=NoActivation,
     )
     layer = ModuleSpec(
         module=RecomputedLayer if recompute else TransformerLayer,

@@ -95,7 +95,8 @@ class LockstepGPTModel(GPTModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities, and entropies without gradient, of `targets` at some rows of the pack.
 
-        token_ids, positions: int64 [T]; cu_seqlens: int32 [B+1]; rows, targets: int64 [R] -> fp32 [R], fp32 [R].
+        token_ids, positions: int64 [T]; cu_seqlens: int32 [B+1]; rows, targets: int64 [R] -> fp32 [R], fp32 [R]. No row
+        comes twice.
         """
         hidden = self.hidden_states(token_ids, positions, cu_seqlens)
-        return log_probs(hidden[rows], self.output_weight(), targets, temperature, with_entropy=True)
+        return log_probs(hidden.index_select(0, rows), self.output_weight(), targets, temperature, with_entropy=True)

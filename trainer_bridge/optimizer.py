@@ -66,14 +66,18 @@ class MasterAdamW:
 
     def accumulate(self) -> None:
         """Adds the gradients of the last backward pass to the fp32 sums. To be called after each micro-batch."""
+        sums, gradients = [], []
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if master is parameter or parameter.grad is None:
                 continue
             if master.grad is None:
                 master.grad = parameter.grad.float()
             else:
-                master.grad += parameter.grad
+                sums.append(master.grad)
+                gradients.append(parameter.grad)
             parameter.grad = None
+        if sums:
+            torch._foreach_add_(sums, gradients)
 
     def grad_norm(self) -> torch.Tensor:
         """The 2-norm of all gradients together."""
@@ -87,9 +91,9 @@ class MasterAdamW:
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is not parameter:
-                parameter.copy_(master)
+        copies = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
+        if copies:
+            torch._foreach_copy_(*map(list, zip(*copies, strict=True)))
         self.zero_grad()
 
     def state_tensors(self, index: int) -> dict[str, torch.Tensor]:
@@ -113,3 +117,28 @@ class MasterAdamW:
             }
             for index in range(len(self.parameters))
         }
+
+
+class NoOptimizer:
+    """Stands in for MasterAdamW where nothing is to be updated: it keeps nothing and drops each gradient.
+
+    A trainer with it computes log-probabilities, or the forward and backward passes of a step, with memory for the
+    weights and one micro-batch only.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]):
+        self.parameters = list(parameters)
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def accumulate(self) -> None:
+        self.zero_grad()
+
+    def grad_norm(self) -> torch.Tensor:
+        """Zero: no gradient is kept."""
+        return torch.zeros(())
+
+    def step(self, lr: float, max_grad_norm: float | None, grad_norm: torch.Tensor) -> None:
+        pass

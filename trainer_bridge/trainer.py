@@ -18,8 +18,8 @@ from lockstep.trainer_bridge.checkpoint import load_tensors, read_common, save_c
 from lockstep.trainer_bridge.losses import Loss
 from lockstep.trainer_bridge.megatron_setup import initialize_megatron
 from lockstep.trainer_bridge.model import LockstepGPTModel
-from lockstep.trainer_bridge.optimizer import LrSchedule, MasterAdamW, learning_rate
-from lockstep.trainer_bridge.packing import PackedBatch, first_fit, sequence_layout
+from lockstep.trainer_bridge.optimizer import LrSchedule, MasterAdamW, NoOptimizer, learning_rate
+from lockstep.trainer_bridge.packing import PackedBatch, first_fit, sequence_layout, to_device
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class TrainerConfig:
     device, dtype: "cpu" with "float32", or "cuda" with "bfloat16" (with fp32 master weights) or "float32".
     load_format: "auto" reads the directory's weights; "dummy" makes random ones from `seed`.
     reference_model: HF directory of the KL penalty's reference; None is `model`. Read when first asked for.
+    optimizer: "adamw"; or "none", which keeps no optimizer state: `step` computes losses and gradients and changes
+        nothing, `save` and `load` refuse.
     lr_schedule: after warmup_steps, constant at learning_rate, or falling to min_learning_rate at step total_steps.
     max_grad_norm: gradients of a larger 2-norm are scaled down to it; None leaves them.
     max_tokens_per_micro_batch: tokens of one forward pass in `logprobs`, and what callers give to `pack`.
@@ -42,6 +44,7 @@ class TrainerConfig:
     load_format: Literal["auto", "dummy"] = "auto"
     seed: int = 0
     reference_model: str | None = None
+    optimizer: Literal["adamw", "none"] = "adamw"
     learning_rate: float = 1e-6
     min_learning_rate: float = 0.0
     lr_schedule: LrSchedule = "constant"
@@ -59,6 +62,7 @@ class TrainerConfig:
         for field, known in (
             ("dtype", ("float32", "bfloat16")),
             ("load_format", ("auto", "dummy")),
+            ("optimizer", ("adamw", "none")),
             ("lr_schedule", ("constant", "linear", "cosine")),
         ):
             if getattr(self, field) not in known:
@@ -90,11 +94,15 @@ class MegatronTrainer:
             initialize_dummy(self.model, config.seed)
         else:
             self._import_hf(config.model)
-        self.optimizer = MasterAdamW(
-            self.model.parameters(), (config.adam_beta1, config.adam_beta2), config.adam_epsilon, config.weight_decay
-        )
+        self.optimizer = self._build_optimizer()
         self.step_count = 0
         self._reference_weights: dict[str, torch.Tensor] | None = None
+
+    def _build_optimizer(self) -> MasterAdamW | NoOptimizer:
+        c, parameters = self.config, self.model.parameters()
+        if c.optimizer == "none":
+            return NoOptimizer(parameters)
+        return MasterAdamW(parameters, (c.adam_beta1, c.adam_beta2), c.adam_epsilon, c.weight_decay)
 
     # Log-probabilities -----------------------------------------------------------------------------------------------
 
@@ -131,7 +139,8 @@ class MegatronTrainer:
             self._check_tokens(token_ids, positions)
             # The row before each token that is not the first of its sequence predicts it.
             rows = (positions > 0).nonzero().squeeze(1) - 1
-            inputs = [t.to(self.device) for t in (token_ids, positions, cu_seqlens, rows, token_ids[rows + 1])]
+            tensors = (token_ids, positions, cu_seqlens, rows, token_ids[rows + 1])
+            inputs = [to_device(tensor, self.device) for tensor in tensors]
             call = (*inputs, temperature)
             if weights is None:
                 values, _ = self.model(*call)
@@ -192,7 +201,7 @@ class MegatronTrainer:
 
     def _backward(self, batch: PackedBatch, loss: Loss) -> dict[str, torch.Tensor]:
         """Adds a micro-batch's gradients. Returns its part of the loss and of the stats, as scalars on the device."""
-        rows = batch.weights.nonzero().squeeze(1).to(self.device)
+        rows = to_device(batch.weights.nonzero().squeeze(1), self.device)
         batch = batch.to(self.device)
         if len(rows) == 0:
             return {}
@@ -243,8 +252,10 @@ class MegatronTrainer:
     def save(self, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
         """Writes a Megatron distributed checkpoint of weights, optimizer and step, whole or not at all.
 
-        metadata: plain values for the caller, given back by `load`. Raises FileExistsError where `path` is.
+        metadata: plain values for the caller, given back by `load`. Raises FileExistsError where `path` is, ValueError
+        without an optimizer.
         """
+        self._require_optimizer()
         common = {
             "model": asdict(self.model_config),
             "dtype": self.config.dtype,
@@ -259,8 +270,10 @@ class MegatronTrainer:
         """Restores what `save` wrote, to the bit, and returns its metadata.
 
         Raises FileNotFoundError without a checkpoint, and ValueError for one of another model, dtype, or with damaged
-        content. After an error while tensors are read, the trainer holds a mixture: load another checkpoint.
+        content or without an optimizer. After an error while tensors are read, the trainer holds a mixture: load
+        another checkpoint.
         """
+        self._require_optimizer()
         common = read_common(path)
         for name, present in (("model", asdict(self.model_config)), ("dtype", self.config.dtype)):
             if common[name] != present:
@@ -277,6 +290,10 @@ class MegatronTrainer:
         if self._state_hash() != common["state_hash"]:
             raise ValueError(f"checkpoint {path} is damaged: its tensors do not have the hash that was saved with them")
         return common["metadata"]
+
+    def _require_optimizer(self) -> None:
+        if self.config.optimizer == "none":
+            raise ValueError('a checkpoint holds the optimizer, and TrainerConfig.optimizer is "none"')
 
     def _sharded_state(self) -> dict[str, Any]:
         weights = self.model.sharded_state_dict()

@@ -179,6 +179,7 @@ def test_impossible_sequences_are_named(model_dir):
         ({"lr_schedule": "step"}, "lr_schedule must be one of"),
         ({"lr_schedule": "cosine"}, "needs total_steps"),
         ({"load_format": "random"}, "load_format must be one of"),
+        ({"optimizer": "sgd"}, "optimizer must be one of"),
         ({"max_tokens_per_micro_batch": 0}, "max_tokens_per_micro_batch is 0"),
     ],
 )
@@ -228,3 +229,17 @@ def test_publish_hands_over_all_live_weights(model_dir):
     for name, tensor in tensors.items():
         assert tensor.data_ptr() == parameters[name].data_ptr()
         assert not tensor.requires_grad
+
+
+def test_without_an_optimizer_nothing_changes_and_nothing_is_kept(model_dir, tmp_path):
+    trainer, twin = (
+        MegatronTrainer(TrainerConfig(model=model_dir, optimizer=optimizer)) for optimizer in ("none", "adamw")
+    )
+    before, batches = trainer.weights_hash(), training_batches(trainer)
+    stats, expected = trainer.step(batches, grpo_loss), twin.step(batches, grpo_loss)
+    assert {**stats, "grad_norm": expected["grad_norm"]} == expected
+    assert trainer.weights_hash() == before
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    for refused in (trainer.save, trainer.load):
+        with pytest.raises(ValueError, match='optimizer is "none"'):
+            refused(tmp_path / "checkpoint")

@@ -11,6 +11,7 @@ from lockstep.engine.models.names import expand, to_megatron
 from lockstep.kernels.kv_cache import new_kv_cache
 from lockstep.kernels.log_probs import token_log_probs
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
+from lockstep.trainer_bridge.layer_spec import PackedSequences
 from lockstep.trainer_bridge.losses import sft_loss
 from lockstep.trainer_bridge.packing import TrainSequence, pack
 
@@ -132,3 +133,33 @@ def test_gradients_equal_transformers(case, recompute, tmp_path):
         torch.testing.assert_close(
             parameter.grad.double(), expected[name], atol=2e-5 * scale, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_a_layer_keeps_for_the_backward_pass(tmp_path, recompute):
+    """The budget that decides how many tokens fit on a GPU: floats per token of a layer."""
+    make_hf_model(tmp_path, "qwen3", seed=1)
+    trainer = MegatronTrainer(TrainerConfig(model=str(tmp_path), recompute=recompute, optimizer="none"))
+    config, num_tokens = trainer.model_config, 48  # a multiple of 16: the CPU's matrix product pads to one
+    not_counted = [*trainer.model.parameters(), trainer.model.rope_table]
+    kept = {}
+
+    def keep(tensor):
+        if tensor.is_floating_point():
+            kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes() // 4, tensor)
+        return tensor
+
+    hidden = torch.randn(num_tokens, 1, config.hidden_size, requires_grad=True)
+    sequences = PackedSequences.of(
+        torch.arange(num_tokens), torch.tensor([0, num_tokens], dtype=torch.int32), trainer.model.rope_table
+    )
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        trainer.model.decoder.layers[1](hidden_states=hidden, attention_mask=None, packed_seq_params=sequences)
+    for tensor in not_counted:
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    residuals_and_norms = 4 * config.hidden_size
+    attention = (2 * query + query + config.num_heads) + (2 * key + key)  # before and after rope; out, lse; value
+    mlp = 2 * config.ffn_hidden_size
+    expected = config.hidden_size if recompute else residuals_and_norms + attention + mlp
+    assert sum(size for size, _ in kept.values()) == num_tokens * expected

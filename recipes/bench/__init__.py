@@ -1,0 +1,1 @@
+"""`lockstep bench`: what is measured (suites), against what (peers, physical bounds), and how it is written down."""

@@ -1,0 +1,77 @@
+"""The options of `lockstep bench`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from lockstep.recipes.bench.shapes import SHAPES
+
+Suite = Literal["cpu", "engine", "trainer", "kernels"]
+DEFAULT_SHAPE = {"cpu": "small", "cuda": "qwen3-8b"}
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is timed.
+
+    suite: "cpu", the small workloads that a CPU can do (the default without a GPU); "engine", the workloads W1 to W5
+        (the default with one); "trainer", training steps; "kernels", one op at a time.
+    device: "cpu" or "cuda"; null is cuda where there is one.
+    shape: an architecture with random weights: qwen3-8b (the default on a GPU), qwen3-1.7b, qwen3-0.6b, small (the
+        default on a CPU). The trainer suite without a shape takes the first three.
+    model: a model directory to time instead, with its own weights (suites cpu and engine).
+    workloads: their names, such as [W1,W3]; null is all of the suite's.
+    peer: runs the same workloads there too and gives the ratio: transformers, vllm, vllm-batch-invariant, sglang,
+        sglang-deterministic. The package has to be installed.
+    repeats: timed runs of each workload, after a warm-up; the median counts.
+    scale: multiplies the sizes of the workloads, for a quick look.
+    engine: further fields of EngineConfig, such as {cuda_graphs: false}.
+    profile: of the engine suite: also trace steady decoding at batch 64, for the GPU's idle share and a picture.
+    timeout_s: of one engine's or one trainer's process.
+    output: the folder of the results, bench_SUITE.json and .md; pictures go to `images`.
+    """
+
+    suite: Suite | None = None
+    device: Literal["cpu", "cuda"] | None = None
+    shape: str | None = None
+    model: str | None = None
+    workloads: list[str] | None = None
+    peer: str | None = None
+    repeats: int = 3
+    scale: float = 1.0
+    engine: dict[str, Any] = field(default_factory=dict)
+    profile: bool = False
+    timeout_s: float = 3600.0
+    output: str = "docs/results"
+    images: str = "docs/images"
+
+    def __post_init__(self):
+        if self.repeats < 1 or not self.scale > 0 or not self.timeout_s > 0:
+            raise ValueError(
+                f"bench: repeats, scale and timeout_s must be positive, got {self.repeats}, {self.scale}, "
+                f"{self.timeout_s}"
+            )
+        if self.shape is not None and self.shape not in SHAPES:
+            raise ValueError(f"bench: unknown shape {self.shape!r}; known: {', '.join(SHAPES)}")
+        if self.shape is not None and self.model is not None:
+            raise ValueError("bench: give a shape (random weights) or a model (a directory), not both")
+
+    def resolve(self) -> BenchConfig:
+        """The config with its suite and device chosen. Raises ValueError for a GPU that is not there."""
+        has_gpu = torch.cuda.is_available()
+        device = self.device or ("cuda" if has_gpu and self.suite != "cpu" else "cpu")
+        if device == "cuda" and not has_gpu:
+            raise ValueError("bench: device=cuda, but torch sees no NVIDIA GPU here")
+        return replace(self, device=device, suite=self.suite or ("engine" if device == "cuda" else "cpu"))
+
+    @property
+    def dtype(self) -> str:
+        return "bfloat16" if self.device == "cuda" else "float32"
+
+    @property
+    def model_name(self) -> str:
+        """What the results are called after."""
+        return self.model or self.shape or DEFAULT_SHAPE[self.device]

@@ -1,0 +1,59 @@
+"""Architectures to measure, as directories that hold a config.json and no weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+_QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "initializer_range": 0.02,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+
+
+def _qwen3(hidden: int, layers: int, heads: int, ffn: int, tied: bool, **overrides: Any) -> dict[str, Any]:
+    sizes = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "max_window_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": ffn,
+        "tie_word_embeddings": tied,
+    }
+    return {**_QWEN3, **sizes, **overrides}
+
+
+# The published sizes of these models; `small` is the architecture at 0.8 million parameters.
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-8b": _qwen3(4096, 36, 32, 12288, tied=False),
+    "qwen3-1.7b": _qwen3(2048, 28, 16, 6144, tied=True),
+    "qwen3-0.6b": _qwen3(1024, 28, 16, 3072, tied=True),
+    "small": _qwen3(
+        128, 4, 4, 384, tied=True,
+        head_dim=32, num_key_value_heads=2, max_position_embeddings=512, vocab_size=512,
+        bos_token_id=None, eos_token_id=None, torch_dtype="float32",
+    ),
+}  # fmt: skip
+
+
+def write_model_directory(shape: str, path: Path) -> str:
+    """Makes `path` a model directory of the shape for load_format="dummy"; returns it as a string."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(SHAPES[shape], indent=1) + "\n")
+    return str(path)

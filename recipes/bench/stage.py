@@ -1,0 +1,21 @@
+"""`lockstep bench`: one suite of measurements and its results."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from lockstep.recipes.bench.config import BenchConfig
+
+SUITES = {
+    "cpu": "lockstep.recipes.bench.cpu_suite",
+    "engine": "lockstep.recipes.bench.engine_suite",
+    "trainer": "lockstep.recipes.bench.trainer_suite",
+    "kernels": "lockstep.recipes.bench.kernels_suite",
+}
+
+
+def run(config: BenchConfig) -> dict[str, Any]:
+    """Runs the config's suite, which writes its results and shows them; returns what its JSON holds."""
+    config = config.resolve()
+    return importlib.import_module(SUITES[config.suite]).run(config)
