@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lockstep.kernels._triton import begin_overlapped, launches_overlap
 from lockstep.kernels.attention_plan import GROUP_ROWS, AttentionPlan, load_item, split_range
 from lockstep.kernels.attention_triton import (
     KV_TILE,
@@ -55,6 +56,7 @@ def decode_forward(
     inputs = (q, k_cache, v_cache, page_table, page_table.stride(0), q.stride(0), q.stride(1), scale * LOG2_E)
     workspace = (partial_max, partial_sum, partial)
     block_dim = max(16, triton.next_power_of_2(head_dim))
+    overlap = launches_overlap(q.device)
     sizes = {
         "NUM_HEADS": num_heads,
         "NUM_KV_HEADS": num_kv_heads,
@@ -65,7 +67,9 @@ def decode_forward(
         "SPLIT": SPLIT,
         "KV_TILE": KV_TILE,
         "WINDOW": plan.window or 0,
+        "OVERLAP": overlap,
         "num_warps": 4,
+        "launch_pdl": overlap,
     }
     max_units = max_items * num_kv_heads
     if plan.groups is not None:
@@ -145,7 +149,9 @@ def _item_kernel(
     TILE_ROWS: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
     GROUPED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin_overlapped(OVERLAP)
     row = tl.arange(0, TILE_ROWS)
     d = tl.arange(0, BLOCK_DIM)
     # An item is loaded while the one before it is computed, the first together with the number of items.
@@ -399,8 +405,10 @@ def _group_kernel(
     KV_TILE: tl.constexpr,
     WINDOW: tl.constexpr,
     TILE_ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """The partials of the requests of a group tile in the shared part of a split."""
+    begin_overlapped(OVERLAP)
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     row = tl.arange(0, TILE_ROWS)
     d = tl.arange(0, BLOCK_DIM)

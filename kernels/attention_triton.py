@@ -38,8 +38,8 @@ def attention_forward(
     """`lockstep.kernels.attention.attention` in Triton; also the log-sum-exp [H, T] fp32 if asked for.
 
     Nothing here waits for the GPU: tiles are launched for the largest number that the shapes allow, and the superfluous
-    ones return at once. tile_rows (a power of 2, at least 16) defaults to a choice by shapes, and without it Hopper GPUs
-    have a prefill kernel of their own; tests pass it to show that it does not matter.
+    ones return at once. tile_rows (a power of 2, at least 16) defaults to a choice by shapes, and without it a Hopper
+    GPU has a prefill kernel of its own; tests pass it to show that it does not matter.
     """
     q = q.detach()
     q = q if q.stride(2) == 1 else q.contiguous()

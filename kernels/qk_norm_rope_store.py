@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lockstep.kernels._cpu import address_of, exact_njit, parallel_rows, row32, row64
-from lockstep.kernels._triton import tree_sum
+from lockstep.kernels._triton import begin_overlapped, launches_overlap, tree_sum
 from lockstep.kernels.kv_cache import check_cpu_caches, checked_slot, kv_store, store_head
 from lockstep.kernels.rms_norm import rms_norm, rms_norm_row, rms_norm_tile, rstd_of
 from lockstep.kernels.rope import apply_rope, cos_sin_row, rotate_row
@@ -182,11 +182,13 @@ def _qk_norm_rope_store_triton(
     block_half = triton.next_power_of_2(head_dim // 2)
     heads = max(1, _TILE // (2 * block_half))
     weights = (qkv if weight is None else weight for weight in (q_weight, k_weight))
+    overlap = launches_overlap(qkv.device)
     _qk_norm_rope_store_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
         qkv, *weights, cos_sin, positions, slots, q, k_cache, v_cache,
         qkv.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], num_heads, eps,
         Q_NORM=q_weight is not None, K_NORM=k_weight is not None, GROUP_SIZE=group_size, PAGE_SIZE=page_size,
-        HALF=head_dim // 2, HEADS=heads, BLOCK_HALF=block_half, enable_fp_fusion=False,
+        HALF=head_dim // 2, HEADS=heads, BLOCK_HALF=block_half, OVERLAP=overlap, enable_fp_fusion=False,
+        launch_pdl=overlap,
     )  # fmt: skip
     return q
 
@@ -200,8 +202,9 @@ def _qk_norm_rope_store_kernel(
     qkv_ptr, q_weight_ptr, k_weight_ptr, cos_sin_ptr, positions_ptr, slots_ptr, q_ptr, k_cache_ptr, v_cache_ptr,
     token_stride, k_page_stride, k_head_stride, k_slot_stride, v_page_stride, v_head_stride, v_slot_stride,
     num_heads, eps, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, GROUP_SIZE: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin_overlapped(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
     angles = cos_sin_ptr + tl.load(positions_ptr + token) * (2 * HALF)

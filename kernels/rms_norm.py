@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lockstep.kernels._cpu import address_of, exact_njit, fma32, inline_njit, njit, parallel_rows, row32
-from lockstep.kernels._triton import tree_sum
+from lockstep.kernels._triton import begin_overlapped, launches_overlap, tree_sum
 
 _ELEMENTS_PER_THREAD = 65536
 _ZERO = np.float32(0.0)
@@ -274,10 +274,11 @@ def _launch(x, outer, inner, count, residual, weight, eps, summed, y, has_residu
     block = triton.next_power_of_2(hidden_size)
     rows = max(1, _TILE // block)
     num_rows = y.numel() // hidden_size
+    overlap = launches_overlap(x.device)
     _rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
         x, residual, weight, summed, y, outer, inner, count, num_rows, hidden_size, eps,
-        HAS_RESIDUAL=has_residual, ROWS=rows, BLOCK=block, num_warps=_num_warps(rows * block),
-        enable_fp_fusion=False,
+        HAS_RESIDUAL=has_residual, ROWS=rows, BLOCK=block, OVERLAP=overlap, num_warps=_num_warps(rows * block),
+        enable_fp_fusion=False, launch_pdl=overlap,
     )  # fmt: skip
 
 
@@ -304,8 +305,9 @@ def rms_norm_tile(x, weight, rstd, dtype: tl.constexpr):
 @triton.jit
 def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, summed_ptr, y_ptr, outer, inner, count, num_rows, hidden_size, eps,
-    HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin_overlapped(OVERLAP)
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     columns = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + columns, mask=columns < hidden_size, other=0.0).to(tl.float32)[None, :]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lockstep.kernels._cpu import address_of, exact_njit, exp32, parallel_rows, row32
+from lockstep.kernels._triton import begin_overlapped, launches_overlap
 
 _ELEMENTS_PER_THREAD = 32768
 _ONE = np.float32(1.0)
@@ -88,12 +89,17 @@ def _silu_mul_triton(gate_up: Tensor) -> Tensor:
     if y.numel():
         block = min(1024, triton.next_power_of_2(num_columns))
         grid = (y.numel() // num_columns, triton.cdiv(num_columns, block))
-        _silu_mul_kernel[grid](gate_up, y, num_columns, BLOCK=block, num_warps=4, enable_fp_fusion=False)
+        overlap = launches_overlap(gate_up.device)
+        _silu_mul_kernel[grid](
+            gate_up, y, num_columns, BLOCK=block, OVERLAP=overlap, num_warps=4, enable_fp_fusion=False,
+            launch_pdl=overlap,
+        )  # fmt: skip
     return y
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up_ptr, y_ptr, num_columns, BLOCK: tl.constexpr):
+def _silu_mul_kernel(gate_up_ptr, y_ptr, num_columns, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    begin_overlapped(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < num_columns
