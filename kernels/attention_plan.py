@@ -209,14 +209,24 @@ def _plan_kernel(
     if WINDOW > 0:
         last_begin = tl.maximum(last_begin, kv_len - num_queries - WINDOW + 1)
     num_tiles = tl.cdiv(kv_len, KV_TILE) - last_begin // KV_TILE
-    place = tl.sum(num_others, 0)
+    next_item = tl.sum(num_others, 0)
+    item = num_tiles * 0
     for lightness in tl.static_range(SPLIT // KV_TILE):
-        chosen = (num_items > 0) & (num_tiles == SPLIT // KV_TILE - lightness)
-        item = place + tl.cumsum(chosen.to(tl.int32), 0) - 1
-        _store_items(
-            items_ptr, item, chosen, request, end - 1, first_token, num_queries, kv_len, shared_len, first_slot
-        )
-        place += tl.sum(chosen.to(tl.int32), 0)
+        chosen = ((num_items > 0) & (num_tiles == SPLIT // KV_TILE - lightness)).to(tl.int32)
+        item += chosen * (next_item + tl.cumsum(chosen, 0) - 1)
+        next_item += tl.sum(chosen, 0)
+    _store_items(
+        items_ptr,
+        item,
+        num_items > 0,
+        request,
+        end - 1,
+        first_token,
+        num_queries,
+        kv_len,
+        shared_len,
+        first_slot,
+    )
 
     if GROUPED:
         group = tl.arange(0, BLOCK_GROUPS)
