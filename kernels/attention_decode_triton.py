@@ -1,6 +1,6 @@
 """Paged attention of few queries per request on the GPU, along a plan: the splits of all requests at once.
 
-`_item_kernel` is persistent: its programs share out the plan's items times the KV heads. A request's only split is
+`_item_kernel` is persistent: its programs share out the plan's items times the KV heads. A request's only item is
 written to the output; of several, the partials go to a workspace, and the program that finishes a request's last one
 merges them in ascending order. With groups, `_group_kernel` goes first and attends to the shared prefixes: it leaves
 finished partials for the splits that lie within, and for the split in which a prefix ends the state so far, from which
@@ -197,7 +197,26 @@ def _item_kernel(
             KV_TILE,
             WINDOW,
         )
-        if end - first == 1:
+        if end - first_own == 1:
+            if GROUPED:
+                # All splits before it are within the prefix: `_group_kernel` has finished them.
+                before_m, before_sums, before_acc = _merge_slots(
+                    first_slot,
+                    first_own - first,
+                    position,
+                    kv_head,
+                    max_ptr,
+                    sum_ptr,
+                    acc_ptr,
+                    scale_log2,
+                    NUM_KV_HEADS,
+                    HEAD_DIM,
+                    BLOCK_DIM,
+                    REQUEST_ROWS,
+                    TILE_ROWS,
+                    2,
+                )
+                m, sums, acc = _merge(before_m, before_sums, before_acc, m, sums, acc, scale_log2)
             _write(
                 m,
                 sums,
