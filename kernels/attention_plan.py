@@ -76,6 +76,7 @@ def plan_attention(
             f"plan_attention: shared_lens {list(groups.shared_lens.shape)} or tiles {list(groups.tiles.shape)} does "
             f"not fit {num_requests} requests"
         )
+    block_requests = triton.next_power_of_2(num_requests)
     plan = AttentionPlan(
         items=torch.empty((max_items, 8), dtype=torch.int32, device=device),
         group_items=torch.empty((max_items if groups else 0, 2), dtype=torch.int32, device=device),
@@ -102,13 +103,13 @@ def plan_attention(
         num_requests,
         max_items,
         NUM_KV_HEADS=num_kv_heads,
-        BLOCK_REQUESTS=triton.next_power_of_2(num_requests),
+        BLOCK_REQUESTS=block_requests,
         BLOCK_GROUPS=triton.next_power_of_2(tiles.shape[0]),
         SPLIT=SPLIT,
         KV_TILE=KV_TILE,
         WINDOW=window or 0,
         GROUPED=groups is not None,
-        num_warps=min(16, max(1, num_requests // 32)),
+        num_warps=min(16, max(1, block_requests // 32)),
     )
     return plan
 
