@@ -1,6 +1,6 @@
 """Paged attention of few queries per request on the GPU, along a plan: the splits of all requests at once.
 
-`_item_kernel` is persistent: its programs share out the plan's items times the KV heads. A request's only split is
+`_item_kernel` is persistent: its programs share out the plan's items times the KV heads. A request's only item is
 written to the output; of several, the partials go to a workspace, and the program that finishes a request's last one
 merges them in ascending order. With groups, `_group_kernel` goes first and attends to the shared prefixes: it leaves
 finished partials for the splits that lie within, and for the split in which a prefix ends the state so far, from which
@@ -203,7 +203,26 @@ def _item_kernel(
             KV_TILE,
             WINDOW,
         )
-        if end - first == 1:
+        if end - first_own == 1:
+            if GROUPED:
+                # All splits before it are within the prefix: `_group_kernel` has finished them.
+                before_m, before_sums, before_acc = _merge_slots(
+                    first_slot,
+                    first_own - first,
+                    position,
+                    kv_head,
+                    max_ptr,
+                    sum_ptr,
+                    acc_ptr,
+                    scale_log2,
+                    NUM_KV_HEADS,
+                    HEAD_DIM,
+                    BLOCK_DIM,
+                    REQUEST_ROWS,
+                    TILE_ROWS,
+                    2,
+                )
+                m, sums, acc = _merge(before_m, before_sums, before_acc, m, sums, acc, scale_log2)
             _write(
                 m,
                 sums,
@@ -353,25 +372,21 @@ def _merge_slots(
     d = tl.arange(0, BLOCK_DIM)
     total_m, total_sums, total_acc = _no_keys(ROWS, BLOCK_DIM)
     for chunk in range(0, num_slots, AT_ONCE):
-        loaded = ()
         for i in tl.static_range(AT_ONCE):
             # Past the last slot: the partial of no keys, which changes nothing.
             exists = tl.where(chunk + i < num_slots, position, -1) >= 0
             partial = ((first_slot + chunk + i).to(tl.int64) * NUM_KV_HEADS + kv_head) * REQUEST_ROWS + tl.arange(
                 0, ROWS
             )
-            acc_mask = exists[:, None] & (d < HEAD_DIM)[None, :]
-            acc_ptrs = acc_ptr + partial[:, None] * HEAD_DIM + d[None, :]
             m = tl.load(max_ptr + partial, mask=exists, other=float("-inf"), cache_modifier=".cg")
             sums = tl.load(sum_ptr + partial, mask=exists, other=0.0, cache_modifier=".cg")
-            acc = tl.load(acc_ptrs, mask=acc_mask, other=0.0, cache_modifier=".cg")
-            loaded = loaded + (m, sums, acc)  # noqa: RUF005  Triton knows no starred tuple
-        # The compiler would delay most of the loads until their turn; it does not move them past a barrier.
-        tl.debug_barrier()
-        for i in tl.static_range(AT_ONCE):
-            total_m, total_sums, total_acc = _merge(
-                total_m, total_sums, total_acc, loaded[3 * i], loaded[3 * i + 1], loaded[3 * i + 2], scale_log2
+            acc = tl.load(
+                acc_ptr + partial[:, None] * HEAD_DIM + d[None, :],
+                mask=exists[:, None] & (d < HEAD_DIM)[None, :],
+                other=0.0,
+                cache_modifier=".cg",
             )
+            total_m, total_sums, total_acc = _merge(total_m, total_sums, total_acc, m, sums, acc, scale_log2)
     return total_m, total_sums, total_acc
 
 

@@ -76,6 +76,7 @@ def plan_attention(
             f"plan_attention: shared_lens {list(groups.shared_lens.shape)} or tiles {list(groups.tiles.shape)} does "
             f"not fit {num_requests} requests"
         )
+    block_requests = triton.next_power_of_2(num_requests)
     plan = AttentionPlan(
         items=torch.empty((max_items, 8), dtype=torch.int32, device=device),
         group_items=torch.empty((max_items if groups else 0, 2), dtype=torch.int32, device=device),
@@ -102,13 +103,13 @@ def plan_attention(
         num_requests,
         max_items,
         NUM_KV_HEADS=num_kv_heads,
-        BLOCK_REQUESTS=triton.next_power_of_2(num_requests),
+        BLOCK_REQUESTS=block_requests,
         BLOCK_GROUPS=triton.next_power_of_2(tiles.shape[0]),
         SPLIT=SPLIT,
         KV_TILE=KV_TILE,
         WINDOW=window or 0,
         GROUPED=groups is not None,
-        num_warps=min(16, max(1, num_requests // 32)),
+        num_warps=min(16, max(1, block_requests // 32)),
     )
     return plan
 
@@ -209,14 +210,24 @@ def _plan_kernel(
     if WINDOW > 0:
         last_begin = tl.maximum(last_begin, kv_len - num_queries - WINDOW + 1)
     num_tiles = tl.cdiv(kv_len, KV_TILE) - last_begin // KV_TILE
-    place = tl.sum(num_others, 0)
+    next_item = tl.sum(num_others, 0)
+    item = num_tiles * 0
     for lightness in tl.static_range(SPLIT // KV_TILE):
-        chosen = (num_items > 0) & (num_tiles == SPLIT // KV_TILE - lightness)
-        item = place + tl.cumsum(chosen.to(tl.int32), 0) - 1
-        _store_items(
-            items_ptr, item, chosen, request, end - 1, first_token, num_queries, kv_len, shared_len, first_slot
-        )
-        place += tl.sum(chosen.to(tl.int32), 0)
+        chosen = ((num_items > 0) & (num_tiles == SPLIT // KV_TILE - lightness)).to(tl.int32)
+        item += chosen * (next_item + tl.cumsum(chosen, 0) - 1)
+        next_item += tl.sum(chosen, 0)
+    _store_items(
+        items_ptr,
+        item,
+        num_items > 0,
+        request,
+        end - 1,
+        first_token,
+        num_queries,
+        kv_len,
+        shared_len,
+        first_slot,
+    )
 
     if GROUPED:
         group = tl.arange(0, BLOCK_GROUPS)

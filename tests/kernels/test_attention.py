@@ -291,6 +291,7 @@ def test_bad_arguments_are_refused():
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # the interpreter's bf16 products are wrong
 
 
 def _attention_triton(*args, dtype, **kwargs):
@@ -439,6 +440,36 @@ def test_plan(batch):
         assert plan_of(len(own) - 1).counts.eq(0).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA graph")
+def test_graph_replays_follow_the_lengths():
+    """A captured plan and its layers serve whatever lengths stand in the static buffers at a replay."""
+    generator = torch.Generator(device=DEVICE).manual_seed(0)
+    num_requests, max_len = 64, 3000
+    num_pages = -(-max_len // 64)
+    q = torch.randn(num_requests, 32, 128, generator=generator, device=DEVICE, dtype=torch.bfloat16)
+    caches = torch.randn(2, num_requests * num_pages, 8, 64, 128, generator=generator, device=DEVICE).bfloat16()
+    table = torch.randperm(num_requests * num_pages, device=DEVICE).to(torch.int32).view(num_requests, num_pages)
+    cu_seqlens = torch.arange(num_requests + 1, dtype=torch.int32, device=DEVICE)
+    kv_lens = torch.full((num_requests,), max_len, dtype=torch.int32, device=DEVICE)
+    batch = (q, *caches, table, cu_seqlens, kv_lens, 128**-0.5)
+
+    def step():
+        plan = plan_attention(kv_lens, cu_seqlens, 8, max_items=num_attention_items([max_len] * num_requests))
+        return [attention(*batch, plan=plan) for _ in range(3)]
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layers = step()
+    for _ in range(5):
+        kv_lens.copy_(torch.randint(0, max_len + 1, (num_requests,)) * (torch.rand(num_requests) < 0.9))
+        graph.replay()
+        expected = attention(*batch)
+        for out in layers:
+            assert torch.equal(out[kv_lens > 0], expected[kv_lens > 0])
+
+
 @settings(max_examples=6, deadline=None)
 @given(_batches(), st.sampled_from([16, 64]), st.booleans())
 def test_planned_attention_gives_the_same_bits(batch, page_size, grouped):
@@ -449,8 +480,8 @@ def test_planned_attention_gives_the_same_bits(batch, page_size, grouped):
             sequences.pages[b][:num_pages] = sequences.pages[first][:num_pages]
     chunks = [(b, max(n - m, 0), n) for b, (n, m) in enumerate(zip(batch.lengths, batch.queries, strict=True))]
     groups = {"shared_lens": batch.shared_lens, "group_tiles": batch.tiles} if grouped else {}
-    expected = sequences.serve(chunks, batch.window, _attention_triton, dtype=torch.float32)
-    outputs = sequences.serve(chunks, batch.window, _attention_planned, dtype=torch.float32, **groups)
+    expected = sequences.serve(chunks, batch.window, _attention_triton, dtype=DTYPE)
+    outputs = sequences.serve(chunks, batch.window, _attention_planned, dtype=DTYPE, **groups)
     _assert_equal(outputs, expected)
 
 
