@@ -370,17 +370,19 @@ def _narrow_kernel(
     tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
     logit = _load_number(logits + row * vocab_size, tokens, vocab_size)
     keys = _ordered_key(logit)
+    # Before the first pass of top-p there is no target yet, but nothing is known then.
+    target = k if BY_COUNT else _mass_target(masses, p)
+    known = _found_key(counts if BY_COUNT else masses, target, pass_index, WIDTH, DIGIT_BITS)
+    if tl.max(keys, axis=0) < known:
+        return
     shift = (WIDTH - DIGIT_BITS - pass_index * DIGIT_BITS).to(tl.uint32)
     if BY_COUNT:
-        known = _found_key(counts, k, pass_index, WIDTH, DIGIT_BITS)
-        mass = (tokens < vocab_size).to(tl.uint32)
+        mass = (tokens < vocab_size).to(tl.int32)
         for digit in tl.static_range(1, 1 << DIGIT_BITS):
-            mass_above = tl.sum(tl.where(keys >= known + (tl.full((), digit, tl.uint32) << shift), mass, 0), axis=0)
+            above = keys >= known + (tl.full((), digit, tl.uint32) << shift)
+            mass_above = tl.sum(tl.where(above, mass, 0), axis=0)
             tl.atomic_add(counts + (pass_index << DIGIT_BITS) + digit, mass_above.to(tl.int64))
     else:
-        # Before the first pass there is no target yet, and nothing is known.
-        target = _mass_target(masses, p)
-        known = _found_key(masses, target, pass_index, WIDTH, DIGIT_BITS)
         largest = _logit_of_key(tl.load(largest_keys + row).to(tl.uint32), dtype)
         x = logit.to(tl.float32)
         lowest_key = tl.full((), 0, tl.uint32)
@@ -447,8 +449,8 @@ def _lowest_allowed_kernel(
 
 
 _DIGIT_BITS = 2
-# Of the kernels that search.
-_TILE = 2048
+# Of the kernels that search: free.
+_TILE = 4096
 
 
 def _lowest_allowed_triton(
