@@ -64,7 +64,7 @@ def _embedding_backward_triton(token_ids: Tensor, dy: Tensor, vocab_size: int) -
         block = min(512, triton.next_power_of_2(hidden_size))
         grid = (num_tokens, triton.cdiv(hidden_size, block))
         _embedding_backward_kernel[grid](
-            sorted_ids, order, dy, dweight, num_tokens, hidden_size, BLOCK=block, ROWS_AT_ONCE=32
+            sorted_ids, order, dy, dweight, num_tokens, hidden_size, BLOCK=block, ROWS_AT_ONCE=16
         )
     return dweight
 

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lockstep.kernels import log_probs, sampling
+from lockstep.kernels._truncation import lowest_allowed_triton
 from lockstep.kernels.log_probs import token_log_probs
 from lockstep.kernels.sampling import lowest_allowed_reference, sample, sample_reference, sample_with_log_probs
 
@@ -97,8 +98,8 @@ def test_half_precision_logits_have_the_borders_of_their_fp32_values():
     batch = make_batch(4, 5000, seed=4)
     half = batch[0].half()
     parameters = [tensor.to(DEVICE) for tensor in batch[1:5]]
-    lowest = sampling._lowest_allowed_triton(half.to(DEVICE), *parameters)
-    assert torch.equal(lowest, sampling._lowest_allowed_triton(half.float().to(DEVICE), *parameters))
+    lowest = lowest_allowed_triton(half.to(DEVICE), *parameters)
+    assert torch.equal(lowest, lowest_allowed_triton(half.float().to(DEVICE), *parameters))
 
 
 @pytest.mark.gpu
