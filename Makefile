@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 SHAPE ?= qwen3-0.6b
 
-.PHONY: demo test test-gpu lint format clean
+.PHONY: demo test test-gpu wheelhouse offline lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/lockstep rl recipe=demo
@@ -18,6 +18,24 @@ test: $(INSTALLED)
 test-gpu: $(INSTALLED)
 	$(BIN)/pytest -m gpu --shape $(SHAPE)
 	$(BIN)/pytest -m "not gpu" tests/kernels
+
+# For a GPU machine without internet: wheels of all packages but torch and triton, which it is taken to have. They are
+# for the Python that makes them. TORCH="torch==2.11.0" takes torch and its CUDA libraries too, several gigabytes.
+WHEELHOUSE_PYTHON ?= python3.12
+TORCH ?=
+
+wheelhouse:
+	rm -rf wheelhouse && mkdir wheelhouse
+	grep -vE '^(torch|triton)==' constraints.txt > wheelhouse/constraints.txt
+	$(WHEELHOUSE_PYTHON) -m pip wheel -q --no-deps --wheel-dir wheelhouse -r wheelhouse/constraints.txt setuptools
+	$(if $(TORCH),$(WHEELHOUSE_PYTHON) -m pip wheel -q --constraint wheelhouse/constraints.txt --wheel-dir wheelhouse $(TORCH))
+
+# On that machine: a virtual environment that sees its torch, with everything else from wheelhouse/.
+offline:
+	$(PYTHON) -m venv --system-site-packages $(VENV)
+	$(BIN)/pip install -qq --no-index --find-links wheelhouse --constraint wheelhouse/constraints.txt \
+		--editable '.[dev,sinks]'
+	touch $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
