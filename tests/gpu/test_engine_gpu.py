@@ -65,13 +65,13 @@ def test_preemption_changes_no_bit(setup, workload):
 
 
 def test_a_draw_that_depends_on_the_batch_row_is_noticed(setup, workload, expected, monkeypatch):
-    draw = sampler.sample
+    draw = sampler.sample_with_log_probs
 
-    def draw_by_row(logits, temperature, top_k, top_p, min_p, seeds, positions):
+    def draw_by_row(logits, temperature, top_k, top_p, min_p, seeds, positions, truncates):
         rows = torch.arange(len(positions), device=positions.device)
-        return draw(logits, temperature, top_k, top_p, min_p, seeds, positions + rows)
+        return draw(logits, temperature, top_k, top_p, min_p, seeds, positions + rows, truncates)
 
-    monkeypatch.setattr(sampler, "sample", draw_by_row)
+    monkeypatch.setattr(sampler, "sample_with_log_probs", draw_by_row)
     with setup.engine(**PLAIN) as engine:
         assert output_differences(expected, engine.generate(workload.prompts, workload.params))
 
