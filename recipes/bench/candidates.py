@@ -124,11 +124,10 @@ def _vllm(path: str, config: BenchConfig) -> Iterator[Generate]:
     )
 
     def generate(requests: Requests, seed: int) -> int:
+        # Without seeds: vLLM draws rows with seeds of their own one by one.
         params = [
-            vllm.SamplingParams(
-                max_tokens=length, temperature=1.0, ignore_eos=True, detokenize=False, seed=(seed << 32) + index
-            )
-            for index, length in enumerate(requests.output_tokens)
+            vllm.SamplingParams(max_tokens=length, temperature=1.0, ignore_eos=True, detokenize=False)
+            for length in requests.output_tokens
         ]
         prompts = [{"prompt_token_ids": prompt} for prompt in requests.prompts]
         outputs = llm.generate(prompts, params, use_tqdm=False)

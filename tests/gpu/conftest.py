@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from gpu_setup import Setup
+from gpu_setup import Setup, free_memory
 
 from lockstep.engine import SamplingParams
 from lockstep.engine.models.config import load_model_config
@@ -13,6 +13,12 @@ from lockstep.recipes.bench.shapes import SHAPES, write_model_directory
 
 NUM_GROUPS, NUM_SAMPLES = 16, 16
 NUM_SINGLES = 256
+
+
+@pytest.fixture(autouse=True)
+def freed_memory():
+    yield
+    free_memory()
 
 
 @pytest.fixture(scope="session")
