@@ -22,6 +22,8 @@ SPLIT = 256
 KV_TILE = 64
 # Queries per request, on average, up to which a program per split is worth its second kernel.
 MAX_SPLIT_QUERIES = 8
+# Query rows per request, on average, from which the Hopper prefill kernel, with its tiles of 128, is worth it.
+MIN_HOPPER_ROWS = 16
 LOG2_E = 1.4426950408889634
 
 
@@ -61,7 +63,13 @@ def attention_forward(
         split_parallel = num_splits > 1 and num_tokens <= MAX_SPLIT_QUERIES * num_requests
     scale_log2 = scale * LOG2_E
     places = (page_table, cu_seqlens_q, kv_lens)
-    if not split_parallel and tile_rows is None and attention_prefill_hopper.supports(q, k_cache, window):
+    long_enough = num_tokens * group >= MIN_HOPPER_ROWS * num_requests
+    if (
+        long_enough
+        and not split_parallel
+        and tile_rows is None
+        and attention_prefill_hopper.supports(q, k_cache, window)
+    ):
         attention_prefill_hopper.prefill(q, k_cache, v_cache, *places, scale_log2, SPLIT, out, lse)
         return out, lse
     block_dim = max(16, triton.next_power_of_2(head_dim))
