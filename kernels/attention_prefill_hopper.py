@@ -1,13 +1,16 @@
 """Prefill attention for Hopper GPUs in Gluon, with the bits of `attention_triton._prefill_kernel`.
 
 A program has three roles. One warp copies queries, keys and values to shared memory; two warpgroups compute, 64 query
-rows each. A warpgroup has the scores of the next KV tile and the product with the last tile's values under way on the
-tensor cores while it takes the softmax of the current one. A program stays on its multiprocessor and walks a fixed list
-of work items, late queries first. A work item is 128 query rows of one request and one KV head; a row is (token, head
-of the group), and the group is padded to a power of two.
+rows each. While a warpgroup takes the softmax of a KV tile, its tensor cores multiply weights and values of the tile
+before and compute the scores of the tile behind. A program stays on its multiprocessor and walks a fixed list of work
+items, late queries first. A work item is 128 query rows of one request and one KV head; a row is (token, head of the
+group), and the group is padded to a power of two.
 
 The numerics are those described in attention_triton: a split starts afresh, splits are merged in ascending order, and
 row sums are products with ones. Only tiles with keys that some row does not see are masked, which changes no bit.
+
+KV tiles travel in steps, through a ring of STAGES slots. An item of n tiles takes n + 2 steps: step i brings the keys
+of tile i and the values of tile i - 2, which the tensor cores need beside the softmax of tile i - 1.
 """
 
 import torch
@@ -26,7 +29,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 KV_TILE = gl.constexpr(64)
 ROWS = gl.constexpr(64)  # of a warpgroup
 TILE_ROWS = gl.constexpr(128)
-STAGES = gl.constexpr(3)
+STAGES = gl.constexpr(4)
 SUM_COLUMNS = gl.constexpr(8)
 HEAD_DIMS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -139,13 +142,12 @@ def _prefill_kernel(
     # The merged splits of each warpgroup: between merges they would only take registers.
     totals = gl.allocate_shared_memory(gl.float32, [2, ROWS, HEAD_DIM], gl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
     q_barriers = _new_barriers(2, 1)
-    k_barriers = _new_barriers(STAGES, 2)
-    v_barriers = _new_barriers(STAGES, 2)
+    kv_barriers = _new_barriers(STAGES, 2)
     fence_async_shared()
 
     places = (cu_seqlens_ptr, kv_lens_ptr, num_requests, num_items)
     tiles = (q_tiles, k_tiles, v_tiles)
-    barriers = (q_barriers, k_barriers, v_barriers)
+    barriers = (q_barriers, kv_barriers)
     outputs = (out_ptr, lse_ptr, num_tokens)
     sizes: gl.constexpr = (NUM_HEADS, NUM_KV_HEADS, GROUP, BLOCK_REQUESTS)
     gl.warp_specialize(
@@ -207,14 +209,17 @@ def _num_turns(places):
 
 @gluon.jit
 def _produce(places, sources, page_table_ptr, page_table_stride, tiles, barriers, sizes: gl.constexpr):
+    """Copy the queries and the KV steps of every work item."""
     queries, keys, values = sources
     q_tiles, k_tiles, v_tiles = tiles
-    q_barriers, k_barriers, v_barriers = barriers
+    q_barriers, kv_barriers = barriers
     q_ready, q_empty = q_barriers
+    kv_ready, kv_empty = kv_barriers
     NUM_KV_HEADS: gl.constexpr = sizes[1]
     REAL_GROUP: gl.constexpr = sizes[0] // NUM_KV_HEADS
+    TILE_BYTES: gl.constexpr = keys.block_type.nbytes
     items_done = 0
-    kv = 0  # tiles copied so far
+    step = 0
     for turn in range(_num_turns(places)):
         request, kv_head, first_token, _end, _kv_len, num_kv_tiles = _locate(turn, places, sizes)
         if num_kv_tiles > 0:
@@ -229,33 +234,38 @@ def _produce(places, sources, page_table_ptr, page_table_stride, tiles, barriers
                 )
             items_done += 1
             pages_ptr = page_table_ptr + request.to(gl.int64) * page_table_stride
-            page = gl.load(pages_ptr)
-            for tile in range(num_kv_tiles):
-                next_page = gl.load(pages_ptr + gl.minimum(tile + 1, num_kv_tiles - 1))
-                row = (page * NUM_KV_HEADS + kv_head) * KV_TILE
-                _copy_tile(keys, row, k_tiles, k_barriers, kv)
-                _copy_tile(values, row, v_tiles, v_barriers, kv)
-                kv += 1
-                page = next_page
+            v_page = 0
+            middle_page = 0
+            k_page = gl.load(pages_ptr)
+            for k_tile in range(num_kv_tiles + 2):
+                next_page = gl.load(pages_ptr + gl.minimum(k_tile + 1, num_kv_tiles - 1))
+                slot = step % STAGES
+                ready = kv_ready.index(slot)
+                has_k = k_tile < num_kv_tiles
+                has_v = k_tile >= 2
+                mbarrier.wait(kv_empty.index(slot), (step // STAGES & 1) ^ 1)
+                mbarrier.expect(ready, 2 * TILE_BYTES, pred=has_k & has_v)
+                mbarrier.expect(ready, TILE_BYTES, pred=has_k ^ has_v)
+                mbarrier.arrive(ready, pred=(k_tile == 1) & (num_kv_tiles == 1))  # a step that brings nothing
+                k_row = (k_page * NUM_KV_HEADS + kv_head) * KV_TILE
+                v_row = (v_page * NUM_KV_HEADS + kv_head) * KV_TILE
+                tma.async_copy_global_to_shared(keys, [k_row, 0], ready, k_tiles.index(slot), pred=has_k)
+                tma.async_copy_global_to_shared(values, [v_row, 0], ready, v_tiles.index(slot), pred=has_v)
+                step += 1
+                v_page = middle_page
+                middle_page = k_page
+                k_page = next_page
 
 
 @gluon.jit
-def _copy_tile(source, row, tiles, barriers, kv):
-    ready, empty = barriers
-    slot = kv % STAGES
-    mbarrier.wait(empty.index(slot), (kv // STAGES & 1) ^ 1)
-    mbarrier.expect(ready.index(slot), source.block_type.nbytes)
-    tma.async_copy_global_to_shared(source, [row, 0], ready.index(slot), tiles.index(slot))
+def _wait_for_step(barriers, step):
+    """step: counted over all items of the program."""
+    mbarrier.wait(barriers[0].index(step % STAGES), step // STAGES & 1)
 
 
 @gluon.jit
-def _wait_for_tile(barriers, kv):
-    mbarrier.wait(barriers[0].index(kv % STAGES), kv // STAGES & 1)
-
-
-@gluon.jit
-def _release_tile(barriers, kv, pred=True):
-    mbarrier.arrive(barriers[1].index(kv % STAGES), pred=pred)
+def _release_step(barriers, step):
+    mbarrier.arrive(barriers[1].index(step % STAGES))
 
 
 @gluon.jit
@@ -274,7 +284,7 @@ def _consume(
 ):
     """Warpgroup w's half of every work item."""
     q_tiles, k_tiles, v_tiles = tiles
-    q_barriers, k_barriers, v_barriers = barriers
+    q_barriers, kv_barriers = barriers
     q_ready, q_empty = q_barriers
     q = q_tiles.index(w)
     total = totals.index(w)
@@ -287,61 +297,66 @@ def _consume(
     rows: gl.constexpr = gl.SliceLayout(1, score_layout)
 
     items_done = 0
-    kv = 0  # tiles of earlier items
+    step = 0
     for turn in range(_num_turns(places)):
         _request, kv_head, first_token, end, kv_len, num_kv_tiles = _locate(turn, places, sizes)
         if num_kv_tiles > 0:
             first_token += w * (ROWS // GROUP)
             first_position = kv_len - end + first_token
             position = first_position + gl.arange(0, ROWS, layout=rows) // GROUP
+            last = num_kv_tiles - 1
 
             mbarrier.wait(q_ready.index(w), items_done & 1)
-            _wait_for_tile(k_barriers, kv)
-            scores = warpgroup_mma_wait(0, [_start_scores(q, k_tiles, kv, score_layout)])
-            # Where there is no second tile, the first one's scores once more: cheaper than a branch here.
-            second = gl.minimum(1, num_kv_tiles - 1)
-            _wait_for_tile(k_barriers, kv + second)
-            next_scores = _start_scores(q, k_tiles, kv + second, score_layout)
+            _wait_for_step(kv_barriers, step)
+            scores = warpgroup_mma_wait(0, [_start_scores(q, k_tiles, step, score_layout)])
+            _release_step(kv_barriers, step)
+            # Where there is no second tile, these are scores of whatever the slot holds, and unused.
+            _wait_for_step(kv_barriers, step + 1)
+            next_scores = _start_scores(q, k_tiles, step + 1, score_layout)
             m = gl.full([ROWS], float("-inf"), gl.float32, rows)
             weights, m, _ = _softmax(0, scores, m, position, scale_log2, q.dtype, True)
-            _wait_for_tile(v_barriers, kv)
+            _wait_for_step(kv_barriers, step + 2)
             scores = warpgroup_mma_wait(0, [next_scores])
-            _release_tile(k_barriers, kv)
-            _release_tile(k_barriers, kv + 1, pred=num_kv_tiles > 1)
+            _release_step(kv_barriers, step + 1)
 
             total_m = gl.full([ROWS], float("-inf"), gl.float32, rows)
             sums = gl.zeros([ROWS, SUM_COLUMNS], gl.float32, sum_layout)
             acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, acc_layout)
             state = (scores, gl.convert_layout(weights, p_layout), m, sums, acc, total_m, sums)
-            context = (q, tiles, ones, total, k_barriers, v_barriers, kv, position, scale_log2)
-            last = num_kv_tiles - 1
+            context = (q, k_tiles, v_tiles, ones, total, kv_barriers, step + 1, position, scale_log2)
             first_masked = gl.maximum(gl.minimum((first_position + 1) // KV_TILE, last), 1)
-            for tile in range(1, first_masked):
+            # Two at a time, so that the scores need not move to other registers.
+            pairs_end = 1 + (first_masked - 1) // 2 * 2
+            for tile in range(1, pairs_end, 2):
+                state = _step(tile, state, context, SPLIT_TILES, False, True)
+                state = _step(tile + 1, state, context, SPLIT_TILES, False, True)
+            for tile in range(pairs_end, first_masked):
                 state = _step(tile, state, context, SPLIT_TILES, False, True)
             for tile in range(first_masked, last):
                 state = _step(tile, state, context, SPLIT_TILES, True, True)
+            mbarrier.arrive(q_empty.index(w))
             if last > 0:
                 state = _step(last, state, context, SPLIT_TILES, True, False)
-            mbarrier.arrive(q_empty.index(w))
             scores, p, m, sums, acc, total_m, total_sums = state
 
-            v = v_tiles.index((kv + last) % STAGES)
+            step += num_kv_tiles + 1
+            v = v_tiles.index(step % STAGES)
             if num_kv_tiles * KV_TILE > kv_len:
                 _clear_behind(v, kv_len - last * KV_TILE)
             acc = warpgroup_mma(p, v, acc, is_async=True)
             sums = warpgroup_mma(p, ones, sums, is_async=True)
-            sums, acc, p = warpgroup_mma_wait(0, [sums, acc, p])
-            _release_tile(v_barriers, kv + last)
+            acc, sums, p = warpgroup_mma_wait(0, [acc, sums, p])
+            _release_step(kv_barriers, step)
+            step += 1
+            items_done += 1
             if num_kv_tiles > SPLIT_TILES:
                 m, sums, acc = _merge(total_m, total_sums, total.load(acc_layout), m, sums, acc, scale_log2)
-            _write(m, sums, acc, first_token, end, kv_head, outputs, scale_log2, sizes, WITH_LSE)
-            items_done += 1
-            kv += num_kv_tiles
+            _write(m, sums, acc, total, first_token, end, kv_head, outputs, scale_log2, sizes, WITH_LSE)
 
 
 @gluon.jit
-def _start_scores(q, k_tiles, kv, layout: gl.constexpr):
-    k = k_tiles.index(kv % STAGES).permute((1, 0))
+def _start_scores(q, k_tiles, step, layout: gl.constexpr):
+    k = k_tiles.index(step % STAGES).permute((1, 0))
     return warpgroup_mma(q, k, gl.zeros([ROWS, KV_TILE], gl.float32, layout), use_acc=False, is_async=True)
 
 
@@ -360,31 +375,26 @@ def _softmax(tile, scores, m, position, scale_log2, dtype: gl.constexpr, MASKED:
 @gluon.jit
 def _step(tile, state, context, SPLIT_TILES: gl.constexpr, MASKED: gl.constexpr, HAS_NEXT: gl.constexpr):
     """Take the softmax of a tile while the tensor cores work on the values of the tile before it, whose weights are p,
-    and, if HAS_NEXT, on the scores of the tile behind it.
+    and, if HAS_NEXT, on the scores of the tile behind it. Its step has arrived; the next one will have.
     """
     scores, p, m, sums, acc, total_m, total_sums = state
-    q, tiles, ones, total, k_barriers, v_barriers, kv, position, scale_log2 = context
-    _, k_tiles, v_tiles = tiles
-    kv += tile
+    q, k_tiles, v_tiles, ones, total, barriers, step, position, scale_log2 = context
+    step += tile
     score_layout: gl.constexpr = scores.type.layout
     dtype: gl.constexpr = q.dtype
+    acc = warpgroup_mma(p, v_tiles.index(step % STAGES), acc, is_async=True)
+    sums = warpgroup_mma(p, ones, sums, is_async=True)
     next_scores = scores
     if HAS_NEXT:
-        _wait_for_tile(k_barriers, kv + 1)
-        next_scores = _start_scores(q, k_tiles, kv + 1, score_layout)
-    acc = warpgroup_mma(p, v_tiles.index((kv - 1) % STAGES), acc, is_async=True)
-    sums = warpgroup_mma(p, ones, sums, is_async=True)
+        next_scores = _start_scores(q, k_tiles, step, score_layout)
 
     starts_split = tile % SPLIT_TILES == 0
     old_m = gl.where(starts_split, float("-inf"), m)
     weights, new_m, shrink = _softmax(tile, scores, old_m, position, scale_log2, dtype, MASKED)
-    # Waiting for the values here also keeps the compiler from moving the softmax behind the next line.
-    _wait_for_tile(v_barriers, kv)
-    next_scores, acc, sums, p = warpgroup_mma_wait(0, [next_scores, acc, sums, p])
-    _release_tile(v_barriers, kv - 1)
-    if HAS_NEXT:
-        _release_tile(k_barriers, kv + 1)
-
+    # The compilers would move the softmax behind the next wait for the tensor cores and lose the overlap: hence the
+    # wait for the next step's tiles before it, and the weights in it.
+    _wait_for_step(barriers, step + 1)
+    acc, sums, p, weights = warpgroup_mma_wait(1 if HAS_NEXT else 0, [acc, sums, p, weights])
     if starts_split:
         total_acc = gl.where(tile == SPLIT_TILES, 0.0, total.load(acc.type.layout))
         total_m, total_sums, total_acc = _merge(total_m, total_sums, total_acc, m, sums, acc, scale_log2)
@@ -394,6 +404,9 @@ def _step(tile, state, context, SPLIT_TILES: gl.constexpr, MASKED: gl.constexpr,
     else:
         sums = sums * _per_row(shrink, sums)
         acc = acc * _per_row(shrink, acc)
+    if HAS_NEXT:
+        next_scores = warpgroup_mma_wait(0, [next_scores])
+    _release_step(barriers, step)
     return next_scores, gl.convert_layout(weights, p.type.layout), new_m, sums, acc, total_m, total_sums
 
 
@@ -429,7 +442,9 @@ def _clear_behind(v, num_keys):
 
 
 @gluon.jit
-def _write(m, sums, acc, first_token, end, kv_head, outputs, scale_log2, sizes: gl.constexpr, WITH_LSE: gl.constexpr):
+def _write(
+    m, sums, acc, memory, first_token, end, kv_head, outputs, scale_log2, sizes: gl.constexpr, WITH_LSE: gl.constexpr
+):
     out_ptr, lse_ptr, num_tokens = outputs
     NUM_HEADS: gl.constexpr = sizes[0]
     HEAD_DIM: gl.constexpr = acc.shape[1]
@@ -440,7 +455,9 @@ def _write(m, sums, acc, first_token, end, kv_head, outputs, scale_log2, sizes: 
     token, head, exists = _place_rows(first_token, end, kv_head, rows, sizes)
     d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
     offsets = (token.to(gl.int64) * NUM_HEADS + head) * HEAD_DIM
-    gl.store(out_ptr + offsets[:, None] + d[None, :], gl.convert_layout(out, layout), mask=exists[:, None])
+    memory = memory._reinterpret(out.dtype, [ROWS, HEAD_DIM], gl.NVMMASharedLayout(128, 16, rank=2))
+    memory.store(out)
+    gl.store(out_ptr + offsets[:, None] + d[None, :], memory.load(layout), mask=exists[:, None])
     if WITH_LSE:
         lse_layout: gl.constexpr = m.type.layout
         token, head, exists = _place_rows(first_token, end, kv_head, lse_layout, sizes)

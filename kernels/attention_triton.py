@@ -20,6 +20,8 @@ from lockstep.kernels import attention_prefill_hopper
 
 SPLIT = 512
 KV_TILE = 64
+# Query rows per request, on average, from which the Hopper prefill kernel, with its tiles of 128, is worth it.
+MIN_HOPPER_ROWS = 16
 LOG2_E = 1.4426950408889634
 
 
@@ -53,7 +55,8 @@ def attention_forward(
     if num_tokens == 0 or num_requests == 0:
         return out, lse
     scale_log2 = scale * LOG2_E
-    if tile_rows is None and attention_prefill_hopper.supports(q, k_cache, window):
+    long_enough = num_tokens * group >= MIN_HOPPER_ROWS * num_requests
+    if long_enough and tile_rows is None and attention_prefill_hopper.supports(q, k_cache, window):
         attention_prefill_hopper.prefill(
             q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lens, scale_log2, SPLIT, out, lse
         )
