@@ -94,22 +94,10 @@ class Runner:
         rows = _rows(chunks, batch.num_tokens)
         if self.graphs is not None and len(drawing) == len(chunks) == num_decodes and self._fits_a_plan(rows):
             logits = self.graphs.run(rows, self._groups(rows))
-            hidden, slots = None, self._send(rows[1])
+            tokens, logprobs = self._draw(logits, drawing, self._send(rows[1]))
+            scored = []
         else:
-            hidden, requests = self._forward(rows, chunks, num_decodes)
-            ends = np.cumsum([chunk.length for chunk in chunks])
-            last_rows = self._send(ends[[chunk.samples for chunk in chunks]] - 1)
-            slots = requests[last_rows]
-            logits = self.model.logits(hidden[last_rows]) if drawing else None
-        tokens, logprobs = self._draw(logits, drawing, slots)
-        scored = []
-        if hidden is not None:
-            starts = (0, *ends)
-            scored = [
-                (chunk, to_host(self._scores(hidden[start : start + chunk.length], chunk)))
-                for chunk, start in zip(chunks, starts, strict=False)
-                if chunk.request.kind == "score"
-            ]
+            tokens, logprobs, scored = self._launch_eagerly(rows, chunks, num_decodes, drawing)
         ready = None
         if self.on_gpu:
             ready = torch.cuda.Event()
@@ -139,10 +127,28 @@ class Runner:
         served = [r for r in step.requests if r.finish_reason is None and r not in broken]
         return served, broken
 
+    def _launch_eagerly(
+        self, rows: np.ndarray, chunks: Sequence[Chunk], num_decodes: int, drawing: list[Request]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[Chunk, torch.Tensor]]]:
+        """(tokens and log-probs drawn, log-probs of each scored chunk), host-bound."""
+        ends = np.cumsum([chunk.length for chunk in chunks])
+        drawing_rows = ends[[chunk.samples for chunk in chunks]] - 1
+        scored = [(chunk, end) for chunk, end in zip(chunks, ends, strict=True) if chunk.request.kind == "score"]
+        # Scoring wants all hidden states, otherwise only those that tokens are drawn from are.
+        hidden, slots = self._forward(rows, chunks, num_decodes, None if scored else drawing_rows)
+        last_rows = self._send(drawing_rows)
+        logits = self.model.logits(hidden[last_rows] if scored else hidden) if drawing else None
+        tokens, logprobs = self._draw(logits, drawing, slots[last_rows])
+        scores = [(chunk, to_host(self._scores(hidden[end - chunk.length : end], chunk))) for chunk, end in scored]
+        return tokens, logprobs, scores
+
     def _forward(
-        self, rows: np.ndarray, chunks: Sequence[Chunk], num_decodes: int
+        self, rows: np.ndarray, chunks: Sequence[Chunk], num_decodes: int, wanted: np.ndarray | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(hidden states [T, H], the rows' slots [T]) of chunks laid end to end, the first num_decodes of one token."""
+        """(hidden states, the slots of all rows [T]) of chunks laid end to end, the first num_decodes of one token.
+
+        Hidden states [R, H] of the `wanted` rows, or of all.
+        """
         prefills = chunks[num_decodes:]
         lengths = np.array([chunk.length for chunk in prefills], np.int64)
         kv_lens = np.array([chunk.start for chunk in prefills], np.int64) + lengths
@@ -165,19 +171,27 @@ class Runner:
                 kv_lens=int32s[:num_prefills],
             )
             parts.append(part)
-        return self._hidden(tokens, requests, positions, tuple(parts)), requests
+        last_context = None
+        token_ids, kv_slots = self._step_inputs(tokens, requests, positions)
+        if wanted is not None and len(wanted) < num_rows:
+            wanted_rows = self._send(wanted)
+            planned = self.on_gpu and len(wanted) > 0 and self._fits_a_plan(rows[:, wanted])
+            part = self._decode_part(requests[wanted_rows], positions[wanted_rows], planned=planned)
+            last_context = AttentionContext(self.kv_caches, kv_slots, (part,), wanted_rows)
+        context = AttentionContext(self.kv_caches, kv_slots, tuple(parts))
+        return self.model(token_ids, positions, context, last_context), requests
 
     def _decode_logits(self, rows: torch.Tensor, groups: Groups | None) -> torch.Tensor:
         """Logits [B, V] of a decode step. rows: int64 [3, B], tokens, requests (-1: padding) and positions."""
         tokens, requests, positions = rows
+        token_ids, kv_slots = self._step_inputs(tokens, requests, positions)
         part = self._decode_part(requests, positions, groups)
-        return self.model.logits(self._hidden(tokens, requests, positions, (part,)))
+        return self.model.logits(self.model(token_ids, positions, AttentionContext(self.kv_caches, kv_slots, (part,))))
 
-    def _hidden(
-        self, tokens: torch.Tensor, requests: torch.Tensor, positions: torch.Tensor, parts: tuple[AttentionPart, ...]
-    ) -> torch.Tensor:
-        token_ids, slots = step_inputs(tokens, requests, positions, self.last_tokens, self.page_table, self.page_size)
-        return self.model(token_ids, positions, AttentionContext(self.kv_caches, slots, parts))
+    def _step_inputs(
+        self, tokens: torch.Tensor, requests: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return step_inputs(tokens, requests, positions, self.last_tokens, self.page_table, self.page_size)
 
     def _decode_part(
         self, requests: torch.Tensor, positions: torch.Tensor, groups: Groups | None = None, planned: bool = True

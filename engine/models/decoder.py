@@ -39,12 +39,14 @@ class AttentionContext:
 
     kv_caches: one (k_cache, v_cache) per layer, from `kernels.kv_cache.new_kv_cache`.
     slots:     int64 [T], where each row's key and value go; -1 for padding rows.
-    parts:     the rows' requests; the parts' rows follow one another and are all of the T.
+    parts:     the requests of the rows that attend; the parts' rows follow one another and are all of them.
+    rows:      int64 [R], the rows that attend and go on; the others end with their key and value. None: all.
     """
 
     kv_caches: list[tuple[torch.Tensor, torch.Tensor]]
     slots: torch.Tensor
     parts: tuple[AttentionPart, ...]
+    rows: torch.Tensor | None = None
 
 
 class _Weights(nn.Module):
@@ -94,6 +96,8 @@ class _SelfAttention(nn.Module):
             linear(hidden, qkv_weight, qkv_bias), *self._norm_weights, self.eps,
             cos_sin, positions, k_cache, v_cache, context.slots,
         )  # fmt: skip
+        if context.rows is not None:
+            q = q[context.rows]
         outs = [
             attention(
                 part_q,
@@ -151,6 +155,8 @@ class _Layer(nn.Module):
         else:
             hidden, residual = add_rms_norm(hidden, residual, input_norm_weight, self.eps)
         hidden = self.self_attention(hidden, positions, cos_sin, kv_cache, context)
+        if context.rows is not None:
+            residual = residual[context.rows]
         hidden, residual = add_rms_norm(hidden, residual, pre_mlp_norm_weight, self.eps)
         return self.mlp(hidden), residual
 
@@ -191,16 +197,26 @@ class Decoder(nn.Module):
         cos_sin = rope_cos_sin(inv_freq, attention_factor, config.max_position_embeddings)
         self.register_buffer("rope_cos_sin", cos_sin.to(device), persistent=False)
 
-    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        context: AttentionContext,
+        last_context: AttentionContext | None = None,
+    ) -> torch.Tensor:
         """Hidden states [T, H] after the final norm; the rows' keys and values go to the cache.
 
-        token_ids, positions: int64 [T].
+        token_ids, positions: int64 [T]. last_context: the last layer's, if not all hidden states are wanted; those of
+        its `rows` are returned.
         """
         hidden = embedding(token_ids, self.embedding.word_embeddings.weight)
         residual = None
         cos_sin = self.rope_cos_sin
-        for layer, kv_cache in zip(self.decoder.layers, context.kv_caches, strict=True):
+        *layers, last_layer = zip(self.decoder.layers, context.kv_caches, strict=True)
+        for layer, kv_cache in layers:
             hidden, residual = layer(hidden, residual, positions, cos_sin, kv_cache, context)
+        layer, kv_cache = last_layer
+        hidden, residual = layer(hidden, residual, positions, cos_sin, kv_cache, last_context or context)
         hidden, _ = add_rms_norm(hidden, residual, self.decoder.final_layernorm.weight, self.config.rms_norm_eps)
         return hidden
 
