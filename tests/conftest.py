@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 import lockstep.kernels  # noqa: F401  before the first matrix product of the process
@@ -18,3 +19,12 @@ def pytest_addoption(parser):
         default="qwen3-0.6b",
         help="model of the GPU tests: qwen3-0.6b, qwen3-1.7b, qwen3-8b; small also runs on a CPU",
     )
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available():
+        return
+    runs_on_a_cpu = config.getoption("--shape") == "small"
+    for item in items:
+        if item.get_closest_marker("gpu") and not (runs_on_a_cpu and "setup" in item.fixturenames):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

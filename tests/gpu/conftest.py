@@ -26,8 +26,6 @@ def setup(request, tmp_path_factory) -> Setup:
     shape = request.config.getoption("--shape")
     if shape not in SHAPES:
         raise pytest.UsageError(f"--shape {shape}: known are {', '.join(SHAPES)}")
-    if not torch.cuda.is_available() and shape != "small":
-        pytest.skip("needs an NVIDIA GPU")
     path = write_model_directory(shape, tmp_path_factory.mktemp("model"))
     device, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
     config = load_model_config(path)

@@ -55,7 +55,6 @@ def gradients(attend, q, k, v, grad_out, *arguments):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim", "window"),
     [(32, 8, 128, None), (16, 8, 64, 100), (4, 4, 256, None), (6, 2, 96, 64)],

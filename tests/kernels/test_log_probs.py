@@ -144,7 +144,6 @@ def test_triton_gradient_may_take_the_place_of_the_logits():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("chunk_rows", [None, 128])
 def test_bf16_gradients_repeat_and_match_fp64(chunk_rows):
     hidden, weight, tokens = (tensor.cuda() for tensor in make_head(384, 256, 1024))

@@ -191,7 +191,6 @@ def test_triton_bits_are_those_of_the_separate_ops(dtype, weights, heads):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("num_tokens", [1, 3, 64, 3000])
 @pytest.mark.parametrize("heads", [(8, 4, 128), (2, 8, 64), (4, 2, 96), (8, 2, 256)])
 def test_bf16_bits_are_those_of_the_separate_ops(num_tokens, heads):

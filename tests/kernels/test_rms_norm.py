@@ -153,7 +153,6 @@ def test_triton_gradients_match_fp64(shape, slice_heads, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("hidden_size", [64, 128, 1024, 4096, 5120])
 def test_bf16_rows_alone_and_together(hidden_size):
     x, residual, weight = (

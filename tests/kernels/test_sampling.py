@@ -103,7 +103,6 @@ def test_half_precision_logits_have_the_borders_of_their_fp32_values():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gpu_draws_the_tokens_of_the_reference(dtype):
     batch = [tensor.cuda() for tensor in make_batch(64, 151_936, seed=5)]
