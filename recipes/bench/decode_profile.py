@@ -28,11 +28,11 @@ WORKLOAD = Workload("decode", 64, 1, 512, WARM_UP_STEPS + 2 * TRACED_STEPS + 64)
 
 # Kinds of kernels in the order in which they are tried, by what their names contain.
 KINDS = {
-    "attention": r"attend|attention|split_kernel|combine|prefill|flash",
-    "sampling": r"sample|draw|merge_kernel|log_prob|noise|lowest|gumbel",
+    "attention": r"_item_kernel|_group_kernel|_plan_kernel|_prefill_kernel",
+    "sampling": r"_draw_kernel|_choose_kernel|_chunk_kernel|_fold_kernel|_lowest_allowed|_narrow|_largest|_min_p",
     "norm, rope, KV store": r"rms_norm|rope|kv_store|qk_norm",
     "activation": r"silu",
-    "matrix product": r"gemm|linear|matmul|nvjet|cutlass|xmma|cublas|splitk",
+    "matrix product": r"_linear|nvjet|gemm|cutlass|xmma",
     "copy, fill": r"memcpy|memset|copy|fill",
 }
 OTHER = "other"

@@ -14,13 +14,15 @@ import torch
 from lockstep.engine.models.config import ModelConfig, load_model_config
 from lockstep.kernels import numerics
 from lockstep.kernels.attention import attention
+from lockstep.kernels.attention_plan import AttentionPlan, Groups, num_attention_items, plan_attention
 from lockstep.kernels.kv_cache import new_kv_cache
 from lockstep.kernels.linear import linear
+from lockstep.kernels.linear_silu_mul import linear_silu_mul
 from lockstep.kernels.log_probs import log_probs, token_log_probs
 from lockstep.kernels.qk_norm_rope_store import qk_norm_rope_store
 from lockstep.kernels.rms_norm import add_rms_norm
 from lockstep.kernels.rope import rope_cos_sin, rope_inv_freq
-from lockstep.kernels.sampling import sample
+from lockstep.kernels.sampling import sample_with_log_probs
 from lockstep.kernels.silu_mul import silu_mul
 from lockstep.recipes.bench.candidates import model_directory
 from lockstep.recipes.bench.config import BenchConfig
@@ -152,10 +154,18 @@ def _linear_cases(sizes: Sizes) -> Iterator[Case]:
 
             num_bytes = sizes.dtype.itemsize * (rows * k + n * k + rows * n)
             yield Case(f"linear {name}", f"{rows} x {k} -> {n}", product, num_bytes, 2 * rows * n * k)
+    n, k = weights["fc1"]
+    for rows in sizes.scaled(1, 16, 64):
+
+        def activated_product(rows: int = rows, n: int = n, k: int = k) -> Callable[[], object]:
+            return partial(linear_silu_mul, sizes.random(rows, k), sizes.random(n, k))
+
+        num_bytes = sizes.dtype.itemsize * (rows * k + n * k + rows * n // 2)
+        yield Case("linear_silu_mul fc1", f"{rows} x {k} -> {n // 2}", activated_product, num_bytes, 2 * rows * n * k)
 
 
 def _attention_cases(sizes: Sizes) -> Iterator[Case]:
-    decode = [(batch, 1, length) for batch, length in ((1, 1024), (64, 1024), (256, 512), (8, 16384))]
+    decode = [(batch, 1, length) for batch, length in ((1, 384), (64, 1024), (256, 512), (8, 16384), (1, 131072))]
     prefill = [(batch, length, length) for batch, length in ((4, 4096), (16, 512), (64, 128))]
     for batch, queries, length in decode + prefill:
         batch, length = *sizes.scaled(batch), min(sizes.model.max_position_embeddings, *sizes.scaled(length))
@@ -167,6 +177,14 @@ def _attention_cases(sizes: Sizes) -> Iterator[Case]:
             sizes.dtype.itemsize * batch * (2 * length * sizes.key + 2 * queries * sizes.query),
             4 * sizes.query * batch * (attention_pairs([queries]) + queries * (length - queries)),
         )
+    groups, samples, shared, own = *sizes.scaled(32), 16, 512, 400
+    yield Case(
+        "attention, decode",
+        f"{groups} x {samples} samples of {shared} shared + {own} tokens",
+        partial(_attention_call, sizes, groups * samples, 1, shared + own, samples, shared),
+        sizes.dtype.itemsize * groups * (2 * (shared + samples * own) * sizes.key + 2 * samples * sizes.query),
+        4 * sizes.query * groups * samples * (shared + own),
+    )
 
 
 def _row_cases(sizes: Sizes) -> Iterator[Case]:
@@ -206,16 +224,16 @@ def _logits_cases(sizes: Sizes) -> Iterator[Case]:
     for rows in sizes.scaled(1, 64, 512):
 
         def scoring(rows: int = rows) -> Callable[[], object]:
-            logits = torch.randn(rows, vocab_size, device=sizes.device)
+            logits = sizes.random(rows, vocab_size)
             return partial(token_log_probs, logits, tokens(rows), torch.ones(rows, device=sizes.device))
 
         makers = {
-            "sampling": partial(_sampling_call, sizes, rows, 1.0),
-            "sampling, top-p": partial(_sampling_call, sizes, rows, 0.9),
+            "sample_with_log_probs": partial(_sampling_call, sizes, rows, 1.0),
+            "sample_with_log_probs, top-p": partial(_sampling_call, sizes, rows, 0.9),
             "token_log_probs": scoring,
         }
         for name, make in makers.items():
-            yield Case(name, f"{rows} x {vocab_size}", make, 4 * rows * vocab_size)
+            yield Case(name, f"{rows} x {vocab_size}", make, sizes.dtype.itemsize * rows * vocab_size)
 
     for rows in sizes.scaled(4096):
 
@@ -234,7 +252,10 @@ def _cache(sizes: Sizes, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return new_kv_cache(pages, PAGE_SIZE, model.num_kv_heads, model.head_dim, sizes.dtype, sizes.device)
 
 
-def _attention_call(sizes: Sizes, batch: int, queries: int, length: int) -> Callable[[], object]:
+def _attention_call(
+    sizes: Sizes, batch: int, queries: int, length: int, samples: int = 1, shared: int = 0
+) -> Callable[[], object]:
+    """samples: so many requests in a row have their first `shared` tokens in common."""
     model, device = sizes.model, sizes.device
     pages = -(-length // PAGE_SIZE)
     caches = _cache(sizes, batch * pages * PAGE_SIZE)
@@ -242,9 +263,25 @@ def _attention_call(sizes: Sizes, batch: int, queries: int, length: int) -> Call
         cache.normal_()
     q = sizes.random(batch * queries, model.num_heads, model.head_dim)
     page_table = torch.randperm(batch * pages, device=device).to(torch.int32).view(batch, pages)
+    first_of_group = torch.arange(batch, device=device) // samples * samples
+    page_table[:, : shared // PAGE_SIZE] = page_table[first_of_group, : shared // PAGE_SIZE]
     cu_seqlens = torch.arange(batch + 1, device=device, dtype=torch.int32) * queries
     kv_lens = torch.full((batch,), length, device=device, dtype=torch.int32)
-    return partial(attention, q, *caches, page_table, cu_seqlens, kv_lens, model.head_dim**-0.5)
+    plan = None
+    if queries == 1 and device.type == "cuda":
+        plan = _plan(cu_seqlens, kv_lens, model.num_kv_heads, num_attention_items([length] * batch), samples, shared)
+    return partial(attention, q, *caches, page_table, cu_seqlens, kv_lens, model.head_dim**-0.5, plan=plan)
+
+
+def _plan(
+    cu_seqlens: torch.Tensor, kv_lens: torch.Tensor, num_kv_heads: int, num_items: int, samples: int, shared: int
+) -> AttentionPlan:
+    groups = None
+    if shared:
+        first = torch.arange(0, len(kv_lens), samples, device=kv_lens.device, dtype=torch.int32)
+        tiles = torch.stack((first, torch.full_like(first, samples)), 1)
+        groups = Groups(torch.full_like(kv_lens, shared), tiles, torch.full_like(kv_lens[:1], len(first)))
+    return plan_attention(kv_lens, cu_seqlens, num_kv_heads, num_items, groups=groups)
 
 
 def _sampling_call(sizes: Sizes, rows: int, top_p: float) -> Callable[[], object]:
@@ -253,12 +290,13 @@ def _sampling_call(sizes: Sizes, rows: int, top_p: float) -> Callable[[], object
 
     numbers = torch.arange(rows, device=sizes.device)
     return partial(
-        sample,
-        torch.randn(rows, sizes.model.vocab_size, device=sizes.device),
+        sample_with_log_probs,
+        sizes.random(rows, sizes.model.vocab_size),
         filled(1.0, torch.float32),
         filled(-1, torch.int64),
         filled(top_p, torch.float32),
         filled(0.0, torch.float32),
         numbers,
         numbers,
+        truncates=top_p < 1.0,
     )

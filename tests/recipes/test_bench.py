@@ -190,7 +190,9 @@ def test_a_trace_without_a_gpu_has_no_shares():
     ("kernel", "kind"),
     [
         ("_rms_norm_kernel", "norm, rope, KV store"),
-        ("_attend_split_kernel", "attention"),
+        ("_item_kernel", "attention"),
+        ("_linear_decode_kernel", "matrix product"),
+        ("nvjet_sm90_tst_192x64_64x6_2x1_v_bz_TNT", "matrix product"),
         ("_silu_mul_kernel", "activation"),
         ("Memset (Device)", "copy, fill"),
         ("_draw_kernel", "sampling"),
@@ -272,7 +274,7 @@ def test_the_kernels_suite(tiny, tmp_path):
     run(BenchConfig(suite="kernels", **tiny))
     result, text = read(tmp_path, "kernels_small")
     rows = result["tables"]["Kernels"]
-    assert len({row["kernel"] for row in rows}) == 5 + 2 + 3 + 3 + 1
+    assert len({row["kernel"] for row in rows}) == 6 + 2 + 3 + 3 + 1
     assert all(row["us"] > 0 and row["share"] > 0 for row in rows)
     assert "| linear qkv | 1 x 128 -> 256 |" in text
 
@@ -286,6 +288,9 @@ def test_kernel_cases_count_bytes_and_flops(tmp_path):
     decode = found["attention, decode", "64 x 1024 tokens"]
     assert decode.num_bytes == 2 * 64 * (2 * 1024 * 8 * 128 + 2 * 32 * 128)
     assert decode.num_flops == 4 * 32 * 128 * 64 * 1024
+    grouped = found["attention, decode", "32 x 16 samples of 512 shared + 400 tokens"]
+    assert grouped.num_bytes == 2 * 32 * (2 * (512 + 16 * 400) * 8 * 128 + 2 * 16 * 32 * 128)
+    assert grouped.num_flops == 4 * 32 * 128 * 512 * 912
     prefill = found["attention, prefill", "4 x 4096 tokens"]
     assert prefill.num_flops == 4 * 32 * 128 * 4 * (4096 * 4097 // 2)
     assert found["add_rms_norm", "8192 rows"].num_bytes == 2 * 4 * 8192 * 4096
