@@ -244,7 +244,7 @@ class Engine:
         named_tensors: Megatron names, shapes and dtypes, in any order. version: larger than the version now served.
         inflight, for requests that are running: "keep" goes on over the KV that they have (their outputs record the
         version of each token), "recompute" computes their KV anew under the new weights, "abort" ends them.
-        Returns timings in seconds and the sha256 of the weights now served. Raises ValueError that names the tensor
+        Returns timings in seconds and the checksum of the weights now served. Raises ValueError that names the tensor
         if the update is incomplete or does not fit; the old version then serves on.
         """
         self._check_running()

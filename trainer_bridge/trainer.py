@@ -232,7 +232,7 @@ class MegatronTrainer:
             yield name, parameter.detach()
 
     def weights_hash(self) -> str:
-        """sha256 of all weights, names, shapes and dtypes; equal to the checksum of an engine that serves them."""
+        """`engine.weights.checksum` of all weights: equal to the checksum of an engine that serves them."""
         return checksum(self.named_weights())
 
     def export_hf(self, path: str | Path) -> None:

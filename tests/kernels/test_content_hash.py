@@ -1,0 +1,39 @@
+import pytest
+import torch
+
+from lockstep.kernels.content_hash import _block_sums_triton, _words, content_hash, content_hash_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def random_bytes(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 4096, 65536, 65537, 300_000])
+def test_equals_the_formula(count):
+    data = random_bytes(count)
+    expected = content_hash_reference(data)
+    assert int(content_hash(data)) == expected
+    assert int(_block_sums_triton(_words(data.to(DEVICE))).sum()) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64])
+def test_is_of_the_bytes_in_index_order(dtype):
+    matrix = random_bytes(96 * 64 * dtype.itemsize).view(dtype).view(96, 64)
+    assert content_hash(matrix) == content_hash(matrix.clone())
+    assert content_hash(matrix.t()) == content_hash(matrix.t().contiguous()) != content_hash(matrix)
+    assert content_hash(matrix[1:]) == content_hash(matrix[1:].clone())
+
+
+def test_any_changed_or_moved_bit_changes_it():
+    data = random_bytes(2000)
+    whole = content_hash(data)
+    for byte in range(0, 2000, 13):
+        changed = data.clone()
+        changed[byte] ^= 1 << byte % 8
+        assert content_hash(changed) != whole
+    words = data.view(torch.int64)
+    assert content_hash(words.flip(0)) != whole
+    assert content_hash(torch.zeros(16)) != content_hash(torch.zeros(18))
+    assert int(content_hash(torch.empty(0))) == 0
