@@ -151,7 +151,9 @@ class Engine:
         Returns the outputs in the order of the prompts (the `n` samples of a prompt in a row). Raises ValueError that
         names the prompt and the problem if a request is impossible; nothing is generated then.
         """
-        requests = self.submit(prompts, params)
+        requests = self._requests(prompts, params, "generate")
+        # The call ends with its last request, so those that may become the longest start first.
+        self._queue(sorted(requests, key=lambda request: -request.params.max_tokens))
         self._complete(requests)
         return [self.output(request) for request in requests]
 

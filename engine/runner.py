@@ -10,7 +10,7 @@ import torch
 
 from lockstep.engine.decode_graphs import DecodeGraphs
 from lockstep.engine.models.decoder import AttentionContext, AttentionPart, Decoder
-from lockstep.engine.prefix_groups import PrefixGroups, find_groups
+from lockstep.engine.prefix_groups import PrefixGroups, find_groups, order_by_prefix
 from lockstep.engine.request import Request
 from lockstep.engine.sampler import Sampler
 from lockstep.engine.scheduler import Chunk, SchedulerConfig, StepBatch
@@ -89,6 +89,9 @@ class Runner:
         # On a GPU decodes and prefills take different attention kernels, so each kind's rows lie together.
         chunks = sorted(batch.chunks, key=_is_prefill) if self.on_gpu else batch.chunks
         self._sync_pages(chunks)
+        if self.on_gpu and self.group_prefixes and not _is_prefill(chunks[-1]):
+            order = order_by_prefix(self.host_page_table, [chunk.request.slot for chunk in chunks])
+            chunks = [chunks[index] for index in order]
         num_decodes = sum([chunk.length == 1 for chunk in chunks]) if self.on_gpu else 0
         drawing = [chunk.request for chunk in chunks if chunk.samples]
         rows = _rows(chunks, batch.num_tokens)

@@ -49,6 +49,24 @@ def test_outputs_are_in_the_order_of_prompts_and_samples(engine):
     assert outputs[0].token_ids != outputs[1].token_ids
 
 
+def test_generate_starts_the_longest_first_and_keeps_the_order(path):
+    engine = Engine(EngineConfig(model=path, max_running_requests=1))
+    started = []
+    start = engine.scheduler._start
+
+    def record(request, length):
+        started.append(request.params.max_tokens)
+        start(request, length)
+
+    engine.scheduler._start = record
+    lengths = [3, 9, 5, 9]
+    params = [SamplingParams(max_tokens=length, ignore_eos=True) for length in lengths]
+    outputs = engine.generate([[1 + i] for i in range(4)], params)
+    assert [len(output.token_ids) for output in outputs] == lengths
+    assert [output.prompt_ids for output in outputs] == [[1], [2], [3], [4]]
+    assert started == [9, 9, 5, 3]
+
+
 def test_one_seed_draws_one_output_and_another_seed_another(engine):
     def tokens(seed):
         return engine.generate([[3, 4]], SamplingParams(max_tokens=20, seed=seed, ignore_eos=True))[0].token_ids

@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 
-from lockstep.engine.prefix_groups import MIN_SHARED_TOKENS, find_groups
+from lockstep.engine.prefix_groups import MIN_SHARED_TOKENS, find_groups, order_by_prefix
 
 KEY_TILE = 64
 
@@ -56,6 +56,22 @@ def test_samples_of_a_prompt_are_one_group():
     groups = find_groups(rows, np.array([8 * 64 + 1 + i for i in range(6)] + [600]), 64, KEY_TILE, 16)
     assert groups.tiles == [(0, 6)]
     assert groups.shared_lens.tolist() == [512] * 6 + [0]
+
+
+def test_order_by_prefix_brings_samples_of_a_prompt_together():
+    rng = random.Random(0)
+    system = [1, 2]
+    rows = [
+        [*system, *range(10 * group, 10 * group + 6), *(1000 * sample + 40 * group + i for i in range(24))]
+        for group in range(20, 40)
+        for sample in range(16)
+    ]
+    rng.shuffle(rows)
+    rows = np.array(rows)
+    rows = rows[order_by_prefix(rows, list(range(len(rows))))]
+    groups = find_groups(rows, np.full(len(rows), 32 * 64), 64, KEY_TILE, 16)
+    assert sorted(count for _, count in groups.tiles) == [16] * 20
+    assert set(groups.shared_lens) == {8 * 64}
 
 
 def test_little_sharing_is_no_group():
