@@ -211,7 +211,7 @@ class Runner:
         return AttentionPart(len(requests), page_table, cu_seqlens_q, kv_lens, plans)
 
     def _fits_a_plan(self, rows: np.ndarray) -> bool:
-        return num_attention_items((rows[2] + 1).tolist()) <= MAX_ATTENTION_ITEMS
+        return num_attention_items(rows[2] + 1) <= MAX_ATTENTION_ITEMS
 
     def _groups(self, rows: np.ndarray) -> PrefixGroups | None:
         """The groups of a decode step that share a prefix."""

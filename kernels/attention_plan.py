@@ -5,12 +5,13 @@ what the batch costs, whatever the lengths could have been. Requests whose page 
 given as groups: a group item is a split of their shared prefix, attended to by all their rows together.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import ArrayLike
 
 from lockstep.kernels.attention_triton import KV_TILE, SPLIT
 
@@ -44,9 +45,9 @@ class AttentionPlan(NamedTuple):
     window: int | None
 
 
-def num_attention_items(kv_lens: Iterable[int]) -> int:
+def num_attention_items(kv_lens: ArrayLike) -> int:
     """On the host: a `max_items` that serves requests of these lengths, however they are grouped or windowed."""
-    return sum(-(-n // SPLIT) for n in kv_lens)
+    return int((-(-np.asarray(kv_lens) // SPLIT)).sum())
 
 
 def plan_attention(
