@@ -4,9 +4,9 @@ import numpy as np
 import torch
 
 
-def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The values on the device. They go through pinned memory, which torch keeps until the copy has been made."""
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
+def to_device(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The host's values on the device. From pinned memory, which torch keeps until the copy has been made."""
+    tensor = values if isinstance(values, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(values))
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 

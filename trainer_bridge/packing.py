@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from lockstep.engine.transfer import to_device
+
 Aggregation = Literal["token_mean", "sequence_mean"]
 
 
@@ -50,13 +52,6 @@ class PackedBatch:
     def to(self, device: torch.device) -> "PackedBatch":
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{n: to_device(t, device) for n, t in tensors.items() if isinstance(t, torch.Tensor)})
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The CPU tensor on `device`, by a copy that does not wait for the GPU's earlier work."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def first_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -12,6 +12,7 @@ import torch
 from lockstep.engine.checkpoint import initialize_dummy, iterate_weights, save_hf
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.models.names import matrix_shapes
+from lockstep.engine.transfer import to_device
 from lockstep.engine.weights import checksum
 from lockstep.kernels import numerics
 from lockstep.trainer_bridge.checkpoint import load_tensors, read_common, save_checkpoint
@@ -19,7 +20,7 @@ from lockstep.trainer_bridge.losses import Loss
 from lockstep.trainer_bridge.megatron_setup import initialize_megatron
 from lockstep.trainer_bridge.model import LockstepGPTModel
 from lockstep.trainer_bridge.optimizer import LrSchedule, MasterAdamW, NoOptimizer, learning_rate
-from lockstep.trainer_bridge.packing import PackedBatch, first_fit, sequence_layout, to_device
+from lockstep.trainer_bridge.packing import PackedBatch, first_fit, sequence_layout
 
 
 @dataclass(frozen=True)
