@@ -33,8 +33,8 @@ class DecodeGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._captured: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
 
-    def run(self, rows: np.ndarray, groups: PrefixGroups | None) -> torch.Tensor:
-        """Logits [n, V] of the rows [3, n] (tokens, slots, positions)."""
+    def run(self, rows: np.ndarray, groups: PrefixGroups | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(logits [n, V], slots [n]) of the rows [3, n] (tokens, slots, positions); both hold until the next run."""
         num_rows = rows.shape[1]
         bucket = next(size for size in self._buckets if size >= num_rows)
         key = (bucket, groups is not None)
@@ -43,7 +43,7 @@ class DecodeGraphs:
         graph, inputs, logits = self._captured[key]
         inputs.copy_(_packed(rows, groups, bucket), non_blocking=True)
         graph.replay()
-        return logits[:num_rows]
+        return logits[:num_rows], inputs[bucket : bucket + num_rows]
 
     def _capture(self, bucket: int, grouped: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
         no_rows = np.empty((3, 0), np.int64)

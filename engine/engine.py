@@ -189,7 +189,8 @@ class Engine:
     def step(self) -> list[Request]:
         """One forward pass over the running requests; returns those that were given a token or a score.
 
-        On a GPU the pass is launched, and the results are those of the pass before, during which this one was prepared.
+        On a GPU the pass is launched, and the results are those of the pass before, during which this one was prepared
+        (of both, a request then named twice, where overlapping has to stop).
         Raises FloatingPointError that names the request for logits without a number; it is ended then.
         """
         started = time.perf_counter()
@@ -360,17 +361,27 @@ class Engine:
 
     def _stream(self, requests: list[Request]) -> Iterator[TokenEvent]:
         self._queue(requests)  # not before the first `next`: an iterator that is never started leaves nothing behind
-        mine = {request.request_id for request in requests}
+        # Not by the results of `step`: a weight update between two steps collects tokens as well.
+        unread = dict.fromkeys(requests, 0)
         try:
-            while any(request.finish_reason is None for request in requests):
-                for request in self.step():
-                    if request.request_id in mine:
+            while unread:
+                if any(request.finish_reason is None for request in unread):
+                    self.step()
+                for request, first in list(unread.items()):
+                    last = len(request.logprobs)
+                    # Taken now: what a consumer does between two events may end the request.
+                    reason = request.finish_reason
+                    if reason is None:
+                        unread[request] = last
+                    else:
+                        del unread[request]
+                    for index in range(first, last):
                         yield TokenEvent(
                             request.prompt_index,
                             request.sample_index,
-                            request.tokens[-1],
-                            request.logprobs[-1],
-                            request.finish_reason,
+                            request.tokens[request.num_prompt + index],
+                            request.logprobs[index],
+                            reason if index == last - 1 else None,
                         )
         finally:
             for request in requests:

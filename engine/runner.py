@@ -96,8 +96,8 @@ class Runner:
         drawing = [chunk.request for chunk in chunks if chunk.samples]
         rows = _rows(chunks, batch.num_tokens)
         if self.graphs is not None and len(drawing) == len(chunks) == num_decodes and self._fits_a_plan(rows):
-            logits = self.graphs.run(rows, self._groups(rows))
-            tokens, logprobs = self._draw(logits, drawing, self._send(rows[1]))
+            logits, slots = self.graphs.run(rows, self._groups(rows))
+            tokens, logprobs = self._draw(logits, drawing, slots)
             scored = []
         else:
             tokens, logprobs, scored = self._launch_eagerly(rows, chunks, num_decodes, drawing)
@@ -139,18 +139,21 @@ class Runner:
         scored = [(chunk, end) for chunk, end in zip(chunks, ends, strict=True) if chunk.request.kind == "score"]
         # Scoring wants all hidden states, otherwise only those that tokens are drawn from are.
         hidden, slots = self._forward(rows, chunks, num_decodes, None if scored else drawing_rows)
-        last_rows = self._send(drawing_rows)
-        logits = self.model.logits(hidden[last_rows] if scored else hidden) if drawing else None
-        tokens, logprobs = self._draw(logits, drawing, slots[last_rows])
+        drawing_hidden = hidden
+        if scored and drawing:
+            last_rows = self._send(drawing_rows)
+            drawing_hidden, slots = hidden[last_rows], slots[last_rows]
+        logits = self.model.logits(drawing_hidden) if drawing else None
+        tokens, logprobs = self._draw(logits, drawing, slots)
         scores = [(chunk, to_host(self._scores(hidden[end - chunk.length : end], chunk))) for chunk, end in scored]
         return tokens, logprobs, scores
 
     def _forward(
         self, rows: np.ndarray, chunks: Sequence[Chunk], num_decodes: int, wanted: np.ndarray | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(hidden states, the slots of all rows [T]) of chunks laid end to end, the first num_decodes of one token.
+        """(hidden states [R, H], slots [R]) of the `wanted` rows, or of all, of chunks laid end to end.
 
-        Hidden states [R, H] of the `wanted` rows, or of all.
+        The first num_decodes chunks are of one token.
         """
         prefills = chunks[num_decodes:]
         lengths = np.array([chunk.length for chunk in prefills], np.int64)
@@ -174,15 +177,16 @@ class Runner:
                 kv_lens=int32s[:num_prefills],
             )
             parts.append(part)
-        last_context = None
+        last_context, last_requests = None, requests
         token_ids, kv_slots = self._step_inputs(tokens, requests, positions)
         if wanted is not None and len(wanted) < num_rows:
             wanted_rows = self._send(wanted)
             planned = self.on_gpu and len(wanted) > 0 and self._fits_a_plan(rows[:, wanted])
-            part = self._decode_part(requests[wanted_rows], positions[wanted_rows], planned=planned)
+            last_requests = requests[wanted_rows]
+            part = self._decode_part(last_requests, positions[wanted_rows], planned=planned)
             last_context = AttentionContext(self.kv_caches, kv_slots, (part,), wanted_rows)
         context = AttentionContext(self.kv_caches, kv_slots, tuple(parts))
-        return self.model(token_ids, positions, context, last_context), requests
+        return self.model(token_ids, positions, context, last_context), last_requests
 
     def _decode_logits(self, rows: torch.Tensor, groups: Groups | None) -> torch.Tensor:
         """Logits [B, V] of a decode step. rows: int64 [3, B], tokens, requests (-1: padding) and positions."""

@@ -85,6 +85,28 @@ def test_a_stream_yields_the_tokens_of_generate(engine):
         assert [e.finish_reason for e in mine] == [None] * 11 + ["length"]
 
 
+@pytest.mark.parametrize("interruption", ["weight update", "penalties"])
+def test_a_stream_loses_and_repeats_no_token_when_overlapping_is_interrupted(path, interruption):
+    """An overlapping engine collects tokens outside of its regular steps too."""
+    prompts, params = [[3, 4], [5]], SamplingParams(max_tokens=12, seed=4, ignore_eos=True)
+    engine = Engine(EngineConfig(model=path))
+    expected = engine.generate(prompts, params)
+    engine.overlaps = True  # on a CPU too: what is computed is the same, only later known
+    events = []
+    for event in engine.stream(prompts, params):
+        events.append(event)
+        if len(events) % 5 == 0:
+            if interruption == "weight update":
+                engine.update_weights(list(engine.weight_targets.items()), engine.weight_version + 1)
+            else:
+                engine.submit([[7]], SamplingParams(max_tokens=2, repetition_penalty=1.5))
+    for output in expected:
+        mine = [event for event in events if event.prompt_index == output.prompt_index]
+        assert [event.token_id for event in mine] == output.token_ids
+        assert [event.logprob for event in mine] == output.logprobs
+        assert [event.finish_reason for event in mine] == [None] * 11 + ["length"]
+
+
 def test_closing_a_stream_aborts_its_requests_only(engine):
     (other,) = engine.submit([[9, 8]], SamplingParams(max_tokens=15, seed=1, ignore_eos=True))
     stream = engine.stream([[3, 4]], SamplingParams(max_tokens=50, ignore_eos=True))
