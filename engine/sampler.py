@@ -38,10 +38,11 @@ class Sampler:
         """
         slots = np.array([self._slot(request) for request in requests])
         positions = [request.num_tokens for request in requests]
-        positions, seeds, top_k = self._send(np.stack((positions, self.seed[slots], self.top_k[slots])))
-        temperature, top_p, min_p = self._send(
-            np.stack((self.temperature[slots], self.top_p[slots], self.min_p[slots]))
-        )
+        integers = np.stack((positions, self.seed[slots], self.top_k[slots]))
+        reals = np.stack((self.temperature[slots], self.top_p[slots], self.min_p[slots]))
+        sent = self._send(np.concatenate((integers.view(np.float32).ravel(), reals.ravel())))  # in one copy
+        positions, seeds, top_k = sent[: 2 * integers.size].view(torch.int64).view(3, -1)
+        temperature, top_p, min_p = sent[2 * integers.size :].view(3, -1)
         parameters = (temperature, top_k, top_p, min_p, seeds, positions)
         edited_rows = np.flatnonzero(self.edits_logits[slots])
         if len(edited_rows) == 0:

@@ -119,7 +119,7 @@ def _request_rows(
     return first_token + query, kv_head * GROUP + row % GROUP, position
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _item_kernel(
     q_ptr,
     k_cache_ptr,

@@ -1,10 +1,11 @@
-"""A linear layer with SwiGLU's activation: one kernel for the few rows of a decode step."""
+"""A linear layer with SwiGLU's activation: one kernel for the few rows of a decode step, and for many rows."""
 
 import torch
 from torch import Tensor
 
 from lockstep.kernels.linear import linear
 from lockstep.kernels.linear_decode import MAX_ROWS, can_decode, linear_decode
+from lockstep.kernels.linear_silu_mul_hopper import linear_silu_mul_hopper, wins
 from lockstep.kernels.silu_mul import silu_mul
 
 
@@ -16,6 +17,9 @@ def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     Differentiable in all three.
     """
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if x.is_cuda and bias is None and not needs_grad and can_decode(x, weight, MAX_ROWS):
-        return linear_decode(x, weight, silu_mul=True)
+    if x.is_cuda and bias is None and not needs_grad:
+        if can_decode(x, weight, MAX_ROWS):
+            return linear_decode(x, weight, silu_mul=True)
+        if wins(x, weight):
+            return linear_silu_mul_hopper(x, weight)
     return silu_mul(linear(x, weight, bias))

@@ -16,7 +16,7 @@ from lockstep.recipes.bench.config import BenchConfig
 from lockstep.recipes.bench.shapes import write_model_directory
 from lockstep.recipes.bench.workloads import Requests
 
-MAX_RUNNING_REQUESTS = 512
+MAX_RUNNING_REQUESTS = 1024
 _TRANSFORMERS_BATCH = 64  # its KV cache is not paged: more rows of thousands of tokens do not fit
 
 Generate = Callable[[Requests, int], int]  # requests, seed -> tokens generated

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lockstep.kernels.linear import _linear_triton, linear, linear_reference
 from lockstep.kernels.linear_decode import MAX_ROWS, linear_decode
 from lockstep.kernels.linear_silu_mul import linear_silu_mul
+from lockstep.kernels.linear_silu_mul_hopper import linear_silu_mul_hopper, wins
 from lockstep.kernels.numerics import _check_rows, check_row_contract, set_up
 from lockstep.kernels.silu_mul import _silu_mul_triton, silu_mul
 
@@ -141,6 +142,27 @@ def test_every_gpu_kernel_has_the_bits_of_cublas(n, k):
         assert torch.equal(linear_decode(x[rows], weight, silu_mul=True), silu_mul(together[rows])), size
     assert torch.equal(_linear_triton(x[:100], weight), together[:100])
     check_row_contract("cuda", torch.bfloat16, [(n, k)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "f", "k"), [(2048, 12288, 4096), (8192, 3072, 1024), (2500, 1056, 192), (1, 32, 64)])
+def test_silu_mul_of_many_rows_is_its_two_steps(rows, f, k):
+    set_up("cuda")
+    x, weight = _random(rows, k).cuda().bfloat16(), (_random(2 * f, k, seed=1) / k**0.5).cuda().bfloat16()
+    assert torch.equal(linear_silu_mul_hopper(x, weight), silu_mul(linear(x, weight)))
+    assert wins(x, weight) == (rows >= 2048 and f >= 3072)
+
+
+@pytest.mark.gpu
+def test_silu_mul_of_many_rows_rounds_every_gate_as_silu_mul_does():
+    set_up("cuda")
+    gates = torch.arange(2**16, device="cuda").to(torch.int16).view(torch.bfloat16)
+    gates = gates[gates.isfinite()]
+    x = torch.zeros(len(gates), 64, device="cuda", dtype=torch.bfloat16)
+    x[:, 0], x[:, 1] = gates, torch.randn_like(gates)
+    weight = torch.zeros(64, 64, device="cuda", dtype=torch.bfloat16)
+    weight[:32, 0] = weight[32:, 1] = 1.0
+    assert torch.equal(linear_silu_mul_hopper(x, weight), silu_mul(linear(x, weight)))
 
 
 @pytest.mark.gpu
