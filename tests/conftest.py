@@ -1,14 +1,17 @@
-"""Test set-up: without a GPU the Triton kernels run in Triton's interpreter, chosen before triton is imported."""
+"""Test set-up: numerics; without a GPU the Triton kernels run in Triton's interpreter, chosen before its import."""
 
 import os
 
 import pytest
 import torch
 
-import lockstep.kernels  # noqa: F401  before the first matrix product of the process
-
-if not torch.cuda.is_available():
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+
+from lockstep.kernels import numerics  # noqa: E402
+
+numerics.set_up("cuda" if ON_GPU else "cpu")  # before the first matrix product of the process
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 

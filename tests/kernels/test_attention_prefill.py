@@ -45,8 +45,8 @@ def _batch(query_lens, kv_lens, num_heads, num_kv_heads, head_dim, dtype, seed=0
 def _assert_equal_to_general(batch):
     scale = batch[0].shape[2] ** -0.5
     assert attention_prefill_hopper.supports(batch[0], batch[1], None)
-    out, lse = attention_forward(*batch, scale, None, with_lse=True, split_parallel=False)
-    expected, expected_lse = attention_forward(*batch, scale, None, with_lse=True, split_parallel=False, tile_rows=64)
+    out, lse = attention_forward(*batch, scale, None, with_lse=True)
+    expected, expected_lse = attention_forward(*batch, scale, None, with_lse=True, tile_rows=64)
     assert torch.equal(out, expected)
     assert torch.equal(lse, expected_lse)
     return out

@@ -13,10 +13,9 @@ from lockstep.kernels.linear import _linear_triton, linear, linear_reference
 from lockstep.kernels.linear_decode import MAX_ROWS, linear_decode
 from lockstep.kernels.linear_silu_mul import linear_silu_mul
 from lockstep.kernels.linear_silu_mul_hopper import linear_silu_mul_hopper, wins
-from lockstep.kernels.numerics import _check_rows, check_row_contract, set_up
+from lockstep.kernels.numerics import _check_rows, check_row_contract
 from lockstep.kernels.silu_mul import _silu_mul_triton, silu_mul
 
-# At import, because no test of any file has multiplied matrices yet when the files are collected.
 # (N, K) of weights, odd ones included
 SHAPES = [(384, 128), (128, 384), (260, 100), (512, 192), (1, 128), (33, 17)]
 
@@ -133,7 +132,6 @@ def test_linear_silu_mul_is_its_two_steps_and_their_gradients():
 @pytest.mark.gpu
 @pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 12288), (25600, 1024), (12352, 512), (128, 64), (1024, 896)])
 def test_every_gpu_kernel_has_the_bits_of_cublas(n, k):
-    set_up("cuda")
     x, weight = _random(300, k).cuda().bfloat16(), (_random(n, k, seed=1) / k**0.5).cuda().bfloat16()
     together = F.linear(x, weight)
     for size in (1, 2, 15, 16, 17, 32, 33, MAX_ROWS):
@@ -147,7 +145,6 @@ def test_every_gpu_kernel_has_the_bits_of_cublas(n, k):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "f", "k"), [(2048, 12288, 4096), (8192, 3072, 1024), (2500, 1056, 192), (1, 32, 64)])
 def test_silu_mul_of_many_rows_is_its_two_steps(rows, f, k):
-    set_up("cuda")
     x, weight = _random(rows, k).cuda().bfloat16(), (_random(2 * f, k, seed=1) / k**0.5).cuda().bfloat16()
     assert torch.equal(linear_silu_mul_hopper(x, weight), silu_mul(linear(x, weight)))
     assert wins(x, weight) == (rows >= 2048 and f >= 3072)
@@ -155,7 +152,6 @@ def test_silu_mul_of_many_rows_is_its_two_steps(rows, f, k):
 
 @pytest.mark.gpu
 def test_silu_mul_of_many_rows_rounds_every_gate_as_silu_mul_does():
-    set_up("cuda")
     gates = torch.arange(2**16, device="cuda").to(torch.int16).view(torch.bfloat16)
     gates = gates[gates.isfinite()]
     x = torch.zeros(len(gates), 64, device="cuda", dtype=torch.bfloat16)
@@ -167,7 +163,6 @@ def test_silu_mul_of_many_rows_rounds_every_gate_as_silu_mul_does():
 
 @pytest.mark.gpu
 def test_decode_waits_for_the_kernel_before_it():
-    set_up("cuda")
     weights = [(_random(4096, 4096, seed=i) / 64).cuda().bfloat16() for i in range(8)]
 
     def chain(product, x):
