@@ -29,7 +29,7 @@ from lockstep.recipes.bench.config import BenchConfig
 from lockstep.recipes.bench.flops import attention_pairs
 from lockstep.recipes.bench.own_process import call_in_own_process
 from lockstep.recipes.bench.results import Column, Table, progress, show, write_results
-from lockstep.recipes.bench.timing import copy_bytes_per_second, matmul_flops_per_second, seconds_per_call
+from lockstep.recipes.bench.timing import matmul_flops_per_second, memory_bytes_per_second, seconds_per_call
 
 PAGE_SIZE = 64
 # Inputs take turns, enough of them that together they are past any cache.
@@ -70,13 +70,13 @@ def measure(job: Job) -> Table:
     config, device = job.config, job.config.device
     numerics.set_up(device)
     model, dtype = load_model_config(job.model), getattr(torch, config.dtype)
-    copy_rate = copy_bytes_per_second(device)
+    memory_rate = memory_bytes_per_second(device)
     matmul_rate = matmul_flops_per_second(device, dtype)
     rows = []
     for case in cases(Sizes(model, torch.device(device), dtype, config.scale)):
         num_inputs = min(_MOST_INPUTS, max(1, _ROTATED_BYTES[device] // case.num_bytes))
         seconds = seconds_per_call([case.make() for _ in range(num_inputs)], device)
-        shares = (case.num_bytes / seconds / copy_rate, case.num_flops / seconds / matmul_rate)
+        shares = (case.num_bytes / seconds / memory_rate, case.num_flops / seconds / matmul_rate)
         rows.append(
             {
                 "kernel": case.kernel,
@@ -85,7 +85,7 @@ def measure(job: Job) -> Table:
                 "gb_per_s": case.num_bytes / seconds / 1e9,
                 "tflops": case.num_flops / seconds / 1e12 if case.num_flops else None,
                 "share": max(shares),
-                "limit": "copy" if shares[0] >= shares[1] else "matmul",
+                "limit": "memory" if shares[0] >= shares[1] else "matmul",
             }
         )
         progress(f"{case.kernel}, {case.size}: {rows[-1]['us']:,.1f} us, {max(shares):.0%} of {rows[-1]['limit']}")
@@ -99,9 +99,9 @@ def measure(job: Job) -> Table:
         Column("limit", "limit"),
     ]
     notes = [
-        f"{config.model_name}, {config.dtype}. Limits measured in this run: a large copy {copy_rate / 1e9:,.0f} GB/s "
-        f"(read + written), a large matmul {matmul_rate / 1e12:,.2f} TFLOP/s. Bytes and FLOPs are the least that the "
-        "op needs. On a GPU inside CUDA graphs, inputs taking turns."
+        f"{config.model_name}, {config.dtype}. Limits measured in this run: memory {memory_rate / 1e9:,.0f} GB/s (read "
+        f"+ written by a large op), a large matmul {matmul_rate / 1e12:,.2f} TFLOP/s. Bytes and FLOPs are the least "
+        "that the op needs. On a GPU inside CUDA graphs, inputs taking turns."
     ]
     return Table("Kernels", columns, rows, notes)
 
@@ -155,7 +155,7 @@ def _linear_cases(sizes: Sizes) -> Iterator[Case]:
             num_bytes = sizes.dtype.itemsize * (rows * k + n * k + rows * n)
             yield Case(f"linear {name}", f"{rows} x {k} -> {n}", product, num_bytes, 2 * rows * n * k)
     n, k = weights["fc1"]
-    for rows in sizes.scaled(1, 16, 64):
+    for rows in sizes.scaled(1, 16, 64, 512, 8192):
 
         def activated_product(rows: int = rows, n: int = n, k: int = k) -> Callable[[], object]:
             return partial(linear_silu_mul, sizes.random(rows, k), sizes.random(n, k))

@@ -34,12 +34,14 @@ def seconds_per_call(calls: Sequence[Callable[[], object]], device: str) -> floa
     return statistics.median(rounds)
 
 
-def copy_bytes_per_second(device: str) -> float:
-    """Bytes read plus bytes written of a large copy."""
-    size = 2**30 if device == "cuda" else 2**25
-    source = torch.empty(size, dtype=torch.uint8, device=device).zero_()
+def memory_bytes_per_second(device: str) -> float:
+    """Bytes read plus bytes written, the best of an elementwise op and a sum of a large tensor."""
+    size = 2**29 if device == "cuda" else 2**24
+    source = torch.zeros(size, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    return 2 * size / seconds_per_call([lambda: target.copy_(source)], device)
+    num_bytes = source.nbytes
+    elementwise = 2 * num_bytes / seconds_per_call([lambda: torch.neg(source, out=target)], device)
+    return max(elementwise, num_bytes / seconds_per_call([lambda: source.sum()], device))
 
 
 def matmul_flops_per_second(device: str, dtype: torch.dtype) -> float:
