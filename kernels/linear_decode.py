@@ -20,7 +20,8 @@ def can_decode(x: Tensor, weight: Tensor, max_rows: int) -> bool:
         and x.dtype == weight.dtype == torch.bfloat16
         and weight.shape[0] % 64 == 0
         and weight.shape[1] % 64 == 0
-        and weight.is_contiguous()
+        and weight.stride(1) == 1
+        and weight.stride(0) % 8 == 0
         and weight.data_ptr() % 16 == 0
         and torch.cuda.get_device_capability(x.device)[0] == 9
     )
@@ -39,11 +40,12 @@ def linear_decode(x: Tensor, weight: Tensor, silu_mul: bool = False) -> Tensor:
     assert m <= MAX_ROWS
     block_m, block_n, block_k, num_stages = _tile(m, n)
     grid = (triton.cdiv(n, block_n),)
+    row = weight.stride(0)
     if silu_mul:
         n //= 2
-        weight_tiles = TensorDescriptor(weight, [2, n, k], [n * k, k, 1], [2, block_n // 2, block_k])
+        weight_tiles = TensorDescriptor(weight, [2, n, k], [n * row, row, 1], [2, block_n // 2, block_k])
     else:
-        weight_tiles = TensorDescriptor(weight, [n, k], [k, 1], [block_n, block_k])
+        weight_tiles = TensorDescriptor(weight, [n, k], [row, 1], [block_n, block_k])
     x_tiles = TensorDescriptor(x_MK, [m, k], [x_MK.stride(0), 1], [block_m, block_k])
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     _linear_decode_kernel[grid](

@@ -13,7 +13,14 @@ import torch
 
 from lockstep.engine.models.config import load_model_config
 from lockstep.recipes.bench import decode_profile
-from lockstep.recipes.bench.candidates import CANDIDATES, Generate, candidates, engine_config, model_directory
+from lockstep.recipes.bench.candidates import (
+    CANDIDATES,
+    MAX_RUNNING_REQUESTS,
+    Generate,
+    candidates,
+    engine_config,
+    model_directory,
+)
 from lockstep.recipes.bench.config import BenchConfig
 from lockstep.recipes.bench.own_process import call_in_own_process
 from lockstep.recipes.bench.results import Column, Table, progress, show, write_results
@@ -125,7 +132,10 @@ def _table(config: BenchConfig, workloads: list[Workload], rates: dict[str, dict
         "the others output tokens.",
     ]
     if has_records:
-        notes.append("Columns named recorded are of an earlier measurement on an H200, not of this run.")
+        notes.append(
+            "Columns named recorded are of an earlier measurement on an H200, not of this run, with at most 512 "
+            f"requests running; here at most {MAX_RUNNING_REQUESTS}."
+        )
     if config.scale != 1.0:
         notes.append(f"Workloads scaled by {config.scale:g}.")
     return Table("Tokens per second", columns, rows, notes)
