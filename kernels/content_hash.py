@@ -1,5 +1,7 @@
 """A number that tells whether two tensors hold the same bytes, at the speed of reading them once."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import triton
@@ -11,6 +13,8 @@ from lockstep.kernels._cpu import exact_njit, parallel_rows
 # The finaliser of splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators").
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _BLOCK = 8192
+# Of a launch over many tensors: programs for each, and words that one takes at a time.
+_PROGRAMS, _TILE = 128, 2048
 
 
 def content_hash(tensor: Tensor) -> Tensor:
@@ -28,6 +32,27 @@ def content_hash(tensor: Tensor) -> Tensor:
     return (_block_sums_triton if words.is_cuda else _block_sums_cpu)(words).sum()
 
 
+def content_hashes(tensors: Sequence[Tensor]) -> Tensor:
+    """`content_hash` of each of n tensors of one device -> int64 [n]; on a GPU in one launch."""
+    return _together(tensors, None)
+
+
+@torch.no_grad()
+def copy_and_hash(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Copies each source to its target; returns `content_hash` of what was read of the sources, int64 [n].
+
+    Of one device, pairwise of one shape and dtype; contiguous targets. On a GPU in one launch that reads each source
+    once, so that hashing costs nothing: `content_hashes(targets)` then says what was written.
+    """
+    for source, target in zip(sources, targets, strict=True):
+        if source.shape != target.shape or source.dtype != target.dtype or not target.is_contiguous():
+            raise ValueError(
+                f"copy_and_hash: a source of shape {tuple(source.shape)} and {source.dtype} does not go to a target of "
+                f"shape {tuple(target.shape)}, {target.dtype} and strides {target.stride()}"
+            )
+    return _together(sources, targets)
+
+
 def content_hash_reference(tensor: Tensor) -> int:
     """`content_hash` in Python integers, as an int64."""
     data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
@@ -39,6 +64,42 @@ def content_hash_reference(tensor: Tensor) -> int:
         total += x ^ x >> 31
     total &= 2**64 - 1
     return total - 2**64 if total >= 2**63 else total
+
+
+def _together(sources: Sequence[Tensor], targets: Sequence[Tensor] | None) -> Tensor:
+    if not sources:
+        return torch.zeros(0, dtype=torch.int64)
+    if sources[0].is_cuda:
+        return _together_triton(sources, targets)
+    if targets is not None:
+        for source, target in zip(sources, targets, strict=True):
+            target.copy_(source)
+    return torch.stack([content_hash(source) for source in sources])
+
+
+def _together_triton(sources: Sequence[Tensor], targets: Sequence[Tensor] | None) -> Tensor:
+    hashes = torch.empty(len(sources), dtype=torch.int64, device=sources[0].device)
+    whole = [index for index, source in enumerate(sources) if _is_of_words(source)]
+    for index in sorted(set(range(len(sources))) - set(whole)):
+        hashes[index] = content_hash(sources[index])
+        if targets is not None:
+            targets[index].copy_(sources[index])
+    if whole:
+        # The largest first: what is started last should be over soon.
+        whole.sort(key=lambda index: -sources[index].nbytes)
+        ends = sources if targets is None else targets
+        rows = [(sources[i].data_ptr(), ends[i].data_ptr(), sources[i].nbytes // 8) for i in whole]
+        table = torch.tensor(rows, dtype=torch.int64).to(hashes.device)
+        sums = torch.empty((len(whole), _PROGRAMS), dtype=torch.int64, device=hashes.device)
+        _table_kernel[(_PROGRAMS, len(whole))](
+            table, sums, GOLDEN=_GOLDEN, MIX_1=_MIX_1, MIX_2=_MIX_2, TILE=_TILE, COPY=targets is not None, num_warps=4
+        )
+        hashes[torch.tensor(whole, device=hashes.device)] = sums.sum(1)
+    return hashes
+
+
+def _is_of_words(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.nbytes > 0 and tensor.nbytes % 8 == 0 and tensor.data_ptr() % 8 == 0
 
 
 def _words(tensor: Tensor) -> Tensor:
@@ -97,3 +158,28 @@ def _hash_kernel(
         x = (x ^ (x >> 27)) * MIX_2
         total += tl.where(exists, x ^ (x >> 31), 0)
     tl.store(sums_ptr + tl.program_id(0), tl.sum(total, 0).to(tl.int64, bitcast=True))
+
+
+@triton.jit
+def _table_kernel(
+    table_ptr, sums_ptr, GOLDEN: tl.constexpr, MIX_1: tl.constexpr, MIX_2: tl.constexpr, TILE: tl.constexpr,
+    COPY: tl.constexpr,
+):  # fmt: skip
+    """Row r of the table: address to read, address to write, number of words. Program (p, r) takes each P-th tile."""
+    row_ptr = table_ptr + tl.program_id(1) * 3
+    source = tl.load(row_ptr).to(tl.pointer_type(tl.int64))
+    target = tl.load(row_ptr + 1).to(tl.pointer_type(tl.int64))
+    num_words = tl.load(row_ptr + 2)
+    total = tl.zeros((TILE,), tl.uint64)
+    for first in range(tl.program_id(0).to(tl.int64) * TILE, num_words, tl.num_programs(0) * TILE):
+        index = first + tl.arange(0, TILE)
+        exists = index < num_words
+        word = tl.load(source + index, mask=exists, other=0)
+        if COPY:
+            tl.store(target + index, word, mask=exists)
+        x = word.to(tl.uint64, bitcast=True) + (index + 1).to(tl.uint64) * GOLDEN
+        x = (x ^ (x >> 30)) * MIX_1
+        x = (x ^ (x >> 27)) * MIX_2
+        total += tl.where(exists, x ^ (x >> 31), 0)
+    place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(sums_ptr + place, tl.sum(total, 0).to(tl.int64, bitcast=True))

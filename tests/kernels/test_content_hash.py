@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from lockstep.kernels.content_hash import _block_sums_triton, _words, content_hash, content_hash_reference
+from lockstep.kernels.content_hash import (
+    _block_sums_triton,
+    _together_triton,
+    _words,
+    content_hash,
+    content_hash_reference,
+    content_hashes,
+    copy_and_hash,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -37,3 +45,38 @@ def test_any_changed_or_moved_bit_changes_it():
     assert content_hash(words.flip(0)) != whole
     assert content_hash(torch.zeros(16)) != content_hash(torch.zeros(18))
     assert int(content_hash(torch.empty(0))) == 0
+
+
+def _tensors(device="cpu"):
+    """Whole words and not, aligned and not, empty, strided."""
+    data = random_bytes(50_000).to(device)
+    matrix = data[:4096].view(torch.float32).view(32, 32)
+    return [
+        data[:40_000],
+        data[8:24],
+        data[:7],
+        data[3:19],
+        data[:0],
+        matrix.t(),
+        matrix[:, :16],
+        data[:4096].view(64, 64),
+    ]
+
+
+@pytest.mark.parametrize("together", [content_hashes, lambda tensors: _together_triton(tensors, None)])
+def test_together_is_each_alone(together):
+    tensors = _tensors(DEVICE)
+    assert together(tensors).tolist() == [content_hash_reference(tensor) for tensor in tensors]
+    assert content_hashes([]).tolist() == []
+
+
+@pytest.mark.parametrize("copy", [copy_and_hash, _together_triton])
+def test_copies_and_tells_what_it_read(copy):
+    sources = _tensors(DEVICE)
+    targets = [torch.zeros_like(source, memory_format=torch.contiguous_format) for source in sources]
+    hashes = copy(sources, targets)
+    for source, target in zip(sources, targets, strict=True):
+        assert torch.equal(source.contiguous().view(torch.uint8), target.view(torch.uint8))  # bytes: some are NaN
+    assert hashes.tolist() == content_hashes(targets).tolist() == [content_hash_reference(s) for s in sources]
+    with pytest.raises(ValueError, match=r"shape \(3,\) and torch.float32"):
+        copy_and_hash([torch.zeros(3)], [torch.zeros(4)])
