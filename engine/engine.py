@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,6 +114,7 @@ class Engine:
         self.tokenizer = _load_tokenizer(config.model)
         self.weight_version = 0
         self.weight_targets = dict(self.model.named_parameters())
+        self.update_buffers: dict[str, torch.Tensor] | None = None
 
         page_size = config.page_size or PAGE_SIZE[device.type]
         num_pages = _num_pages(config, page_size, self.model_config, self.max_model_len, device, dtype)
@@ -250,33 +251,64 @@ class Engine:
         Returns timings in seconds and the checksum of the weights now served. Raises ValueError that names the tensor
         if the update is incomplete or does not fit; the old version then serves on.
         """
+        self._check_update(version, inflight)
+        started = time.perf_counter()
+        staged = weights.stage(named_tensors, self.weight_targets)
+        return self._flip(staged, version, inflight, {"stage_s": time.perf_counter() - started})
+
+    def begin_update(self, version: int) -> weights.WeightUpdate:
+        """Room for new weights beside those that serve on, for `commit_update`. Of one update at a time.
+
+        The memory is kept for the next update; `end_updates` frees it.
+        """
+        self._check_update(version, "keep")
+        if self.update_buffers is None:
+            self.update_buffers = weights.new_buffers(self.weight_targets)
+        return weights.WeightUpdate(version, self.weight_targets, self.update_buffers)
+
+    def commit_update(self, update: weights.WeightUpdate, inflight: str = "keep") -> dict[str, float | int | str]:
+        """Flips to an update that has arrived, as `update_weights` does; requests pause for a copy within the device.
+
+        Raises ValueError that names a tensor of which elements are missing; the old version then serves on.
+        """
+        self._check_update(update.version, inflight)
+        update.check_complete()
+        return self._flip(update.tensors, update.version, inflight, {})
+
+    def end_updates(self) -> None:
+        """Frees the memory of `begin_update`."""
+        self.update_buffers = None
+
+    def _check_update(self, version: int, inflight: str) -> None:
         self._check_running()
-        self._drain()
         if version <= self.weight_version:
             raise ValueError(f"weight version must grow: {version} after {self.weight_version}")
         if inflight not in ("keep", "recompute", "abort"):
             raise ValueError(f'inflight must be "keep", "recompute" or "abort", got {inflight!r}')
+
+    def _flip(
+        self, staged: Mapping[str, torch.Tensor], version: int, inflight: str, timings: dict[str, float]
+    ) -> dict[str, float | int | str]:
+        """Between two steps, copies all weights and checks what was written against what was read."""
         started = time.perf_counter()
-        staged = weights.stage(named_tensors, self.weight_targets)
-        expected = weights.checksum(staged.items())
-        verified = time.perf_counter()
+        self._drain()
         if inflight == "abort":
             self.scheduler.abort_all()
         elif inflight == "recompute":
             self.scheduler.preempt_all()
-        weights.copy_in_place(staged, self.weight_targets)
+        sent = weights.copy_in_place(staged, self.weight_targets)
         self.weight_version = version
         self.scheduler.set_version(version)
         copied = time.perf_counter()
-        served = weights.checksum(self.weight_targets.items())
-        if served != expected:
-            raise RuntimeError(f"weights served after update {version} differ from those sent: {served} != {expected}")
+        served = weights.hashes_by_name(self.weight_targets)
+        if names := weights.damaged(sent, served):
+            raise RuntimeError(f"weights served after update {version} differ from those sent: {names}")
         return {
+            **timings,
             "version": version,
-            "stage_s": verified - started,
-            "copy_s": copied - verified,
+            "copy_s": copied - started,
             "verify_s": time.perf_counter() - copied,
-            "checksum": served,
+            "checksum": weights.digest(self.weight_targets, served),
         }
 
     # The rest --------------------------------------------------------------------------------------------------------
@@ -299,7 +331,7 @@ class Engine:
             self.scheduler.abort_all()
             self._drain()
             self.is_shut_down = True
-            del self.runner, self.model, self.weight_targets
+            del self.runner, self.model, self.weight_targets, self.update_buffers
 
     def _check_running(self) -> None:
         if self.is_shut_down:

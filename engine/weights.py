@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from lockstep.kernels.content_hash import content_hash
+from lockstep.kernels.content_hash import content_hashes, copy_and_hash
 
 
 def checksum(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -15,19 +15,71 @@ def checksum(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
     The contents are hashed where they are: on a GPU at the speed of its memory.
     """
-    tensors = sorted(named_tensors, key=lambda item: item[0])
-    hashes = _on_host([content_hash(tensor) for _, tensor in tensors])
-    digest = hashlib.sha256()
-    for (name, tensor), content in zip(tensors, hashes, strict=True):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {content}\n".encode())
-    return digest.hexdigest()
+    tensors = dict(named_tensors)
+    return digest(tensors, hashes_by_name(tensors))
 
 
-def _on_host(scalars: list[torch.Tensor]) -> list[int]:
-    """Their values; those on a GPU come in one copy."""
-    if len({scalar.device for scalar in scalars}) > 1:
-        return [int(scalar) for scalar in scalars]
-    return torch.stack(scalars).tolist() if scalars else []
+def digest(tensors: Mapping[str, torch.Tensor], content: Mapping[str, int]) -> str:
+    """`checksum` of tensors whose content hashes are known."""
+    sha256 = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        sha256.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {content[name]}\n".encode())
+    return sha256.hexdigest()
+
+
+def hashes_by_name(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """`content_hash` of each."""
+    values: dict[str, int] = {}
+    for device in {tensor.device for tensor in tensors.values()}:
+        names = [name for name, tensor in tensors.items() if tensor.device == device]
+        values.update(zip(names, content_hashes([tensors[name] for name in names]).tolist(), strict=True))
+    return values
+
+
+def damaged(expected: Mapping[str, int], found: Mapping[str, int]) -> str:
+    """The names of those that differ, for an error message; empty where none does."""
+    names = sorted(name for name in expected if expected[name] != found[name])
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+class WeightUpdate:
+    """An update on its way: tensors beside the serving ones, which stay untouched until `Engine.commit_update`.
+
+    `tensors` have the names, shapes and dtypes of the serving ones; who brings the update writes slices of them and
+    tells `received`. They lie where the serving ones do, or in host memory where the device has no room for both.
+    """
+
+    def __init__(self, version: int, targets: Mapping[str, torch.Tensor], buffers: dict[str, torch.Tensor]):
+        self.version = version
+        self.tensors = buffers
+        self._missing = {name: target.numel() for name, target in targets.items()}
+
+    def received(self, name: str, num_elements: int) -> None:
+        """So many more elements of the tensor are in place. Raises ValueError for more than there are."""
+        self._missing[name] -= num_elements
+        if self._missing[name] < 0:
+            raise ValueError(f"weight update {self.version}: {name} was sent {-self._missing[name]} elements too many")
+
+    def check_complete(self) -> None:
+        """Raises ValueError that names a tensor of which something is missing."""
+        missing = {name: count for name, count in self._missing.items() if count}
+        if missing:
+            name = next(iter(missing))
+            raise ValueError(
+                f"weight update {self.version} is incomplete: {missing[name]} elements of {name} are missing, and "
+                f"{len(missing) - 1} other tensors lack some"
+            )
+
+
+def new_buffers(targets: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Memory for a `WeightUpdate`: one tensor for each target, on its device if they all fit there, else pinned."""
+    try:
+        return {name: torch.empty_like(target, requires_grad=False) for name, target in targets.items()}
+    except torch.OutOfMemoryError:
+        return {
+            name: torch.empty(target.shape, dtype=target.dtype, pin_memory=True) for name, target in targets.items()
+        }
 
 
 def stage(
@@ -57,7 +109,16 @@ def stage(
 
 
 @torch.no_grad()
-def copy_in_place(staged: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]) -> None:
-    """Writes staged tensors into the tensors that the model (and captured graphs) already read."""
-    for name, tensor in staged.items():
-        targets[name].copy_(tensor)
+def copy_in_place(staged: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Writes staged tensors into the tensors that the model (and captured graphs) already read.
+
+    Returns the content hashes of what was read of the staged ones.
+    """
+    names = list(staged)
+    sources: Sequence[torch.Tensor] = [staged[name] for name in names]
+    ends = [targets[name] for name in names]
+    if all(source.device == end.device for source, end in zip(sources, ends, strict=True)):
+        return dict(zip(names, copy_and_hash(sources, ends).tolist(), strict=True))
+    for source, end in zip(sources, ends, strict=True):
+        end.copy_(source, non_blocking=True)
+    return hashes_by_name(staged)

@@ -1,0 +1,124 @@
+"""Weights through a directory: for engines that share a file system and nothing else. Both ends.
+
+An update is a directory `weights-VERSION`, which appears by one rename once every sender has written its safetensors
+file into it. A receiver reads only the slices that the plan wants. Old versions are removed by the sender.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lockstep.engine.weights import WeightUpdate
+from lockstep.kernels.content_hash import content_hashes
+from lockstep.trainer_bridge.weight_plan import Transfer, slices
+
+_POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class DiskTransport:
+    """One rank's end. directory: shared by all. keep: versions that stay, the newest first. timeout_s: of a wait."""
+
+    plan: Sequence[Transfer]
+    directory: Path
+    timeout_s: float = 60.0
+    keep: int = 2
+
+    def send(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        version: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+        barrier: Callable[[], None] = lambda: None,
+    ) -> dict[str, float]:
+        """Writes this rank's tensors; the last act, rank 0's after the `barrier` of all senders, is the rename.
+
+        Raises ValueError for a tensor that the plan wants and `tensors` lacks, FileExistsError for a version twice.
+        """
+        started = time.perf_counter()
+        mine = [transfer for transfer in self.plan if transfer.source_rank == rank]
+        for name in dict.fromkeys(transfer.name for transfer in mine):
+            if name not in tensors:
+                raise ValueError(f"rank {rank} has no tensor {name}, which the plan wants of it")
+        final, partial = self._path(version), self.directory / f".weights-{version}.partial"
+        if final.exists():
+            raise FileExistsError(f"{final} exists; a version is written once")
+        partial.mkdir(parents=True, exist_ok=True)
+        held = {name: tensors[name].detach().cpu().contiguous() for name in dict.fromkeys(t.name for t in mine)}
+        hashes = content_hashes([held[transfer.name][slices(transfer.source)] for transfer in mine]).tolist()
+        save_file(held, partial / f"{rank}.safetensors")
+        (partial / f"{rank}.json").write_text(json.dumps({"version": version, "hashes": hashes}))
+        for name in (f"{rank}.safetensors", f"{rank}.json"):
+            _flush(partial / name)
+        barrier()
+        if rank == 0:
+            partial.rename(final)
+            _flush(self.directory)
+            self._remove_old(version)
+        return {"write_s": time.perf_counter() - started}
+
+    def receive(self, update: WeightUpdate, rank: int = 0) -> dict[str, float]:
+        """Fills the update for engine rank `rank`, once its version is there.
+
+        Raises TimeoutError where it does not appear, and ValueError that names the file, or the tensor that is missing,
+        truncated or damaged in it.
+        """
+        started = time.perf_counter()
+        path = self._path(update.version)
+        while not path.exists():
+            if time.perf_counter() - started > self.timeout_s:
+                raise TimeoutError(
+                    f"weight update {update.version} did not appear in {self.directory} within {self.timeout_s} s"
+                )
+            time.sleep(_POLL_S)
+        waited = time.perf_counter()
+        for source in sorted({t.source_rank for t in self.plan if t.target_rank == rank}):
+            self._read(path, source, rank, update)
+        return {"wait_s": waited - started, "read_s": time.perf_counter() - waited}
+
+    def _read(self, path: Path, source: int, rank: int, update: WeightUpdate) -> None:
+        sent = [transfer for transfer in self.plan if transfer.source_rank == source]
+        file = path / f"{source}.safetensors"
+        try:
+            hashes = json.loads((path / f"{source}.json").read_text())["hashes"]
+            with safe_open(file, framework="pt") as held:
+                present = set(held.keys())
+                for transfer, expected in zip(sent, hashes, strict=True):
+                    if transfer.target_rank != rank:
+                        continue
+                    if transfer.name not in present:
+                        raise ValueError(f"weight update {update.version}: {file} lacks {transfer.name}")
+                    part = held.get_slice(transfer.name)[slices(transfer.source)]
+                    if content_hashes([part]).item() != expected:
+                        raise ValueError(f"weight update {update.version}: {transfer.name} is damaged in {file}")
+                    update.tensors[transfer.name][slices(transfer.target)] = part
+                    update.received(transfer.name, transfer.num_elements)
+        except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"weight update {update.version}: {file} is damaged: {error}") from error
+
+    def _path(self, version: int) -> Path:
+        return self.directory / f"weights-{version}"
+
+    def _remove_old(self, version: int) -> None:
+        versions = sorted(int(path.name.removeprefix("weights-")) for path in self.directory.glob("weights-*"))
+        for old in [v for v in versions if v <= version][: -self.keep]:
+            shutil.rmtree(self._path(old), ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
