@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,6 +115,7 @@ class Engine:
         self.weight_version = 0
         self.weight_targets = dict(self.model.named_parameters())
         self.update_buffers: dict[str, torch.Tensor] | None = None
+        self.aliased: weights.AliasedWeights | None = None
 
         page_size = config.page_size or PAGE_SIZE[device.type]
         num_pages = _num_pages(config, page_size, self.model_config, self.max_model_len, device, dtype)
@@ -198,6 +199,8 @@ class Engine:
         self.editing = [request for request in self.editing if request.finish_reason is None]
         overlaps = self.overlaps and not self.editing
         results = [] if overlaps else self._drain()
+        if self.aliased is not None:
+            self.aliased.check_current(self.weight_version)
         batch = self.scheduler.schedule()
         launched = self.runner.launch(batch, self.weight_version) if batch.chunks else None
         due, self.in_flight = (self.in_flight, launched) if overlaps else (launched, None)
@@ -248,13 +251,35 @@ class Engine:
         named_tensors: Megatron names, shapes and dtypes, in any order. version: larger than the version now served.
         inflight, for requests that are running: "keep" goes on over the KV that they have (their outputs record the
         version of each token), "recompute" computes their KV anew under the new weights, "abort" ends them.
-        Returns timings in seconds and the checksum of the weights now served. Raises ValueError that names the tensor
-        if the update is incomplete or does not fit; the old version then serves on.
+        Returns timings in seconds and the checksum of the weights now served ("" where they are shared). Raises
+        ValueError that names the tensor if the update is incomplete or does not fit; the old version then serves on.
         """
         self._check_update(version, inflight)
         started = time.perf_counter()
         staged = weights.stage(named_tensors, self.weight_targets)
         return self._flip(staged, version, inflight, {"stage_s": time.perf_counter() - started})
+
+    def alias_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, num_changes: Callable[[], int]
+    ) -> None:
+        """Serves from the given tensors, without a copy, as `version`; they are all of the model's, on its device.
+
+        num_changes: says how often their owner has written to them. From then on `update_weights` of the same tensors
+        only changes the version. Their owner may write to them while this engine makes no step; a step before that
+        version is published raises RuntimeError. Raises as `update_weights`, and ValueError for tensors that are not
+        contiguous or on another device.
+        """
+        self._check_update(version, "keep")
+        staged = weights.stage(named_tensors, self.weight_targets)
+        for name, tensor in staged.items():
+            if not tensor.is_contiguous() or tensor.device != self.weight_targets[name].device:
+                raise ValueError(f"{name} cannot be shared: it is on {tensor.device} with strides {tensor.stride()}")
+        self._drain()
+        for name, tensor in staged.items():
+            self.weight_targets[name].data = tensor
+        self.runner.forget_graphs()
+        self.aliased = weights.AliasedWeights(staged, num_changes)
+        self._set_version(version, "recompute")
 
     def begin_update(self, version: int) -> weights.WeightUpdate:
         """Room for new weights beside those that serve on, for `commit_update`. Of one update at a time.
@@ -292,13 +317,14 @@ class Engine:
         """Between two steps, copies all weights and checks what was written against what was read."""
         started = time.perf_counter()
         self._drain()
-        if inflight == "abort":
-            self.scheduler.abort_all()
-        elif inflight == "recompute":
-            self.scheduler.preempt_all()
+        if self.aliased is not None:
+            if not self.aliased.are_these(staged):
+                raise ValueError("this engine shares its weights with their owner: it takes no others")
+            self._set_version(version, inflight)
+            self.aliased.set_current()
+            return {**timings, "version": version, "copy_s": 0.0, "verify_s": 0.0, "checksum": ""}
         sent = weights.copy_in_place(staged, self.weight_targets)
-        self.weight_version = version
-        self.scheduler.set_version(version)
+        self._set_version(version, inflight)
         copied = time.perf_counter()
         served = weights.hashes_by_name(self.weight_targets)
         if names := weights.damaged(sent, served):
@@ -310,6 +336,14 @@ class Engine:
             "verify_s": time.perf_counter() - copied,
             "checksum": weights.digest(self.weight_targets, served),
         }
+
+    def _set_version(self, version: int, inflight: str) -> None:
+        if inflight == "abort":
+            self.scheduler.abort_all()
+        elif inflight == "recompute":
+            self.scheduler.preempt_all()
+        self.weight_version = version
+        self.scheduler.set_version(version)
 
     # The rest --------------------------------------------------------------------------------------------------------
 

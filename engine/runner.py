@@ -80,8 +80,14 @@ class Runner:
         self.num_kv_heads = shape.num_kv_heads
         self.group_requests = max(1, GROUP_ROWS // (shape.num_heads // shape.num_kv_heads))
         self.graphs = None
-        if self.on_gpu and cuda_graphs:
-            self.graphs = DecodeGraphs(self._decode_logits, config.max_running_requests, device)
+        self.max_running_requests = config.max_running_requests
+        self.cuda_graphs = self.on_gpu and cuda_graphs
+        self.forget_graphs()
+
+    def forget_graphs(self) -> None:
+        """Graphs are captured anew at their next use: the tensors that they read were replaced."""
+        if self.cuda_graphs:
+            self.graphs = DecodeGraphs(self._decode_logits, self.max_running_requests, self.device)
 
     @torch.inference_mode()
     def launch(self, batch: StepBatch, weight_version: int) -> LaunchedStep:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -122,3 +122,29 @@ def copy_in_place(staged: Mapping[str, torch.Tensor], targets: Mapping[str, torc
     for source, end in zip(sources, ends, strict=True):
         end.copy_(source, non_blocking=True)
     return hashes_by_name(staged)
+
+
+class AliasedWeights:
+    """Serving weights that are another owner's tensors, and whether that owner has changed them since the last version.
+
+    num_changes: how often the owner has written to them. (torch's own counters miss fused optimizers.)
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], num_changes: Callable[[], int]):
+        self._tensors = dict(tensors)
+        self._num_changes = num_changes
+        self.set_current()
+
+    def are_these(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+        return all(tensor.data_ptr() == self._tensors[name].data_ptr() for name, tensor in tensors.items())
+
+    def set_current(self) -> None:
+        self._served = self._num_changes()
+
+    def check_current(self, version: int) -> None:
+        """Raises RuntimeError if the owner has written to them since `set_current`."""
+        if self._num_changes() != self._served:
+            raise RuntimeError(
+                f"the weights that this engine shares have changed since version {version} was published: publish the "
+                "new version before the engine's next step"
+            )

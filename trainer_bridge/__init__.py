@@ -1,7 +1,7 @@
 """The trainer: Megatron-core on the engine's kernels, losses, packing, checkpoints, and publishing weights."""
 
 from lockstep.trainer_bridge.megatron_setup import initialize_megatron
-from lockstep.trainer_bridge.publish import publish
+from lockstep.trainer_bridge.publish import publish, share_weights
 from lockstep.trainer_bridge.trainer import MegatronTrainer, TrainerConfig
 
-__all__ = ["MegatronTrainer", "TrainerConfig", "initialize_megatron", "publish"]
+__all__ = ["MegatronTrainer", "TrainerConfig", "initialize_megatron", "publish", "share_weights"]

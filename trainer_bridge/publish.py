@@ -1,4 +1,4 @@
-"""Gives the trainer's weights to an engine of the same process."""
+"""Gives the trainer's weights to an engine of the same process: by a copy, or by sharing them."""
 
 import time
 from collections.abc import Iterable
@@ -6,6 +6,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from lockstep.engine import Engine
 from lockstep.trainer_bridge.trainer import MegatronTrainer
 
 InflightPolicy = Literal["keep", "recompute", "abort"]
@@ -31,3 +32,12 @@ def publish(
     started = time.perf_counter()
     report = engine.update_weights(trainer.named_weights(), version=version, inflight=inflight)
     return {**report, "publish_s": time.perf_counter() - started}
+
+
+def share_weights(trainer: MegatronTrainer, engine: Engine, version: int) -> None:
+    """Lets the engine serve from the trainer's own tensors: one copy of the weights in memory, and nothing to move.
+
+    `publish` then only changes the version. For loops that train and generate in turn: between a training step and its
+    `publish` the engine refuses to make a step. Raises ValueError where shapes, dtypes or devices differ.
+    """
+    engine.alias_weights(trainer.named_weights(), version, lambda: trainer.num_weight_changes)

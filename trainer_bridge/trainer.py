@@ -97,6 +97,7 @@ class MegatronTrainer:
             self._import_hf(config.model)
         self.optimizer = self._build_optimizer()
         self.step_count = 0
+        self.num_weight_changes = 0  # by steps and loads, for those who share the weights
         self._reference_weights: dict[str, torch.Tensor] | None = None
 
     def _build_optimizer(self) -> MasterAdamW | NoOptimizer:
@@ -196,6 +197,7 @@ class MegatronTrainer:
             self.optimizer.zero_grad()
             raise
         lr = self._learning_rate()
+        self.num_weight_changes += 1
         self.optimizer.step(lr, self.config.max_grad_norm, grad_norm)
         self.step_count += 1
         return {**stats, "lr": lr, "tokens": tokens, "trained_tokens": trained_tokens}
@@ -279,6 +281,7 @@ class MegatronTrainer:
         for name, present in (("model", asdict(self.model_config)), ("dtype", self.config.dtype)):
             if common[name] != present:
                 raise ValueError(f"checkpoint {path} has {name} {common[name]}, the trainer {present}")
+        self.num_weight_changes += 1
         loaded = load_tensors(path, self._sharded_state())
         for name, parameter in self.model.named_parameters():
             parameter.copy_(loaded["weights"][name])

@@ -4,7 +4,8 @@ import pytest
 import torch
 from models import make_hf_model
 
-from lockstep.engine import Engine, EngineConfig, SamplingParams
+from lockstep.engine import Engine, EngineConfig, SamplingParams, weights
+from lockstep.engine.weights import checksum
 
 PROMPT = list(range(1, 40))
 
@@ -139,3 +140,71 @@ def test_kv_of_a_request_that_was_kept_is_never_shared(models):
     (output,) = engine.generate([request.tokens], params)
     (expected,) = engine_of(models[1]).generate([request.tokens], params)
     assert output.logprobs == expected.logprobs
+
+
+# An update that arrives beside the serving weights --------------------------------------------------------------------
+
+
+def fill(update, tensors):
+    for name, tensor in tensors.items():
+        update.tensors[name].copy_(tensor)
+        update.received(name, tensor.numel())
+
+
+def test_requests_run_on_while_an_update_arrives_and_pause_only_for_the_flip(models):
+    engine, other = engine_of(models[0]), engine_of(models[1])
+    (request,) = engine.submit([PROMPT], SamplingParams(max_tokens=30, seed=5, ignore_eos=True))
+    new = weights_of(models[1])
+    update = engine.begin_update(1)
+    for name, tensor in new.items():  # each tensor's arrival is followed by a step
+        fill(update, {name: tensor})
+        if len(request.output_ids) < 10:
+            engine.step()
+    before = list(request.output_ids)
+    assert len(before) == 10
+    engine.commit_update(update, inflight="recompute")
+    while request.finish_reason is None:
+        engine.step()
+    output = engine.output(request)
+    assert output.token_ids[:10] == before
+    assert output.weight_versions == [0] * 10 + [1] * 20
+    # What follows is what the new weights alone say after the same tokens.
+    expected = other.score([output.prompt_ids + output.token_ids])[0][len(PROMPT) + 10 :]
+    assert output.logprobs[10:] == expected
+    assert checksum(engine.weight_targets.items()) == checksum(new.items())
+
+
+def test_an_incomplete_or_overfull_update_is_refused_and_the_old_version_serves(models):
+    engine = engine_of(models[0], enable_prefix_cache=False)
+    before = generate(engine)
+    new = weights_of(models[1])
+    update = engine.begin_update(1)
+    lacking = dict(new)
+    del lacking["decoder.final_layernorm.weight"]
+    fill(update, lacking)
+    with pytest.raises(ValueError, match=r"64 elements of decoder.final_layernorm.weight are missing"):
+        engine.commit_update(update)
+    with pytest.raises(ValueError, match=r"output_layer.weight was sent 1 elements too many"):
+        update.received("output_layer.weight", 1)
+    after = generate(engine)
+    assert (after.token_ids, after.logprobs, after.weight_versions) == (
+        before.token_ids,
+        before.logprobs,
+        before.weight_versions,
+    )
+    with pytest.raises(ValueError, match="must grow"):
+        engine.begin_update(0)
+
+
+def test_bytes_that_change_between_reading_and_serving_are_noticed(models, monkeypatch):
+    engine = engine_of(models[0])
+    copy = weights.copy_in_place
+
+    def slip(staged, targets):
+        hashes = copy(staged, targets)
+        targets["decoder.final_layernorm.weight"][3] += 1
+        return hashes
+
+    monkeypatch.setattr(weights, "copy_in_place", slip)
+    with pytest.raises(RuntimeError, match=r"differ from those sent: decoder.final_layernorm.weight"):
+        engine.update_weights(weights_of(models[1]).items(), version=1)

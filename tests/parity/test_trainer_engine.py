@@ -8,7 +8,7 @@ import torch
 from models import make_hf_model
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
-from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig, publish
+from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig, publish, share_weights
 from lockstep.trainer_bridge.losses import grpo_loss
 from lockstep.trainer_bridge.packing import TrainSequence, pack
 
@@ -111,3 +111,29 @@ def test_a_published_engine_equals_one_loaded_from_the_export(tmp_path):
     for name, tensor in reloaded.weight_targets.items():
         assert torch.equal(tensor, engine.weight_targets[name]), name
     assert report["version"] == engine.weight_version == 1
+
+
+def test_an_engine_that_shares_the_trainers_weights_gives_the_bits_of_one_that_copies_them(tmp_path):
+    make_hf_model(tmp_path / "model", "qwen3", seed=5)
+    copying, sharing = (Engine(EngineConfig(model=str(tmp_path / "model"))) for _ in range(2))
+    trainer = MegatronTrainer(TrainerConfig(model=str(tmp_path / "model"), learning_rate=1e-2))
+    share_weights(trainer, sharing, version=1)
+    publish(trainer, copying, version=1)
+    for name, tensor in trainer.named_weights():
+        assert sharing.weight_targets[name].data_ptr() == tensor.data_ptr()
+    params = SamplingParams(max_tokens=20, n=4, seed=1, ignore_eos=True)
+    for version in (2, 3):
+        outputs = copying.generate([[1, 2, 3]], params)
+        assert [(o.token_ids, o.logprobs) for o in sharing.generate([[1, 2, 3]], params)] == [
+            (o.token_ids, o.logprobs) for o in outputs
+        ]
+        trainer.step(training_batches(outputs, random.Random(0)), grpo_loss)
+        with pytest.raises(RuntimeError, match=f"changed since version {version - 1} was published"):
+            sharing.generate([[1, 2, 3]], params)
+        for engine in (copying, sharing):
+            publish(trainer, engine, version=version)
+    (output,) = sharing.generate([[7, 8]], SamplingParams(max_tokens=10, seed=3, ignore_eos=True))
+    assert set(output.weight_versions) == {3}
+    assert trainer.logprobs([output.prompt_ids + output.token_ids])[0][2:] == output.logprobs
+    with pytest.raises(ValueError, match="it takes no others"):
+        sharing.update_weights([(n, t.clone()) for n, t in trainer.named_weights()], version=4)
