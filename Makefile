@@ -34,7 +34,7 @@ wheelhouse:
 offline:
 	$(PYTHON) -m venv --system-site-packages $(VENV)
 	$(BIN)/pip install -qq --no-index --find-links wheelhouse --constraint wheelhouse/constraints.txt \
-		--editable '.[dev,sinks]'
+		--editable '.[dev,ray,sinks]'
 	touch $(INSTALLED)
 
 lint: $(INSTALLED)
@@ -51,7 +51,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -qq --upgrade pip
 	$(BIN)/pip install -qq --constraint constraints.txt torch
-	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev,sinks]'
+	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev,ray,sinks]'
 	touch $@
 
 clean:

@@ -1,7 +1,22 @@
-"""The trainer: Megatron-core on the engine's kernels, losses, packing, checkpoints, and publishing weights."""
+"""The trainer: Megatron-core on the engine's kernels, losses, packing, checkpoints, and publishing weights.
 
-from lockstep.trainer_bridge.megatron_setup import initialize_megatron
-from lockstep.trainer_bridge.publish import publish, share_weights
-from lockstep.trainer_bridge.trainer import MegatronTrainer, TrainerConfig
+The names below are imported at their first use: an engine's process, which takes weights through `transports`, has no
+need of Megatron-core and its seconds of importing.
+"""
 
-__all__ = ["MegatronTrainer", "TrainerConfig", "initialize_megatron", "publish", "share_weights"]
+import importlib
+
+_HOMES = {
+    "MegatronTrainer": "trainer",
+    "TrainerConfig": "trainer",
+    "initialize_megatron": "megatron_setup",
+    "publish": "transports.in_process",
+    "share_weights": "transports.in_process",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,7 +1,6 @@
 """What the ranks of test_transports.py do, each in its own process: trainer ranks 0 and 1, engine ranks 2 and 3."""
 
 import os
-from datetime import timedelta
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from lockstep.engine import Engine, EngineConfig
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.weights import WeightUpdate, new_buffers
 from lockstep.trainer_bridge.transports import distributed
-from lockstep.trainer_bridge.transports.distributed import DistributedTransport
+from lockstep.trainer_bridge.transports.distributed import DistributedTransport, join_group
 from lockstep.trainer_bridge.weight_plan import plan_transfers
 
 LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2)]
@@ -38,30 +37,29 @@ def arrived(update: WeightUpdate, shards, values) -> bool:
 
 def run_rank(rank: int, model: str, store: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(store, 4), rank=rank, world_size=4, timeout=timedelta(seconds=TIMEOUT_S)
-    )
+    group = join_group(dist.FileStore(store, 4), rank, 4, torch.device("cpu"), TIMEOUT_S)
     config, values = load_model_config(model), weights_of(model, 5)
     for senders, receivers in LAYOUTS:
-        _exchange(rank, config, values, senders, receivers)
-    _faults(rank, config, values)
-    _death(rank, config, values)
+        _exchange(group, config, values, senders, receivers)
+    _faults(group, config, values)
+    _death(group, config, values)
 
 
-def _transport(config, senders, receivers, timeout_s=TIMEOUT_S):
+def _transport(group, config, senders, receivers, timeout_s=TIMEOUT_S):
     """Trainer ranks are 0 and 1 of the group, engine ranks 2 and 3."""
     sources, targets = tensor_parallel_layout(config, senders), tensor_parallel_layout(config, receivers)
     plan = plan_transfers(sources, targets)
     itemsizes = dict.fromkeys((t.name for t in plan), 4)
     ranks = (range(senders), range(2, 2 + receivers))
     transport = DistributedTransport(
-        plan, ranks, itemsizes, torch.device("cpu"), bucket_bytes=20_000, timeout_s=timeout_s
+        plan, ranks, itemsizes, torch.device("cpu"), group, bucket_bytes=20_000, timeout_s=timeout_s
     )
     return sources, targets, transport
 
 
-def _exchange(rank, config, values, senders, receivers):
-    sources, targets, transport = _transport(config, senders, receivers)
+def _exchange(group, config, values, senders, receivers):
+    rank = group.rank()
+    sources, targets, transport = _transport(group, config, senders, receivers)
     for version in (1, 2):
         if rank < senders:
             transport.send(local_tensors(sources[rank], values), version)
@@ -71,9 +69,10 @@ def _exchange(rank, config, values, senders, receivers):
             assert arrived(update, targets[rank - 2], values)
 
 
-def _faults(rank, config, values):
+def _faults(group, config, values):
     """A missing tensor, damaged bytes, another version: all named; and the transport serves the next update."""
-    sources, targets, transport = _transport(config, 2, 2)
+    rank = group.rank()
+    sources, targets, transport = _transport(group, config, 2, 2)
     lost = "decoder.layers.1.mlp.linear_fc2.weight"
     if rank < 2:
         tensors = local_tensors(sources[rank], values)
@@ -108,19 +107,20 @@ def _damaging(pack):
     return damage
 
 
-def _death(rank, config, values):
-    sources, targets, transport = _transport(config, 2, 2, timeout_s=5.0)
+def _death(group, config, values):
+    rank = group.rank()
+    sources, targets, transport = _transport(group, config, 2, 2, timeout_s=5.0)
     if rank == 1:
-        send = dist.isend
-        sent = []
+        write = distributed._write
+        written = []
 
-        def die_in_the_middle(*args, **kwargs):
-            sent.append(1)
-            if len(sent) == 4:
+        def die_in_the_middle(*args):
+            written.append(1)
+            if len(written) == 4:
                 os._exit(7)
-            return send(*args, **kwargs)
+            write(*args)
 
-        dist.isend = die_in_the_middle
+        distributed._write = die_in_the_middle
     if rank < 2:
         transport.send(local_tensors(sources[rank], values), 1)
         return

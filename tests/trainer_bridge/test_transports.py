@@ -124,7 +124,7 @@ def test_a_sender_without_a_tensor_writes_nothing(scene, model):
 def test_distributed_brings_every_element_and_survives_faults(model, tmp_path):
     """Four processes, two of them trainer ranks; see transport_ranks.py."""
     context = mp.spawn(run_rank, args=(model, str(tmp_path / "store")), nprocs=4, join=False)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     exited = set()
     while len(exited) < 4 and time.monotonic() < deadline:
         for rank, process in enumerate(context.processes):

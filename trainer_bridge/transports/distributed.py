@@ -30,7 +30,8 @@ class DistributedTransport:
     """One rank's end of a plan over a process group; it may send, receive, or both.
 
     plan:         all transfers, the same on every rank; trainer and engine ranks count from 0 each.
-    group_ranks:  (of the trainer's ranks, of the engine's ranks) their ranks in `group`.
+    group_ranks:  (of the trainer's ranks, of the engine's ranks) their ranks in `group`, which need not be known to
+                  torch.distributed's own functions: see `join_group`.
     itemsizes:    bytes of an element of each tensor.
     bucket_bytes: of a buffer; each end has two. timeout_s: of a wait for one bucket.
     """
@@ -41,7 +42,7 @@ class DistributedTransport:
         group_ranks: tuple[Sequence[int], Sequence[int]],
         itemsizes: Mapping[str, int],
         device: torch.device,
-        group: dist.ProcessGroup | None = None,
+        group: dist.ProcessGroup,
         bucket_bytes: int = 256 * 2**20,
         timeout_s: float = 60.0,
     ):
@@ -49,7 +50,7 @@ class DistributedTransport:
         self._timeout = timedelta(seconds=timeout_s)
         self._broken: str | None = None
         sources, targets = group_ranks
-        own = dist.get_rank(group)
+        own = group.rank()
         pair = lambda transfer: (sources[transfer.source_rank], targets[transfer.target_rank])  # noqa: E731
         by_pair = {
             ranks: buckets(list(members), itemsizes, bucket_bytes)
@@ -87,7 +88,7 @@ class DistributedTransport:
             if failure is not None:  # in place of all that is left, so that the next update begins at the beginning
                 _write_reason(message, version, str(failure))
             pack_s += time.perf_counter() - started
-            pending.append((target, dist.isend(message, group=self._group, group_dst=target)))
+            pending.append((target, self._group.send([message], target, 0)))
         for target, work in pending:
             wait_s += self._wait(target, work)
         if failure is not None:
@@ -135,7 +136,7 @@ class DistributedTransport:
 
     def _post(self, turn: int, source: int, part: Bucket) -> tuple[torch.Tensor, Any]:
         message = self._buffers[turn % 2][: _message_bytes(part)]
-        return message, dist.irecv(message, group=self._group, group_src=source)
+        return message, self._group.recv([message], source, 0)
 
     def _wait(self, rank: int, work: Any, part: Bucket | None = None) -> float:
         started = time.perf_counter()
@@ -147,6 +148,20 @@ class DistributedTransport:
             kind = TimeoutError if "imed out" in str(error) else ConnectionError
             raise kind(f"weight update: {what}: {error}") from error
         return time.perf_counter() - started
+
+
+def join_group(store: dist.Store, rank: int, size: int, device: torch.device, timeout_s: float) -> dist.ProcessGroup:
+    """A process group of its own, beside whatever torch.distributed's default group is in this process.
+
+    Every member calls it with the same store (a fresh one, or a fresh prefix of one) within the timeout.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    store.set_timeout(timeout)
+    if device.type == "cuda":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        return dist.ProcessGroupNCCL(store, rank, size, options)
+    return dist.ProcessGroupGloo(store, rank, size, timeout)
 
 
 def _message_bytes(part: Bucket) -> int:

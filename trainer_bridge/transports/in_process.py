@@ -7,13 +7,20 @@ from typing import Any, Literal, Protocol
 import torch
 
 from lockstep.engine import Engine
-from lockstep.trainer_bridge.trainer import MegatronTrainer
 
 InflightPolicy = Literal["keep", "recompute", "abort"]
 
 
+class WeightOwner(Protocol):
+    """What publishing needs of a trainer."""
+
+    num_weight_changes: int
+
+    def named_weights(self) -> Iterable[tuple[str, torch.Tensor]]: ...
+
+
 class WeightReceiver(Protocol):
-    """What publish needs of an engine."""
+    """What publishing needs of an engine."""
 
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int, inflight: str
@@ -21,7 +28,7 @@ class WeightReceiver(Protocol):
 
 
 def publish(
-    trainer: MegatronTrainer, engine: WeightReceiver, version: int, inflight: InflightPolicy = "keep"
+    trainer: WeightOwner, engine: WeightReceiver, version: int, inflight: InflightPolicy = "keep"
 ) -> dict[str, Any]:
     """Copies the trainer's weights into the engine's tensors, in place, as weight version `version`.
 
@@ -34,7 +41,7 @@ def publish(
     return {**report, "publish_s": time.perf_counter() - started}
 
 
-def share_weights(trainer: MegatronTrainer, engine: Engine, version: int) -> None:
+def share_weights(trainer: WeightOwner, engine: Engine, version: int) -> None:
     """Lets the engine serve from the trainer's own tensors: one copy of the weights in memory, and nothing to move.
 
     `publish` then only changes the version. For loops that train and generate in turn: between a training step and its
