@@ -140,7 +140,9 @@ class Engine:
         self.editing: list[Request] = []  # requests whose draws depend on their earlier tokens: they do not overlap
         self.next_request_id = 0
         self.generated_tokens = 0
+        self.num_steps = 0
         self.busy_s = 0.0
+        self.is_asleep = False
         self.is_shut_down = False
 
     # Whole batches ---------------------------------------------------------------------------------------------------
@@ -196,6 +198,7 @@ class Engine:
         Raises FloatingPointError that names the request for logits without a number; it is ended then.
         """
         started = time.perf_counter()
+        self.num_steps += 1
         self.editing = [request for request in self.editing if request.finish_reason is None]
         overlaps = self.overlaps and not self.editing
         results = [] if overlaps else self._drain()
@@ -345,6 +348,30 @@ class Engine:
         self.weight_version = version
         self.scheduler.set_version(version)
 
+    # Memory ----------------------------------------------------------------------------------------------------------
+
+    def sleep(self) -> None:
+        """Gives back the memory of the KV cache until `wake`, for a trainer on the same device.
+
+        What was cached is forgotten. Weights may be updated meanwhile. Raises RuntimeError while there are unfinished
+        requests.
+        """
+        self._check_running()
+        if self.scheduler.has_work:
+            raise RuntimeError("an engine with unfinished requests cannot sleep: finish or abort them")
+        self._drain()
+        if not self.is_asleep:
+            self.is_asleep = True
+            self.cache.reset()
+            self.runner.free_kv_cache()
+
+    def wake(self) -> None:
+        """Takes the memory again. Does nothing for an engine that is awake."""
+        self._check_running()
+        if self.is_asleep:
+            self.runner.restore_kv_cache()
+            self.is_asleep = False
+
     # The rest --------------------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, float | int]:
@@ -374,6 +401,8 @@ class Engine:
     def _requests(self, prompts, params, kind: str) -> list[Request]:
         """Checks everything, then makes the requests, so that a bad prompt leaves nothing behind."""
         self._check_running()
+        if self.is_asleep:
+            raise RuntimeError("this engine is asleep: call wake() before requests")
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):

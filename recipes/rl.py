@@ -8,8 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lockstep.engine import Engine, EngineConfig
+from lockstep.engine import EngineConfig
 from lockstep.recipes import sft
+from lockstep.recipes.cluster.config import ClusterConfig
+from lockstep.recipes.cluster.local import LocalCluster
+from lockstep.recipes.cluster.open_cluster import open_cluster
 from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
 from lockstep.rollout.evaluation import EvaluationConfig, evaluate
 from lockstep.rollout.rewards import build_reward
@@ -17,7 +20,7 @@ from lockstep.rollout.sample import Sample
 from lockstep.rollout.tasks import TaskSplits
 from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.rollout.worker import RolloutConfig, RolloutWorker
-from lockstep.trainer_bridge import MegatronTrainer, publish
+from lockstep.trainer_bridge import MegatronTrainer
 from lockstep.trainer_bridge.algorithms import Algorithm, AlgorithmConfig, build_algorithm
 from lockstep.trainer_bridge.packing import PackedBatch, TrainSequence, pack
 
@@ -30,6 +33,7 @@ class RLConfig(TrainingRunConfig):
     reward: weights by name, see rollout/rewards.py; empty is the task's own verifier.
     evaluate_every: steps between held-out evaluations.
     engine: its `model` is filled in by the run.
+    cluster: where trainer and engines live; cluster=ray takes configs/cluster/ray.yaml.
     """
 
     name: str = "rl"
@@ -40,6 +44,7 @@ class RLConfig(TrainingRunConfig):
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(model=START))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     evaluate_every: int = 20
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
 def run(config: RLConfig) -> dict[str, Any]:
@@ -47,15 +52,15 @@ def run(config: RLConfig) -> dict[str, Any]:
     config = resumed(config)
     with TrainingRun(config, "rl") as run:
         tasks = config.task.build()
-        start = starting_model(config, tasks)
-        trainer = run.start(start)
-        engine = Engine(replace(config.engine, model=str(start)))
-        if trainer.step_count > 0:
-            publish(trainer, engine, version=trainer.step_count)
-        train(config, run, tasks, trainer, engine)
-        engine.shutdown()
-        warmup = run.path / WARMUP
-        return run.finish(trainer, earlier_runs=[warmup] if warmup.exists() else [])
+        start = str(starting_model(config, tasks))
+        trainer, engine = replace(config.trainer, model=start), replace(config.engine, model=start)
+        with open_cluster(config.cluster, trainer, engine, config.seed, config.num_threads) as cluster:
+            run.start(cluster.trainer)
+            if cluster.trainer.step_count > 0:
+                cluster.publish(version=cluster.trainer.step_count)
+            train(config, run, tasks, cluster)
+            warmup = run.path / WARMUP
+            return run.finish(cluster.trainer, earlier_runs=[warmup] if warmup.exists() else [])
 
 
 def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
@@ -78,8 +83,9 @@ def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
     return warmup.directory / "model"
 
 
-def train(config: RLConfig, run: TrainingRun, tasks: TaskSplits, trainer: MegatronTrainer, engine: Engine) -> None:
+def train(config: RLConfig, run: TrainingRun, tasks: TaskSplits, cluster: LocalCluster) -> None:
     """The loop. Weight version `s` is what the engine serves after step `s`; step `s` learns from version `s - 1`."""
+    trainer, engine = cluster.trainer, cluster.engine
     tokenizer = load_tokenizer(engine.config.model)
     reward, held_out_reward = build_reward(config.reward, tasks.train), build_reward(config.reward, tasks.held_out)
     worker = RolloutWorker(engine, tokenizer, tasks.train, reward, config.rollout, config.seed)
@@ -98,7 +104,7 @@ def train(config: RLConfig, run: TrainingRun, tasks: TaskSplits, trainer: Megatr
         clock.lap("rollout")
         stats = trainer.step(training_batches(config, algorithm, trainer, groups), algorithm.loss)
         clock.lap("train")
-        publish(trainer, engine, version=step)
+        cluster.publish(version=step)
         clock.lap("publish")
         run.directory.write_rollouts(step, [sample for group in groups for sample in group])
         run.record(step, step_metrics(groups, stats, clock))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lockstep.recipes.training_run import TrainingRun, TrainingRunConfig, resumed
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.tasks import Problem, Task
 from lockstep.rollout.tokenizer import encode_response, load_tokenizer, render_prompt
+from lockstep.trainer_bridge import MegatronTrainer
 from lockstep.trainer_bridge.losses import sft_loss
 from lockstep.trainer_bridge.packing import TrainSequence, pack
 
@@ -30,7 +31,8 @@ def run(config: SFTConfig) -> dict[str, Any]:
         tasks = config.task.build()
         model = config.model.resolve(run.path / "new_model", tasks.train, config.seed)
         tokenizer = load_tokenizer(model)
-        trainer = run.start(model)
+        trainer = MegatronTrainer(replace(config.trainer, model=str(model)))
+        run.start(trainer)
         order = ProblemOrder(len(tasks.train), config.seed)
         for step in range(trainer.step_count + 1, config.steps + 1):
             started = time.perf_counter()

@@ -87,15 +87,13 @@ class TrainingRun:
             self.sinks.close()
         self.directory.close()
 
-    def start(self, model: Path) -> MegatronTrainer:
-        """Opens the live view and the sinks. Returns a trainer at the newest checkpoint, or at `model` without one."""
-        trainer = MegatronTrainer(replace(self.config.trainer, model=str(model)))
+    def start(self, trainer: MegatronTrainer) -> None:
+        """Opens the live view and the sinks. Brings the trainer to the newest checkpoint, if there is one."""
         checkpoint = self.directory.resume_checkpoint
         if checkpoint is not None:
             trainer.load(checkpoint / "trainer")
         self.view = LiveView(self.stage, self.config.steps, trainer.step_count)
         self.sinks = open_sinks(self.config.sinks, self.directory, self.config, self.view)
-        return trainer
 
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
         self.sinks.record(step, self.stage, metrics)

@@ -208,3 +208,21 @@ def test_bytes_that_change_between_reading_and_serving_are_noticed(models, monke
     monkeypatch.setattr(weights, "copy_in_place", slip)
     with pytest.raises(RuntimeError, match=r"differ from those sent: decoder.final_layernorm.weight"):
         engine.update_weights(weights_of(models[1]).items(), version=1)
+
+
+def test_an_engine_sleeps_without_kv_memory_takes_weights_and_wakes_to_the_same_bits(models):
+    engine, other = engine_of(models[0]), engine_of(models[1])
+    generate(engine)
+    (request,) = engine.submit([PROMPT], SamplingParams(max_tokens=5))
+    with pytest.raises(RuntimeError, match="unfinished requests cannot sleep"):
+        engine.sleep()
+    engine.abort(request)
+    engine.sleep()
+    assert sum(cache.untyped_storage().nbytes() for pair in engine.runner.kv_caches for cache in pair) == 0
+    with pytest.raises(RuntimeError, match="asleep"):
+        generate(engine)
+    engine.update_weights(weights_of(models[1]).items(), version=1)
+    engine.wake()
+    after, expected = generate(engine), generate(other)
+    assert (after.token_ids, after.logprobs) == (expected.token_ids, expected.logprobs)
+    assert after.num_cached_tokens == 0

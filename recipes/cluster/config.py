@@ -1,0 +1,53 @@
+"""Where a run's trainer and engines live."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """The same run, with the same results, on other processes and machines.
+
+    kind: "local", one engine and the trainer in this process; or "ray", each an actor of a Ray cluster.
+
+    The rest is for "ray":
+    address: of a running cluster ("auto": the one this machine belongs to); null starts one on this machine.
+    num_engines: the requests of a step are spread over so many engines.
+    transport: how weights travel: "distributed" (NCCL between GPUs, gloo between CPUs) or "disk" (through
+        `transport_directory`, which all machines share).
+    engine_cpus, engine_gpus, trainer_cpus, trainer_gpus: what an actor reserves; fractions share.
+    colocate: the trainer shares the first engine's reservation, and the engines give back the memory of their KV cache
+        while it trains.
+    start_timeout_s: until an actor is ready. step_timeout_s: of one call of the trainer. publish_timeout_s: of a weight
+        update. stall_timeout_s: an engine that makes no step for so long is replaced.
+    max_replacements: engines that may be replaced in a run.
+    """
+
+    kind: Literal["local", "ray"] = "local"
+    address: str | None = None
+    num_engines: int = 1
+    transport: Literal["distributed", "disk"] = "distributed"
+    transport_directory: str | None = None
+    engine_cpus: float = 0.5
+    engine_gpus: float = 0.0
+    trainer_cpus: float = 0.5
+    trainer_gpus: float = 0.0
+    colocate: bool = False
+    start_timeout_s: float = 300.0
+    step_timeout_s: float = 3600.0
+    stall_timeout_s: float = 120.0
+    publish_timeout_s: float = 120.0
+    max_replacements: int = 10
+
+    def __post_init__(self):
+        if self.num_engines < 1:
+            raise ValueError(f"cluster.num_engines must be at least 1, got {self.num_engines}")
+        if self.kind == "local" and self.num_engines != 1:
+            raise ValueError(f"cluster.num_engines={self.num_engines} needs cluster.kind=ray (cluster=ray)")
+        if self.transport == "disk" and self.transport_directory is None:
+            raise ValueError("cluster.transport=disk needs cluster.transport_directory, which all machines share")
+        for name in ("start_timeout_s", "step_timeout_s", "stall_timeout_s", "publish_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"cluster.{name} must be positive, got {getattr(self, name)}")

@@ -1,0 +1,25 @@
+"""The trainer and one engine in this process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lockstep.engine import Engine, EngineConfig
+from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig, publish
+
+
+class LocalCluster:
+    """`trainer`, `engine`, and `publish` between them. Use as a context manager."""
+
+    def __init__(self, trainer: TrainerConfig, engine: EngineConfig):
+        self.trainer = MegatronTrainer(trainer)
+        self.engine = Engine(engine)
+
+    def publish(self, version: int) -> dict[str, Any]:
+        return publish(self.trainer, self.engine, version)
+
+    def __enter__(self) -> LocalCluster:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.engine.shutdown()
