@@ -13,13 +13,16 @@ from lockstep.kernels.content_hash import content_hash
 def checksum(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """sha256 over the names, shapes, dtypes and content hashes of tensors, in the order of their names.
 
-    The contents are hashed where they are: on a GPU at the speed of its memory.
+    The contents are hashed where they are: on a GPU at the speed of its memory. A tensor is not needed any more when
+    the next one is asked for.
     """
-    tensors = sorted(named_tensors, key=lambda item: item[0])
-    hashes = _on_host([content_hash(tensor) for _, tensor in tensors])
+    labels, contents = [], []
+    for name, tensor in named_tensors:
+        labels.append((name, f"{tuple(tensor.shape)} {tensor.dtype}"))
+        contents.append(content_hash(tensor))
     digest = hashlib.sha256()
-    for (name, tensor), content in zip(tensors, hashes, strict=True):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {content}\n".encode())
+    for (name, label), content in sorted(zip(labels, _on_host(contents), strict=True)):
+        digest.update(f"{name} {label} {content}\n".encode())
     return digest.hexdigest()
 
 
