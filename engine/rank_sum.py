@@ -11,13 +11,16 @@ from torch import Tensor
 
 from lockstep.kernels.row_parallel_linear import tree_sum
 
+# torch 2.13 renames the function.
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """tensor[...] of each of R ranks -> [R, ...], in the order of the ranks. Shapes and dtypes must be equal."""
     if group is None or group.size() == 1:
         return tensor[None]
     gathered = torch.empty(group.size(), *tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    dist.all_gather_into_tensor(gathered.flatten(), tensor.contiguous().flatten(), group=group)
+    _gather_into(gathered.flatten(), tensor.contiguous().flatten(), group=group)
     return gathered
 
 

@@ -271,7 +271,8 @@ class MegatronTrainer:
                     f"step {self.step_count}: loss {stats['loss']}, gradient norm {stats['grad_norm']}; no update made"
                 )
         except BaseException:
-            for optimizer in self.optimizers:
+            for chunk, optimizer in zip(self.chunks, self.optimizers, strict=True):
+                chunk.zero_grad()
                 optimizer.zero_grad()
             raise
         lr = self._learning_rate()
