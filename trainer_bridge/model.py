@@ -113,9 +113,8 @@ class LockstepGPTModel(GPTModel):
     def embed(self, token_ids: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
         """token_ids int64 [T] -> [T, 1, H]; the first stage's. weight: in place of its own."""
         weight = self.embedding.word_embeddings.weight if weight is None else weight
-        return vocabulary_parallel_embedding(token_ids, weight, self._first_token, self._ranks.tensor.group).unsqueeze(
-            1
-        )
+        group = self._ranks.tensor.group
+        return vocabulary_parallel_embedding(token_ids, weight, self._first_token, group).unsqueeze(1)
 
     def run_layers(self, hidden: torch.Tensor, positions: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """[T, 1, H] -> [T, 1, H] through this stage's layers, and on the last stage the final norm.
