@@ -1,6 +1,6 @@
 """Which part of which parameter each rank of a trainer holds, and whole parameters put together from the parts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +62,16 @@ def local_layout(model: ModelConfig, sizes: ParallelSizes, rank: int) -> list[Lo
         if stage % sizes.pipeline == pipeline_rank:
             held.append(_local_parameter(entry, stage, model, sizes, tensor_rank))
     return held
+
+
+def local_parts(
+    layout: Sequence[LocalParameter], whole: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[LocalParameter, torch.Tensor]]:
+    """Of whole parameters by name, those of the layout, each with the rank's part of it."""
+    held = {parameter.name: parameter for parameter in layout}
+    for name, tensor in whole:
+        if name in held:
+            yield held[name], held[name].take(tensor)
 
 
 def whole_tensors(

@@ -27,16 +27,18 @@ def initialize_megatron(
 ) -> None:
     """Makes torch.distributed and Megatron's parallel groups ready. Does nothing where they are.
 
-    Under torchrun the process joins the job's group. Otherwise it is a world of one on an in-process store, which
-    takes no port. The ranks that are left over make data-parallel copies.
+    Under torchrun the process joins the job's group, and "cuda" is the GPU of its local rank. Otherwise it is a world
+    of one on an in-process store, which takes no port. The ranks that are left over make data-parallel copies.
     timeout_s: how long a rank waits for another before it raises; Megatron's own groups round it up to minutes.
 
-    Raises ValueError when the sizes do not divide the world, and RuntimeError
-    when Megatron was initialized before with other parallel sizes.
+    Raises ValueError when the sizes do not divide the world, and RuntimeError when Megatron was initialized before with
+    other parallel sizes.
     """
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if dist.is_torchelastic_launched():
+            if device.type == "cuda" and device.index is None:
+                torch.cuda.set_device(dist.get_node_local_rank())
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

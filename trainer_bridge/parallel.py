@@ -35,6 +35,16 @@ class ParallelSizes:
     row_parallel_splits: int = 1
     gradient_splits: int = 1
 
+    def __post_init__(self):
+        for name in ("tensor", "pipeline", "virtual_pipeline", "data"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}_parallel_size must be at least 1, got {getattr(self, name)}")
+        for name in ("row_parallel_splits", "gradient_splits"):
+            if getattr(self, name) < 1 or getattr(self, name) & (getattr(self, name) - 1):
+                raise ValueError(f"{name} must be a power of two, got {getattr(self, name)}")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError("virtual_pipeline_parallel_size needs pipeline_parallel_size of at least 2")
+
     @property
     def num_stages(self) -> int:
         return self.pipeline * self.virtual_pipeline
@@ -44,15 +54,7 @@ class ParallelSizes:
         return rank % self.tensor, rank // self.tensor % self.data, rank // (self.tensor * self.data)
 
     def check(self, model: ModelConfig) -> None:
-        """Raises ValueError that names the size and what it does not divide."""
-        for name in ("tensor", "pipeline", "virtual_pipeline", "data", "row_parallel_splits", "gradient_splits"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} parallel size or splits must be at least 1, got {getattr(self, name)}")
-        for name in ("row_parallel_splits", "gradient_splits"):
-            if getattr(self, name) & (getattr(self, name) - 1):
-                raise ValueError(f"{name} must be a power of two, got {getattr(self, name)}")
-        if self.virtual_pipeline > 1 and self.pipeline == 1:
-            raise ValueError("virtual_pipeline_parallel_size needs pipeline_parallel_size of at least 2")
+        """Raises ValueError that names a size that the model does not allow, and what it does not divide."""
         for divisor, number, message in (
             (self.tensor, self.row_parallel_splits, "tensor_parallel_size {} does not divide row_parallel_splits {}"),
             (self.data, self.gradient_splits, "data-parallel size {} does not divide gradient_splits {}"),

@@ -16,7 +16,7 @@ from lockstep.engine.weights import checksum
 from lockstep.kernels import numerics
 from lockstep.trainer_bridge.checkpoint import load_tensors, read_common, save_checkpoint
 from lockstep.trainer_bridge.grad_norm import gradient_norm
-from lockstep.trainer_bridge.layout import LocalParameter, local_layout, whole_tensors
+from lockstep.trainer_bridge.layout import LocalParameter, local_layout, local_parts, whole_tensors
 from lockstep.trainer_bridge.losses import Loss
 from lockstep.trainer_bridge.megatron_setup import initialize_megatron
 from lockstep.trainer_bridge.model import LockstepGPTModel
@@ -92,14 +92,20 @@ class TrainerConfig:
             raise ValueError(f"TrainerConfig.lr_schedule={self.lr_schedule!r} needs total_steps")
         if self.max_tokens_per_micro_batch < 1:
             raise ValueError(f"TrainerConfig.max_tokens_per_micro_batch is {self.max_tokens_per_micro_batch}")
-        for field in ("tensor_parallel_size", "pipeline_parallel_size", "virtual_pipeline_parallel_size"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"TrainerConfig.{field} must be at least 1, got {getattr(self, field)}")
-        for field in ("row_parallel_splits", "gradient_splits"):
-            if getattr(self, field) < 1 or getattr(self, field) & (getattr(self, field) - 1):
-                raise ValueError(f"TrainerConfig.{field} must be a power of two, got {getattr(self, field)}")
         if self.rank_timeout_s <= 0:
             raise ValueError(f"TrainerConfig.rank_timeout_s is {self.rank_timeout_s}")
+        self.parallel_sizes(num_ranks=self.tensor_parallel_size * self.pipeline_parallel_size)
+
+    def parallel_sizes(self, num_ranks: int) -> ParallelSizes:
+        """In a world of so many ranks."""
+        return ParallelSizes(
+            tensor=self.tensor_parallel_size,
+            pipeline=self.pipeline_parallel_size,
+            virtual_pipeline=self.virtual_pipeline_parallel_size,
+            data=num_ranks // max(1, self.tensor_parallel_size * self.pipeline_parallel_size),
+            row_parallel_splits=self.row_parallel_splits,
+            gradient_splits=self.gradient_splits,
+        )
 
 
 class MegatronTrainer:
@@ -115,9 +121,9 @@ class MegatronTrainer:
         self.config = config
         self.device = torch.device(config.device)
         self.dtype = getattr(torch, config.dtype)
-        numerics.set_up(self.device)
         self.model_config = load_model_config(config.model)
         self.ranks = self._join_ranks()
+        numerics.set_up(self.device)
         numerics.check_row_contract(self.device, self.dtype, self._matrix_shapes())
         self.chunks = [
             LockstepGPTModel(self.model_config, self.device, self.dtype, self.ranks, chunk, config.recompute)
@@ -147,14 +153,7 @@ class MegatronTrainer:
     def _join_ranks(self) -> Ranks:
         c = self.config
         initialize_megatron(self.device, c.tensor_parallel_size, c.pipeline_parallel_size, c.rank_timeout_s)
-        sizes = ParallelSizes(
-            tensor=c.tensor_parallel_size,
-            pipeline=c.pipeline_parallel_size,
-            virtual_pipeline=c.virtual_pipeline_parallel_size,
-            data=dist.get_world_size() // (c.tensor_parallel_size * c.pipeline_parallel_size),
-            row_parallel_splits=c.row_parallel_splits,
-            gradient_splits=c.gradient_splits,
-        )
+        sizes = c.parallel_sizes(dist.get_world_size())
         sizes.check(self.model_config)
         return Ranks.of_this_process(sizes)
 
@@ -228,11 +227,12 @@ class MegatronTrainer:
         parts, data, stages = values.split(list(sizes)), self.ranks.data, self.ranks.pipeline
         if own:
             torch.cat(own, out=parts[data.rank])
-        if stages.group is not None:
+        if stages.group is not None and sizes[data.rank]:
             dist.broadcast(parts[data.rank], stages.global_rank(stages.size - 1), stages.group)
         if data.group is not None:
             for rank, part in enumerate(parts):
-                dist.broadcast(part, data.global_rank(rank), data.group)
+                if sizes[rank]:
+                    dist.broadcast(part, data.global_rank(rank), data.group)
         return values
 
     def _check_tokens(self, token_ids: torch.Tensor, positions: torch.Tensor) -> None:
@@ -377,25 +377,25 @@ class MegatronTrainer:
     def _import_weights(self) -> None:
         config = self.config
         if config.load_format == "dummy":
-            for parameter in self.local_layout():
-                whole = torch.empty(parameter.shape, dtype=self.dtype, device=self.device)
-                fill_dummy(parameter.name, whole, config.seed)
-                self._parameters[parameter.name].copy_(parameter.take(whole))
+            whole = self._dummy_weights()
         else:
-            held = {parameter.name: parameter for parameter in self.local_layout()}
-            for name, tensor in iterate_weights(config.model, self.model_config):
-                if name in held:
-                    self._parameters[name].copy_(held[name].take(tensor))
+            whole = iterate_weights(config.model, self.model_config)
+        for parameter, part in local_parts(self.local_layout(), whole):
+            self._parameters[parameter.name].copy_(part)
         self._refresh_tied_copy()
+
+    def _dummy_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for parameter in self.local_layout():
+            whole = torch.empty(parameter.shape, dtype=self.dtype, device=self.device)
+            fill_dummy(parameter.name, whole, self.config.seed)
+            yield parameter.name, whole
 
     def _read_reference(self, path: str) -> list[dict[str, torch.Tensor]]:
         """Per chunk, tensors by the names of its parameters."""
-        held = {parameter.name: parameter for parameter in self.local_layout()}
         weights: list[dict[str, torch.Tensor]] = [{} for _ in self.chunks]
-        for name, tensor in iterate_weights(path, self.model_config, self.dtype):
-            if name in held:
-                part = held[name].take(tensor)
-                weights[held[name].chunk][held[name].module_name] = part.to(self.device, copy=True)
+        whole = iterate_weights(path, self.model_config, self.dtype)
+        for parameter, part in local_parts(self.local_layout(), whole):
+            weights[parameter.chunk][parameter.module_name] = part.to(self.device, copy=True)
         if (tied_copy := self.chunks[-1].tied_copy) is not None:
             weights[-1][_HEAD] = torch.empty_like(tied_copy, requires_grad=False)
         self._copy_tied(weights[0].get(_EMBEDDING), weights[-1].get(_HEAD))

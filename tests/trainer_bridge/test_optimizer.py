@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lockstep.trainer_bridge.grad_norm import gradient_norm
-from lockstep.trainer_bridge.optimizer import MasterAdamW, learning_rate
+from lockstep.trainer_bridge.optimizer import GradientSums, MasterAdamW, learning_rate
 
 
 def rates(schedule, steps, warmup_steps=0, total_steps=None):
@@ -66,3 +66,21 @@ def test_updates_against_the_algorithm(dtype, max_grad_norm):
             assert parameter.grad is None
     for index, reference in enumerate(slow):
         torch.testing.assert_close(optimizer.masters[index].double(), reference.value, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_runs_are_summed_in_order_and_then_as_a_tree(dtype):
+    generator = torch.Generator().manual_seed(0)
+    parameter = torch.nn.Parameter(torch.zeros(1000, dtype=dtype))
+    gradients = torch.randn(5, 1000, generator=generator).to(dtype)
+    sums = GradientSums([parameter])
+    for run in ([0, 1], [2], [3, 4], []):
+        for micro_batch in run:
+            (parameter * gradients[micro_batch]).sum().backward()
+            sums.accumulate()
+        sums.end_run()
+    (total,) = sums.take()
+    a, b, c, d, e = gradients.float()
+    assert torch.equal(total, ((a + b) + c) + (d + e))
+    assert not torch.equal(total, gradients.float().cumsum(0)[-1])
+    assert parameter.grad is None

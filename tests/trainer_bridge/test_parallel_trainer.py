@@ -15,7 +15,12 @@ LAYOUTS = {
     "TP2": ("qwen2", {}, 2, {TENSOR: 2}),
     "PP2, tied": ("llama", {"tie": True, "attention_bias": True, "mlp_bias": True}, 2, {PIPELINE: 2}),
     "DP2": ("llama", {"tie": True, "attention_bias": True, "mlp_bias": True}, 2, {}),
-    "TP2 x PP2 x VPP2, tied": ("qwen3", {"tie": True, "attention_bias": True}, 4, {TENSOR: 2, PIPELINE: 2, VIRTUAL: 2}),
+    "TP2 x PP2 x VPP2, tied": (
+        "qwen3",
+        {"tie": True, "attention_bias": True},
+        4,
+        {TENSOR: 2, PIPELINE: 2, VIRTUAL: 2, "recompute": True},
+    ),
 }
 
 
