@@ -72,7 +72,9 @@ def test_updates_against_the_algorithm(dtype, max_grad_norm):
 def test_runs_are_summed_in_order_and_then_as_a_tree(dtype):
     generator = torch.Generator().manual_seed(0)
     parameter = torch.nn.Parameter(torch.zeros(1000, dtype=dtype))
-    gradients = torch.randn(5, 1000, generator=generator).to(dtype)
+    # Of many magnitudes, or sums of bf16 numbers would be exact in fp32.
+    values, magnitudes = torch.randn(2, 5, 1000, generator=generator)
+    gradients = (values * (4 * magnitudes).exp()).to(dtype)
     sums = GradientSums([parameter])
     for run in ([0, 1], [2], [3, 4], []):
         for micro_batch in run:
