@@ -314,14 +314,19 @@ def initialize_dummy(model: torch.nn.Module, seed: int) -> None:
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("layernorm.weight"):
-                center, half_width = 1.0, 0.1
-            elif parameter.dim() == 1:
-                center, half_width = 0.0, 0.1
-            else:
-                center, half_width = 0.0, (3.0 / parameter.shape[1]) ** 0.5
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            _fill_uniform(parameter, int.from_bytes(digest[:4], "little"), center, half_width)
+            fill_dummy(name, parameter, seed)
+
+
+def fill_dummy(name: str, tensor: torch.Tensor, seed: int) -> None:
+    """initialize_dummy of one whole parameter."""
+    if name.endswith("layernorm.weight"):
+        center, half_width = 1.0, 0.1
+    elif tensor.dim() == 1:
+        center, half_width = 0.0, 0.1
+    else:
+        center, half_width = 0.0, (3.0 / tensor.shape[1]) ** 0.5
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    _fill_uniform(tensor, int.from_bytes(digest[:4], "little"), center, half_width)
 
 
 def _fill_uniform(parameter: torch.Tensor, key: int, center: float, half_width: float) -> None:

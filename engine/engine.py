@@ -369,7 +369,7 @@ class Engine:
         """Takes the memory again. Does nothing for an engine that is awake."""
         self._check_running()
         if self.is_asleep:
-            self.runner.restore_kv_cache()
+            self.runner.take_kv_cache()
             self.is_asleep = False
 
     # The rest --------------------------------------------------------------------------------------------------------

@@ -64,11 +64,8 @@ class Runner:
         self.device = device
         self.on_gpu = device.type == "cuda"
         shape = model.config
-        self.kv_caches = [
-            new_kv_cache(num_pages, config.page_size, shape.num_kv_heads, shape.head_dim, dtype, device)
-            for _ in range(shape.num_layers)
-        ]
-        self.freed_kv_cache: list[tuple[torch.UntypedStorage, int]] = []
+        self.cache_shape = (num_pages, config.page_size, shape.num_kv_heads, shape.head_dim, dtype, device)
+        self.kv_caches: list[tuple[torch.Tensor, torch.Tensor]] = []
         # The table's copy on the device is brought up to date with what each step's requests gained.
         self.host_page_table = np.zeros(
             (config.max_running_requests, -(-config.max_model_len // self.page_size)), np.int32
@@ -83,28 +80,24 @@ class Runner:
         self.graphs = None
         self.max_running_requests = config.max_running_requests
         self.cuda_graphs = self.on_gpu and cuda_graphs
-        self.forget_graphs()
+        self.take_kv_cache()
 
     def forget_graphs(self) -> None:
         """Graphs are captured anew at their next use: the tensors that they read were replaced."""
         if self.cuda_graphs:
             self.graphs = DecodeGraphs(self._decode_logits, self.max_running_requests, self.device)
 
+    def take_kv_cache(self) -> None:
+        """Memory for the cache, at first and after `free_kv_cache`."""
+        self.kv_caches = [new_kv_cache(*self.cache_shape) for _ in range(self.model.config.num_layers)]
+        self.forget_graphs()
+
     def free_kv_cache(self) -> None:
-        """Gives the cache's memory back to the device, until `restore_kv_cache`."""
-        storages = [cache.untyped_storage() for pair in self.kv_caches for cache in pair]
-        self.freed_kv_cache = [(storage, storage.nbytes()) for storage in storages]
-        for storage in storages:
-            storage.resize_(0)
+        """Gives the cache's memory back to the device, until `take_kv_cache`."""
+        self.kv_caches = []
         if self.on_gpu:
             self.graphs = None  # they hold memory of their own, and the addresses of the old cache
             torch.cuda.empty_cache()
-
-    def restore_kv_cache(self) -> None:
-        for storage, num_bytes in self.freed_kv_cache:
-            storage.resize_(num_bytes)
-        self.freed_kv_cache = []
-        self.forget_graphs()
 
     @torch.inference_mode()
     def launch(self, batch: StepBatch, weight_version: int) -> LaunchedStep:

@@ -7,25 +7,43 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from lockstep.kernels.content_hash import content_hashes, copy_and_hash
+from lockstep.kernels.content_hash import content_hash, content_hashes, copy_and_hash
 
 
 def checksum(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """sha256 over the names, shapes, dtypes and content hashes of tensors, in the order of their names.
 
-    The contents are hashed where they are: on a GPU at the speed of its memory.
+    The contents are hashed where they are: on a GPU at the speed of its memory. A tensor is not needed any more when
+    the next one is asked for.
     """
-    tensors = dict(named_tensors)
-    return digest(tensors, hashes_by_name(tensors))
+    labels, contents = {}, []
+    for name, tensor in named_tensors:
+        labels[name] = _label(tensor)
+        contents.append(content_hash(tensor))
+    return _digest(labels, dict(zip(labels, _on_host(contents), strict=True)))
 
 
 def digest(tensors: Mapping[str, torch.Tensor], content: Mapping[str, int]) -> str:
     """`checksum` of tensors whose content hashes are known."""
+    return _digest({name: _label(tensor) for name, tensor in tensors.items()}, content)
+
+
+def _digest(labels: Mapping[str, str], content: Mapping[str, int]) -> str:
     sha256 = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        sha256.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {content[name]}\n".encode())
+    for name in sorted(labels):
+        sha256.update(f"{name} {labels[name]} {content[name]}\n".encode())
     return sha256.hexdigest()
+
+
+def _label(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype}"
+
+
+def _on_host(scalars: list[torch.Tensor]) -> list[int]:
+    """Their values; those on a GPU come in one copy."""
+    if len({scalar.device for scalar in scalars}) > 1:
+        return [int(scalar) for scalar in scalars]
+    return torch.stack(scalars).tolist() if scalars else []
 
 
 def hashes_by_name(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:

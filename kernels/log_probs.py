@@ -1,5 +1,6 @@
 """Log-probabilities of chosen tokens: one row function for the engine and the trainer."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from lockstep.kernels._cpu import exp32, inline_njit, log32, njit, parallel_rows
 from lockstep.kernels._vocab_chunks import BLOCKS, CHUNK, chunk_sums, fold_chunks, load_chunk, log_prob_of
 from lockstep.kernels.linear import linear
 from lockstep.kernels.noise import NOISE_LANES
+from lockstep.kernels.row_parallel_linear import tree_sum
 
 # Logits of so many bytes exist at a time, but at least of so many rows: each chunk reads the whole weight again, and on
 # a GPU reads and writes the fp32 gradient of the weight.
@@ -27,6 +29,17 @@ class _RowResults(NamedTuple):
     entropies: torch.Tensor
     maxima: torch.Tensor
     sums: torch.Tensor
+
+
+class VocabularyShard(NamedTuple):
+    """The part of a vocabulary whose rows of the output weight this rank holds.
+
+    gather: maps this rank's logits [B, V_local] to those of all ranks [B, vocab_size].
+    """
+
+    first_token: int
+    vocab_size: int
+    gather: Callable[[torch.Tensor], torch.Tensor]
 
 
 def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
@@ -63,6 +76,8 @@ def log_probs(
     temperature: float = 1.0,
     with_entropy: bool = False,
     chunk_rows: int | None = None,
+    shard: VocabularyShard | None = None,
+    gradient_parts: int = 1,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of one token per row of hidden states, without ever holding [T, V].
 
@@ -73,6 +88,9 @@ def log_probs(
     token_log_probs. Returns fp32 [T], and with_entropy also the entropy of softmax(logits / temperature) in nats, fp32
     [T], without a gradient. chunk_rows: rows whose logits exist at a time; it changes no bit of the result, but the
     weight's gradient is a sum over chunks in ascending order. The default depends on V and the device alone.
+    shard: weight is a rank's part of the vocabulary. All its ranks make the same call and get the same values; the
+    gradient of hidden is this rank's summand. gradient_parts: that gradient's sum over the rows of weight is cut into
+    so many parts, which are added by tree_sum (see row_parallel_linear).
 
     Backward: d logits = (onehot - softmax) * grad / temperature, rounded to the dtype of the logits, chunk by chunk,
     deterministic. Each chunk's logits are made again, and their gradient takes their place, unless one chunk holds all
@@ -85,12 +103,14 @@ def log_probs(
     _check_tokens(tokens, hidden.shape[0])
     if not temperature >= 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}")
-    chunk_rows = chunk_rows or _default_chunk_rows(weight)
+    if shard is None:
+        shard = VocabularyShard(0, weight.shape[0], _identity)
+    chunk_rows = chunk_rows or _default_chunk_rows(weight, shard.vocab_size)
     divisor = torch.full(tokens.shape, temperature or 1.0, device=hidden.device)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        logprobs, entropies = _LogProbs.apply(hidden, weight, tokens, divisor, chunk_rows)
+        logprobs, entropies = _LogProbs.apply(hidden, weight, tokens, divisor, chunk_rows, shard, gradient_parts)
     else:
-        (logprobs, entropies, *_), _ = _forward(hidden.detach(), weight.detach(), tokens, divisor, chunk_rows)
+        (logprobs, entropies, *_), _ = _forward(hidden.detach(), weight.detach(), tokens, divisor, chunk_rows, shard)
     return (logprobs, entropies) if with_entropy else logprobs
 
 
@@ -116,32 +136,42 @@ def _check_tokens(tokens: torch.Tensor, num_rows: int) -> None:
         raise ValueError(f"tokens must be int64 [{num_rows}], got {tokens.dtype} {tuple(tokens.shape)}")
 
 
-def _default_chunk_rows(weight: torch.Tensor) -> int:
-    row_bytes = weight.element_size() * weight.shape[0]
+def _identity(logits: torch.Tensor) -> torch.Tensor:
+    return logits
+
+
+def _default_chunk_rows(weight: torch.Tensor, vocab_size: int) -> int:
+    row_bytes = weight.element_size() * vocab_size
     return max(_CHUNK_MIN_ROWS, _CHUNK_BYTES[weight.device.type] // row_bytes // 128 * 128)
 
 
 def _forward(
-    hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, temperature: torch.Tensor, chunk_rows: int
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    tokens: torch.Tensor,
+    temperature: torch.Tensor,
+    chunk_rows: int,
+    shard: VocabularyShard,
 ) -> tuple[_RowResults, torch.Tensor | None]:
-    """Also returns the last chunk's logits (None if there are no rows)."""
+    """Also returns the last chunk's logits of this rank (None if there are no rows)."""
     logits = None
     results = _RowResults(*torch.empty(4, hidden.shape[0], device=hidden.device))
     for start in range(0, hidden.shape[0], chunk_rows):
         chunk = slice(start, start + chunk_rows)
         logits = linear(hidden[chunk], weight)
-        for result, value in zip(results, _rows(logits, tokens[chunk], temperature[chunk]), strict=True):
+        for result, value in zip(results, _rows(shard.gather(logits), tokens[chunk], temperature[chunk]), strict=True):
             result[chunk] = value
     return results, logits
 
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, tokens, temperature, chunk_rows):
-        results, logits = _forward(hidden, weight, tokens, temperature, chunk_rows)
+    def forward(ctx, hidden, weight, tokens, temperature, chunk_rows, shard, gradient_parts):
+        results, logits = _forward(hidden, weight, tokens, temperature, chunk_rows, shard)
         logits = logits if hidden.shape[0] <= chunk_rows else None
-        ctx.save_for_backward(hidden, weight, tokens, temperature, results.maxima, results.sums, logits)
-        ctx.chunk_rows = chunk_rows
+        own_tokens = tokens - shard.first_token
+        ctx.save_for_backward(hidden, weight, own_tokens, temperature, results.maxima, results.sums, logits)
+        ctx.chunk_rows, ctx.gradient_parts = chunk_rows, gradient_parts
         ctx.mark_non_differentiable(results.entropies)
         return results.logprobs, results.entropies
 
@@ -161,10 +191,19 @@ class _LogProbs(torch.autograd.Function):
             row_values = (values[chunk] for values in (tokens, temperature, maxima, sums, scale))
             _write_gradient(logits_grad, logits, *row_values)
             if needs_hidden:
-                torch.mm(logits_grad, weight, out=hidden_grad[chunk])
+                _write_product_in_parts(hidden_grad[chunk], logits_grad, weight, ctx.gradient_parts)
             if needs_weight:
                 _add_product(weight_grad, logits_grad.t(), hidden[chunk])
-        return hidden_grad, weight_grad.to(weight.dtype) if needs_weight else None, None, None, None
+        return hidden_grad, weight_grad.to(weight.dtype) if needs_weight else None, *[None] * 5
+
+
+def _write_product_in_parts(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, num_parts: int) -> None:
+    """out = a @ b, whose inner dimension is cut into num_parts; each part's product is rounded."""
+    if num_parts == 1:
+        torch.mm(a, b, out=out)
+        return
+    width = b.shape[0] // num_parts
+    out.copy_(tree_sum(list(map(torch.mm, a.split(width, 1), b.split(width, 0)))))
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -190,7 +229,10 @@ def _write_gradient(
     sums: torch.Tensor,
     scale: torch.Tensor,
 ) -> None:
-    """out[B, V] = (onehot(token) - softmax(logits / temperature)) * scale; out may be logits."""
+    """out[B, V] = (onehot(token) - softmax(logits / temperature)) * scale; out may be logits.
+
+    Maxima and sums are those of the whole vocabulary. onehot is 0 where the token is not among these V.
+    """
     implementation = _gradient_triton if logits.device.type == "cuda" else _gradient_cpu
     implementation(out, logits, tokens, temperature, maxima, sums, scale)
 
@@ -243,7 +285,8 @@ def _gradient_rows(start, stop, out, logits, tokens, temperature, maxima, sums, 
         factor = -scale[row] / sums[row]
         for i in range(values.size):
             gradient[i] = factor * exp32(values[i] / divisor - largest)
-        gradient[tokens[row]] += scale[row]
+        if 0 <= tokens[row] < values.size:
+            gradient[tokens[row]] += scale[row]
 
 
 def _rows_cpu(logits: torch.Tensor, tokens: torch.Tensor, temperature: torch.Tensor) -> _RowResults:

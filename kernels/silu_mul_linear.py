@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lockstep.kernels.linear import linear
+from lockstep.kernels.row_parallel_linear import row_parallel_linear
 from lockstep.kernels.silu_mul import silu_mul
 
 
-def silu_mul_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def silu_mul_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None = None, splits: int = 1) -> Tensor:
     """gate_up[..., 2F], weight[N, F], bias[N] | None -> [..., N].
 
-        return linear(silu_mul(gate_up), weight, bias)        the same bits, and the same bits of all gradients
+        return row_parallel_linear(silu_mul(gate_up), weight, bias, splits)     the same bits, also of gradients
 
     Keeps gate_up alone for the backward pass, which computes the activations again: a third less than the two ops keep.
     Errors are those of the two ops.
@@ -19,21 +19,21 @@ def silu_mul_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None = None)
     if torch.is_grad_enabled() and (
         gate_up.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _SiluMulLinear.apply(gate_up, weight, bias)
-    return linear(silu_mul(gate_up), weight, bias)
+        return _SiluMulLinear.apply(gate_up, weight, bias, splits)
+    return row_parallel_linear(silu_mul(gate_up), weight, bias, splits)
 
 
 class _SiluMulLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_up, weight, bias):
+    def forward(ctx, gate_up, weight, bias, splits):
         ctx.save_for_backward(gate_up, weight)
-        return linear(silu_mul(gate_up), weight, bias)
+        return row_parallel_linear(silu_mul(gate_up), weight, bias, splits)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         gate_up, weight = ctx.saved_tensors
-        needs_gate_up, needs_weight, needs_bias = ctx.needs_input_grad
+        needs_gate_up, needs_weight, needs_bias, _ = ctx.needs_input_grad
         dy_MN = dy.reshape(-1, dy.shape[-1])
         with torch.enable_grad():
             gate_up = gate_up.detach().requires_grad_(needs_gate_up)
@@ -43,4 +43,4 @@ class _SiluMulLinear(torch.autograd.Function):
             dactivated = (dy_MN @ weight).view(activated.shape)
             (dgate_up,) = torch.autograd.grad(activated, gate_up, dactivated)
         dweight = dy_MN.t() @ activated.detach().reshape(-1, weight.shape[1]) if needs_weight else None
-        return dgate_up, dweight, dy_MN.sum(0) if needs_bias else None
+        return dgate_up, dweight, dy_MN.sum(0) if needs_bias else None, None

@@ -4,9 +4,13 @@ Megatron-core keeps what is its own: parameter names and layout, sharded state, 
 Each module here holds no arithmetic: it calls the kernel that the engine calls, so the bits are the engine's.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -22,10 +26,11 @@ from torch.utils.checkpoint import checkpoint
 
 from lockstep.engine.models.config import ModelConfig
 from lockstep.kernels.attention import attention_packed
-from lockstep.kernels.linear import linear
 from lockstep.kernels.rms_norm import rms_norm
 from lockstep.kernels.rope import apply_rope
+from lockstep.kernels.row_parallel_linear import row_parallel_linear
 from lockstep.kernels.silu_mul_linear import silu_mul_linear
+from lockstep.trainer_bridge.tensor_parallel import column_parallel_linear, shared_weight, sum_partial_outputs
 
 
 @dataclass
@@ -67,29 +72,57 @@ class KernelRMSNorm(torch.nn.Module):
         return rms_norm(x.contiguous(), self.weight, self.eps)
 
 
+class KernelHeadRMSNorm(KernelRMSNorm):
+    """RMSNorm of each head [..., heads, D], whose weight's gradient is summed over `splits` equal parts of all heads.
+
+    A rank holds splits / ranks of the parts.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, splits: int):
+        super().__init__(config, hidden_size, eps)
+        self.splits = splits
+        self.group = parallel_state.get_tensor_model_parallel_group()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.splits == 1:
+            return super().forward(x)
+        num_parts = self.splits // self.group.size()
+        weights = shared_weight(self.weight, num_parts, self.group)
+        parts = x.chunk(num_parts, dim=-2)
+        normed = [rms_norm(part.contiguous(), w, self.eps) for part, w in zip(parts, weights, strict=True)]
+        return torch.cat(normed, dim=-2)
+
+
 class KernelColumnLinear(ColumnParallelLinear):
     """Column-parallel linear whose product and bias are one call of the linear kernel.
 
-    has_bias replaces Megatron's one switch for the biases of all linear layers.
+    has_bias replaces Megatron's one switch for the biases of all linear layers. splits: parts in which the input's
+    gradient is summed over the output's columns of all ranks. num_blocks: matrices that make up the weight of a rank.
     """
 
-    def __init__(self, *args, has_bias: bool, **kwargs):
+    def __init__(self, *args, has_bias: bool, splits: int, num_blocks: int = 1, **kwargs):
         super().__init__(*args, **{**kwargs, "bias": has_bias, "skip_bias_add": False})
-        _require_one_tensor_parallel_rank(self)
+        self.splits, self.num_blocks = splits, num_blocks
 
-    def _forward_impl(self, input, weight, bias, **communication):
-        return linear(input, weight, bias)
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
+        num_parts, in_parts = self.splits // self.tp_group.size(), self.splits > 1
+        return column_parallel_linear(
+            input_, self.weight, self.bias, self.tp_group, num_parts, self.num_blocks, in_parts
+        ), None
 
 
 class KernelRowLinear(RowParallelLinear):
-    """Row-parallel linear; on one rank product and bias are one call of the linear kernel, as in the engine."""
+    """Row-parallel linear, as in the engine. splits: parts of the sum over the inner dimension of all ranks."""
 
-    def __init__(self, *args, has_bias: bool, **kwargs):
+    def __init__(self, *args, has_bias: bool, splits: int, **kwargs):
         super().__init__(*args, **{**kwargs, "bias": has_bias, "skip_bias_add": False})
-        _require_one_tensor_parallel_rank(self)
+        self.own_splits = splits // self.tp_group.size()
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return linear(input_, self.weight, self.bias), None
+        return row_parallel_linear(input_, self.weight, self.bias, self.own_splits, self._sum_over_ranks()), None
+
+    def _sum_over_ranks(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        return None if self.tp_group.size() == 1 else partial(sum_partial_outputs, group=self.tp_group)
 
 
 class NoActivation(MegatronModule):
@@ -106,12 +139,11 @@ class KernelSiluMulRowLinear(KernelRowLinear):
     """The MLP's second linear layer with the activation before it, [..., 2F] (gate | up) -> [..., H]."""
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return silu_mul_linear(input_, self.weight, self.bias), None
-
-
-def _require_one_tensor_parallel_rank(module: ColumnParallelLinear | RowParallelLinear) -> None:
-    if module.tp_group.size() != 1:
-        raise NotImplementedError(f"{type(module).__name__} does not reduce over tensor-parallel ranks")
+        sum_over_ranks = self._sum_over_ranks()
+        if sum_over_ranks is None:
+            return silu_mul_linear(input_, self.weight, self.bias, self.own_splits), None
+        out = sum_over_ranks(silu_mul_linear(input_, self.weight, None, self.own_splits))
+        return out if self.bias is None else out + self.bias, None
 
 
 class KernelCoreAttention(torch.nn.Module):
@@ -158,21 +190,29 @@ class RecomputedLayer(TransformerLayer):
         return checkpoint(super().forward, hidden_states, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-def block_spec(model: ModelConfig, recompute: bool) -> TransformerBlockSubmodules:
-    """The spec of all transformer layers and the final norm.
+def block_spec(
+    model: ModelConfig, recompute: bool, row_parallel_splits: int, num_layers: int
+) -> TransformerBlockSubmodules:
+    """The spec of the `num_layers` layers of one pipeline stage, and of the final norm, which the last stage has.
 
-    recompute: trade the activations inside a layer for a second forward pass.
+    recompute: trade the activations inside a layer for a second forward pass. row_parallel_splits: see ParallelSizes.
     """
+    splits = {"splits": row_parallel_splits}
+    # Query groups are not cut: so many parts of them as any number of tensor-parallel ranks can ask for.
+    group_splits = {"splits": math.gcd(model.num_kv_heads, row_parallel_splits)}
+    head_norm = ModuleSpec(module=KernelHeadRMSNorm, params=group_splits) if model.qk_norm else None
     attention = SelfAttentionSubmodules(
-        linear_qkv=ModuleSpec(module=KernelColumnLinear, params={"has_bias": model.qkv_bias}),
+        linear_qkv=ModuleSpec(module=KernelColumnLinear, params={"has_bias": model.qkv_bias, **group_splits}),
         core_attention=ModuleSpec(module=KernelCoreAttention, params={"layer_windows": model.layer_windows}),
-        linear_proj=ModuleSpec(module=KernelRowLinear, params={"has_bias": model.proj_bias}),
-        q_layernorm=KernelRMSNorm if model.qk_norm else None,
-        k_layernorm=KernelRMSNorm if model.qk_norm else None,
+        linear_proj=ModuleSpec(module=KernelRowLinear, params={"has_bias": model.proj_bias, **splits}),
+        q_layernorm=head_norm,
+        k_layernorm=head_norm,
     )
     mlp = MLPSubmodules(
-        linear_fc1=ModuleSpec(module=KernelColumnLinear, params={"has_bias": model.mlp_bias}),
-        linear_fc2=ModuleSpec(module=KernelSiluMulRowLinear, params={"has_bias": model.mlp_bias}),
+        linear_fc1=ModuleSpec(
+            module=KernelColumnLinear, params={"has_bias": model.mlp_bias, **splits, "num_blocks": 2}
+        ),
+        linear_fc2=ModuleSpec(module=KernelSiluMulRowLinear, params={"has_bias": model.mlp_bias, **splits}),
         activation_func=NoActivation,
     )
     layer = ModuleSpec(
@@ -188,4 +228,4 @@ def block_spec(model: ModelConfig, recompute: bool) -> TransformerBlockSubmodule
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * model.num_layers, layer_norm=KernelRMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=KernelRMSNorm)

@@ -1,18 +1,25 @@
 """The trained model: Megatron-core's GPTModel on lockstep.kernels, from packed token ids to log-probabilities."""
 
+import math
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lockstep.engine.models.config import ModelConfig
-from lockstep.kernels.embedding import embedding
-from lockstep.kernels.log_probs import log_probs
+from lockstep.engine.rank_sum import gather_columns
+from lockstep.kernels.log_probs import VocabularyShard, log_probs
 from lockstep.kernels.rope import rope_cos_sin, rope_inv_freq
 from lockstep.trainer_bridge.layer_spec import PackedSequences, block_spec
+from lockstep.trainer_bridge.parallel import ParallelSizes, Ranks
+from lockstep.trainer_bridge.tensor_parallel import sum_gradients, vocabulary_parallel_embedding
 
 
-def transformer_config(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, device: torch.device, dtype: torch.dtype, sizes: ParallelSizes
+) -> TransformerConfig:
     """Megatron's configuration of `model`: no dropout, no fusion, no initialization of weights (they are loaded)."""
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -31,6 +38,9 @@ def transformer_config(model: ModelConfig, device: torch.device, dtype: torch.dt
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        tensor_model_parallel_size=sizes.tensor,
+        pipeline_model_parallel_size=sizes.pipeline,
+        virtual_pipeline_model_parallel_size=sizes.virtual_pipeline if sizes.virtual_pipeline > 1 else None,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -47,42 +57,91 @@ def transformer_config(model: ModelConfig, device: torch.device, dtype: torch.dt
 
 
 class LockstepGPTModel(GPTModel):
-    """GPTModel that takes packed sequences and returns the log-probability of each row's target.
+    """GPTModel that takes packed sequences and returns the log-probability of each row's target, or one stage of it.
 
-    Parameters have Megatron's names, which are the engine's. Positions and the rotary table go to the layers inside
-    PackedSequences; Megatron's rotary embedding and output layer are not called.
+    Parameters have Megatron's names, which are the engine's, with layers numbered from 0 in each stage. Positions and
+    the rotary table go to the layers inside PackedSequences; Megatron's rotary embedding and output layer are not
+    called.
     """
 
-    def __init__(self, model: ModelConfig, device: torch.device, dtype: torch.dtype, recompute: bool = False):
+    def __init__(
+        self,
+        model: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        ranks: Ranks,
+        chunk: int = 0,
+        recompute: bool = False,
+    ):
+        """chunk: which of this rank's stages; see ParallelSizes.virtual_pipeline."""
+        sizes, stage = ranks.sizes, ranks.stage(chunk)
         super().__init__(
-            transformer_config(model, device, dtype),
-            block_spec(model, recompute),
+            transformer_config(model, device, dtype, sizes),
+            block_spec(model, recompute, sizes.row_parallel_splits, model.num_layers // sizes.num_stages),
             vocab_size=model.vocab_size,
             max_sequence_length=model.max_position_embeddings,
+            pre_process=stage == 0,
+            post_process=stage == sizes.num_stages - 1,
             position_embedding_type="none",
             share_embeddings_and_output_weights=model.tie_word_embeddings,
+            vp_stage=chunk if sizes.virtual_pipeline > 1 else None,
         )
+        self._ranks = ranks
+        self._first_token = ranks.tensor.rank * (model.vocab_size // sizes.tensor)
+        self._head_parts = math.gcd(model.vocab_size, sizes.row_parallel_splits) // sizes.tensor
         inv_freq, attention_factor = rope_inv_freq(
             model.head_dim, model.rope_theta, model.rope_scaling, model.max_position_embeddings
         )
         table = rope_cos_sin(inv_freq, attention_factor, model.max_position_embeddings)
         self.register_buffer("rope_table", table.to(device), persistent=False)
 
+    def setup_embeddings_and_output_layer(self) -> None:
+        """Nothing: Megatron's would copy a tied weight to the last stage's CUDA device. Each stage is given its own."""
+
+    @property
+    def tied_copy(self) -> torch.nn.Parameter | None:
+        """The last stage's copy of a tied embedding's weight, where the embedding is on another stage."""
+        alone = self.post_process and not self.pre_process
+        return self.output_layer.weight if alone and self.share_embeddings_and_output_weights else None
+
     def output_weight(self) -> torch.Tensor:
-        """[V, H]: the output layer's weight, which is the embedding's where they are tied."""
+        """[V / R, H]: the output layer's weight, which is the embedding's where they are tied."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
-    def hidden_states(self, token_ids: torch.Tensor, positions: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        """token_ids, positions: int64 [T]; cu_seqlens: int32 [B+1] -> hidden [T, H] after the final norm."""
-        embedded = embedding(token_ids, self.embedding.word_embeddings.weight)
-        hidden = self.decoder(
-            hidden_states=embedded.unsqueeze(1),
+    def embed(self, token_ids: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """token_ids int64 [T] -> [T, 1, H]; the first stage's. weight: in place of its own."""
+        weight = self.embedding.word_embeddings.weight if weight is None else weight
+        group = self._ranks.tensor.group
+        return vocabulary_parallel_embedding(token_ids, weight, self._first_token, group).unsqueeze(1)
+
+    def run_layers(self, hidden: torch.Tensor, positions: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """[T, 1, H] -> [T, 1, H] through this stage's layers, and on the last stage the final norm.
+
+        positions: int64 [T]; cu_seqlens: int32 [B+1].
+        """
+        if not self.pre_process:
+            self.set_input_tensor(hidden)  # the only input that Megatron's block reads after the first stage
+        return self.decoder(
+            hidden_states=hidden,
             attention_mask=None,
             packed_seq_params=PackedSequences.of(positions, cu_seqlens, self.rope_table),
         )
-        return hidden.squeeze(1)
+
+    def log_probs(
+        self, hidden: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities, and entropies without gradient, of `targets` at some rows of hidden [T, 1, H].
+
+        rows, targets: int64 [R] -> fp32 [R], fp32 [R], the same on all tensor-parallel ranks. No row comes twice.
+        """
+        group = self._ranks.tensor.group
+        hidden = sum_gradients(hidden.squeeze(1).index_select(0, rows), group)
+        shard = VocabularyShard(self._first_token, self.vocab_size, partial(gather_columns, group=group))
+        return log_probs(
+            hidden, self.output_weight(), targets, temperature, True, shard=shard, gradient_parts=self._head_parts
+        )
 
     def forward(
         self,
@@ -92,11 +151,14 @@ class LockstepGPTModel(GPTModel):
         rows: torch.Tensor,
         targets: torch.Tensor,
         temperature: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities, and entropies without gradient, of `targets` at some rows of the pack.
+        received: torch.Tensor | None = None,
+        embedding_weight: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
+        """The last stage: `log_probs`. Another stage: hidden states [T, 1, H] for the next.
 
-        token_ids, positions: int64 [T]; cu_seqlens: int32 [B+1]; rows, targets: int64 [R] -> fp32 [R], fp32 [R]. No row
-        comes twice.
+        token_ids, positions: int64 [T]; cu_seqlens: int32 [B+1]; rows, targets: int64 [R]. received: the hidden states
+        of the stage before. embedding_weight: see `embed`.
         """
-        hidden = self.hidden_states(token_ids, positions, cu_seqlens)
-        return log_probs(hidden.index_select(0, rows), self.output_weight(), targets, temperature, with_entropy=True)
+        hidden = self.embed(token_ids, embedding_weight) if self.pre_process else received
+        hidden = self.run_layers(hidden, positions, cu_seqlens)
+        return self.log_probs(hidden, rows, targets, temperature) if self.post_process else hidden

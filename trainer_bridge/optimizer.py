@@ -1,16 +1,22 @@
-"""AdamW with fp32 master weights, and the learning-rate schedules.
+"""AdamW with fp32 master weights, sharded over data-parallel ranks, and the learning-rate schedules.
 
-On one data-parallel rank this is the whole optimizer. Megatron's distributed optimizer takes its place behind the same
-methods: it needs Megatron's DistributedDataParallel, which owns the gradient buffers that `accumulate` keeps here.
+Megatron's distributed optimizer needs CUDA and Megatron's gradient buffers, which its reductions sum in an order of the
+library's choice. Here each data-parallel rank keeps an equal piece of every parameter's state, is sent the ranks'
+gradients of that piece, adds them in a fixed order, and sends its updated piece to all.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
+
+from lockstep.engine.rank_sum import all_gather
+from lockstep.kernels.row_parallel_linear import tree_sum
+from lockstep.trainer_bridge.parallel import ALONE, RankGroup
 
 LrSchedule = Literal["constant", "linear", "cosine"]
 
@@ -32,10 +38,67 @@ def learning_rate(
     return minimum + (peak - minimum) * remaining
 
 
+class GradientSums:
+    """fp32 sums of parameters' gradients: in order within a run of micro-batches, by tree_sum over the runs.
+
+    Between runs it keeps a sum for each level of the tree that waits for its neighbour: none for a single run.
+    """
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter]):
+        self.parameters = parameters
+        self._run: list[torch.Tensor | None] = [None] * len(parameters)
+        self._waiting: list[list[torch.Tensor]] = []
+        self._num_runs = 0
+
+    def clear(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+        self._run = [None] * len(self.parameters)
+        self._waiting, self._num_runs = [], 0
+
+    def accumulate(self) -> None:
+        """Adds the gradients of the last backward pass to the run's sums. To be called after each micro-batch."""
+        sums, gradients = [], []
+        for index, parameter in enumerate(self.parameters):
+            # Gradients in fp32 are left to autograd, which adds them in the same order.
+            if parameter.dtype == torch.float32 or parameter.grad is None:
+                continue
+            if self._run[index] is None:
+                self._run[index] = parameter.grad.float()
+            else:
+                sums.append(self._run[index])
+                gradients.append(parameter.grad)
+            parameter.grad = None
+        if sums:
+            torch._foreach_add_(sums, gradients)
+
+    def end_run(self) -> None:
+        """Ends a run, which may have no micro-batch."""
+        sums = []
+        for index, parameter in enumerate(self.parameters):
+            total = parameter.grad if parameter.dtype == torch.float32 else self._run[index]
+            sums.append(torch.zeros_like(parameter, dtype=torch.float32) if total is None else total)
+            parameter.grad, self._run[index] = None, None
+        self._num_runs += 1
+        num_merged = self._num_runs
+        while num_merged % 2 == 0:
+            left = self._waiting.pop()
+            torch._foreach_add_(left, sums)
+            sums, num_merged = left, num_merged // 2
+        self._waiting.append(sums)
+
+    def take(self) -> list[torch.Tensor]:
+        """The sums of all runs, a power of two of them, in the order of the parameters; starts afresh."""
+        (sums,) = self._waiting
+        self.clear()
+        return sums
+
+
 class MasterAdamW:
     """torch.optim.AdamW over fp32 weights: the parameters themselves, or fp32 copies of parameters in another dtype.
 
     Matrices decay, vectors (norm weights and biases) do not.
+    data: with more than one rank, `masters` and the moments are this rank's piece of each parameter, as a vector.
     """
 
     def __init__(
@@ -44,12 +107,16 @@ class MasterAdamW:
         betas: tuple[float, float],
         epsilon: float,
         weight_decay: float,
+        data: RankGroup = ALONE,
     ):
         self.parameters = list(parameters)
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
+        self.gradients = GradientSums(self.parameters)
+        self._data = data
+        self.masters = [self._master(p) for p in self.parameters]
+        matrices = [p.ndim > 1 for p in self.parameters]
         groups = [
-            {"params": [m for m in self.masters if m.ndim > 1], "weight_decay": weight_decay},
-            {"params": [m for m in self.masters if m.ndim <= 1], "weight_decay": 0.0},
+            {"params": [m for m, is_matrix in zip(self.masters, matrices, strict=True) if is_matrix == wanted], **decay}
+            for wanted, decay in ((True, {"weight_decay": weight_decay}), (False, {"weight_decay": 0.0}))
         ]
         self._adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=epsilon, fused=True)
         # AdamW would make its state in the first step; made now, a checkpoint has the same tensors at any time.
@@ -61,46 +128,45 @@ class MasterAdamW:
             }
 
     def zero_grad(self) -> None:
-        for tensor in (*self.parameters, *self.masters):
-            tensor.grad = None
+        self.gradients.clear()
+        for master in self.masters:
+            master.grad = None
 
-    def accumulate(self) -> None:
-        """Adds the gradients of the last backward pass to the fp32 sums. To be called after each micro-batch."""
-        sums, gradients = [], []
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is parameter or parameter.grad is None:
-                continue
-            if master.grad is None:
-                master.grad = parameter.grad.float()
-            else:
-                sums.append(master.grad)
-                gradients.append(parameter.grad)
-            parameter.grad = None
-        if sums:
-            torch._foreach_add_(sums, gradients)
-
-    def grad_norm(self) -> torch.Tensor:
-        """The 2-norm of all gradients together."""
-        return torch.nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None])
+    def reduce_gradients(self) -> None:
+        """Gives each master its gradient: the tree_sum over data-parallel ranks of the sums of their micro-batches."""
+        for index, total in enumerate(self.gradients.take()):
+            master = self.masters[index]
+            master.grad = total if self._data.group is None else self._sum_of_own_piece(total)
 
     @torch.no_grad()
-    def step(self, lr: float, max_grad_norm: float | None, grad_norm: torch.Tensor) -> None:
-        """Clips to max_grad_norm, updates the weights, and drops the gradients."""
+    def step(self, lr: float, max_grad_norm: float | None, grad_norm: float) -> None:
+        """Clips to max_grad_norm, updates the weights on all data-parallel ranks, and drops the gradients."""
         if max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.masters, max_grad_norm, grad_norm)
+            torch.nn.utils.clip_grads_with_norm_(self.masters, max_grad_norm, torch.tensor(grad_norm))
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()
-        copies = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
-        if copies:
-            torch._foreach_copy_(*map(list, zip(*copies, strict=True)))
+        if self._data.group is None:
+            copies = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
+            if copies:
+                torch._foreach_copy_(*map(list, zip(*copies, strict=True)))
+        else:
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                parameter.copy_(self._gather(master.to(parameter.dtype), parameter.shape))
         self.zero_grad()
 
-    def state_tensors(self, index: int) -> dict[str, torch.Tensor]:
-        """What the optimizer keeps of parameter number `index`, by name, step count excepted."""
-        master = self.masters[index]
-        state = {name: self._adamw.state[master][name] for name in ("exp_avg", "exp_avg_sq")}
-        return state if master is self.parameters[index] else {**state, "master": master}
+    def state_names(self, index: int) -> tuple[str, ...]:
+        """Of what the optimizer keeps of parameter number `index`, step count excepted."""
+        return ("exp_avg", "exp_avg_sq") if self._trains_in_place(index) else ("exp_avg", "exp_avg_sq", "master")
+
+    def state_tensor(self, index: int, name: str) -> torch.Tensor:
+        """One of them in the parameter's shape: gathered from the data-parallel ranks, all of which must call this, or
+        the live tensor where there is one rank."""
+        return self._gather(self._own_state(index, name), self.parameters[index].shape)
+
+    def load_state_tensor(self, index: int, name: str, tensor: torch.Tensor) -> None:
+        """Copies what `state_tensor` gave, or this rank's piece of it."""
+        self._own_state(index, name).copy_(self._piece(tensor))
 
     def set_num_steps(self, num_steps: int) -> None:
         """Sets the number of updates that the moments have seen, which corrects their bias."""
@@ -108,15 +174,62 @@ class MasterAdamW:
             state["step"].fill_(num_steps)
 
     def sharded_state_dict(self, model_state: ShardedStateDict) -> ShardedStateDict:
-        """The state tensors, sharded as their parameters are in `model_state` (model.sharded_state_dict())."""
+        """The state tensors, sharded as their parameters are in `model_state` (model.sharded_state_dict()).
+
+        Whole over data-parallel ranks, so that a checkpoint can be read by any number of them.
+        """
         sharded_parameters = get_param_id_to_sharded_param_map(model_state, self.parameters)
         return {
             str(index): {
-                name: make_sharded_optimizer_tensor(sharded_parameters[index], tensor, f"optimizer.state.{name}")
-                for name, tensor in self.state_tensors(index).items()
+                name: make_sharded_optimizer_tensor(
+                    sharded_parameters[index], self.state_tensor(index, name), f"optimizer.state.{name}"
+                )
+                for name in self.state_names(index)
             }
             for index in range(len(self.parameters))
         }
+
+    def _trains_in_place(self, index: int) -> bool:
+        return self.parameters[index].dtype == torch.float32
+
+    def _own_state(self, index: int, name: str) -> torch.Tensor:
+        master = self.masters[index]
+        return master if name == "master" else self._adamw.state[master][name]
+
+    # Pieces: a parameter, as a vector, is cut into one stretch for each data-parallel rank, of equal lengths but for
+    # the last ones, which may be shorter or empty.
+
+    def _master(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        if self._data.group is None:
+            return parameter if parameter.dtype == torch.float32 else parameter.detach().float()
+        piece = self._piece(parameter.detach())
+        # In fp32 a view: the update is made in the parameter.
+        return piece if parameter.dtype == torch.float32 else piece.float()
+
+    def _piece(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._data.group is None:
+            return tensor
+        length = self._length(tensor.numel())
+        return tensor.view(-1)[self._data.rank * length : (self._data.rank + 1) * length]
+
+    def _length(self, num_elements: int) -> int:
+        return -(-num_elements // self._data.size)
+
+    def _sum_of_own_piece(self, total: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of this rank's piece of `total`."""
+        pieces = total.view(-1).split(self._length(total.numel()))
+        lengths = [len(piece) for piece in pieces] + [0] * (self._data.size - len(pieces))
+        own = lengths[self._data.rank]
+        gathered = torch.empty(self._data.size * own, dtype=total.dtype, device=total.device)
+        dist.all_to_all_single(gathered, total.view(-1), [own] * self._data.size, lengths, group=self._data.group)
+        return tree_sum(gathered.view(self._data.size, own).unbind())
+
+    def _gather(self, piece: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """The whole tensor of `shape` from the ranks' pieces."""
+        if self._data.group is None:
+            return piece
+        padded = torch.nn.functional.pad(piece.detach(), (0, self._length(shape.numel()) - piece.numel()))
+        return all_gather(padded, self._data.group).view(-1)[: shape.numel()].view(shape)
 
 
 class NoOptimizer:
@@ -126,19 +239,27 @@ class NoOptimizer:
     weights and one micro-batch only.
     """
 
+    class _Dropped:
+        def __init__(self, parameters: Sequence[torch.nn.Parameter]):
+            self._parameters = parameters
+
+        def accumulate(self) -> None:
+            for parameter in self._parameters:
+                parameter.grad = None
+
+        def end_run(self) -> None:
+            pass
+
     def __init__(self, parameters: Iterable[torch.nn.Parameter]):
         self.parameters = list(parameters)
+        self.masters = self.parameters
+        self.gradients = self._Dropped(self.parameters)
 
     def zero_grad(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
+        self.gradients.accumulate()
 
-    def accumulate(self) -> None:
-        self.zero_grad()
+    def reduce_gradients(self) -> None:
+        pass
 
-    def grad_norm(self) -> torch.Tensor:
-        """Zero: no gradient is kept."""
-        return torch.zeros(())
-
-    def step(self, lr: float, max_grad_norm: float | None, grad_norm: torch.Tensor) -> None:
+    def step(self, lr: float, max_grad_norm: float | None, grad_norm: float) -> None:
         pass

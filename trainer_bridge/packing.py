@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -72,6 +73,13 @@ def first_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         bins[chosen].append(index)
         room[chosen] -= length
     return bins
+
+
+def deal(num_items: int, num_shares: int) -> list[slice]:
+    """Items 0, 1, ... in consecutive shares, of which the first ones have one item more where it must be."""
+    size, larger = divmod(num_items, num_shares)
+    starts = [share * size + min(share, larger) for share in range(num_shares + 1)]
+    return [slice(start, stop) for start, stop in pairwise(starts)]
 
 
 def sequence_layout(lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

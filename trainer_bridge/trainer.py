@@ -8,19 +8,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
-from lockstep.engine.checkpoint import initialize_dummy, iterate_weights, save_hf
+from lockstep.engine.checkpoint import fill_dummy, iterate_weights, save_hf
 from lockstep.engine.models.config import load_model_config
-from lockstep.engine.models.names import matrix_shapes
-from lockstep.engine.transfer import to_device
 from lockstep.engine.weights import checksum
 from lockstep.kernels import numerics
 from lockstep.trainer_bridge.checkpoint import load_tensors, read_common, save_checkpoint
+from lockstep.trainer_bridge.grad_norm import gradient_norm
+from lockstep.trainer_bridge.layout import LocalParameter, local_layout, local_parts, whole_tensors
 from lockstep.trainer_bridge.losses import Loss
 from lockstep.trainer_bridge.megatron_setup import initialize_megatron
 from lockstep.trainer_bridge.model import LockstepGPTModel
 from lockstep.trainer_bridge.optimizer import LrSchedule, MasterAdamW, NoOptimizer, learning_rate
-from lockstep.trainer_bridge.packing import PackedBatch, first_fit, sequence_layout
+from lockstep.trainer_bridge.packing import PackedBatch, deal, first_fit, sequence_layout
+from lockstep.trainer_bridge.parallel import ParallelSizes, Ranks, exchange
+from lockstep.trainer_bridge.passes import MicroBatch, ScoringPasses, TrainingPasses, fold_stats, to_floats
+
+_EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,13 @@ class TrainerConfig:
     max_grad_norm: gradients of a larger 2-norm are scaled down to it; None leaves them.
     max_tokens_per_micro_batch: tokens of one forward pass in `logprobs`, and what callers give to `pack`.
     recompute: keep each layer's input only, and compute its activations again in the backward pass.
+    tensor_parallel_size, pipeline_parallel_size, virtual_pipeline_parallel_size: over how many ranks a layer's matrices
+        and the layers are spread, and the model chunks of a rank. The ranks of the world that are left over are data
+        parallel: they share out the micro-batches, and the optimizer's state.
+    row_parallel_splits, gradient_splits: orders of summation, see ParallelSizes. They change the bits of log-probs and
+        of gradients; the numbers of ranks, which must divide them, change none. The engine's row_parallel_splits must
+        be the same.
+    rank_timeout_s: how long a rank waits for another before it raises.
     """
 
     model: str
@@ -58,6 +70,12 @@ class TrainerConfig:
     max_grad_norm: float | None = 1.0
     max_tokens_per_micro_batch: int = 8192
     recompute: bool = False
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    virtual_pipeline_parallel_size: int = 1
+    row_parallel_splits: int = 1
+    gradient_splits: int = 1
+    rank_timeout_s: float = 600.0
 
     def __post_init__(self):
         for field, known in (
@@ -74,37 +92,85 @@ class TrainerConfig:
             raise ValueError(f"TrainerConfig.lr_schedule={self.lr_schedule!r} needs total_steps")
         if self.max_tokens_per_micro_batch < 1:
             raise ValueError(f"TrainerConfig.max_tokens_per_micro_batch is {self.max_tokens_per_micro_batch}")
+        if self.rank_timeout_s <= 0:
+            raise ValueError(f"TrainerConfig.rank_timeout_s is {self.rank_timeout_s}")
+        self.parallel_sizes(num_ranks=self.tensor_parallel_size * self.pipeline_parallel_size)
+
+    def parallel_sizes(self, num_ranks: int) -> ParallelSizes:
+        """In a world of so many ranks."""
+        return ParallelSizes(
+            tensor=self.tensor_parallel_size,
+            pipeline=self.pipeline_parallel_size,
+            virtual_pipeline=self.virtual_pipeline_parallel_size,
+            data=num_ranks // max(1, self.tensor_parallel_size * self.pipeline_parallel_size),
+            row_parallel_splits=self.row_parallel_splits,
+            gradient_splits=self.gradient_splits,
+        )
 
 
 class MegatronTrainer:
     """Trains one model. `step_count` is the number of updates made.
 
     `logprobs` of any tokens are bit for bit those of an engine with the same weights.
+
+    Over several ranks, every rank makes the same calls with the same arguments, in the same order, and every rank gets
+    the whole result; only `named_weights` and `local_layout` are of the rank itself, and send nothing.
     """
 
     def __init__(self, config: TrainerConfig):
         self.config = config
         self.device = torch.device(config.device)
         self.dtype = getattr(torch, config.dtype)
-        numerics.set_up(self.device)
-        initialize_megatron(self.device)
         self.model_config = load_model_config(config.model)
-        numerics.check_row_contract(self.device, self.dtype, matrix_shapes(self.model_config))
-        self.model = LockstepGPTModel(self.model_config, self.device, self.dtype, config.recompute)
-        if config.load_format == "dummy":
-            initialize_dummy(self.model, config.seed)
-        else:
-            self._import_hf(config.model)
-        self.optimizer = self._build_optimizer()
+        self.ranks = self._join_ranks()
+        numerics.set_up(self.device)
+        numerics.check_row_contract(self.device, self.dtype, self._matrix_shapes())
+        self.chunks = [
+            LockstepGPTModel(self.model_config, self.device, self.dtype, self.ranks, chunk, config.recompute)
+            for chunk in range(config.virtual_pipeline_parallel_size)
+        ]
+        self._parameters = {
+            parameter.name: self.chunks[parameter.chunk].get_parameter(parameter.module_name)
+            for parameter in self.local_layout()
+        }
+        self._import_weights()
+        self.optimizers = [self._build_optimizer(chunk) for chunk in self.chunks]
+        self._optimizer_index = {
+            name: index
+            for name, parameter in self._parameters.items()
+            for optimizer in self.optimizers
+            for index, other in enumerate(optimizer.parameters)
+            if other is parameter
+        }
         self.step_count = 0
         self.num_weight_changes = 0  # by steps and loads, for those who share the weights
-        self._reference_weights: dict[str, torch.Tensor] | None = None
+        self._reference_weights: list[dict[str, torch.Tensor]] | None = None
 
-    def _build_optimizer(self) -> MasterAdamW | NoOptimizer:
-        c, parameters = self.config, self.model.parameters()
+    @property
+    def model(self) -> LockstepGPTModel:
+        """This rank's first model chunk; the only one without virtual pipeline stages."""
+        return self.chunks[0]
+
+    def _join_ranks(self) -> Ranks:
+        c = self.config
+        initialize_megatron(self.device, c.tensor_parallel_size, c.pipeline_parallel_size, c.rank_timeout_s)
+        sizes = c.parallel_sizes(dist.get_world_size())
+        sizes.check(self.model_config)
+        return Ranks.of_this_process(sizes)
+
+    def _matrix_shapes(self) -> set[tuple[int, int]]:
+        """Of all products with a weight: each rank's, and of the parts of row-parallel ones."""
+        splits = self.ranks.sizes.row_parallel_splits // self.ranks.sizes.tensor
+        held = [p for p in self.local_layout() if len(p.shape) == 2]
+        whole = {p.local_shape for p in held if p.shard_dim != 1}
+        return whole | {(p.local_shape[0], p.local_shape[1] // splits) for p in held if p.shard_dim == 1}
+
+    def _build_optimizer(self, chunk: LockstepGPTModel) -> MasterAdamW | NoOptimizer:
+        c = self.config
+        parameters = [parameter for parameter in chunk.parameters() if parameter is not chunk.tied_copy]
         if c.optimizer == "none":
             return NoOptimizer(parameters)
-        return MasterAdamW(parameters, (c.adam_beta1, c.adam_beta2), c.adam_epsilon, c.weight_decay)
+        return MasterAdamW(parameters, (c.adam_beta1, c.adam_beta2), c.adam_epsilon, c.weight_decay, self.ranks.data)
 
     # Log-probabilities -----------------------------------------------------------------------------------------------
 
@@ -124,34 +190,51 @@ class MegatronTrainer:
             path = self.config.reference_model or self.config.model
             if (reference_config := load_model_config(path)) != self.model_config:
                 raise ValueError(f"reference model {path} is {reference_config}, the trained one {self.model_config}")
-            self._reference_weights = {
-                name: tensor.to(self.device, copy=True)
-                for name, tensor in iterate_weights(path, self.model_config, self.dtype)
-            }
+            self._reference_weights = self._read_reference(path)
         return self._score(sequences, temperature, self._reference_weights)
 
     @torch.no_grad()
     def _score(
-        self, sequences: Sequence[Sequence[int]], temperature: float, weights: dict[str, torch.Tensor] | None
+        self, sequences: Sequence[Sequence[int]], temperature: float, weights: list[dict[str, torch.Tensor]] | None
     ) -> list[list[float | None]]:
+        bins = first_fit([len(s) for s in sequences], self.config.max_tokens_per_micro_batch)
+        micro_batches = [self._scoring_batch([sequences[i] for i in members], temperature) for members in bins]
+        shares = deal(len(bins), self.ranks.sizes.data)
+        own = micro_batches[shares[self.ranks.data.rank]]
+        passes = ScoringPasses(self.chunks, self.ranks, own, self.device, weights=weights)
+        passes.run(forward_only=True)
+        own_values = [passes.values[m] for m in range(len(own))] if self.chunks[-1].post_process else None
+        # All ranks know how many rows each micro-batch has.
+        sizes = [sum(len(batch.rows) for batch in micro_batches[share]) for share in shares]
+        values = self._share_values(own_values, sizes).cpu()
         scores: list[list[float | None]] = [[] for _ in sequences]
-        for members in first_fit([len(s) for s in sequences], self.config.max_tokens_per_micro_batch):
-            token_ids = torch.tensor([token for i in members for token in sequences[i]])
-            positions, cu_seqlens = sequence_layout([len(sequences[i]) for i in members])
-            self._check_tokens(token_ids, positions)
-            # The row before each token that is not the first of its sequence predicts it.
-            rows = (positions > 0).nonzero().squeeze(1) - 1
-            tensors = (token_ids, positions, cu_seqlens, rows, token_ids[rows + 1])
-            inputs = [to_device(tensor, self.device) for tensor in tensors]
-            call = (*inputs, temperature)
-            if weights is None:
-                values, _ = self.model(*call)
-            else:
-                values, _ = torch.func.functional_call(self.model, weights, call)
-            per_sequence = values.cpu().split([len(sequences[i]) - 1 for i in members])
-            for i, sequence_values in zip(members, per_sequence, strict=True):
-                scores[i] = [None, *sequence_values.tolist()]
+        order = [i for members in bins for i in members]
+        per_sequence = values.split([len(sequences[i]) - 1 for i in order]) if order else ()
+        for i, sequence_values in zip(order, per_sequence, strict=True):
+            scores[i] = [None, *sequence_values.tolist()]
         return scores
+
+    def _scoring_batch(self, sequences: Sequence[Sequence[int]], temperature: float) -> MicroBatch:
+        token_ids = torch.tensor([token for sequence in sequences for token in sequence])
+        positions, cu_seqlens = sequence_layout([len(sequence) for sequence in sequences])
+        self._check_tokens(token_ids, positions)
+        # The row before each token that is not the first of its sequence predicts it.
+        rows = (positions > 0).nonzero().squeeze(1) - 1
+        return MicroBatch(token_ids, positions, cu_seqlens, rows, token_ids[rows + 1], temperature)
+
+    def _share_values(self, own: list[torch.Tensor] | None, sizes: Sequence[int]) -> torch.Tensor:
+        """The values of all data-parallel ranks, of so many each, from the last stage's to every rank."""
+        values = torch.empty(sum(sizes), device=self.device)
+        parts, data, stages = values.split(list(sizes)), self.ranks.data, self.ranks.pipeline
+        if own:
+            torch.cat(own, out=parts[data.rank])
+        if stages.group is not None and sizes[data.rank]:
+            dist.broadcast(parts[data.rank], stages.global_rank(stages.size - 1), stages.group)
+        if data.group is not None:
+            for rank, part in enumerate(parts):
+                if sizes[rank]:
+                    dist.broadcast(part, data.global_rank(rank), data.group)
+        return values
 
     def _check_tokens(self, token_ids: torch.Tensor, positions: torch.Tensor) -> None:
         lowest, highest = int(token_ids.min()), int(token_ids.max())
@@ -174,52 +257,73 @@ class MegatronTrainer:
         Raises FloatingPointError that names the step for a non-finite loss or gradient. On any error the weights and
         the optimizer are as before.
         """
-        sums: dict[str, torch.Tensor] = {}
-        tokens = trained_tokens = 0
+        for batch in batches:
+            self._check_tokens(batch.token_ids, batch.positions)
+        trained_tokens = sum(int(batch.weights.count_nonzero()) for batch in batches)
+        if trained_tokens == 0:
+            raise ValueError(f"step {self.step_count}: no token of the step is trained on")
         try:
-            for batch in batches:
-                tokens += len(batch.token_ids)
-                trained_tokens += int(batch.weights.count_nonzero())
-                self._check_tokens(batch.token_ids, batch.positions)
-                for name, value in self._backward(batch, loss).items():
-                    combine = torch.maximum if name.endswith("_max") else torch.add
-                    sums[name] = combine(sums[name], value) if name in sums else value
-                self.optimizer.accumulate()
-            if trained_tokens == 0:
-                raise ValueError(f"step {self.step_count}: no token of the step is trained on")
-            grad_norm = self.optimizer.grad_norm()
-            stats = {name: value.item() for name, value in sums.items()} | {"grad_norm": grad_norm.item()}
+            stats = fold_stats(self._backward([batch for batch in batches if batch.weights.any()], loss))
+            for optimizer in self.optimizers:
+                optimizer.reduce_gradients()
+            stats["grad_norm"] = self._grad_norm()
             if not (math.isfinite(stats["loss"]) and math.isfinite(stats["grad_norm"])):
                 raise FloatingPointError(
                     f"step {self.step_count}: loss {stats['loss']}, gradient norm {stats['grad_norm']}; no update made"
                 )
         except BaseException:
-            self.optimizer.zero_grad()
+            for chunk, optimizer in zip(self.chunks, self.optimizers, strict=True):
+                chunk.zero_grad()
+                optimizer.zero_grad()
             raise
         lr = self._learning_rate()
         self.num_weight_changes += 1
-        self.optimizer.step(lr, self.config.max_grad_norm, grad_norm)
+        for optimizer in self.optimizers:
+            optimizer.step(lr, self.config.max_grad_norm, stats["grad_norm"])
+        self._refresh_tied_copy()
         self.step_count += 1
+        tokens = sum(len(batch.token_ids) for batch in batches)
         return {**stats, "lr": lr, "tokens": tokens, "trained_tokens": trained_tokens}
 
-    def _backward(self, batch: PackedBatch, loss: Loss) -> dict[str, torch.Tensor]:
-        """Adds a micro-batch's gradients. Returns its part of the loss and of the stats, as scalars on the device."""
-        rows = to_device(batch.weights.nonzero().squeeze(1), self.device)
-        batch = batch.to(self.device)
-        if len(rows) == 0:
-            return {}
-        trained, entropy = self.model(
-            batch.token_ids, batch.positions, batch.cu_seqlens, rows, batch.targets[rows], batch.temperature
+    def _backward(self, batches: Sequence[PackedBatch], loss: Loss) -> list[dict[str, float]]:
+        """Sums the gradients of this rank's share of the batches, each of which has a trained token.
+
+        Returns, on every rank, each batch's part of the loss and of the stats.
+        """
+        data, runs = self.ranks.data, deal(len(batches), self.ranks.sizes.gradient_splits)
+        runs_per_rank = len(runs) // data.size
+        own_runs = runs[data.rank * runs_per_rank : (data.rank + 1) * runs_per_rank]
+        own = range(own_runs[0].start, own_runs[-1].stop)
+        passes = TrainingPasses(
+            self.chunks,
+            self.ranks,
+            [MicroBatch.of(batches[m]) for m in own],
+            self.device,
+            batches=[batches[m] for m in own],
+            loss=loss,
+            sums=[optimizer.gradients for optimizer in self.optimizers],
+            run_of=[number for number, run in enumerate(own_runs) for _ in range(run.start, run.stop)],
         )
-        logprobs = torch.zeros_like(batch.weights).index_copy(0, rows, trained)
-        per_token_loss, stats = loss(logprobs, batch)
-        total = (per_token_loss * batch.weights).sum()
-        total.backward()
-        with torch.no_grad():
-            parts = {"loss": total.detach(), "entropy": (entropy * batch.weights[rows]).sum()}
-            for name, values in stats.items():
-                parts[name] = values[rows].max() if name.endswith("_max") else (values * batch.weights).sum()
-        return parts
+        passes.run(forward_only=False)
+        passes.end_runs(runs_per_rank)
+        parts = {own[m]: values for m, values in to_floats(passes.parts).items()} if self.ranks.tensor.rank == 0 else {}
+        gathered = exchange(list(parts.items()), self.ranks.world, self.device)
+        return [values for _, values in sorted(item for items in gathered for item in items)]
+
+    def _grad_norm(self) -> float:
+        """Of all gradients; one that all tensor-parallel ranks hold is counted once."""
+        if self.config.optimizer == "none":
+            return 0.0
+        counted = []
+        for parameter in self.local_layout():
+            if parameter.shard_dim is not None or self.ranks.tensor.rank == 0:
+                optimizer, index = self._optimizer_place(parameter)
+                counted.append(optimizer.masters[index].grad)
+        return gradient_norm(counted, self.ranks.world, self.device)
+
+    def _optimizer_place(self, parameter: LocalParameter) -> tuple[MasterAdamW, int]:
+        """The optimizer of a parameter, and its number there."""
+        return self.optimizers[parameter.chunk], self._optimizer_index[parameter.name]
 
     def _learning_rate(self) -> float:
         c = self.config
@@ -229,26 +333,92 @@ class MegatronTrainer:
 
     # Weights in and out ----------------------------------------------------------------------------------------------
 
+    def local_layout(self) -> list[LocalParameter]:
+        """Which part of which parameter this rank holds: what `named_weights` yields, in its order.
+
+        The layout of any rank of a trainer is layout.local_layout(model_config, sizes, rank), with these two and the
+        rank from this trainer's `model_config` and `ranks.sizes`.
+        """
+        return local_layout(self.model_config, self.ranks.sizes, dist.get_rank())
+
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Megatron name, tensor) of each parameter. The tensors are the live ones: the next step changes them."""
-        for name, parameter in self.model.named_parameters():
-            yield name, parameter.detach()
+        """(Megatron name, tensor) of each parameter, or of this rank's part of it where there are several ranks.
+
+        Names are those of the whole model; `local_layout` tells the part. The tensors are the live ones: the next step
+        changes them.
+        """
+        for parameter in self.local_layout():
+            yield parameter.name, self._parameters[parameter.name].detach()
+
+    def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Megatron name, whole tensor) of each parameter, on every rank, one at a time; not to be written to.
+
+        All ranks must take all of them.
+        """
+        yield from whole_tensors(
+            self.model_config, self.ranks, lambda p: self._parameters[p.name].detach(), self.dtype, self.device
+        )
 
     def weights_hash(self) -> str:
         """`engine.weights.checksum` of all weights: equal to the checksum of an engine that serves them."""
-        return checksum(self.named_weights())
+        return checksum(self.whole_weights())
 
     def export_hf(self, path: str | Path) -> None:
-        """Writes a directory that transformers loads, with the tokenizer files of the model trained from."""
-        source = Path(self.config.model)
-        source_config = json.loads((source / "config.json").read_text())
-        save_hf(path, source_config, self.named_weights(), self.model_config, source_dir=source)
+        """Writes, on rank 0, a directory that transformers loads, with the tokenizer files of the first model."""
+        if dist.get_rank() == 0:
+            source = Path(self.config.model)
+            source_config = json.loads((source / "config.json").read_text())
+            save_hf(path, source_config, self.whole_weights(), self.model_config, source_dir=source)
+        else:
+            for _ in self.whole_weights():
+                pass
+        if self.ranks.world is not None:
+            dist.barrier()
 
     @torch.no_grad()
-    def _import_hf(self, path: str) -> None:
-        parameters = dict(self.model.named_parameters())
-        for name, tensor in iterate_weights(path, self.model_config):
-            parameters[name].copy_(tensor)
+    def _import_weights(self) -> None:
+        config = self.config
+        if config.load_format == "dummy":
+            whole = self._dummy_weights()
+        else:
+            whole = iterate_weights(config.model, self.model_config)
+        for parameter, part in local_parts(self.local_layout(), whole):
+            self._parameters[parameter.name].copy_(part)
+        self._refresh_tied_copy()
+
+    def _dummy_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for parameter in self.local_layout():
+            whole = torch.empty(parameter.shape, dtype=self.dtype, device=self.device)
+            fill_dummy(parameter.name, whole, self.config.seed)
+            yield parameter.name, whole
+
+    def _read_reference(self, path: str) -> list[dict[str, torch.Tensor]]:
+        """Per chunk, tensors by the names of its parameters."""
+        weights: list[dict[str, torch.Tensor]] = [{} for _ in self.chunks]
+        whole = iterate_weights(path, self.model_config, self.dtype)
+        for parameter, part in local_parts(self.local_layout(), whole):
+            weights[parameter.chunk][parameter.module_name] = part.to(self.device, copy=True)
+        if (tied_copy := self.chunks[-1].tied_copy) is not None:
+            weights[-1][_HEAD] = torch.empty_like(tied_copy, requires_grad=False)
+        self._copy_tied(weights[0].get(_EMBEDDING), weights[-1].get(_HEAD))
+        return weights
+
+    def _refresh_tied_copy(self) -> None:
+        """Gives the last stage the first one's embedding, where they are tied and on different ranks."""
+        tied_copy = self.chunks[-1].tied_copy
+        embedding = self._parameters.get(_EMBEDDING)
+        self._copy_tied(
+            None if embedding is None else embedding.detach(), None if tied_copy is None else tied_copy.detach()
+        )
+
+    def _copy_tied(self, embedding: torch.Tensor | None, head: torch.Tensor | None) -> None:
+        stages = self.ranks.pipeline
+        if stages.group is None or not self.model_config.tie_word_embeddings:
+            return
+        if stages.rank == 0:
+            dist.send(embedding, stages.global_rank(stages.size - 1), group=stages.group)
+        elif stages.rank == stages.size - 1:
+            dist.recv(head, stages.global_rank(0), group=stages.group)
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -283,13 +453,14 @@ class MegatronTrainer:
                 raise ValueError(f"checkpoint {path} has {name} {common[name]}, the trainer {present}")
         self.num_weight_changes += 1
         loaded = load_tensors(path, self._sharded_state())
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(loaded["weights"][name])
-        for index in range(len(self.optimizer.parameters)):
-            for name, tensor in self.optimizer.state_tensors(index).items():
-                tensor.copy_(loaded["optimizer"][str(index)][name])
-        self.optimizer.zero_grad()
-        self.optimizer.set_num_steps(common["step_count"])
+        for number, (chunk, optimizer) in enumerate(zip(self.chunks, self.optimizers, strict=True)):
+            for name, parameter in chunk.named_parameters():
+                parameter.copy_(loaded["weights"][str(number)][name])
+            for index in range(len(optimizer.parameters)):
+                for name, tensor in loaded["optimizer"][str(number)][str(index)].items():
+                    optimizer.load_state_tensor(index, name, tensor)
+            optimizer.zero_grad()
+            optimizer.set_num_steps(common["step_count"])
         self.step_count = common["step_count"]
         if self._state_hash() != common["state_hash"]:
             raise ValueError(f"checkpoint {path} is damaged: its tensors do not have the hash that was saved with them")
@@ -300,14 +471,27 @@ class MegatronTrainer:
             raise ValueError('a checkpoint holds the optimizer, and TrainerConfig.optimizer is "none"')
 
     def _sharded_state(self) -> dict[str, Any]:
-        weights = self.model.sharded_state_dict()
-        return {"weights": weights, "optimizer": self.optimizer.sharded_state_dict(weights)}
+        weights = {str(number): chunk.sharded_state_dict() for number, chunk in enumerate(self.chunks)}
+        states = {
+            str(number): optimizer.sharded_state_dict(weights[str(number)])
+            for number, optimizer in enumerate(self.optimizers)
+        }
+        return {"weights": weights, "optimizer": states}
 
     def _state_hash(self) -> str:
-        names = [name for name, _ in self.model.named_parameters()]
-        optimizer_state = [
-            (f"{name}/{state}", tensor)
-            for index, name in enumerate(names)
-            for state, tensor in self.optimizer.state_tensors(index).items()
-        ]
-        return checksum([*self.named_weights(), *optimizer_state])
+        """Of the whole model's weights and optimizer state: the same on all ranks, and for any number of them."""
+
+        def state(name: str) -> Iterator[tuple[str, torch.Tensor]]:
+            def local(parameter: LocalParameter) -> torch.Tensor:
+                optimizer, index = self._optimizer_place(parameter)
+                return optimizer.state_tensor(index, name)
+
+            return whole_tensors(self.model_config, self.ranks, local, torch.float32, self.device)
+
+        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+            yield from self.whole_weights()
+            for name in self.optimizers[0].state_names(0):
+                for parameter_name, tensor in state(name):
+                    yield f"{parameter_name}/{name}", tensor
+
+        return checksum(tensors())

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from lockstep.kernels import log_probs as module
 from lockstep.kernels.linear import linear
 from lockstep.kernels.log_probs import log_probs, log_probs_reference, token_log_probs, token_log_probs_reference
+from lockstep.kernels.row_parallel_linear import tree_sum
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -116,6 +117,52 @@ def test_kept_and_recomputed_logits_give_the_same_hidden_gradient():
         torch.autograd.grad(log_probs(hidden, weight, tokens, chunk_rows=rows).sum(), hidden)[0] for rows in (64, 32)
     )
     torch.testing.assert_close(kept, recomputed, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_ranks_that_share_a_vocabulary_have_the_bits_of_one(num_ranks):
+    hidden, weight, tokens = make_head(50, 32, 600)
+    whole = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+    expected = log_probs(*whole, tokens, 0.7, gradient_parts=4)
+    grad = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    expected.backward(grad)
+    all_logits = [linear(hidden, part) for part in weight.chunk(num_ranks)]
+    hidden_grads, weight_grads = [], []
+    for rank, part in enumerate(weight.chunk(num_ranks)):
+
+        def gather(own, rank=rank):
+            return torch.cat([*all_logits[:rank], own, *all_logits[rank + 1 :]], dim=1)
+
+        shard = module.VocabularyShard(rank * 600 // num_ranks, 600, gather)
+        own = [tensor.clone().requires_grad_() for tensor in (hidden, part)]
+        values, entropies = log_probs(*own, tokens, 0.7, True, shard=shard, gradient_parts=4 // num_ranks)
+        values.backward(grad)
+        assert torch.equal(values, expected)
+        assert torch.equal(entropies, log_probs(hidden, weight, tokens, 0.7, True)[1])
+        hidden_grads.append(own[0].grad)
+        weight_grads.append(own[1].grad)
+    assert torch.equal(tree_sum(hidden_grads), whole[0].grad)
+    assert torch.equal(torch.cat(weight_grads), whole[1].grad)
+    exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
+    log_probs_reference(*exact, tokens, 0.7)[0].backward(grad.double())
+    torch.testing.assert_close(whole[0].grad.double(), exact[0].grad, rtol=1e-4, atol=1e-5)
+
+
+def test_triton_gradient_of_a_token_elsewhere_has_no_one():
+    """A rank of a shared vocabulary is given tokens outside its own part."""
+    logits = make_rows(6, 40)[0].to(DEVICE)
+    tokens = torch.tensor([-3, 40, 1000, 5, -40, 39], device=DEVICE)
+    ones = torch.ones(6, device=DEVICE)
+    maxima, sums = logits.max(1).values, ones * 50
+    out = torch.empty_like(logits)
+    module._gradient_triton(out, logits, tokens, ones, maxima, sums, ones)
+    softmax = (logits - maxima[:, None]).exp() / 50
+    onehot = torch.zeros_like(logits)
+    onehot[3, 5], onehot[5, 39] = 1, 1
+    torch.testing.assert_close(out, onehot - softmax)
+    by_cpu = torch.empty(6, 40)
+    module._gradient_cpu(by_cpu, *(t.cpu() for t in (logits, tokens, ones, maxima, sums, ones)))
+    torch.testing.assert_close(by_cpu, out.cpu())
 
 
 def test_triton_gradient_and_entropy_against_numba():

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from lockstep.kernels.linear import linear
+from lockstep.kernels.row_parallel_linear import row_parallel_linear
 from lockstep.kernels.silu_mul import silu_mul
 from lockstep.kernels.silu_mul_linear import silu_mul_linear
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def separate(gate_up, weight, bias):
-    return linear(silu_mul(gate_up), weight, bias)
+def separate(gate_up, weight, bias, splits=1):
+    return row_parallel_linear(silu_mul(gate_up), weight, bias, splits)
 
 
 def inputs(device, with_bias):
@@ -26,11 +26,12 @@ def inputs(device, with_bias):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_bits_are_those_of_the_two_ops(device, with_bias):
+@pytest.mark.parametrize("splits", [1, 2])
+def test_bits_are_those_of_the_two_ops(device, with_bias, splits):
     results = []
     for op in (separate, silu_mul_linear):
         leaves = inputs(device, with_bias)
-        out = op(*leaves)
+        out = op(*leaves, splits)
         out.backward(out.detach().sin())
         results.append([out.detach(), *(leaf.grad for leaf in leaves if leaf is not None)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lockstep.trainer_bridge.optimizer import MasterAdamW, learning_rate
+from lockstep.trainer_bridge.grad_norm import gradient_norm
+from lockstep.trainer_bridge.optimizer import GradientSums, MasterAdamW, learning_rate
 
 
 def rates(schedule, steps, warmup_steps=0, total_steps=None):
@@ -47,12 +48,15 @@ def test_updates_against_the_algorithm(dtype, max_grad_norm):
                 gradient = torch.randn(parameter.shape, generator=generator).to(dtype)
                 (parameter * gradient).sum().backward()
                 total += gradient.double()
-            optimizer.accumulate()
+            optimizer.gradients.accumulate()
+        optimizer.gradients.end_run()
+        optimizer.reduce_gradients()
         norm = torch.cat([s.flatten() for s in sums]).norm()
-        assert optimizer.grad_norm().item() == pytest.approx(norm.item(), rel=1e-5)
+        grad_norm = gradient_norm([m.grad for m in optimizer.masters], None, torch.device("cpu"))
+        assert grad_norm == pytest.approx(norm.item(), rel=1e-5)
         scale = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / norm.item())
         lr = 0.1 / (step + 1)
-        optimizer.step(lr, max_grad_norm, optimizer.grad_norm())
+        optimizer.step(lr, max_grad_norm, grad_norm)
         for parameter, reference, total in zip(parameters, slow, sums, strict=True):
             reference.step(total * scale, lr)
             # The fp32 masters follow fp64 to 1e-5; a bf16 parameter is its master rounded once.
@@ -62,3 +66,23 @@ def test_updates_against_the_algorithm(dtype, max_grad_norm):
             assert parameter.grad is None
     for index, reference in enumerate(slow):
         torch.testing.assert_close(optimizer.masters[index].double(), reference.value, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_runs_are_summed_in_order_and_then_as_a_tree(dtype):
+    generator = torch.Generator().manual_seed(0)
+    parameter = torch.nn.Parameter(torch.zeros(1000, dtype=dtype))
+    # Of many magnitudes, or sums of bf16 numbers would be exact in fp32.
+    values, magnitudes = torch.randn(2, 5, 1000, generator=generator)
+    gradients = (values * (4 * magnitudes).exp()).to(dtype)
+    sums = GradientSums([parameter])
+    for run in ([0, 1], [2], [3, 4], []):
+        for micro_batch in run:
+            (parameter * gradients[micro_batch]).sum().backward()
+            sums.accumulate()
+        sums.end_run()
+    (total,) = sums.take()
+    a, b, c, d, e = gradients.float()
+    assert torch.equal(total, ((a + b) + c) + (d + e))
+    assert not torch.equal(total, gradients.float().cumsum(0)[-1])
+    assert parameter.grad is None

@@ -181,6 +181,10 @@ def test_impossible_sequences_are_named(model_dir):
         ({"load_format": "random"}, "load_format must be one of"),
         ({"optimizer": "sgd"}, "optimizer must be one of"),
         ({"max_tokens_per_micro_batch": 0}, "max_tokens_per_micro_batch is 0"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size must be at least 1"),
+        ({"gradient_splits": 6}, "gradient_splits must be a power of two"),
+        ({"virtual_pipeline_parallel_size": 2}, "needs pipeline_parallel_size"),
+        ({"rank_timeout_s": 0.0}, "rank_timeout_s is 0"),
     ],
 )
 def test_impossible_configurations_are_named(options, message):

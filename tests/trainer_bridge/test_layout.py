@@ -1,0 +1,89 @@
+"""Layouts: each element of each parameter is held once, and parts are those that Megatron's layers expect."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from models import tiny_config
+
+from lockstep.engine.models.config import parse_model_config
+from lockstep.engine.models.names import expand, to_megatron
+from lockstep.trainer_bridge.layout import local_layout
+from lockstep.trainer_bridge.parallel import ParallelSizes
+
+
+def model_config(family="qwen3", **options):
+    options = {"vocab_size": 132, "num_hidden_layers": 4, "num_key_value_heads": 4, **options}
+    return parse_model_config({**tiny_config(family, **options).to_dict(), "model_type": family})
+
+
+SIZES = [
+    ParallelSizes(),
+    ParallelSizes(tensor=2, row_parallel_splits=2),
+    ParallelSizes(pipeline=2, virtual_pipeline=2),
+    ParallelSizes(tensor=4, pipeline=2, data=2, row_parallel_splits=4, gradient_splits=2),
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_element_is_held_once_per_data_parallel_rank(sizes, tied):
+    model = model_config(tie_word_embeddings=tied, attention_bias=True)
+    counts = {entry.megatron: torch.zeros(entry.shape, dtype=torch.int64) for entry in expand(model)}
+    for rank in range(sizes.tensor * sizes.data * sizes.pipeline):
+        tensor_rank, data_rank, _ = sizes.coordinates(rank)
+        for parameter in local_layout(model, sizes, rank):
+            assert parameter.shape == tuple(counts[parameter.name].shape)
+            once = torch.zeros(parameter.shape, dtype=torch.int64)
+            parameter.put(torch.ones(parameter.local_shape, dtype=torch.int64), once)
+            assert once.sum() == torch.Size(parameter.local_shape).numel()
+            if data_rank == 0 and (parameter.shard_dim is not None or tensor_rank == 0):
+                counts[parameter.name] += once
+    assert all((count == 1).all() for count in counts.values())
+
+
+def test_a_rank_holds_its_query_groups_and_its_gates_and_ups():
+    model, sizes = model_config(), ParallelSizes(tensor=2, row_parallel_splits=2)
+    entries = {entry.megatron: entry for entry in expand(model)}
+    # The model that is one rank's half: half of the heads, groups and ffn columns.
+    half = replace(model, num_heads=2, num_kv_heads=2, ffn_hidden_size=model.ffn_hidden_size // 2)
+    half_entries = {entry.megatron: entry for entry in expand(half)}
+    for name in ("decoder.layers.3.self_attention.linear_qkv.weight", "decoder.layers.3.mlp.linear_fc1.weight"):
+        hf = [torch.randn(shape) for shape in entries[name].hf_shapes]
+        whole = to_megatron(entries[name], hf)
+        for rank in (0, 1):
+            (parameter,) = (p for p in local_layout(model, sizes, rank) if p.name == name)
+            expected = to_megatron(half_entries[name], [tensor.chunk(2)[rank] for tensor in hf])
+            assert torch.equal(parameter.take(whole), expected)
+            again = torch.zeros_like(whole)
+            parameter.put(expected, again)
+            assert torch.equal(parameter.take(again), expected)
+
+
+def test_layers_are_numbered_from_0_in_each_stage():
+    layout = local_layout(model_config(), ParallelSizes(pipeline=2, virtual_pipeline=2), rank=1)
+    placed = {(p.name, p.chunk, p.module_name) for p in layout if "input_layernorm" in p.name}
+    assert placed == {
+        ("decoder.layers.1.input_layernorm.weight", 0, "decoder.layers.0.input_layernorm.weight"),
+        ("decoder.layers.3.input_layernorm.weight", 1, "decoder.layers.0.input_layernorm.weight"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "message"),
+    [
+        ({"tensor": 2}, {}, "tensor_parallel_size 2 does not divide row_parallel_splits 1"),
+        ({"row_parallel_splits": 3}, {}, "row_parallel_splits must be a power of two, got 3"),
+        ({"pipeline": 0}, {}, "pipeline_parallel_size must be at least 1, got 0"),
+        ({"tensor": 4, "row_parallel_splits": 4}, {"num_key_value_heads": 2}, "4 does not divide the 2 query groups"),
+        ({"tensor": 2, "row_parallel_splits": 2}, {"vocab_size": 131}, "2 does not divide the vocabulary of 131"),
+        ({"row_parallel_splits": 64}, {}, "row_parallel_splits 64 does not divide the ffn size 96"),
+        ({"pipeline": 2, "virtual_pipeline": 4}, {}, "= 8 does not divide the 4 layers"),
+        ({"virtual_pipeline": 2}, {}, "virtual_pipeline_parallel_size needs pipeline_parallel_size"),
+        ({"data": 2}, {}, "data-parallel size 2 does not divide gradient_splits 1"),
+        ({"data": 3, "gradient_splits": 4}, {}, "data-parallel size 3 does not divide gradient_splits 4"),
+    ],
+)
+def test_impossible_sizes_are_named(sizes, options, message):
+    with pytest.raises(ValueError, match=message):
+        ParallelSizes(**sizes).check(model_config(**options))
