@@ -60,7 +60,10 @@ def _sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tenso
 
 
 def _weighted_sum(y: Tensor, position: Tensor, weights: Tensor) -> Tensor:
-    """y[A, H], position int64 [T, k], weights fp32 [T, k] -> sums [T, H] of weights[t, j] * y[position[t, j]] over j."""
+    """y[A, H], position int64 [T, k], weights fp32 [T, k] -> [T, H].
+
+    out[t] = round(weights[t, 0] * y[position[t, 0]] + weights[t, 1] * y[position[t, 1]] + ...)        in that order
+    """
     if y.is_cuda:
         return _weighted_sum_triton(y, position, weights)
     num_tokens, top_k = position.shape

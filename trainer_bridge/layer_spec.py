@@ -5,6 +5,7 @@ Each module here holds no arithmetic: it calls the kernel that the engine calls,
 """
 
 from dataclasses import dataclass
+from functools import partialmethod
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -26,6 +27,7 @@ from lockstep.kernels.linear import linear
 from lockstep.kernels.rms_norm import rms_norm
 from lockstep.kernels.rope import apply_rope
 from lockstep.kernels.silu_mul_linear import silu_mul_linear
+from lockstep.trainer_bridge.moe_layer import KernelMoE
 
 
 @dataclass
@@ -170,12 +172,34 @@ def block_spec(model: ModelConfig, recompute: bool) -> TransformerBlockSubmodule
         q_layernorm=KernelRMSNorm if model.qk_norm else None,
         k_layernorm=KernelRMSNorm if model.qk_norm else None,
     )
-    mlp = MLPSubmodules(
-        linear_fc1=ModuleSpec(module=KernelColumnLinear, params={"has_bias": model.mlp_bias}),
-        linear_fc2=ModuleSpec(module=KernelSiluMulRowLinear, params={"has_bias": model.mlp_bias}),
+    dense = ModuleSpec(
+        module=MLP, params={"ffn_hidden_size": model.ffn_hidden_size}, submodules=_mlp_submodules(model.mlp_bias)
+    )
+    mixture = _bind(KernelMoE, moe=model.moe, shared_experts=_mlp_submodules(has_bias=False))
+    layers_with_experts = model.moe.layers if model.moe is not None else ()
+    layers = [
+        _layer_spec(attention, mixture if layer in layers_with_experts else dense, recompute)
+        for layer in range(model.num_layers)
+    ]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=KernelRMSNorm)
+
+
+def _mlp_submodules(has_bias: bool) -> MLPSubmodules:
+    return MLPSubmodules(
+        linear_fc1=ModuleSpec(module=KernelColumnLinear, params={"has_bias": has_bias}),
+        linear_fc2=ModuleSpec(module=KernelSiluMulRowLinear, params={"has_bias": has_bias}),
         activation_func=NoActivation,
     )
-    layer = ModuleSpec(
+
+
+def _bind(module: type, **arguments: object) -> type:
+    """The class with arguments filled in. A ModuleSpec does that, but for an MLP that it does not know Megatron logs a
+    warning per layer."""
+    return type(module.__name__, (module,), {"__init__": partialmethod(module.__init__, **arguments)})
+
+
+def _layer_spec(attention: SelfAttentionSubmodules, mlp: ModuleSpec | type, recompute: bool) -> ModuleSpec:
+    return ModuleSpec(
         module=RecomputedLayer if recompute else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=KernelRMSNorm,
@@ -184,8 +208,7 @@ def block_spec(model: ModelConfig, recompute: bool) -> TransformerBlockSubmodule
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=KernelRMSNorm,
-            mlp=ModuleSpec(module=MLP, params={"ffn_hidden_size": model.ffn_hidden_size}, submodules=mlp),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * model.num_layers, layer_norm=KernelRMSNorm)

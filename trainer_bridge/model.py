@@ -43,6 +43,8 @@ def transformer_config(model: ModelConfig, device: torch.device, dtype: torch.dt
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         cuda_graph_scope=[],
+        # Checkpoints name each layer's tensors, instead of stacking those of all layers: not all layers have the same.
+        hetereogenous_dist_checkpoint=model.moe is not None,
     )
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import FAMILY_NAMES, make_hf_model
+from models import FAMILY_NAMES, make_hf_model, named_like_in_files
 
 from lockstep.engine.checkpoint import load_into
 from lockstep.engine.models.config import load_model_config
@@ -23,6 +23,7 @@ CASES = {
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "tie": True},
     ),
+    "qwen3 moe, a dense layer, weights sum to 1": ("qwen3_moe", {"mlp_only_layers": [1], "norm_topk_prob": True}),
 }
 PAGE_SIZE = 16
 
@@ -110,7 +111,7 @@ def hf_gradients(hf, sequences, config):
             if t % 3 != 0:
                 total, count = total - logprobs[t - 1, s[t]], count + 1
     (total / count).backward()
-    gradients = {name: parameter.grad for name, parameter in hf.named_parameters()}
+    gradients = named_like_in_files((name, parameter.grad) for name, parameter in hf.named_parameters())
     return (total / count).item(), {
         entry.megatron: to_megatron(entry, [gradients[name] for name in entry.hf_names]) for entry in expand(config)
     }
