@@ -38,22 +38,14 @@ def grouped_weight_gradient(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     """
     if x.is_cuda:
         return _weight_gradient_triton(dy, x, offsets)
-    dweight = torch.zeros(offsets.shape[0] - 1, dy.shape[1], x.shape[1], dtype=x.dtype)
-    for group, rows in _groups_with_rows(offsets):
-        torch.mm(dy[rows].t(), x[rows], out=dweight[group])
-    return dweight
-
-
-def _groups_with_rows(offsets: Tensor) -> list[tuple[int, slice]]:
-    bounds = offsets.tolist()
-    return [(g, slice(*bounds[g : g + 2])) for g in range(len(bounds) - 1) if bounds[g] < bounds[g + 1]]
+    counts = offsets.diff().tolist()
+    return torch.stack([dy_g.t() @ x_g for dy_g, x_g in zip(dy.split(counts), x.split(counts), strict=True)])
 
 
 def _grouped_linear_cpu(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    y = x.new_empty(x.shape[0], weight.shape[1])
-    for group, rows in _groups_with_rows(offsets):
-        y[rows] = linear(x[rows], weight[group])
-    return y
+    counts = offsets.diff().tolist()
+    parts = [linear(x_g, weight_g) for x_g, weight_g in zip(x.split(counts), weight.unbind(), strict=True) if len(x_g)]
+    return torch.cat(parts) if parts else x.new_empty(0, weight.shape[1])
 
 
 def _grouped_linear_triton(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
