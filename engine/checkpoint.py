@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from lockstep.engine.models.config import ModelConfig, parse_model_config
 from lockstep.engine.models.families import FAMILIES
-from lockstep.engine.models.names import Entry, expand, to_hf, to_megatron
+from lockstep.engine.models.names import Entry, as_stacked, expand, to_hf, to_megatron
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -151,12 +151,13 @@ def iterate_weights(
     Raises FileNotFoundError and CheckpointError, on the first `next`.
     """
     directory = Path(path)
-    entries = expand(config)
     with _TensorFiles(directory) as files:
+        held = files.names()
+        entries = [as_stacked(entry) if entry.hf_stacked in held else entry for entry in expand(config)]
         _check(files, directory, entries, config)
         for entry in entries:
             tensor = to_megatron(entry, [files.read(name) for name in entry.hf_names])
-            yield entry.megatron, tensor if dtype is None else tensor.to(dtype)
+            yield entry.megatron, tensor if dtype is None else tensor.to(torch.float32 if entry.fp32 else dtype)
 
 
 def load_into(model: torch.nn.Module, path: str | Path) -> None:
@@ -308,9 +309,9 @@ def _flush_to_disk(path: Path) -> None:
 def initialize_dummy(model: torch.nn.Module, seed: int) -> None:
     """Fills the parameters in place with reproducible random values of a trained model's scale (load_format="dummy").
 
-    A value is a pure function of (seed, parameter name, index), the same on every device: matrices are uniform with
-    standard deviation 1/sqrt(columns), norm weights uniform in [0.9, 1.1], biases uniform in [-0.1, 0.1]. In a dtype of
-    less than fp32 the fp32 values are rounded.
+    A value is a pure function of (seed, parameter name, index), the same on every device: matrices (also
+    those stacked in a tensor of experts) are uniform with standard deviation 1/sqrt(columns), norm weights uniform in
+    [0.9, 1.1], biases uniform in [-0.1, 0.1]. In a dtype of less than fp32 the fp32 values are rounded.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -324,7 +325,7 @@ def fill_dummy(name: str, tensor: torch.Tensor, seed: int) -> None:
     elif tensor.dim() == 1:
         center, half_width = 0.0, 0.1
     else:
-        center, half_width = 0.0, (3.0 / tensor.shape[1]) ** 0.5
+        center, half_width = 0.0, (3.0 / tensor.shape[-1]) ** 0.5
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     _fill_uniform(tensor, int.from_bytes(digest[:4], "little"), center, half_width)
 

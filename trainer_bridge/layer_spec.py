@@ -7,7 +7,7 @@ Each module here holds no arithmetic: it calls the kernel that the engine calls,
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, partialmethod
 
 import torch
 from megatron.core import parallel_state
@@ -30,6 +30,7 @@ from lockstep.kernels.rms_norm import rms_norm
 from lockstep.kernels.rope import apply_rope
 from lockstep.kernels.row_parallel_linear import row_parallel_linear
 from lockstep.kernels.silu_mul_linear import silu_mul_linear
+from lockstep.trainer_bridge.moe_layer import KernelMoE
 from lockstep.trainer_bridge.tensor_parallel import column_parallel_linear, shared_weight, sum_partial_outputs
 
 
@@ -191,9 +192,9 @@ class RecomputedLayer(TransformerLayer):
 
 
 def block_spec(
-    model: ModelConfig, recompute: bool, row_parallel_splits: int, num_layers: int
+    model: ModelConfig, recompute: bool, row_parallel_splits: int, stage_layers: range
 ) -> TransformerBlockSubmodules:
-    """The spec of the `num_layers` layers of one pipeline stage, and of the final norm, which the last stage has.
+    """The spec of the layers of one pipeline stage, by their numbers from 0, and of the final norm, which the last has.
 
     recompute: trade the activations inside a layer for a second forward pass. row_parallel_splits: see ParallelSizes.
     """
@@ -208,14 +209,40 @@ def block_spec(
         q_layernorm=head_norm,
         k_layernorm=head_norm,
     )
-    mlp = MLPSubmodules(
-        linear_fc1=ModuleSpec(
-            module=KernelColumnLinear, params={"has_bias": model.mlp_bias, **splits, "num_blocks": 2}
-        ),
-        linear_fc2=ModuleSpec(module=KernelSiluMulRowLinear, params={"has_bias": model.mlp_bias, **splits}),
+    dense = ModuleSpec(
+        module=MLP,
+        params={"ffn_hidden_size": model.ffn_hidden_size},
+        submodules=_mlp_submodules(model.mlp_bias, row_parallel_splits),
+    )
+    mixture = _bind(
+        KernelMoE,
+        moe=model.moe,
+        shared_experts=_mlp_submodules(has_bias=False, row_parallel_splits=row_parallel_splits),
+    )
+    layers_with_experts = model.moe.layers if model.moe is not None else ()
+    layers = [
+        _layer_spec(attention, mixture if layer in layers_with_experts else dense, recompute) for layer in stage_layers
+    ]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=KernelRMSNorm)
+
+
+def _mlp_submodules(has_bias: bool, row_parallel_splits: int) -> MLPSubmodules:
+    params = {"has_bias": has_bias, "splits": row_parallel_splits}
+    return MLPSubmodules(
+        linear_fc1=ModuleSpec(module=KernelColumnLinear, params={**params, "num_blocks": 2}),
+        linear_fc2=ModuleSpec(module=KernelSiluMulRowLinear, params=params),
         activation_func=NoActivation,
     )
-    layer = ModuleSpec(
+
+
+def _bind(module: type, **arguments: object) -> type:
+    """The class with arguments filled in. A ModuleSpec does that, but for an MLP that it does not know Megatron logs a
+    warning per layer."""
+    return type(module.__name__, (module,), {"__init__": partialmethod(module.__init__, **arguments)})
+
+
+def _layer_spec(attention: SelfAttentionSubmodules, mlp: ModuleSpec | type, recompute: bool) -> ModuleSpec:
+    return ModuleSpec(
         module=RecomputedLayer if recompute else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=KernelRMSNorm,
@@ -224,8 +251,7 @@ def block_spec(
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=KernelRMSNorm,
-            mlp=ModuleSpec(module=MLP, params={"ffn_hidden_size": model.ffn_hidden_size}, submodules=mlp),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=KernelRMSNorm)

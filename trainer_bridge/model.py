@@ -53,6 +53,8 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         cuda_graph_scope=[],
+        # Checkpoints name each layer's tensors, instead of stacking those of all layers: not all layers have the same.
+        hetereogenous_dist_checkpoint=model.moe is not None,
     )
 
 
@@ -75,9 +77,11 @@ class LockstepGPTModel(GPTModel):
     ):
         """chunk: which of this rank's stages; see ParallelSizes.virtual_pipeline."""
         sizes, stage = ranks.sizes, ranks.stage(chunk)
+        num_layers = model.num_layers // sizes.num_stages
+        stage_layers = range(stage * num_layers, (stage + 1) * num_layers)
         super().__init__(
             transformer_config(model, device, dtype, sizes),
-            block_spec(model, recompute, sizes.row_parallel_splits, model.num_layers // sizes.num_stages),
+            block_spec(model, recompute, sizes.row_parallel_splits, stage_layers),
             vocab_size=model.vocab_size,
             max_sequence_length=model.max_position_embeddings,
             pre_process=stage == 0,

@@ -75,6 +75,11 @@ class ParallelSizes:
         ):
             if number % divisor:
                 raise ValueError(message.format(divisor, number))
+        if model.moe is not None and self.tensor * self.num_stages > 1:
+            raise ValueError(
+                f"tensor_parallel_size {self.tensor} and {self.num_stages} pipeline stages: layers with "
+                "experts are trained without model parallelism in this version"
+            )
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.engine.models.families import FAMILIES
-from lockstep.engine.models.families.family import UnsupportedModelError, read_flag, unsupported
+from lockstep.engine.models.families.family import UnsupportedModelError, read_flag, read_size, unsupported
+from lockstep.engine.models.moe import MoEConfig
 
-__all__ = ["ModelConfig", "UnsupportedModelError", "load_model_config", "parse_model_config"]
+__all__ = ["MoEConfig", "ModelConfig", "UnsupportedModelError", "load_model_config", "parse_model_config"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and options of a dense decoder. Sizes are numbers of elements; windows are in tokens.
+    """Sizes and options of a decoder. Sizes are numbers of elements; windows are in tokens.
 
     rope_scaling:  None, or transformers' `rope_parameters` without rope_theta, with rope_type and (where the type needs
                    it) original_max_position_embeddings always present.
     layer_windows: one per layer: the number of positions that a query sees, itself included; None for all before it.
     eos_token_ids: generation_config.json's where it names any, else config.json's.
+    moe:           the layers whose MLP is a mixture of experts; None where all have one of ffn_hidden_size.
     """
 
     family: str
@@ -41,6 +43,7 @@ class ModelConfig:
     qk_norm: bool
     layer_windows: tuple[int | None, ...]
     eos_token_ids: tuple[int, ...]
+    moe: MoEConfig | None = None
 
 
 def load_model_config(path: str | Path) -> ModelConfig:
@@ -70,13 +73,13 @@ def parse_model_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | N
     raw = {**family.defaults, **raw}
     _refuse_unsupported_options(raw)
 
-    num_heads = _size(raw, "num_attention_heads")
-    num_kv_heads = num_heads if raw.get("num_key_value_heads") is None else _size(raw, "num_key_value_heads")
+    num_heads = read_size(raw, "num_attention_heads")
+    num_kv_heads = num_heads if raw.get("num_key_value_heads") is None else read_size(raw, "num_key_value_heads")
     if num_heads % num_kv_heads:
         raise unsupported("num_key_value_heads", num_kv_heads, f"it does not divide num_attention_heads = {num_heads}")
-    hidden_size = _size(raw, "hidden_size")
+    hidden_size = read_size(raw, "hidden_size")
     if raw.get("head_dim") is not None:
-        head_dim = _size(raw, "head_dim")
+        head_dim = read_size(raw, "head_dim")
     elif hidden_size % num_heads == 0:
         head_dim = hidden_size // num_heads
     else:
@@ -89,32 +92,25 @@ def parse_model_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | N
     eos_token_id = (generation or {}).get("eos_token_id")
     if eos_token_id is None:
         eos_token_id = raw.get("eos_token_id")
-    num_layers = _size(raw, "num_hidden_layers")
+    num_layers = read_size(raw, "num_hidden_layers")
     rope_theta, rope_scaling = _parse_rope(raw)
     return ModelConfig(
         family=model_type,
-        vocab_size=_size(raw, "vocab_size"),
+        vocab_size=read_size(raw, "vocab_size"),
         hidden_size=hidden_size,
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        ffn_hidden_size=_size(raw, "intermediate_size"),
+        ffn_hidden_size=read_size(raw, "intermediate_size"),
         rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        max_position_embeddings=_size(raw, "max_position_embeddings"),
+        max_position_embeddings=read_size(raw, "max_position_embeddings"),
         tie_word_embeddings=read_flag(raw, "tie_word_embeddings"),
         eos_token_ids=_token_ids(eos_token_id),
         **family.parse(raw),
     )
-
-
-def _size(raw: Mapping[str, Any], key: str) -> int:
-    value = raw.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise unsupported(key, value, "expected a positive integer")
-    return value
 
 
 def _token_ids(value: object) -> tuple[int, ...]:

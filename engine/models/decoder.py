@@ -1,11 +1,12 @@
-"""The dense decoder that the engine runs: lockstep's kernels over weights with Megatron-core's names and layout."""
+"""The decoder that the engine runs: lockstep's kernels over weights with Megatron-core's names and layout."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from lockstep.engine.models.config import ModelConfig
+from lockstep.engine.models.moe import routed_experts
 from lockstep.kernels.attention import attention
 from lockstep.kernels.attention_plan import AttentionPlan
 from lockstep.kernels.embedding import embedding
@@ -128,14 +129,57 @@ class _MLP(nn.Module):
         return linear(linear_silu_mul(hidden, fc1_weight, fc1_bias), fc2_weight, fc2_bias)
 
 
+class _Router(_Weights):
+    def __init__(self, config: ModelConfig, **factory: torch.device | torch.dtype) -> None:
+        super().__init__(config.moe.num_experts, config.hidden_size, **factory)
+        bias = torch.empty(config.moe.num_experts, dtype=torch.float32, device=factory["device"])
+        self.expert_bias = nn.Parameter(bias, requires_grad=False) if config.moe.has_expert_bias else None
+
+
+class _Experts(nn.Module):
+    """All experts of a layer, in two tensors."""
+
+    def __init__(self, config: ModelConfig, **factory: torch.device | torch.dtype) -> None:
+        super().__init__()
+        num_experts, ffn = config.moe.num_experts, config.moe.ffn_hidden_size
+        self.linear_fc1 = _Weights(num_experts, 2 * ffn, config.hidden_size, **factory)
+        self.linear_fc2 = _Weights(num_experts, config.hidden_size, ffn, **factory)
+
+
+class _MoE(nn.Module):
+    """A token's experts, weighted, plus the shared experts' output where there are any."""
+
+    def __init__(self, config: ModelConfig, **factory: torch.device | torch.dtype) -> None:
+        super().__init__()
+        self.config = config.moe
+        self.router = _Router(config, **factory)
+        self.experts = _Experts(config, **factory)
+        self.shared_experts = None
+        if config.moe.has_shared_experts:
+            shared = replace(config, ffn_hidden_size=config.moe.shared_ffn_hidden_size, mlp_bias=False)
+            self.shared_experts = _MLP(shared, **factory)
+        self._tensors = (
+            self.router.weight,
+            self.router.expert_bias,
+            self.experts.linear_fc1.weight,
+            self.experts.linear_fc2.weight,
+        )
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        routed = routed_experts(hidden, self.config, *self._tensors)
+        return routed if self.shared_experts is None else routed + self.shared_experts(hidden)
+
+
 class _Layer(nn.Module):
-    def __init__(self, config: ModelConfig, window: int | None, **factory: torch.device | torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, window: int | None, has_experts: bool, **factory: torch.device | torch.dtype
+    ) -> None:
         super().__init__()
         self.eps = config.rms_norm_eps
         self.input_layernorm = _Weights(config.hidden_size, **factory)
         self.self_attention = _SelfAttention(config, window, **factory)
         self.pre_mlp_layernorm = _Weights(config.hidden_size, **factory)
-        self.mlp = _MLP(config, **factory)
+        self.mlp = _MoE(config, **factory) if has_experts else _MLP(config, **factory)
         self._norm_weights = (self.input_layernorm.weight, self.pre_mlp_layernorm.weight)
 
     def forward(
@@ -170,7 +214,11 @@ class _Embedding(nn.Module):
 class _Layers(nn.Module):
     def __init__(self, config: ModelConfig, **factory: torch.device | torch.dtype) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_Layer(config, window, **factory) for window in config.layer_windows)
+        layers_with_experts = config.moe.layers if config.moe is not None else ()
+        self.layers = nn.ModuleList(
+            _Layer(config, window, layer in layers_with_experts, **factory)
+            for layer, window in enumerate(config.layer_windows)
+        )
         self.final_layernorm = _Weights(config.hidden_size, **factory)
 
 

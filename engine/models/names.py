@@ -5,8 +5,9 @@ for loading and export.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
+from operator import attrgetter
 from typing import Literal
 
 import torch
@@ -19,8 +20,9 @@ from lockstep.engine.models.families import FAMILIES
 class Entry:
     """A NameRule with names and sizes filled in: one parameter of one model.
 
-    hf_names and hf_shapes are in the order in which `to_megatron` takes and `to_hf` gives the tensors. num_groups is
-    the number of query groups of a "qkv" entry, else 1. shard_dim: see NameRule.
+    hf_names and hf_shapes are in the order in which `to_megatron` takes and `to_hf` gives the tensors: expert by expert
+    for experts' parameters. num_groups is the number of query groups of a "qkv" entry, else 1. expert_dim is the
+    dimension that counts experts, None where there are none. shard_dim, fp32, hf_stacked: see NameRule.
     """
 
     megatron: str
@@ -30,6 +32,9 @@ class Entry:
     hf_shapes: tuple[tuple[int, ...], ...]
     num_groups: int
     shard_dim: int | None
+    expert_dim: int | None = None
+    fp32: bool = False
+    hf_stacked: str | None = None
 
     @property
     def num_elements(self) -> int:
@@ -40,7 +45,7 @@ def dimensions(config: ModelConfig) -> dict[str, int]:
     """The sizes that the tables' shapes are written in."""
     query = config.num_heads * config.head_dim
     key_or_value = config.num_kv_heads * config.head_dim
-    return {
+    sizes = {
         "vocab": config.vocab_size,
         "hidden": config.hidden_size,
         "head_dim": config.head_dim,
@@ -49,6 +54,13 @@ def dimensions(config: ModelConfig) -> dict[str, int]:
         "ffn": config.ffn_hidden_size,
         "gate_up": 2 * config.ffn_hidden_size,
     }
+    if config.moe is not None:
+        sizes["experts"] = config.moe.num_experts
+        sizes["expert_ffn"] = config.moe.ffn_hidden_size
+        sizes["expert_gate_up"] = 2 * config.moe.ffn_hidden_size
+        sizes["shared_ffn"] = config.moe.shared_ffn_hidden_size or 0
+        sizes["shared_gate_up"] = 2 * sizes["shared_ffn"]
+    return sizes
 
 
 def expand(config: ModelConfig) -> list[Entry]:
@@ -57,51 +69,66 @@ def expand(config: ModelConfig) -> list[Entry]:
     present = [
         rule
         for rule in FAMILIES[config.family].table
-        if rule.when is None or getattr(config, rule.when[0]) == rule.when[1]
+        if rule.when is None or attrgetter(rule.when[0])(config) == rule.when[1]
     ]
     per_layer = [rule for rule in present if "{i}" in rule.megatron]
     first_layer_rule = present.index(per_layer[0])
     before, after = present[:first_layer_rule], present[first_layer_rule + len(per_layer) :]
     placed = [(rule, "") for rule in before]
-    placed += [(rule, str(layer)) for layer in range(config.num_layers) for rule in per_layer]
+    for layer in range(config.num_layers):
+        kind = "moe" if config.moe is not None and layer in config.moe.layers else "dense"
+        placed += [(rule, str(layer)) for rule in per_layer if rule.layers in ("all", kind)]
     placed += [(rule, "") for rule in after]
 
     entries = []
     for rule, layer in placed:
         shape = tuple(sizes[dimension] for dimension in rule.shape)
-        rest = shape[1:]
+        of_experts = "{e}" in rule.hf[0]
+        rows, *rest = shape[1:] if of_experts else shape
         if rule.kind == "qkv":
             query = config.num_heads * config.head_dim
             key_or_value = config.num_kv_heads * config.head_dim
             hf_shapes = ((query, *rest), (key_or_value, *rest), (key_or_value, *rest))
         elif rule.kind == "gate_up":
-            hf_shapes = ((shape[0] // 2, *rest),) * 2
+            hf_shapes = ((rows // 2, *rest),) * 2
         else:
-            hf_shapes = (shape,)
+            hf_shapes = ((rows, *rest),)
+        hf_names = tuple(name.replace("{i}", layer) for name in rule.hf)
+        if of_experts:
+            hf_names = tuple(name.replace("{e}", str(e)) for e in range(shape[0]) for name in hf_names)
+            hf_shapes *= shape[0]
         entries.append(
             Entry(
                 megatron=rule.megatron.replace("{i}", layer),
-                hf_names=tuple(name.replace("{i}", layer) for name in rule.hf),
+                hf_names=hf_names,
                 kind=rule.kind,
                 shape=shape,
                 hf_shapes=hf_shapes,
                 num_groups=config.num_kv_heads if rule.kind == "qkv" else 1,
                 shard_dim=rule.shard_dim,
+                expert_dim=0 if of_experts else None,
+                fp32=rule.fp32,
+                hf_stacked=rule.hf_stacked and rule.hf_stacked.replace("{i}", layer),
             )
         )
     return entries
 
 
 def matrix_shapes(config: ModelConfig) -> set[tuple[int, int]]:
-    """The distinct (rows, columns) of the model's weight matrices."""
-    return {entry.shape for entry in expand(config) if len(entry.shape) == 2}
+    """The distinct (rows, columns) of the model's weight matrices, those of single experts among them."""
+    return {entry.shape[-2:] for entry in expand(config) if len(entry.shape) >= 2}
+
+
+def as_stacked(entry: Entry) -> Entry:
+    """The same parameter of experts, for a file that holds it under its one name `hf_stacked`."""
+    return replace(entry, kind="copy", hf_names=(entry.hf_stacked,), hf_shapes=(entry.shape,))
 
 
 def to_megatron(entry: Entry, hf_tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The parameter of shape `entry.shape` from the tensors of `entry.hf_names`, in that order: a permutation of rows.
 
-    A "copy" entry gives back the tensor itself, not a clone. Raises ValueError for a wrong number of tensors or a
-    wrong shape.
+    A "copy" of one tensor gives back the tensor itself, not a clone. Raises ValueError for a wrong number of tensors or
+    a wrong shape.
     """
     if len(hf_tensors) != len(entry.hf_names):
         raise ValueError(
@@ -110,8 +137,11 @@ def to_megatron(entry: Entry, hf_tensors: Sequence[torch.Tensor]) -> torch.Tenso
     for name, shape, tensor in zip(entry.hf_names, entry.hf_shapes, hf_tensors, strict=True):
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-    if entry.kind == "copy":
+    if entry.hf_shapes == (entry.shape,):
         return hf_tensors[0]
+    if entry.expert_dim is not None:
+        # One expert after the other, each by gate and up: what stacking them gives.
+        return torch.cat([tensor.reshape(-1) for tensor in hf_tensors]).view(entry.shape)
     # With one group, and for gate_up, "by group" is plain concatenation along dim 0.
     by_group = [tensor.reshape(entry.num_groups, -1, *tensor.shape[1:]) for tensor in hf_tensors]
     return torch.cat(by_group, dim=1).reshape(entry.shape)
@@ -124,8 +154,11 @@ def to_hf(entry: Entry, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """
     if tuple(tensor.shape) != entry.shape:
         raise ValueError(f"{entry.megatron}: expected shape {entry.shape}, got {tuple(tensor.shape)}")
-    if entry.kind == "copy":
+    if entry.hf_shapes == (entry.shape,):
         return (tensor,)
+    if entry.expert_dim is not None:
+        parts_of_expert = len(entry.hf_names) // entry.shape[0]
+        return tuple(part for expert in tensor for part in expert.chunk(parts_of_expert))
     rows_per_group = [shape[0] // entry.num_groups for shape in entry.hf_shapes]
     by_group = tensor.reshape(entry.num_groups, -1, *tensor.shape[1:])
     parts = by_group.split(rows_per_group, dim=1)

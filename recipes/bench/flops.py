@@ -12,8 +12,14 @@ H200_PEAK_FLOPS = 989e12
 
 
 def matmul_parameters(model: ModelConfig) -> int:
-    """Parameters that a token is multiplied with: all matrices, the head once, the embedding's look-up not."""
-    total = sum(entry.num_elements for entry in expand(model) if len(entry.shape) == 2)
+    """Parameters that a token is multiplied with: all matrices, of the experts its own, the head once, the embedding's
+    look-up not."""
+    total = 0
+    for entry in expand(model):
+        if entry.expert_dim is not None:
+            total += entry.num_elements // model.moe.num_experts * model.moe.experts_per_token
+        elif len(entry.shape) == 2:
+            total += entry.num_elements
     return total if model.tie_word_embeddings else total - model.vocab_size * model.hidden_size
 
 

@@ -92,6 +92,30 @@ def test_sharded_files_hold_the_same_weights(tmp_path):
     assert torch.equal(exported.lm_head.weight, one.output_layer.weight.bfloat16())
 
 
+def test_stacked_experts_in_the_file(tmp_path):
+    """transformers can also save the experts as it holds them in memory: one tensor per layer and projection."""
+    model = make_hf_model(tmp_path / "each", "qwen3_moe", seed=2, mlp_only_layers=[1])
+    model.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    names = load_file(tmp_path / "stacked" / "model.safetensors").keys()
+    assert "model.layers.0.mlp.experts.gate_up_proj" in names
+    assert not any("experts.0." in name for name in names)
+    each, stacked = (dict(load_decoder(tmp_path / kind).named_parameters()) for kind in ("each", "stacked"))
+    assert each.keys() == stacked.keys()
+    assert all(torch.equal(tensor, stacked[name]) for name, tensor in each.items())
+    edit_tensors(
+        tmp_path / "stacked", lambda t: t.update({"model.layers.0.mlp.experts.3.up_proj.weight": torch.ones(1)})
+    )
+    with pytest.raises(CheckpointError, match=r"unexpected: model\.layers\.0\.mlp\.experts\.3\.up_proj\.weight"):
+        load_decoder(tmp_path / "stacked")
+
+
+def test_a_missing_expert_is_named(tmp_path):
+    make_hf_model(tmp_path, "qwen3_moe", seed=2)
+    edit_tensors(tmp_path, lambda t: t.pop("model.layers.2.mlp.experts.4.down_proj.weight"))
+    with pytest.raises(CheckpointError, match=r"missing: model\.layers\.2\.mlp\.experts\.4\.down_proj\.weight"):
+        load_decoder(tmp_path)
+
+
 def test_loading_converts_and_stays_in_place(tmp_path):
     make_hf_model(tmp_path, "qwen3", seed=4)
     full = dict(load_decoder(tmp_path).named_parameters())

@@ -56,6 +56,15 @@ CASES = {
             **SLIDING,
         },
     ),
+    "qwen3 moe": ("qwen3_moe", {}),
+    "qwen3 moe, weights sum to 1, tied": ("qwen3_moe", {"norm_topk_prob": True, "tie": True}),
+    "qwen3 moe, a dense layer among them": ("qwen3_moe", {"mlp_only_layers": [1], "norm_topk_prob": True}),
+    "qwen3 moe, every second layer, biases, windows": (
+        "qwen3_moe",
+        {"decoder_sparse_step": 2, "attention_bias": True, "use_sliding_window": True, "sliding_window": 11},
+    ),
+    "qwen3 moe, one expert a token": ("qwen3_moe", {"num_experts_per_tok": 1, "num_experts": 5}),
+    "qwen3 moe, all experts": ("qwen3_moe", {"num_experts_per_tok": 4, "num_experts": 4}),
 }
 PROMPT_LENGTHS = (37, 1, 48, 18)
 
@@ -156,10 +165,11 @@ def raw_config(family: str = "llama", **changes) -> dict:
 def test_config_fields(family):
     config = parse_model_config(tiny_config(family, num_key_value_heads=1).to_dict())
     assert (config.family, config.num_layers, config.num_heads, config.num_kv_heads) == (family, 3, 4, 1)
-    assert config.head_dim == (32 if family == "qwen3" else 16)
+    assert config.head_dim == (32 if family in ("qwen3", "qwen3_moe") else 16)
     assert config.layer_windows == ((24,) * 3 if family == "mistral" else (None,) * 3)
     assert config.qkv_bias == (family == "qwen2")
-    assert config.qk_norm == (family == "qwen3")
+    assert config.qk_norm == (family in ("qwen3", "qwen3_moe"))
+    assert (config.moe is not None) == (family == "qwen3_moe")
     assert config.eos_token_ids == (0,)
     assert config.rope_scaling is None
 
@@ -232,6 +242,13 @@ def test_rope_per_layer_type_is_accepted_when_all_agree():
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types"),
         ("qwen3", {"layer_types": ["full_attention"] * 2 + ["linear_attention"]}, "layer_types = 'linear_attention'"),
         ("qwen3", {"layer_types": ["full_attention"] * 2 + ["sliding_attention"]}, "layer_types = 'sliding_attention'"),
+        ("qwen3_moe", {"num_experts_per_tok": 7}, "num_experts_per_tok = 7"),
+        ("qwen3_moe", {"num_local_experts": 0}, "num_local_experts = 0"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step = 0"),
+        ("qwen3_moe", {"mlp_only_layers": [3]}, r"mlp_only_layers = \[3\]"),
+        ("qwen3_moe", {"norm_topk_prob": "yes"}, "norm_topk_prob = 'yes'"),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size = 64"),
+        ("qwen3_moe", {"layer_types": ["full_attention"] * 3}, "layer_types"),
     ],
 )
 def test_unsupported_options_are_named(family, changes, named):

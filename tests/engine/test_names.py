@@ -1,12 +1,14 @@
 """The name table: to_hf inverts to_megatron bit for bit, and the layout is Megatron-core's."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
-from models import FAMILY_NAMES, tiny_config
+from models import FAMILY_NAMES, named_like_in_files, tiny_config
 
 from lockstep.engine.models.config import ModelConfig, parse_model_config
-from lockstep.engine.models.names import Entry, expand, format_table, to_hf, to_megatron
+from lockstep.engine.models.names import Entry, as_stacked, expand, format_table, matrix_shapes, to_hf, to_megatron
 
 OPTIONS = {
     "plain": {},
@@ -21,7 +23,11 @@ CASES = [
     for name, overrides in OPTIONS.items()
     if name != "biases" or family == "llama"
 ]
-CASES.append(pytest.param("qwen3", {"attention_bias": True}, id="qwen3 attention bias"))
+CASES += [
+    pytest.param("qwen3", {"attention_bias": True}, id="qwen3 attention bias"),
+    pytest.param("qwen3_moe", {"mlp_only_layers": [1]}, id="qwen3_moe dense layer"),
+    pytest.param("qwen3_moe", {"num_experts": 1, "num_experts_per_tok": 1}, id="qwen3_moe one expert"),
+]
 
 
 def make_config(family: str, overrides: dict) -> ModelConfig:
@@ -59,7 +65,7 @@ def test_hf_names_are_transformers_own(family, overrides):
     hf_config = tiny_config(family, **overrides)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(hf_config)
-    theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in named_like_in_files(model.named_parameters()).items()}
     ours = {
         name: shape
         for entry in expand(make_config(family, overrides))
@@ -111,6 +117,43 @@ def test_names_of_a_biased_layer():
         "decoder.final_layernorm.weight",
         "output_layer.weight",
     ]
+
+
+def test_experts_are_stacked_by_index():
+    config = make_config("qwen3_moe", {"num_experts": 3})
+    fc1 = entry_named(config, "decoder.layers.1.mlp.experts.linear_fc1.weight")
+    fc2 = entry_named(config, "decoder.layers.1.mlp.experts.linear_fc2.weight")
+    assert fc1.hf_names[2:4] == tuple(f"model.layers.1.mlp.experts.1.{part}_proj.weight" for part in ("gate", "up"))
+    assert (fc1.shape, fc1.expert_dim, fc1.shard_dim) == ((3, 64, 64), 0, 1)
+    assert (fc2.shape, fc2.expert_dim, fc2.shard_dim) == ((3, 64, 32), 0, 2)
+    merged = to_megatron(fc1, [torch.full((32, 64), float(index)) for index in range(6)])
+    assert merged[:, ::32, 0].tolist() == [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]
+    assert merged[:, 31::32, 63].tolist() == [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]
+    assert (64, 64) in matrix_shapes(config)
+    stacked = as_stacked(fc1)
+    assert stacked.hf_names == ("model.layers.1.mlp.experts.gate_up_proj",)
+    assert to_megatron(stacked, [merged]) is merged
+
+
+def test_dense_layers_among_those_with_experts():
+    config = make_config("qwen3_moe", {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]})
+    assert config.moe.layers == (1,)
+    mlps = [entry.megatron for entry in expand(config) if ".mlp." in entry.megatron]
+    dense = ["linear_fc1", "linear_fc2"]
+    wanted = {0: dense, 1: ["router", "experts.linear_fc1", "experts.linear_fc2"], 2: dense, 3: dense}
+    assert mlps == [f"decoder.layers.{i}.mlp.{name}.weight" for i, names in wanted.items() for name in names]
+
+
+def test_a_router_with_a_bias_and_shared_experts():
+    config = make_config("qwen3_moe", {"num_hidden_layers": 1})
+    config = replace(config, moe=replace(config.moe, has_expert_bias=True, shared_ffn_hidden_size=80))
+    entries = {entry.megatron.removeprefix("decoder.layers.0.mlp."): entry for entry in expand(config)}
+    assert entries["router.expert_bias"].hf_names == ("model.layers.0.mlp.gate.e_score_correction_bias",)
+    assert entries["router.expert_bias"].fp32
+    assert entries["shared_experts.linear_fc1.weight"].shape == (160, 64)
+    shared_fc2 = entries["shared_experts.linear_fc2.weight"]
+    assert shared_fc2.hf_names == ("model.layers.0.mlp.shared_experts.down_proj.weight",)
+    assert not any(entry.fp32 for name, entry in entries.items() if name != "router.expert_bias")
 
 
 def test_wrong_shapes_are_named():

@@ -36,6 +36,8 @@ MODELS = {
     "qwen2-tied-mqa": ("qwen2", {"num_key_value_heads": 1, "tie": True}),
     "qwen3": ("qwen3", {}),
     "qwen3-tied": ("qwen3", {"tie": True}),
+    "qwen3-moe": ("qwen3_moe", {}),
+    "qwen3-moe-dense-layer-normalized": ("qwen3_moe", {"mlp_only_layers": [1], "norm_topk_prob": True, "tie": True}),
 }
 
 

@@ -1,6 +1,7 @@
 """Tiny random models in transformers' format, for tests; norm weights and biases are random too, so a mix-up shows."""
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,13 @@ _FAMILIES: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]]
     "mistral": (transformers.MistralConfig, {"sliding_window": 24}),
     "qwen2": (transformers.Qwen2Config, {}),
     "qwen3": (transformers.Qwen3Config, {"head_dim": 32}),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        {"head_dim": 32, "moe_intermediate_size": 32, "num_experts": 6, "num_experts_per_tok": 2},
+    ),
 }
 FAMILY_NAMES = tuple(_FAMILIES)
+_EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 def tiny_config(family: str, **overrides: Any) -> transformers.PreTrainedConfig:
@@ -49,6 +55,7 @@ def make_hf_model(
     """
     config = tiny_config(family, tie_word_embeddings=tie, **overrides)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.set_experts_implementation("eager")  # the others do not compute in fp64
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -58,6 +65,21 @@ def make_hf_model(
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
             else:
-                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
     model.save_pretrained(path, max_shard_size=max_shard_size)
     return model
+
+
+def named_like_in_files(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A model's tensors under the names that its files have: in memory transformers holds a layer's experts stacked."""
+    files: dict[str, torch.Tensor] = {}
+    for name, tensor in named:
+        prefix, stacked, kind = name.partition(".experts.")
+        if not stacked or tensor.dim() < 3:
+            files[name] = tensor
+            continue
+        for e, expert in enumerate(tensor):
+            parts = expert.chunk(2) if kind == "gate_up_proj" else (expert,)
+            for part_name, part in zip(_EXPERT_PARTS[kind], parts, strict=True):
+                files[f"{prefix}.experts.{e}.{part_name}.weight"] = part
+    return files

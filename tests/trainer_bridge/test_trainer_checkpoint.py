@@ -26,9 +26,12 @@ def batches(seed):
     return pack([TrainSequence(t, [False] * 2 + [True] * 18) for t in tokens], 64)
 
 
-@pytest.mark.parametrize(("family", "tie"), [("llama", True), ("qwen2", False), ("qwen3", False)])
-def test_resuming_continues_to_the_bit(tmp_path, family, tie):
-    make_hf_model(tmp_path / "model", family, seed=1, tie=tie)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("llama", {"tie": True}), ("qwen2", {}), ("qwen3", {}), ("qwen3_moe", {"mlp_only_layers": [1]})],
+)
+def test_resuming_continues_to_the_bit(tmp_path, family, options):
+    make_hf_model(tmp_path / "model", family, seed=1, **options)
     trainer = new_trainer(tmp_path / "model")
     trainer.save(tmp_path / "checkpoints" / "0")
     first_hash = trainer.weights_hash()

@@ -1,10 +1,12 @@
 """The trained model against the engine's decoder to the bit, and against transformers in values and gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from models import FAMILY_NAMES, make_hf_model
+from models import FAMILY_NAMES, make_hf_model, named_like_in_files
 
-from lockstep.engine.checkpoint import load_into
+from lockstep.engine.checkpoint import initialize_dummy, load_into
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.models.decoder import AttentionContext, AttentionPart, Decoder
 from lockstep.engine.models.names import expand, to_megatron
@@ -13,6 +15,7 @@ from lockstep.kernels.log_probs import token_log_probs
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 from lockstep.trainer_bridge.layer_spec import PackedSequences
 from lockstep.trainer_bridge.losses import sft_loss
+from lockstep.trainer_bridge.model import LockstepGPTModel
 from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 CASES = {
@@ -23,6 +26,7 @@ CASES = {
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "tie": True},
     ),
+    "qwen3 moe, a dense layer, weights sum to 1": ("qwen3_moe", {"mlp_only_layers": [1], "norm_topk_prob": True}),
 }
 PAGE_SIZE = 16
 
@@ -82,6 +86,40 @@ def test_names_and_log_probs_are_the_decoders(case, tmp_path):
             torch.testing.assert_close(torch.tensor(values[1:]), by_hf, atol=1e-4, rtol=0)
 
 
+def test_every_kind_of_routing_has_the_decoders_bits(tmp_path):
+    """Options that no served family has yet: the trainer's layer and the engine's on the same random weights."""
+    make_hf_model(tmp_path, "qwen3_moe", seed=1)
+    config = load_model_config(tmp_path)
+    moe = replace(
+        config.moe,
+        layers=(1, 2),
+        shared_ffn_hidden_size=48,
+        scoring="sigmoid",
+        has_expert_bias=True,
+        num_groups=3,
+        top_groups=2,
+        group_score="sum_of_top_2",
+        normalize_weights=True,
+        weight_scale=2.5,
+        fp32_logits=True,
+    )
+    config = replace(config, moe=moe)
+    decoder = Decoder(config, "cpu", torch.float32)
+    ranks = MegatronTrainer(TrainerConfig(model=str(tmp_path))).ranks
+    model = LockstepGPTModel(config, torch.device("cpu"), torch.float32, ranks)
+    assert {n: p.shape for n, p in decoder.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    initialize_dummy(decoder, seed=3)
+    initialize_dummy(model, seed=3)
+    (sequence,) = random_sequences([60])
+    positions, cu_seqlens = torch.arange(60), torch.tensor([0, 60], dtype=torch.int32)
+    tokens = torch.tensor(sequence)
+    logprobs, _ = model(tokens, positions, cu_seqlens, positions[:-1], tokens[1:], 1.0)
+    assert torch.equal(logprobs.detach(), decoder_logprobs(decoder, sequence, 1.0, 7))
+    logprobs.sum().backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert without == [f"decoder.layers.{layer}.mlp.router.expert_bias" for layer in (1, 2)]
+
+
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_log_probs_do_not_depend_on_the_packing(family, tmp_path):
     make_hf_model(tmp_path, family, seed=2)
@@ -110,7 +148,7 @@ def hf_gradients(hf, sequences, config):
             if t % 3 != 0:
                 total, count = total - logprobs[t - 1, s[t]], count + 1
     (total / count).backward()
-    gradients = {name: parameter.grad for name, parameter in hf.named_parameters()}
+    gradients = named_like_in_files((name, parameter.grad) for name, parameter in hf.named_parameters())
     return (total / count).item(), {
         entry.megatron: to_megatron(entry, [gradients[name] for name in entry.hf_names]) for entry in expand(config)
     }

@@ -1,6 +1,6 @@
 """The model families that the engine serves and the trainer trains. A new one is a file here and a line below."""
 
-from lockstep.engine.models.families import llama, mistral, qwen2, qwen3
+from lockstep.engine.models.families import llama, mistral, qwen2, qwen3, qwen3_moe
 from lockstep.engine.models.families.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -8,4 +8,5 @@ FAMILIES: dict[str, Family] = {
     "mistral": mistral.FAMILY,
     "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
 }

@@ -10,14 +10,18 @@ class NameRule:
     """One parameter (of every layer, where the names hold `{i}`) under both naming schemes.
 
     megatron:  the parameter's name inside Lockstep.
-    hf:        the tensors of a transformers checkpoint that make it up, in the order that `kind` expects.
+    hf:        the tensors of a transformers checkpoint that make it up, in the order that `kind` expects. Where they
+               hold `{e}` there are such tensors for every expert, and the parameter is their stack along dim 0.
     kind:      "copy": one tensor, as it is. "qkv": q, k, v merged by query group (a group's query heads, its key head,
-               its value head, and so on). "gate_up": gate and up concatenated along dim 0.
+               its value head, and so on). "gate_up": gate and up concatenated along dim 0 (of an expert's tensors).
     shape:     names of dimensions, see `names.dimensions`.
-    shard_dim: the dimension that tensor parallelism splits: 0 for column-parallel and vocabulary-parallel parameters,
-               1 for row-parallel ones, None where every rank holds the whole. "qkv" is split between groups; "gate_up"
-               has its two halves split separately.
+    shard_dim: the dimension that tensor parallelism splits: that of the output for column-parallel parameters, of the
+               vocabulary for vocabulary-parallel ones, of the input for row-parallel ones, None where every rank holds
+               the whole. "qkv" is split between groups; "gate_up" has its two halves split separately.
+    layers:    the layers that have it: "all", "dense" (those with one MLP), "moe" (those with experts).
     when:      (ModelConfig field, value) that must hold for the parameter to exist; None if it always does.
+    fp32:      held in fp32 whatever the model's dtype.
+    hf_stacked: the name of all experts' tensors stacked and merged as this parameter is, which some files hold instead.
     """
 
     megatron: str
@@ -25,7 +29,10 @@ class NameRule:
     shape: tuple[str, ...]
     kind: Literal["copy", "qkv", "gate_up"] = "copy"
     shard_dim: int | None = None
+    layers: Literal["all", "dense", "moe"] = "all"
     when: tuple[str, bool] | None = None
+    fp32: bool = False
+    hf_stacked: str | None = None
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Family:
 
     defaults: values that transformers takes for keys which config.json leaves out.
     parse:    config.json with the defaults filled in -> the ModelConfig fields in which families differ: qkv_bias,
-              proj_bias, mlp_bias, qk_norm, layer_windows. Raises UnsupportedModelError.
+              proj_bias, mlp_bias, qk_norm, layer_windows, and moe if it has experts. Raises UnsupportedModelError.
     table:    the names, as data.
     """
 
@@ -59,6 +66,14 @@ def read_flag(raw: Mapping[str, Any], key: str) -> bool:
     if value not in (None, True, False):
         raise unsupported(key, value, "expected true or false")
     return bool(value)
+
+
+def read_size(raw: Mapping[str, Any], key: str) -> int:
+    """The positive integer at `key`."""
+    value = raw.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise unsupported(key, value, "expected a positive integer")
+    return value
 
 
 def refuse_flags(raw: Mapping[str, Any], family: str, *keys: str) -> None:
@@ -150,6 +165,7 @@ DENSE_DECODER_TABLE: tuple[NameRule, ...] = (
         ("gate_up", "hidden"),
         kind="gate_up",
         shard_dim=0,
+        layers="dense",
     ),
     NameRule(
         _MEGATRON + "mlp.linear_fc1.bias",
@@ -157,10 +173,23 @@ DENSE_DECODER_TABLE: tuple[NameRule, ...] = (
         ("gate_up",),
         kind="gate_up",
         shard_dim=0,
+        layers="dense",
         when=("mlp_bias", True),
     ),
-    NameRule(_MEGATRON + "mlp.linear_fc2.weight", (_HF + "mlp.down_proj.weight",), ("hidden", "ffn"), shard_dim=1),
-    NameRule(_MEGATRON + "mlp.linear_fc2.bias", (_HF + "mlp.down_proj.bias",), ("hidden",), when=("mlp_bias", True)),
+    NameRule(
+        _MEGATRON + "mlp.linear_fc2.weight",
+        (_HF + "mlp.down_proj.weight",),
+        ("hidden", "ffn"),
+        shard_dim=1,
+        layers="dense",
+    ),
+    NameRule(
+        _MEGATRON + "mlp.linear_fc2.bias",
+        (_HF + "mlp.down_proj.bias",),
+        ("hidden",),
+        layers="dense",
+        when=("mlp_bias", True),
+    ),
     NameRule("decoder.final_layernorm.weight", ("model.norm.weight",), ("hidden",)),
     NameRule(
         "output_layer.weight",
@@ -170,3 +199,59 @@ DENSE_DECODER_TABLE: tuple[NameRule, ...] = (
         when=("tie_word_embeddings", False),
     ),
 )
+
+# The experts of a layer are one tensor, stacked by index, in the engine and in the trainer: the kernel that multiplies
+# all experts' tokens takes it as it is. Megatron's own names for its parts are
+# `mlp.experts.local_experts.{e}.linear_fc1.weight` (a module per expert) and `mlp.experts.linear_fc1.weight{e}`
+# (grouped); its layout of one expert's weight is ours.
+MOE_TABLE: tuple[NameRule, ...] = (
+    NameRule(_MEGATRON + "mlp.router.weight", (_HF + "mlp.gate.weight",), ("experts", "hidden"), layers="moe"),
+    NameRule(
+        _MEGATRON + "mlp.router.expert_bias",
+        (_HF + "mlp.gate.e_score_correction_bias",),
+        ("experts",),
+        layers="moe",
+        when=("moe.has_expert_bias", True),
+        fp32=True,
+    ),
+    NameRule(
+        _MEGATRON + "mlp.experts.linear_fc1.weight",
+        (_HF + "mlp.experts.{e}.gate_proj.weight", _HF + "mlp.experts.{e}.up_proj.weight"),
+        ("experts", "expert_gate_up", "hidden"),
+        kind="gate_up",
+        shard_dim=1,
+        layers="moe",
+        hf_stacked=_HF + "mlp.experts.gate_up_proj",
+    ),
+    NameRule(
+        _MEGATRON + "mlp.experts.linear_fc2.weight",
+        (_HF + "mlp.experts.{e}.down_proj.weight",),
+        ("experts", "hidden", "expert_ffn"),
+        shard_dim=2,
+        layers="moe",
+        hf_stacked=_HF + "mlp.experts.down_proj",
+    ),
+    NameRule(
+        _MEGATRON + "mlp.shared_experts.linear_fc1.weight",
+        (_HF + "mlp.shared_experts.gate_proj.weight", _HF + "mlp.shared_experts.up_proj.weight"),
+        ("shared_gate_up", "hidden"),
+        kind="gate_up",
+        shard_dim=0,
+        layers="moe",
+        when=("moe.has_shared_experts", True),
+    ),
+    NameRule(
+        _MEGATRON + "mlp.shared_experts.linear_fc2.weight",
+        (_HF + "mlp.shared_experts.down_proj.weight",),
+        ("hidden", "shared_ffn"),
+        shard_dim=1,
+        layers="moe",
+        when=("moe.has_shared_experts", True),
+    ),
+)
+
+
+def with_experts(table: tuple[NameRule, ...]) -> tuple[NameRule, ...]:
+    """A dense decoder's table with MOE_TABLE after the other rules of a layer."""
+    end_of_layer = 1 + max(index for index, rule in enumerate(table) if "{i}" in rule.megatron)
+    return table[:end_of_layer] + MOE_TABLE + table[end_of_layer:]
