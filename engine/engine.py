@@ -5,24 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from lockstep.engine import checkpoint, weights
+from lockstep.engine import weights
+from lockstep.engine.build import build_model, check_parallel, num_kv_pages, rank_device, scheduler_config
 from lockstep.engine.detokenizer import Detokenizer
-from lockstep.engine.models.config import ModelConfig, load_model_config
-from lockstep.engine.models.decoder import Decoder
-from lockstep.engine.models.names import matrix_shapes
+from lockstep.engine.models.config import load_model_config
 from lockstep.engine.page_pool import PagePool
 from lockstep.engine.radix_cache import RadixCache
 from lockstep.engine.request import Request, RequestOutput, SamplingParams
 from lockstep.engine.runner import LaunchedStep, Runner
-from lockstep.engine.scheduler import Scheduler, SchedulerConfig
-from lockstep.kernels import numerics
+from lockstep.engine.scheduler import Scheduler
+from lockstep.engine.tensor_parallel import LeadingRunner, LeadingWeights, start_workers
+from lockstep.engine.workers import RankError, Workers
 
-PAGE_SIZE = {"cpu": 16, "cuda": 64}
-CPU_KV_CACHE_BYTES = 512 * 2**20
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -41,6 +40,13 @@ class EngineConfig:
     cuda_graphs: on a GPU, decode steps are replayed as graphs.
     group_prefixes: on a GPU, attention reads a prefix that decoding requests share once for all of them.
     overlap: on a GPU, a step is scheduled while the one before still runs.
+    row_parallel_splits: the parts, a power of two, in which the sums of the row-parallel products are taken: a setting
+        of the numerics, which a trainer must share. See kernels.row_parallel_linear.
+    tp_size: processes, on as many GPUs or on the CPU, that each hold a part of every layer and of the KV. It divides
+        row_parallel_splits and changes no bit. multiprocessing spawns them, so a script's `__main__` has its guard.
+        Decode steps are then not captured in graphs.
+    rank_timeout_s: how long one of them may keep the others waiting before the engine gives it up.
+    rank_start_timeout_s: how long they may take to start and to read their weights.
     """
 
     model: str
@@ -58,7 +64,11 @@ class EngineConfig:
     cuda_graphs: bool = True
     group_prefixes: bool = True
     overlap: bool = True
+    row_parallel_splits: int = 1
     tp_size: int = 1
+    ep_size: int = 1
+    rank_timeout_s: float = 120.0
+    rank_start_timeout_s: float = 900.0
     draft_model: str | None = None
     num_draft_tokens: int = 0
 
@@ -75,8 +85,11 @@ class EngineConfig:
             raise ValueError(f"on the CPU the row contract holds in float32 only, got dtype={self.dtype!r}")
         if not 0.0 < self.memory_fraction <= 1.0:
             raise ValueError(f"EngineConfig.memory_fraction must be in (0, 1], got {self.memory_fraction}")
-        if self.tp_size != 1:
-            raise ValueError(f"EngineConfig.tp_size: this version serves on one device, got {self.tp_size}")
+        for field in ("rank_timeout_s", "rank_start_timeout_s"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"EngineConfig.{field} must be positive, got {getattr(self, field)}")
+        if self.ep_size != 1:
+            raise ValueError(f"EngineConfig.ep_size: this version does not split experts, got {self.ep_size}")
         if self.draft_model is not None or self.num_draft_tokens:
             raise ValueError("EngineConfig.draft_model, num_draft_tokens: this version does not speculate")
 
@@ -101,37 +114,38 @@ class Engine:
 
     def __init__(self, config: EngineConfig):
         self.config = config
-        device, dtype = torch.device(config.device), getattr(torch, config.dtype)
-        numerics.set_up(device)
         self.model_config = load_model_config(config.model)
-        numerics.check_row_contract(device, dtype, matrix_shapes(self.model_config))
-        self.max_model_len = _max_model_len(config, self.model_config)
-        self.model = Decoder(self.model_config, device=device, dtype=dtype)
-        if config.load_format == "dummy":
-            checkpoint.initialize_dummy(self.model, config.seed)
-        else:
-            checkpoint.load_into(self.model, config.model)
+        check_parallel(config, self.model_config)
+        device = rank_device(config, 0)
+        sizes = scheduler_config(config, self.model_config)
+        self.max_model_len = sizes.max_model_len
         self.tokenizer = _load_tokenizer(config.model)
         self.weight_version = 0
+        self.workers: Workers | None = start_workers(config, self.model_config) if config.tp_size > 1 else None
+        try:
+            self.model = build_model(config, self.model_config, device, self.workers and self.workers.group)
+            num_pages = num_kv_pages(config, sizes, self.model, device)
+            if self.workers is not None:
+                with self.workers.watched():
+                    num_pages = self.workers.meet(num_pages)
+        except BaseException:
+            self._end_workers()
+            raise
         self.weight_targets = dict(self.model.named_parameters())
+        self.rank_weights = self.workers and LeadingWeights(self.workers, self.model_config, self.weight_targets)
 
-        page_size = config.page_size or PAGE_SIZE[device.type]
-        num_pages = _num_pages(config, page_size, self.model_config, self.max_model_len, device, dtype)
         self.pool = PagePool(num_pages)
-        self.cache = RadixCache(self.pool, page_size)
-        self.scheduler = Scheduler(
-            SchedulerConfig(
-                max_running_requests=config.max_running_requests,
-                max_prefill_tokens=config.max_prefill_tokens,
-                page_size=page_size,
-                max_model_len=self.max_model_len,
-                enable_prefix_cache=config.enable_prefix_cache,
-            ),
-            self.pool,
-            self.cache,
-        )
-        self.runner = Runner(
-            self.model, self.scheduler.config, num_pages, device, dtype, config.cuda_graphs, config.group_prefixes
+        self.cache = RadixCache(self.pool, sizes.page_size)
+        self.scheduler = Scheduler(sizes, self.pool, self.cache)
+        runner = Runner if self.workers is None else partial(LeadingRunner, self.workers)
+        self.runner = runner(
+            self.model,
+            sizes,
+            num_pages,
+            device,
+            getattr(torch, config.dtype),
+            config.cuda_graphs,
+            config.group_prefixes,
         )
         self.overlaps = config.overlap and device.type == "cuda"
         self.in_flight: LaunchedStep | None = None
@@ -191,7 +205,8 @@ class Engine:
 
         On a GPU the pass is launched, and the results are those of the pass before, during which this one was prepared
         (of both, a request then named twice, where overlapping has to stop).
-        Raises FloatingPointError that names the request for logits without a number; it is ended then.
+        Raises FloatingPointError that names the request for logits without a number; it is ended then. Raises RankError
+        that names a rank which died or did not answer: all ranks have ended then, and the engine serves no more.
         """
         started = time.perf_counter()
         self.editing = [request for request in self.editing if request.finish_reason is None]
@@ -257,18 +272,26 @@ class Engine:
         if inflight not in ("keep", "recompute", "abort"):
             raise ValueError(f'inflight must be "keep", "recompute" or "abort", got {inflight!r}')
         started = time.perf_counter()
-        staged = weights.stage(named_tensors, self.weight_targets)
-        expected = weights.checksum(staged.items())
+        staged = weights.stage(
+            named_tensors, self.weight_targets if self.rank_weights is None else self.rank_weights.wholes
+        )
+        hashes = weights.content_hashes(staged)
+        expected = weights.combined_checksum(staged, hashes)
+        if self.rank_weights is not None:
+            self.rank_weights.stage(staged, hashes)
         verified = time.perf_counter()
         if inflight == "abort":
             self.scheduler.abort_all()
         elif inflight == "recompute":
             self.scheduler.preempt_all()
-        weights.copy_in_place(staged, self.weight_targets)
+        if self.rank_weights is None:
+            weights.copy_in_place(staged, self.weight_targets)
+        else:
+            self.rank_weights.flip()
         self.weight_version = version
         self.scheduler.set_version(version)
         copied = time.perf_counter()
-        served = weights.checksum(self.weight_targets.items())
+        served = self.checksum()
         if served != expected:
             raise RuntimeError(f"weights served after update {version} differ from those sent: {served} != {expected}")
         return {
@@ -278,6 +301,13 @@ class Engine:
             "verify_s": time.perf_counter() - copied,
             "checksum": served,
         }
+
+    def checksum(self) -> str:
+        """weights.checksum of the whole weights that are served, for any tp_size the same."""
+        self._check_running()
+        if self.rank_weights is None:
+            return weights.checksum(self.weight_targets.items())
+        return self.rank_weights.checksum()
 
     # The rest --------------------------------------------------------------------------------------------------------
 
@@ -294,16 +324,24 @@ class Engine:
         }
 
     def shutdown(self) -> None:
-        """Ends all requests and frees the model and its KV cache. Later calls raise RuntimeError."""
+        """Ends all requests, frees the model and its KV cache, and ends the ranks. Later calls raise RuntimeError."""
         if not self.is_shut_down:
-            self.scheduler.abort_all()
-            self._drain()
             self.is_shut_down = True
-            del self.runner, self.model, self.weight_targets
+            self.scheduler.abort_all()
+            if self.workers is None or self.workers.ended_by is None:
+                self._drain()
+            self._end_workers()
+            del self.runner, self.model, self.weight_targets, self.rank_weights
+
+    def _end_workers(self) -> None:
+        if self.workers is not None:
+            self.workers.shutdown()
 
     def _check_running(self) -> None:
         if self.is_shut_down:
             raise RuntimeError("this engine was shut down")
+        if self.workers is not None and self.workers.ended_by is not None:
+            raise RankError(f"this engine's ranks have ended: {self.workers.ended_by}")
 
     def _requests(self, prompts, params, kind: str) -> list[Request]:
         """Checks everything, then makes the requests, so that a bad prompt leaves nothing behind."""
@@ -423,35 +461,6 @@ class Engine:
         if len(request.logprobs) >= params.max_tokens or len(request.tokens) >= self.max_model_len:
             return "length"
         return None
-
-
-def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
-    longest = config.max_model_len or model.max_position_embeddings
-    if longest > model.max_position_embeddings:
-        raise ValueError(
-            f"EngineConfig.max_model_len={longest} is beyond the model's max_position_embeddings="
-            f"{model.max_position_embeddings}"
-        )
-    return longest
-
-
-def _num_pages(
-    config: EngineConfig,
-    page_size: int,
-    model: ModelConfig,
-    max_model_len: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> int:
-    page_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * page_size * dtype.itemsize
-    if config.kv_cache_tokens is not None:
-        if config.kv_cache_tokens < page_size:
-            raise ValueError(f"kv_cache_tokens={config.kv_cache_tokens} is less than a page of {page_size}")
-        return config.kv_cache_tokens // page_size
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * config.memory_fraction) // page_bytes
-    useful = config.max_running_requests * -(-max_model_len // page_size)
-    return max(1, min(useful, CPU_KV_CACHE_BYTES // page_bytes))
 
 
 def _load_tokenizer(path: str):

@@ -15,15 +15,23 @@ def checksum(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
     The contents are hashed where they are: on a GPU at the speed of its memory.
     """
-    tensors = sorted(named_tensors, key=lambda item: item[0])
-    hashes = _on_host([content_hash(tensor) for _, tensor in tensors])
+    tensors = dict(named_tensors)
+    return combined_checksum(tensors, content_hashes(tensors))
+
+
+def content_hashes(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    return dict(zip(tensors, on_host([content_hash(tensor) for tensor in tensors.values()]), strict=True))
+
+
+def combined_checksum(tensors: Mapping[str, torch.Tensor], hashes: Mapping[str, int]) -> str:
+    """`checksum` of tensors (of which only shapes and dtypes are used) with these content hashes."""
     digest = hashlib.sha256()
-    for (name, tensor), content in zip(tensors, hashes, strict=True):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {content}\n".encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {hashes[name]}\n".encode())
     return digest.hexdigest()
 
 
-def _on_host(scalars: list[torch.Tensor]) -> list[int]:
+def on_host(scalars: list[torch.Tensor]) -> list[int]:
     """Their values; those on a GPU come in one copy."""
     if len({scalar.device for scalar in scalars}) > 1:
         return [int(scalar) for scalar in scalars]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lockstep.engine.models.config import ModelConfig
-from lockstep.engine.models.sharding import Shard, part, shard_config
+from lockstep.engine.models.sharding import Shard, part_of, shard_config
 from lockstep.engine.rank_group import RankGroup
 from lockstep.kernels.attention import attention
 from lockstep.kernels.attention_plan import AttentionPlan
@@ -260,7 +260,7 @@ class Decoder(nn.Module):
         weight = self.embedding.word_embeddings.weight
         if self.ranks is None:
             return embedding(token_ids, weight)
-        row = token_ids - part(self.config.vocab_size, self.shard).start
+        row = token_ids - part_of(self.config.vocab_size, self.shard).start
         is_elsewhere = (row < 0) | (row >= len(weight))
         hidden = embedding(row.masked_fill(is_elsewhere, 0), weight).masked_fill_(is_elsewhere[:, None], 0)
         return self.ranks.sum_disjoint(hidden)

@@ -64,7 +64,7 @@ class ParameterShard:
             whole[piece.whole].copy_(local[piece.local])
 
 
-def part(length: int, shard: Shard) -> slice:
+def part_of(length: int, shard: Shard) -> slice:
     """The shard's part of a dimension: equal parts, but for the vocabulary's last, which may be shorter."""
     size = -(-length // shard.size)
     return slice(min(shard.rank * size, length), min((shard.rank + 1) * size, length))
@@ -84,7 +84,7 @@ def check_divides(config: ModelConfig, tp_size: int, row_parallel_splits: int) -
     ):
         if length % parts:
             raise ValueError(f"{count}={parts} does not divide the model's {name} = {length}")
-    last = part(config.vocab_size, Shard(tp_size - 1, tp_size))
+    last = part_of(config.vocab_size, Shard(tp_size - 1, tp_size))
     if last.start == last.stop:
         raise ValueError(f"tp_size={tp_size} leaves a rank without a part of vocab_size = {config.vocab_size}")
 
@@ -93,7 +93,7 @@ def shard_config(config: ModelConfig, shard: Shard) -> ModelConfig:
     """The sizes of a rank's part: query groups, feed-forward width and vocabulary are split, all else is whole."""
     if shard.size == 1:
         return config
-    vocabulary = part(config.vocab_size, shard)
+    vocabulary = part_of(config.vocab_size, shard)
     return replace(
         config,
         vocab_size=vocabulary.stop - vocabulary.start,
@@ -122,7 +122,7 @@ def _pieces(entry: Entry, local_shape: tuple[int, ...], shard: Shard) -> tuple[P
         return (Piece(everything, everything),)
     num_blocks = 2 if entry.kind == "gate_up" else 1
     block = entry.shape[dim] // num_blocks
-    own = part(block, shard)
+    own = part_of(block, shard)
     length = own.stop - own.start
     return tuple(
         Piece(
