@@ -66,7 +66,7 @@ class RankGroup:
         return x
 
     def gather_columns(self, x: torch.Tensor, num_columns: int) -> torch.Tensor | None:
-        """x: [N, this rank's part of the columns], see `sharding.part_of`. [N, num_columns] on rank 0, None elsewhere."""
+        """x: [N, this rank's part of the columns], see `sharding.part_of`. [N, num_columns] on rank 0, else None."""
         width = -(-num_columns // self.size)
         x = F.pad(x, (0, width - x.shape[1])) if x.shape[1] < width else x
         if x.numel() == 0:

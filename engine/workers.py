@@ -110,6 +110,11 @@ class Workers:
             self.shutdown()
             raise
 
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of ranks 1, 2, ..."""
+        return [process.pid for process in self._processes]
+
     def meet(self, num_pages: int) -> int:
         """Waits until all workers have their weights. Returns the pages of KV that every rank has memory for."""
         for rank, (own, process) in enumerate(zip(self._sockets, self._processes, strict=True), 1):
