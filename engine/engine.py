@@ -165,9 +165,9 @@ class Engine:
         Returns the outputs in the order of the prompts (the `n` samples of a prompt in a row). Raises ValueError that
         names the prompt and the problem if a request is impossible; nothing is generated then.
         """
-        requests = self._requests(prompts, params, "generate")
+        requests = self.prepare(prompts, params, "generate")
         # The call ends with its last request, so those that may become the longest start first.
-        self._queue(sorted(requests, key=lambda request: -request.params.max_tokens))
+        self.queue(sorted(requests, key=lambda request: -request.params.max_tokens))
         self._complete(requests)
         return [self.output(request) for request in requests]
 
@@ -175,7 +175,7 @@ class Engine:
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[TokenEvent]:
         """The tokens of `generate`, each as soon as it is drawn. Closing the iterator aborts what is unfinished."""
-        return self._stream(self._requests(prompts, params, "generate"))
+        return self._stream(self.prepare(prompts, params, "generate"))
 
     def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[list[float | None]]:
         """Log-probs of given tokens: `[None, lp(t1 | t0), lp(t2 | t0 t1), ...]` per sequence; generation's bits."""
@@ -196,9 +196,50 @@ class Engine:
 
         kind: "generate", or "score" for the log-probs of the given tokens. Raises as `generate` does.
         """
-        requests = self._requests(prompts, params, kind)
-        self._queue(requests)
+        requests = self.prepare(prompts, params, kind)
+        self.queue(requests)
         return requests
+
+    def prepare(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        kind: str = "generate",
+    ) -> list[Request]:
+        """Requests that wait for `queue`. Raises as `generate` does; a bad prompt leaves nothing behind."""
+        self._check_running()
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(params)} SamplingParams")
+        requests = []
+        for prompt_index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
+            for sample_index in range(sampling.n):
+                request = Request(
+                    request_id=self.next_request_id + len(requests),
+                    prompt_ids=list(prompt),
+                    params=sampling,
+                    seed=(sampling.seed + sample_index) % 2**63,
+                    prompt_index=prompt_index,
+                    sample_index=sample_index,
+                    kind=kind,
+                )
+                try:
+                    self._check(request)
+                except ValueError as error:
+                    raise ValueError(f"prompt {prompt_index}: {error}") from None
+                requests.append(request)
+        self.next_request_id += len(requests)
+        return requests
+
+    def queue(self, requests: Sequence[Request]) -> None:
+        """Adds requests of `prepare`, of this engine or of another of the same config."""
+        for request in requests:
+            if request.params.stop:
+                request.detokenizer = Detokenizer(self.tokenizer, request.params.stop)
+            if request.params.edits_logits:
+                self.editing.append(request)
+            self.scheduler.add(request)
 
     def step(self) -> list[Request]:
         """One forward pass over the running requests; returns those that were given a token or a score.
@@ -343,33 +384,6 @@ class Engine:
         if self.workers is not None and self.workers.ended_by is not None:
             raise RankError(f"this engine's ranks have ended: {self.workers.ended_by}")
 
-    def _requests(self, prompts, params, kind: str) -> list[Request]:
-        """Checks everything, then makes the requests, so that a bad prompt leaves nothing behind."""
-        self._check_running()
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prompts)
-        if len(params) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(params)} SamplingParams")
-        requests = []
-        for prompt_index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
-            for sample_index in range(sampling.n):
-                request = Request(
-                    request_id=self.next_request_id + len(requests),
-                    prompt_ids=list(prompt),
-                    params=sampling,
-                    seed=(sampling.seed + sample_index) % 2**63,
-                    prompt_index=prompt_index,
-                    sample_index=sample_index,
-                    kind=kind,
-                )
-                try:
-                    self._check(request)
-                except ValueError as error:
-                    raise ValueError(f"prompt {prompt_index}: {error}") from None
-                requests.append(request)
-        self.next_request_id += len(requests)
-        return requests
-
     def _check(self, request: Request) -> None:
         request.params.validate(self.model_config.vocab_size)
         if not request.prompt_ids:
@@ -381,14 +395,6 @@ class Engine:
             raise ValueError(f"stop strings need a tokenizer, and {self.config.model} holds none")
         self.scheduler.check(request)
 
-    def _queue(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            if request.params.stop:
-                request.detokenizer = Detokenizer(self.tokenizer, request.params.stop)
-            if request.params.edits_logits:
-                self.editing.append(request)
-            self.scheduler.add(request)
-
     def _complete(self, requests: Sequence[Request]) -> None:
         try:
             while any(request.finish_reason is None for request in requests):
@@ -398,7 +404,7 @@ class Engine:
                 self.abort(request)
 
     def _stream(self, requests: list[Request]) -> Iterator[TokenEvent]:
-        self._queue(requests)  # not before the first `next`: an iterator that is never started leaves nothing behind
+        self.queue(requests)  # not before the first `next`: an iterator that is never started leaves nothing behind
         # Not by the results of `step`: a weight update between two steps collects tokens as well.
         unread = dict.fromkeys(requests, 0)
         try:

@@ -38,7 +38,8 @@ class RankGroup:
             store.set_timeout(timeout)
             if device.type == "cuda":
                 options = dist.ProcessGroupNCCL.Options()
-                options._timeout = timeout
+                # NCCL's own watch takes the process down: it is for when nobody else has noticed.
+                options._timeout = 2 * timeout
                 self._group = dist.ProcessGroupNCCL(store, self.rank, self.size, options)
             else:
                 options = dist.ProcessGroupGloo._Options()
