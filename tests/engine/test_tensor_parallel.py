@@ -118,7 +118,7 @@ def test_other_splits_are_other_numerics(tmp_path):
 @pytest.mark.parametrize(("blow", "message"), [("SIGKILL", "died with exit code -9"), ("SIGSTOP", "did not answer")])
 def test_a_rank_that_dies_or_hangs_is_named_in_time(tmp_path, blow, message):
     make_hf_model(tmp_path, "qwen3", seed=1)
-    engine = engine_of(tmp_path, load_format="dummy", row_parallel_splits=2, tp_size=2, rank_timeout_s=3.0)
+    engine = engine_of(tmp_path, load_format="dummy", row_parallel_splits=2, tp_size=2, rank_timeout_s=6.0)
     assert engine.checksum() == engine_of(tmp_path, load_format="dummy").checksum()
     (worker,) = engine.workers.pids
     (request,) = engine.submit([[3, 4]], SamplingParams(max_tokens=50, ignore_eos=True))
@@ -128,7 +128,7 @@ def test_a_rank_that_dies_or_hangs_is_named_in_time(tmp_path, blow, message):
     started = time.monotonic()
     with pytest.raises(RankError, match=rf"rank 1 \(process {worker}\) {message}"):
         engine.step()
-    assert time.monotonic() - started < 8.0
+    assert time.monotonic() - started < 12.0
     assert has_ended(worker, within_s=0.0)
     with pytest.raises(RankError, match="rank 1"):
         engine.generate([[3]])
