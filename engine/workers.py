@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -86,7 +87,7 @@ class Workers:
         self._device = device
         self._timeout_s = timeout_s
         self._start_deadline = time.monotonic() + start_timeout_s
-        self._directory = tempfile.TemporaryDirectory(prefix="lockstep-ranks-")
+        self._directory = tempfile.TemporaryDirectory(prefix="lockstep-ranks-", ignore_cleanup_errors=True)
         self._sockets: list[socket.socket] = []
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self.ended_by: str | None = None
@@ -243,6 +244,7 @@ def _serve(
             kind = Kind.LOST if isinstance(error, RankGroupError) else Kind.FAILED
             _send(theirs, kind, traceback.format_exc().encode())
         os._exit(1)
+    shutil.rmtree(meeting[0], ignore_errors=True)  # a parent that was killed can no longer do it
     os._exit(0)  # without waiting for a device that may wait for a rank that is gone
 
 

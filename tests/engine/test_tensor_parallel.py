@@ -150,7 +150,13 @@ def test_a_parent_that_dies_leaves_no_rank_behind(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
     parent = subprocess.run(
-        [sys.executable, script, tmp_path / "model"], stdout=subprocess.PIPE, text=True, timeout=120, check=False
+        [sys.executable, script, tmp_path / "model"],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
     )
     assert parent.returncode == -signal.SIGKILL
     assert has_ended(int(parent.stdout))
+    assert not list(tmp_path.glob("lockstep-ranks-*"))
