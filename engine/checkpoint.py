@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from lockstep.engine.models.config import ModelConfig, parse_model_config
 from lockstep.engine.models.families import FAMILIES
 from lockstep.engine.models.names import Entry, as_stacked, expand, to_hf, to_megatron
+from lockstep.engine.models.sharding import ParameterShard, Shard, part_of, shard_config
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -100,8 +101,12 @@ class _TensorFiles:
         header = self._file_of[name].get_slice(name)
         return tuple(header.get_shape()), header.get_dtype()
 
-    def read(self, name: str) -> torch.Tensor:
-        return self._file_of[name].get_tensor(name)
+    def read(self, name: str, dim: int | None = None, shard: Shard | None = None) -> torch.Tensor:
+        """The tensor, or the shard's part of its dimension `dim`: nothing else is read."""
+        if dim is None or shard is None or shard.size == 1:
+            return self._file_of[name].get_tensor(name)
+        whole = self._file_of[name].get_slice(name)
+        return whole[(slice(None),) * dim + (part_of(whole.get_shape()[dim], shard),)]
 
 
 def _listing(title: str, names: Iterable[str], limit: int = 20) -> str:
@@ -142,12 +147,13 @@ def _check(files: _TensorFiles, path: Path, entries: list[Entry], config: ModelC
 
 
 def iterate_weights(
-    path: str | Path, config: ModelConfig, dtype: torch.dtype | None = None
+    path: str | Path, config: ModelConfig, dtype: torch.dtype | None = None, shard: Shard | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (Megatron name, CPU tensor in Megatron's layout) for each parameter of the model, in the table's order.
 
     dtype None keeps the dtype of the file. One parameter is in memory at a time; it may alias the memory-mapped file,
-    so copy it and do not write to it. All names, shapes and dtypes are checked before the first tensor is yielded.
+    so copy it and do not write to it. With a shard only its part of each parameter is read. All
+    names, shapes and dtypes are checked before the first tensor is yielded.
     Raises FileNotFoundError and CheckpointError, on the first `next`.
     """
     directory = Path(path)
@@ -155,19 +161,22 @@ def iterate_weights(
         held = files.names()
         entries = [as_stacked(entry) if entry.hf_stacked in held else entry for entry in expand(config)]
         _check(files, directory, entries, config)
-        for entry in entries:
-            tensor = to_megatron(entry, [files.read(name) for name in entry.hf_names])
+        # A parameter's part is made of the same part of each of its tensors: see sharding.parameter_shards.
+        for entry in expand(shard_config(config, shard)) if shard and shard.size > 1 else entries:
+            tensor = to_megatron(entry, [files.read(name, entry.shard_dim, shard) for name in entry.hf_names])
             yield entry.megatron, tensor if dtype is None else tensor.to(torch.float32 if entry.fp32 else dtype)
 
 
 def load_into(model: torch.nn.Module, path: str | Path) -> None:
     """Copies the weights of the directory `path` into the parameters of `model` (a Decoder), in place, in their dtype.
 
+    A rank's model gets its part.
+
     Raises FileNotFoundError and CheckpointError before any parameter has changed.
     """
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, tensor in iterate_weights(path, model.config):
+        for name, tensor in iterate_weights(path, model.config, shard=model.shard):
             parameters[name].copy_(tensor)
 
 
@@ -306,16 +315,22 @@ def _flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def initialize_dummy(model: torch.nn.Module, seed: int) -> None:
+def initialize_dummy(model: torch.nn.Module, seed: int, shards: Iterable[ParameterShard] = ()) -> None:
     """Fills the parameters in place with reproducible random values of a trained model's scale (load_format="dummy").
 
     A value is a pure function of (seed, parameter name, index), the same on every device: matrices (also
     those stacked in a tensor of experts) are uniform with standard deviation 1/sqrt(columns), norm weights uniform in
     [0.9, 1.1], biases uniform in [-0.1, 0.1]. In a dtype of less than fp32 the fp32 values are rounded.
+
+    shards: what `model` holds of parameters that are split over ranks: it gets its part of the whole ones' values.
     """
+    split = {held.name: held for held in shards if held.is_split}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, local in model.named_parameters():
+            parameter = local.new_empty(split[name].whole_shape) if name in split else local
             fill_dummy(name, parameter, seed)
+            if name in split:
+                split[name].copy_from_whole(local, parameter)
 
 
 def fill_dummy(name: str, tensor: torch.Tensor, seed: int) -> None:

@@ -5,24 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from lockstep.engine import checkpoint, weights
+from lockstep.engine import weights
+from lockstep.engine.build import build_model, check_parallel, num_kv_pages, rank_device, scheduler_config
 from lockstep.engine.detokenizer import Detokenizer
-from lockstep.engine.models.config import ModelConfig, load_model_config
-from lockstep.engine.models.decoder import Decoder
-from lockstep.engine.models.names import matrix_shapes
+from lockstep.engine.models.config import load_model_config
 from lockstep.engine.page_pool import PagePool
 from lockstep.engine.radix_cache import RadixCache
 from lockstep.engine.request import Request, RequestOutput, SamplingParams
 from lockstep.engine.runner import LaunchedStep, Runner
-from lockstep.engine.scheduler import Scheduler, SchedulerConfig
-from lockstep.kernels import numerics
+from lockstep.engine.scheduler import Scheduler
+from lockstep.engine.tensor_parallel import LeadingRunner, LeadingWeights, start_workers
+from lockstep.engine.workers import RankError, Workers
 
-PAGE_SIZE = {"cpu": 16, "cuda": 64}
-CPU_KV_CACHE_BYTES = 512 * 2**20
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -41,6 +40,13 @@ class EngineConfig:
     cuda_graphs: on a GPU, decode steps are replayed as graphs.
     group_prefixes: on a GPU, attention reads a prefix that decoding requests share once for all of them.
     overlap: on a GPU, a step is scheduled while the one before still runs.
+    row_parallel_splits: the parts, a power of two, in which the sums of the row-parallel products are taken: a setting
+        of the numerics, which a trainer must share. See kernels.row_parallel_linear.
+    tp_size: processes, on as many GPUs or on the CPU, that each hold a part of every layer and of the KV. It divides
+        row_parallel_splits and changes no bit. multiprocessing spawns them, so a script's `__main__` has its guard.
+        Decode steps are then not captured in graphs.
+    rank_timeout_s: how long one of them may keep the others waiting before the engine gives it up.
+    rank_start_timeout_s: how long they may take to start and to read their weights.
     """
 
     model: str
@@ -58,7 +64,11 @@ class EngineConfig:
     cuda_graphs: bool = True
     group_prefixes: bool = True
     overlap: bool = True
+    row_parallel_splits: int = 1
     tp_size: int = 1
+    ep_size: int = 1
+    rank_timeout_s: float = 120.0
+    rank_start_timeout_s: float = 900.0
     draft_model: str | None = None
     num_draft_tokens: int = 0
 
@@ -75,8 +85,11 @@ class EngineConfig:
             raise ValueError(f"on the CPU the row contract holds in float32 only, got dtype={self.dtype!r}")
         if not 0.0 < self.memory_fraction <= 1.0:
             raise ValueError(f"EngineConfig.memory_fraction must be in (0, 1], got {self.memory_fraction}")
-        if self.tp_size != 1:
-            raise ValueError(f"EngineConfig.tp_size: this version serves on one device, got {self.tp_size}")
+        for field in ("rank_timeout_s", "rank_start_timeout_s"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"EngineConfig.{field} must be positive, got {getattr(self, field)}")
+        if self.ep_size != 1:
+            raise ValueError(f"EngineConfig.ep_size: this version does not split experts, got {self.ep_size}")
         if self.draft_model is not None or self.num_draft_tokens:
             raise ValueError("EngineConfig.draft_model, num_draft_tokens: this version does not speculate")
 
@@ -101,39 +114,40 @@ class Engine:
 
     def __init__(self, config: EngineConfig):
         self.config = config
-        device, dtype = torch.device(config.device), getattr(torch, config.dtype)
-        numerics.set_up(device)
         self.model_config = load_model_config(config.model)
-        numerics.check_row_contract(device, dtype, matrix_shapes(self.model_config))
-        self.max_model_len = _max_model_len(config, self.model_config)
-        self.model = Decoder(self.model_config, device=device, dtype=dtype)
-        if config.load_format == "dummy":
-            checkpoint.initialize_dummy(self.model, config.seed)
-        else:
-            checkpoint.load_into(self.model, config.model)
+        check_parallel(config, self.model_config)
+        device = rank_device(config, 0)
+        sizes = scheduler_config(config, self.model_config)
+        self.max_model_len = sizes.max_model_len
         self.tokenizer = _load_tokenizer(config.model)
         self.weight_version = 0
+        self.workers: Workers | None = start_workers(config, self.model_config) if config.tp_size > 1 else None
+        try:
+            self.model = build_model(config, self.model_config, device, self.workers and self.workers.group)
+            num_pages = num_kv_pages(config, sizes, self.model, device)
+            if self.workers is not None:
+                with self.workers.watched():
+                    num_pages = self.workers.meet(num_pages)
+        except BaseException:
+            self._end_workers()
+            raise
         self.weight_targets = dict(self.model.named_parameters())
         self.update_buffers: dict[str, torch.Tensor] | None = None
         self.aliased: weights.AliasedWeights | None = None
+        self.rank_weights = self.workers and LeadingWeights(self.workers, self.model_config, self.weight_targets)
 
-        page_size = config.page_size or PAGE_SIZE[device.type]
-        num_pages = _num_pages(config, page_size, self.model_config, self.max_model_len, device, dtype)
         self.pool = PagePool(num_pages)
-        self.cache = RadixCache(self.pool, page_size)
-        self.scheduler = Scheduler(
-            SchedulerConfig(
-                max_running_requests=config.max_running_requests,
-                max_prefill_tokens=config.max_prefill_tokens,
-                page_size=page_size,
-                max_model_len=self.max_model_len,
-                enable_prefix_cache=config.enable_prefix_cache,
-            ),
-            self.pool,
-            self.cache,
-        )
-        self.runner = Runner(
-            self.model, self.scheduler.config, num_pages, device, dtype, config.cuda_graphs, config.group_prefixes
+        self.cache = RadixCache(self.pool, sizes.page_size)
+        self.scheduler = Scheduler(sizes, self.pool, self.cache)
+        runner = Runner if self.workers is None else partial(LeadingRunner, self.workers)
+        self.runner = runner(
+            self.model,
+            sizes,
+            num_pages,
+            device,
+            getattr(torch, config.dtype),
+            config.cuda_graphs,
+            config.group_prefixes,
         )
         self.overlaps = config.overlap and device.type == "cuda"
         self.in_flight: LaunchedStep | None = None
@@ -155,9 +169,9 @@ class Engine:
         Returns the outputs in the order of the prompts (the `n` samples of a prompt in a row). Raises ValueError that
         names the prompt and the problem if a request is impossible; nothing is generated then.
         """
-        requests = self._requests(prompts, params, "generate")
+        requests = self.prepare(prompts, params, "generate")
         # The call ends with its last request, so those that may become the longest start first.
-        self._queue(sorted(requests, key=lambda request: -request.params.max_tokens))
+        self.queue(sorted(requests, key=lambda request: -request.params.max_tokens))
         self._complete(requests)
         return [self.output(request) for request in requests]
 
@@ -165,7 +179,7 @@ class Engine:
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[TokenEvent]:
         """The tokens of `generate`, each as soon as it is drawn. Closing the iterator aborts what is unfinished."""
-        return self._stream(self._requests(prompts, params, "generate"))
+        return self._stream(self.prepare(prompts, params, "generate"))
 
     def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[list[float | None]]:
         """Log-probs of given tokens: `[None, lp(t1 | t0), lp(t2 | t0 t1), ...]` per sequence; generation's bits."""
@@ -186,16 +200,60 @@ class Engine:
 
         kind: "generate", or "score" for the log-probs of the given tokens. Raises as `generate` does.
         """
-        requests = self._requests(prompts, params, kind)
-        self._queue(requests)
+        requests = self.prepare(prompts, params, kind)
+        self.queue(requests)
         return requests
+
+    def prepare(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        kind: str = "generate",
+    ) -> list[Request]:
+        """Requests that wait for `queue`. Raises as `generate` does; a bad prompt leaves nothing behind."""
+        self._check_running()
+        if self.is_asleep:
+            raise RuntimeError("this engine is asleep: call wake() before requests")
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(params)} SamplingParams")
+        requests = []
+        for prompt_index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
+            for sample_index in range(sampling.n):
+                request = Request(
+                    request_id=self.next_request_id + len(requests),
+                    prompt_ids=list(prompt),
+                    params=sampling,
+                    seed=(sampling.seed + sample_index) % 2**63,
+                    prompt_index=prompt_index,
+                    sample_index=sample_index,
+                    kind=kind,
+                )
+                try:
+                    self._check(request)
+                except ValueError as error:
+                    raise ValueError(f"prompt {prompt_index}: {error}") from None
+                requests.append(request)
+        self.next_request_id += len(requests)
+        return requests
+
+    def queue(self, requests: Sequence[Request]) -> None:
+        """Adds requests of `prepare`, of this engine or of another of the same config."""
+        for request in requests:
+            if request.params.stop:
+                request.detokenizer = Detokenizer(self.tokenizer, request.params.stop)
+            if request.params.edits_logits:
+                self.editing.append(request)
+            self.scheduler.add(request)
 
     def step(self) -> list[Request]:
         """One forward pass over the running requests; returns those that were given a token or a score.
 
         On a GPU the pass is launched, and the results are those of the pass before, during which this one was prepared
         (of both, a request then named twice, where overlapping has to stop).
-        Raises FloatingPointError that names the request for logits without a number; it is ended then.
+        Raises FloatingPointError that names the request for logits without a number; it is ended then. Raises RankError
+        that names a rank which died or did not answer: all ranks have ended then, and the engine serves no more.
         """
         started = time.perf_counter()
         self.num_steps += 1
@@ -259,6 +317,9 @@ class Engine:
         """
         self._check_update(version, inflight)
         started = time.perf_counter()
+        if self.rank_weights is not None:
+            staged = weights.stage(named_tensors, self.rank_weights.wholes)
+            return self._flip_ranks(staged, version, inflight, started)
         staged = weights.stage(named_tensors, self.weight_targets)
         return self._flip(staged, version, inflight, {"stage_s": time.perf_counter() - started})
 
@@ -273,6 +334,7 @@ class Engine:
         contiguous or on another device.
         """
         self._check_update(version, "keep")
+        self._require_one_rank("alias_weights")
         staged = weights.stage(named_tensors, self.weight_targets)
         for name, tensor in staged.items():
             if not tensor.is_contiguous() or tensor.device != self.weight_targets[name].device:
@@ -290,6 +352,7 @@ class Engine:
         The memory is kept for the next update; `end_updates` frees it.
         """
         self._check_update(version, "keep")
+        self._require_one_rank("begin_update")
         if self.update_buffers is None:
             self.update_buffers = weights.new_buffers(self.weight_targets)
         return weights.WeightUpdate(version, self.weight_targets, self.update_buffers)
@@ -306,6 +369,12 @@ class Engine:
     def end_updates(self) -> None:
         """Frees the memory of `begin_update`."""
         self.update_buffers = None
+
+    def _require_one_rank(self, method: str) -> None:
+        if self.rank_weights is not None:
+            raise NotImplementedError(
+                f"Engine.{method} takes tp_size=1, and this engine has {self.config.tp_size} ranks"
+            )
 
     def _check_update(self, version: int, inflight: str) -> None:
         self._check_running()
@@ -340,6 +409,28 @@ class Engine:
             "checksum": weights.digest(self.weight_targets, served),
         }
 
+    def _flip_ranks(
+        self, staged: Mapping[str, torch.Tensor], version: int, inflight: str, started: float
+    ) -> dict[str, float | int | str]:
+        """As `_flip`, on all ranks of the engine."""
+        hashes = weights.hashes_by_name(staged)
+        self._drain()
+        self.rank_weights.stage(staged, hashes)
+        verified = time.perf_counter()
+        self.rank_weights.flip()
+        self._set_version(version, inflight)
+        copied = time.perf_counter()
+        served = self.checksum()
+        if served != (expected := weights.digest(staged, hashes)):
+            raise RuntimeError(f"weights served after update {version} differ from those sent: {served} != {expected}")
+        return {
+            "version": version,
+            "stage_s": verified - started,
+            "copy_s": copied - verified,
+            "verify_s": time.perf_counter() - copied,
+            "checksum": served,
+        }
+
     def _set_version(self, version: int, inflight: str) -> None:
         if inflight == "abort":
             self.scheduler.abort_all()
@@ -347,6 +438,13 @@ class Engine:
             self.scheduler.preempt_all()
         self.weight_version = version
         self.scheduler.set_version(version)
+
+    def checksum(self) -> str:
+        """weights.checksum of the whole weights that are served, for any tp_size the same."""
+        self._check_running()
+        if self.rank_weights is None:
+            return weights.checksum(self.weight_targets.items())
+        return self.rank_weights.checksum()
 
     # Memory ----------------------------------------------------------------------------------------------------------
 
@@ -357,6 +455,7 @@ class Engine:
         requests.
         """
         self._check_running()
+        self._require_one_rank("sleep")
         if self.scheduler.has_work:
             raise RuntimeError("an engine with unfinished requests cannot sleep: finish or abort them")
         self._drain()
@@ -387,45 +486,24 @@ class Engine:
         }
 
     def shutdown(self) -> None:
-        """Ends all requests and frees the model and its KV cache. Later calls raise RuntimeError."""
+        """Ends all requests, frees the model and its KV cache, and ends the ranks. Later calls raise RuntimeError."""
         if not self.is_shut_down:
-            self.scheduler.abort_all()
-            self._drain()
             self.is_shut_down = True
-            del self.runner, self.model, self.weight_targets, self.update_buffers
+            self.scheduler.abort_all()
+            if self.workers is None or self.workers.ended_by is None:
+                self._drain()
+            self._end_workers()
+            del self.runner, self.model, self.weight_targets, self.update_buffers, self.rank_weights
+
+    def _end_workers(self) -> None:
+        if self.workers is not None:
+            self.workers.shutdown()
 
     def _check_running(self) -> None:
         if self.is_shut_down:
             raise RuntimeError("this engine was shut down")
-
-    def _requests(self, prompts, params, kind: str) -> list[Request]:
-        """Checks everything, then makes the requests, so that a bad prompt leaves nothing behind."""
-        self._check_running()
-        if self.is_asleep:
-            raise RuntimeError("this engine is asleep: call wake() before requests")
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prompts)
-        if len(params) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(params)} SamplingParams")
-        requests = []
-        for prompt_index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
-            for sample_index in range(sampling.n):
-                request = Request(
-                    request_id=self.next_request_id + len(requests),
-                    prompt_ids=list(prompt),
-                    params=sampling,
-                    seed=(sampling.seed + sample_index) % 2**63,
-                    prompt_index=prompt_index,
-                    sample_index=sample_index,
-                    kind=kind,
-                )
-                try:
-                    self._check(request)
-                except ValueError as error:
-                    raise ValueError(f"prompt {prompt_index}: {error}") from None
-                requests.append(request)
-        self.next_request_id += len(requests)
-        return requests
+        if self.workers is not None and self.workers.ended_by is not None:
+            raise RankError(f"this engine's ranks have ended: {self.workers.ended_by}")
 
     def _check(self, request: Request) -> None:
         request.params.validate(self.model_config.vocab_size)
@@ -438,14 +516,6 @@ class Engine:
             raise ValueError(f"stop strings need a tokenizer, and {self.config.model} holds none")
         self.scheduler.check(request)
 
-    def _queue(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            if request.params.stop:
-                request.detokenizer = Detokenizer(self.tokenizer, request.params.stop)
-            if request.params.edits_logits:
-                self.editing.append(request)
-            self.scheduler.add(request)
-
     def _complete(self, requests: Sequence[Request]) -> None:
         try:
             while any(request.finish_reason is None for request in requests):
@@ -455,7 +525,7 @@ class Engine:
                 self.abort(request)
 
     def _stream(self, requests: list[Request]) -> Iterator[TokenEvent]:
-        self._queue(requests)  # not before the first `next`: an iterator that is never started leaves nothing behind
+        self.queue(requests)  # not before the first `next`: an iterator that is never started leaves nothing behind
         # Not by the results of `step`: a weight update between two steps collects tokens as well.
         unread = dict.fromkeys(requests, 0)
         try:
@@ -518,35 +588,6 @@ class Engine:
         if len(request.logprobs) >= params.max_tokens or len(request.tokens) >= self.max_model_len:
             return "length"
         return None
-
-
-def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
-    longest = config.max_model_len or model.max_position_embeddings
-    if longest > model.max_position_embeddings:
-        raise ValueError(
-            f"EngineConfig.max_model_len={longest} is beyond the model's max_position_embeddings="
-            f"{model.max_position_embeddings}"
-        )
-    return longest
-
-
-def _num_pages(
-    config: EngineConfig,
-    page_size: int,
-    model: ModelConfig,
-    max_model_len: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> int:
-    page_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * page_size * dtype.itemsize
-    if config.kv_cache_tokens is not None:
-        if config.kv_cache_tokens < page_size:
-            raise ValueError(f"kv_cache_tokens={config.kv_cache_tokens} is less than a page of {page_size}")
-        return config.kv_cache_tokens // page_size
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * config.memory_fraction) // page_bytes
-    useful = config.max_running_requests * -(-max_model_len // page_size)
-    return max(1, min(useful, CPU_KV_CACHE_BYTES // page_bytes))
 
 
 def _load_tokenizer(path: str):

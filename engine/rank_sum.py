@@ -1,6 +1,6 @@
 """What tensor-parallel ranks tell each other: whole tensors, which each rank then combines in one fixed order.
 
-A group is a torch.distributed process group, or None for one rank alone. All ranks of a group make the same calls in
+A group is a process group of torch.distributed, or None for one rank alone. All ranks of a group make the same calls in
 the same order; each waits at most the group's timeout for the others. NCCL's and gloo's own sums are not used where
 bits matter: their order depends on the algorithm that the library picks for a size.
 """
@@ -11,16 +11,15 @@ from torch import Tensor
 
 from lockstep.kernels.row_parallel_linear import tree_sum
 
-# torch 2.13 renames the function.
-_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """tensor[...] of each of R ranks -> [R, ...], in the order of the ranks. Shapes and dtypes must be equal."""
     if group is None or group.size() == 1:
         return tensor[None]
     gathered = torch.empty(group.size(), *tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    _gather_into(gathered.flatten(), tensor.contiguous().flatten(), group=group)
+    if tensor.numel():
+        # A method of the group, not a function of torch.distributed: an engine's group is not known there.
+        group.allgather([list(gathered.unbind())], [tensor.detach().contiguous()]).wait()
     return gathered
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from lockstep.engine.decode_graphs import DecodeGraphs
 from lockstep.engine.models.decoder import AttentionContext, AttentionPart, Decoder
 from lockstep.engine.prefix_groups import PrefixGroups, find_groups, order_by_prefix
+from lockstep.engine.rank_step import RankStep
 from lockstep.engine.request import Request
 from lockstep.engine.sampler import Sampler
 from lockstep.engine.scheduler import Chunk, SchedulerConfig, StepBatch
@@ -47,6 +48,9 @@ class Runner:
 
     On a GPU nothing here waits for the device but `collect`: inputs go over in asynchronous copies, drawn tokens stay
     in `last_tokens` for the step after, and a pure decode step is one graph.
+
+    With a model over several ranks each has a runner: rank 0's tells the others of a step by `announce` before it
+    takes part itself, and theirs follow. These steps are launched eagerly: NCCL's collectives are not captured.
     """
 
     def __init__(
@@ -58,12 +62,14 @@ class Runner:
         dtype: torch.dtype,
         cuda_graphs: bool = True,
         group_prefixes: bool = True,
+        announce: Callable[[RankStep], None] | None = None,
     ):
         self.model = model
+        self.announce = announce
         self.page_size = config.page_size
         self.device = device
         self.on_gpu = device.type == "cuda"
-        shape = model.config
+        shape = model.local_config
         self.cache_shape = (num_pages, config.page_size, shape.num_kv_heads, shape.head_dim, dtype, device)
         self.kv_caches: list[tuple[torch.Tensor, torch.Tensor]] = []
         # The table's copy on the device is brought up to date with what each step's requests gained.
@@ -79,7 +85,7 @@ class Runner:
         self.group_requests = max(1, GROUP_ROWS // (shape.num_heads // shape.num_kv_heads))
         self.graphs = None
         self.max_running_requests = config.max_running_requests
-        self.cuda_graphs = self.on_gpu and cuda_graphs
+        self.cuda_graphs = self.on_gpu and cuda_graphs and model.ranks is None
         self.take_kv_cache()
 
     def forget_graphs(self) -> None:
@@ -104,7 +110,8 @@ class Runner:
         """Starts the computation of the batch; `collect` gives its requests what they are due."""
         # On a GPU decodes and prefills take different attention kernels, so each kind's rows lie together.
         chunks = sorted(batch.chunks, key=_is_prefill) if self.on_gpu else batch.chunks
-        self._sync_pages(chunks)
+        new_pages = self._new_pages(chunks)
+        self._put_pages(new_pages)
         if self.on_gpu and self.group_prefixes and not _is_prefill(chunks[-1]):
             order = order_by_prefix(self.host_page_table, [chunk.request.slot for chunk in chunks])
             chunks = [chunks[index] for index in order]
@@ -116,13 +123,29 @@ class Runner:
             tokens, logprobs = self._draw(logits, drawing, slots)
             scored = []
         else:
-            tokens, logprobs, scored = self._launch_eagerly(rows, chunks, num_decodes, drawing)
+            step = _rank_step(rows, chunks, num_decodes, new_pages)
+            if self.announce is not None:
+                self.announce(step)
+            tokens, logprobs, scored = self._launch_eagerly(step, chunks, drawing)
         ready = None
         if self.on_gpu:
             ready = torch.cuda.Event()
             ready.record()
         requests = [chunk.request for chunk in batch.chunks if chunk.samples or chunk.request.kind == "score"]
         return LaunchedStep(weight_version, requests, drawing, tokens, logprobs, scored, ready)
+
+    @torch.inference_mode()
+    def follow(self, step: RankStep) -> None:
+        """Takes part in a step of rank 0: the same calls of the model, in the same order."""
+        self._put_pages(step.new_pages)
+        _, slots, hidden = self._logits(step)
+        if len(step.drawing):
+            tokens = torch.empty(len(step.drawing), dtype=torch.int64, device=self.device)
+            self.model.ranks.broadcast(tokens)
+            self.last_tokens.index_copy_(0, slots, tokens)
+        for first, end in step.scored.T:
+            for states in hidden[first:end].split(SCORED_ROWS_AT_ONCE):
+                self.model.logits(states)
 
     def collect(self, step: LaunchedStep) -> tuple[list[Request], list[Request]]:
         """Waits for the step, and appends to each request what it is due: a token, or log-probs of its tokens.
@@ -147,35 +170,34 @@ class Runner:
         return served, broken
 
     def _launch_eagerly(
-        self, rows: np.ndarray, chunks: Sequence[Chunk], num_decodes: int, drawing: list[Request]
+        self, step: RankStep, chunks: Sequence[Chunk], drawing: list[Request]
     ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[Chunk, torch.Tensor]]]:
         """(tokens and log-probs drawn, log-probs of each scored chunk), host-bound."""
-        ends = np.cumsum([chunk.length for chunk in chunks])
-        drawing_rows = ends[[chunk.samples for chunk in chunks]] - 1
-        scored = [(chunk, end) for chunk, end in zip(chunks, ends, strict=True) if chunk.request.kind == "score"]
-        # Scoring wants all hidden states, otherwise only those that tokens are drawn from are.
-        hidden, slots = self._forward(rows, chunks, num_decodes, None if scored else drawing_rows)
-        drawing_hidden = hidden
-        if scored and drawing:
-            last_rows = self._send(drawing_rows)
-            drawing_hidden, slots = hidden[last_rows], slots[last_rows]
-        logits = self.model.logits(drawing_hidden) if drawing else None
+        logits, slots, hidden = self._logits(step)
         tokens, logprobs = self._draw(logits, drawing, slots)
-        scores = [(chunk, to_host(self._scores(hidden[end - chunk.length : end], chunk))) for chunk, end in scored]
+        scored = [chunk for chunk in chunks if chunk.request.kind == "score"]
+        scores = [
+            (chunk, to_host(self._scores(hidden[first:end], chunk)))
+            for chunk, (first, end) in zip(scored, step.scored.T, strict=True)
+        ]
         return tokens, logprobs, scores
 
-    def _forward(
-        self, rows: np.ndarray, chunks: Sequence[Chunk], num_decodes: int, wanted: np.ndarray | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(hidden states [R, H], slots [R]) of the `wanted` rows, or of all, of chunks laid end to end.
+    def _logits(self, step: RankStep) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """(logits to draw from if any, the slots of their rows, hidden states: of all rows if any is scored)."""
+        # Scoring wants all hidden states, otherwise only those that tokens are drawn from are.
+        is_scored = step.scored.size > 0
+        hidden, slots = self._forward(step, None if is_scored else step.drawing)
+        drawing_hidden = hidden
+        if is_scored and len(step.drawing):
+            drawing_rows = self._send(step.drawing)
+            drawing_hidden, slots = hidden[drawing_rows], slots[drawing_rows]
+        return self.model.logits(drawing_hidden) if len(step.drawing) else None, slots, hidden
 
-        The first num_decodes chunks are of one token.
-        """
-        prefills = chunks[num_decodes:]
-        lengths = np.array([chunk.length for chunk in prefills], np.int64)
-        kv_lens = np.array([chunk.start for chunk in prefills], np.int64) + lengths
-        slots = np.array([chunk.request.slot for chunk in prefills], np.int64)
-        num_rows, num_prefills = rows.shape[1], len(prefills)
+    def _forward(self, step: RankStep, wanted: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden states [R, H], slots [R]) of the `wanted` rows, or of all."""
+        rows, num_decodes = step.rows, step.num_decodes
+        slots, lengths, kv_lens = step.prefills
+        num_rows, num_prefills = rows.shape[1], len(slots)
         sent = self._send(np.concatenate((rows.ravel(), slots, kv_lens, [0], np.cumsum(lengths))))
         tokens, requests, positions = sent[: 3 * num_rows].view(3, num_rows)
         request_arrays = sent[3 * num_rows :]
@@ -241,8 +263,8 @@ class Runner:
         pages = self.host_page_table[slots, : int(positions.max()) // self.page_size + 1]
         return find_groups(pages, positions + 1, self.page_size, KV_TILE, self.group_requests)
 
-    def _sync_pages(self, chunks: Sequence[Chunk]) -> None:
-        """Brings the requests' rows of the page table up to date."""
+    def _new_pages(self, chunks: Sequence[Chunk]) -> np.ndarray:
+        """int64 [2, N]: places in the page table, as one row, and the pages that the requests have gained there."""
         width = self.host_page_table.shape[1]
         places: list[int] = []
         pages: list[int] = []
@@ -253,11 +275,15 @@ class Runner:
                 places += range(request.slot * width + synced, request.slot * width + len(held))
                 pages += held[synced:]
                 request.num_pages_synced = len(held)
-        if not places:
+        return np.array([places, pages], np.int64)
+
+    def _put_pages(self, new_pages: np.ndarray) -> None:
+        """Brings the page table up to date."""
+        if not new_pages.size:
             return
-        np.put(self.host_page_table, places, pages)
+        np.put(self.host_page_table, *new_pages)
         if self.on_gpu:
-            place, page = self._send(np.array([places, pages], np.int64))
+            place, page = self._send(new_pages)
             self.page_table.view(-1).index_copy_(0, place, page.to(torch.int32))
 
     def _draw(
@@ -267,20 +293,22 @@ class Runner:
         if logits is None:
             return torch.empty(0, dtype=torch.int64), torch.empty(0)
         tokens, logprobs = self.sampler.draw(logits, drawing)
+        if self.model.ranks is not None:
+            self.model.ranks.broadcast(tokens)
         self.last_tokens.index_copy_(0, slots, tokens)
         for request in drawing:
             request.num_pending += 1
         return to_host(tokens), to_host(logprobs)
 
     def _scores(self, hidden: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-        """Log-probs of the tokens that follow those of the chunk (the last token of all predicts none)."""
+        """Log-probs of the tokens that follow those of the chunk, from the hidden states of `_num_scored` rows."""
         request = chunk.request
-        targets = self._send(np.array(request.tokens[chunk.start + 1 : chunk.start + chunk.length + 1], np.int64))
+        targets = self._send(np.array(request.tokens[chunk.start + 1 : chunk.start + 1 + len(hidden)], np.int64))
         temperature = torch.full(targets.shape, request.params.temperature, device=self.device)
         scores = [
             token_log_probs(self.model.logits(states), wanted, temperature[: len(wanted)])
             for states, wanted in zip(
-                hidden[: len(targets)].split(SCORED_ROWS_AT_ONCE), targets.split(SCORED_ROWS_AT_ONCE), strict=True
+                hidden.split(SCORED_ROWS_AT_ONCE), targets.split(SCORED_ROWS_AT_ONCE), strict=True
             )
         ]
         return torch.cat(scores)
@@ -291,6 +319,31 @@ class Runner:
 
 def _is_prefill(chunk: Chunk) -> bool:
     return chunk.length > 1
+
+
+def _rank_step(rows: np.ndarray, chunks: Sequence[Chunk], num_decodes: int, new_pages: np.ndarray) -> RankStep:
+    """The step whose rows are those of chunks laid end to end, of which the first num_decodes are of one token."""
+    ends = np.cumsum([chunk.length for chunk in chunks])
+    prefills = chunks[num_decodes:]
+    lengths = [chunk.length for chunk in prefills]
+    kv_lens = [chunk.start + chunk.length for chunk in prefills]
+    scored = [
+        (end - chunk.length, end - chunk.length + _num_scored(chunk))
+        for chunk, end in zip(chunks, ends.tolist(), strict=True)
+        if chunk.request.kind == "score"
+    ]
+    return RankStep(
+        rows=rows,
+        prefills=np.array([[chunk.request.slot for chunk in prefills], lengths, kv_lens], np.int64),
+        drawing=ends[[chunk.samples for chunk in chunks]] - 1,
+        scored=np.array(scored, np.int64).reshape(-1, 2).T,
+        new_pages=new_pages,
+    )
+
+
+def _num_scored(chunk: Chunk) -> int:
+    """Rows of the chunk that another known token follows: the last token of all predicts none."""
+    return min(chunk.length, len(chunk.request.tokens) - 1 - chunk.start)
 
 
 def _rows(chunks: Sequence[Chunk], num_rows: int) -> np.ndarray:

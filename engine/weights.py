@@ -20,7 +20,7 @@ def checksum(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     for name, tensor in named_tensors:
         labels[name] = _label(tensor)
         contents.append(content_hash(tensor))
-    return _digest(labels, dict(zip(labels, _on_host(contents), strict=True)))
+    return _digest(labels, dict(zip(labels, on_host(contents), strict=True)))
 
 
 def digest(tensors: Mapping[str, torch.Tensor], content: Mapping[str, int]) -> str:
@@ -39,7 +39,7 @@ def _label(tensor: torch.Tensor) -> str:
     return f"{tuple(tensor.shape)} {tensor.dtype}"
 
 
-def _on_host(scalars: list[torch.Tensor]) -> list[int]:
+def on_host(scalars: list[torch.Tensor]) -> list[int]:
     """Their values; those on a GPU come in one copy."""
     if len({scalar.device for scalar in scalars}) > 1:
         return [int(scalar) for scalar in scalars]

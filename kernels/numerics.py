@@ -64,6 +64,34 @@ def check_row_contract(
                 _check_rows(linear_silu_mul, x, weight, silu_mul(together))
 
 
+def check_split_contract(
+    device: str | torch.device, dtype: torch.dtype, weights: Iterable[tuple[tuple[int, int], int]], parts: int
+) -> None:
+    """Compares `linear` with a weight and with each of its `parts` parts, as ranks hold them, to the bit.
+
+    weights: ((N, K), the dimension that is split); of N only so much is tried. Raises RuntimeError
+    that names the shape.
+    """
+    device = torch.device(device)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for (n, k), dim in sorted({((min(n, _CHECK_COLUMNS[device.type]), k), dim) for (n, k), dim in weights}):
+            x = torch.randn(64, k, generator=generator, device=device, dtype=dtype)
+            weight = torch.randn(n, k, generator=generator, device=device, dtype=dtype) / k**0.5
+            if dim == 0:
+                together = linear(x, weight).split(-(-n // parts), dim=1)
+                apart = [linear(x, part.clone()) for part in weight.split(-(-n // parts))]
+            else:
+                xs, parts_of_weight = x.split(k // parts, dim=1), weight.split(k // parts, dim=1)
+                together = map(linear, xs, parts_of_weight)
+                apart = [linear(a.contiguous(), b.contiguous()) for a, b in zip(xs, parts_of_weight, strict=True)]
+            if not all(map(torch.equal, together, apart)):
+                raise RuntimeError(
+                    f"linear on {device} in {dtype} gives other bits with one of {parts} parts of a weight {[n, k]}, "
+                    f"cut along dimension {dim}, than with all of it. {_REMEDY[device.type]}"
+                )
+
+
 def _check_rows(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, together: Tensor) -> None:
     batches = [slice(3 * i, 3 * i + size) for i, size in enumerate(_CHECK_BATCHES[x.device.type])]
 

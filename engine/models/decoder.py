@@ -1,12 +1,16 @@
 """The decoder that the engine runs: lockstep's kernels over weights with Megatron-core's names and layout."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
 
 from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.models.moe import routed_experts
+from lockstep.engine.models.sharding import Shard, part_of, shard_config
+from lockstep.engine.rank_group import RankGroup
 from lockstep.kernels.attention import attention
 from lockstep.kernels.attention_plan import AttentionPlan
 from lockstep.kernels.embedding import embedding
@@ -15,6 +19,10 @@ from lockstep.kernels.linear_silu_mul import linear_silu_mul
 from lockstep.kernels.qk_norm_rope_store import qk_norm_rope_store
 from lockstep.kernels.rms_norm import add_rms_norm, rms_norm
 from lockstep.kernels.rope import rope_cos_sin, rope_inv_freq
+from lockstep.kernels.row_parallel_linear import row_parallel_linear
+
+# linear_proj and linear_fc2, whose sum runs over what the ranks split: (x, weight, bias) -> y.
+RowLinear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,8 +72,11 @@ class _Weights(nn.Module):
 
 
 class _SelfAttention(nn.Module):
-    def __init__(self, config: ModelConfig, window: int | None, **factory: torch.device | torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, window: int | None, row_linear: RowLinear, **factory: torch.device | torch.dtype
+    ) -> None:
         super().__init__()
+        self.row_linear = row_linear
         self.eps = config.rms_norm_eps
         self.scale = config.head_dim**-0.5
         self.window = window
@@ -114,19 +125,20 @@ class _SelfAttention(nn.Module):
             for part_q, part in zip(q.split([part.num_rows for part in context.parts]), context.parts, strict=True)
         ]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return linear(out.view(-1, self.query_size), proj_weight, proj_bias)
+        return self.row_linear(out.view(-1, self.query_size), proj_weight, proj_bias)
 
 
 class _MLP(nn.Module):
-    def __init__(self, config: ModelConfig, **factory: torch.device | torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, row_linear: RowLinear, **factory: torch.device | torch.dtype) -> None:
         super().__init__()
+        self.row_linear = row_linear
         self.linear_fc1 = _Weights(2 * config.ffn_hidden_size, config.hidden_size, bias=config.mlp_bias, **factory)
         self.linear_fc2 = _Weights(config.hidden_size, config.ffn_hidden_size, bias=config.mlp_bias, **factory)
         self._tensors = (self.linear_fc1.weight, self.linear_fc1.bias, self.linear_fc2.weight, self.linear_fc2.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         fc1_weight, fc1_bias, fc2_weight, fc2_bias = self._tensors
-        return linear(linear_silu_mul(hidden, fc1_weight, fc1_bias), fc2_weight, fc2_bias)
+        return self.row_linear(linear_silu_mul(hidden, fc1_weight, fc1_bias), fc2_weight, fc2_bias)
 
 
 class _Router(_Weights):
@@ -149,7 +161,7 @@ class _Experts(nn.Module):
 class _MoE(nn.Module):
     """A token's experts, weighted, plus the shared experts' output where there are any."""
 
-    def __init__(self, config: ModelConfig, **factory: torch.device | torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, row_linear: RowLinear, **factory: torch.device | torch.dtype) -> None:
         super().__init__()
         self.config = config.moe
         self.router = _Router(config, **factory)
@@ -157,7 +169,7 @@ class _MoE(nn.Module):
         self.shared_experts = None
         if config.moe.has_shared_experts:
             shared = replace(config, ffn_hidden_size=config.moe.shared_ffn_hidden_size, mlp_bias=False)
-            self.shared_experts = _MLP(shared, **factory)
+            self.shared_experts = _MLP(shared, row_linear, **factory)
         self._tensors = (
             self.router.weight,
             self.router.expert_bias,
@@ -172,14 +184,19 @@ class _MoE(nn.Module):
 
 class _Layer(nn.Module):
     def __init__(
-        self, config: ModelConfig, window: int | None, has_experts: bool, **factory: torch.device | torch.dtype
+        self,
+        config: ModelConfig,
+        window: int | None,
+        has_experts: bool,
+        row_linear: RowLinear,
+        **factory: torch.device | torch.dtype,
     ) -> None:
         super().__init__()
         self.eps = config.rms_norm_eps
         self.input_layernorm = _Weights(config.hidden_size, **factory)
-        self.self_attention = _SelfAttention(config, window, **factory)
+        self.self_attention = _SelfAttention(config, window, row_linear, **factory)
         self.pre_mlp_layernorm = _Weights(config.hidden_size, **factory)
-        self.mlp = _MoE(config, **factory) if has_experts else _MLP(config, **factory)
+        self.mlp = (_MoE if has_experts else _MLP)(config, row_linear, **factory)
         self._norm_weights = (self.input_layernorm.weight, self.pre_mlp_layernorm.weight)
 
     def forward(
@@ -212,11 +229,11 @@ class _Embedding(nn.Module):
 
 
 class _Layers(nn.Module):
-    def __init__(self, config: ModelConfig, **factory: torch.device | torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, row_linear: RowLinear, **factory: torch.device | torch.dtype) -> None:
         super().__init__()
         layers_with_experts = config.moe.layers if config.moe is not None else ()
         self.layers = nn.ModuleList(
-            _Layer(config, window, layer in layers_with_experts, **factory)
+            _Layer(config, window, layer in layers_with_experts, row_linear, **factory)
             for layer, window in enumerate(config.layer_windows)
         )
         self.final_layernorm = _Weights(config.hidden_size, **factory)
@@ -228,16 +245,32 @@ class Decoder(nn.Module):
     Parameters are uninitialised (see `engine.checkpoint`), take no gradient, and stay where they are for the life of
     the module: new weights are copied into them. Their names are those of `names.expand(config)`. The bits of an output
     row depend on that row's request alone.
+
+    config is the whole model's. Where it runs on several ranks, this one holds its part (`sharding.parameter_shards`),
+    of the sizes `local_config`, and every rank calls the same methods with the same arguments.
+    row_parallel_splits: see `kernels.row_parallel_linear`; in all, over the ranks, which divide it.
     """
 
-    def __init__(self, config: ModelConfig, device: str | torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: str | torch.device,
+        dtype: torch.dtype,
+        row_parallel_splits: int = 1,
+        ranks: RankGroup | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
+        self.ranks = ranks
+        self.shard = Shard() if ranks is None else Shard(ranks.rank, ranks.size)
+        self.local_config = shard_config(config, self.shard)
         factory = {"device": torch.device(device), "dtype": dtype}
-        self.embedding = _Embedding(config, **factory)
-        self.decoder = _Layers(config, **factory)
+        self.embedding = _Embedding(self.local_config, **factory)
+        self.decoder = _Layers(self.local_config, _row_linear(row_parallel_splits, ranks), **factory)
         self.output_layer = (
-            None if config.tie_word_embeddings else _Weights(config.vocab_size, config.hidden_size, **factory)
+            None
+            if config.tie_word_embeddings
+            else _Weights(self.local_config.vocab_size, config.hidden_size, **factory)
         )
         inv_freq, attention_factor = rope_inv_freq(
             config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings
@@ -257,7 +290,7 @@ class Decoder(nn.Module):
         token_ids, positions: int64 [T]. last_context: the last layer's, if not all hidden states are wanted; those of
         its `rows` are returned.
         """
-        hidden = embedding(token_ids, self.embedding.word_embeddings.weight)
+        hidden = self._embed(token_ids)
         residual = None
         cos_sin = self.rope_cos_sin
         *layers, last_layer = zip(self.decoder.layers, context.kv_caches, strict=True)
@@ -268,7 +301,23 @@ class Decoder(nn.Module):
         hidden, _ = add_rms_norm(hidden, residual, self.decoder.final_layernorm.weight, self.config.rms_norm_eps)
         return hidden
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [N, V] of the hidden states [N, H] of `forward`, in the model's dtype."""
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Logits [N, V] of the hidden states [N, H] of `forward`, in the model's dtype. None on ranks other than 0."""
         head = self.embedding.word_embeddings if self.output_layer is None else self.output_layer
-        return linear(hidden, head.weight, None)
+        logits = linear(hidden, head.weight, None)
+        return logits if self.ranks is None else self.ranks.gather_columns(logits, self.config.vocab_size)
+
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        weight = self.embedding.word_embeddings.weight
+        if self.ranks is None:
+            return embedding(token_ids, weight)
+        row = token_ids - part_of(self.config.vocab_size, self.shard).start
+        is_elsewhere = (row < 0) | (row >= len(weight))
+        hidden = embedding(row.masked_fill(is_elsewhere, 0), weight).masked_fill_(is_elsewhere[:, None], 0)
+        return self.ranks.sum_disjoint(hidden)
+
+
+def _row_linear(splits: int, ranks: RankGroup | None) -> RowLinear:
+    if ranks is not None:
+        return partial(row_parallel_linear, splits=splits // ranks.size, sum_over_ranks=ranks.sum)
+    return linear if splits == 1 else partial(row_parallel_linear, splits=splits)

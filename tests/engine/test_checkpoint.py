@@ -135,7 +135,9 @@ def test_one_parameter_is_read_at_a_time(tmp_path, monkeypatch):
     config = load_model_config(tmp_path)
     read = []
     original = checkpoint._TensorFiles.read
-    monkeypatch.setattr(checkpoint._TensorFiles, "read", lambda self, name: read.append(name) or original(self, name))
+    monkeypatch.setattr(
+        checkpoint._TensorFiles, "read", lambda self, name, *part: read.append(name) or original(self, name, *part)
+    )
     weights = iterate_weights(tmp_path, config)
     seen = 0
     for entry in expand(config):

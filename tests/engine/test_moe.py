@@ -13,6 +13,7 @@ from lockstep.engine.checkpoint import initialize_dummy
 from lockstep.engine.models.config import parse_model_config
 from lockstep.engine.models.decoder import _MoE
 from lockstep.engine.models.moe import MoEConfig
+from lockstep.kernels.linear import linear
 
 SHAPE = {"layers": (0,), "num_experts": 12, "experts_per_token": 3, "ffn_hidden_size": 24}
 DEEPSEEK = {
@@ -36,7 +37,7 @@ REFERENCES = {
 
 def dummy_layer(moe: MoEConfig) -> _MoE:
     config = replace(parse_model_config(tiny_config("qwen3_moe").to_dict()), moe=moe)
-    layer = _MoE(config, device=torch.device("cpu"), dtype=torch.float32)
+    layer = _MoE(config, linear, device=torch.device("cpu"), dtype=torch.float32)
     initialize_dummy(layer, seed=5)
     return layer
 

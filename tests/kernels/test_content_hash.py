@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from lockstep.kernels.content_hash import (
+    Placement,
     _block_sums_triton,
     _together_triton,
     _words,
@@ -80,3 +81,32 @@ def test_copies_and_tells_what_it_read(copy):
     assert hashes.tolist() == content_hashes(targets).tolist() == [content_hash_reference(s) for s in sources]
     with pytest.raises(ValueError, match=r"shape \(3,\) and torch.float32"):
         copy_and_hash([torch.zeros(3)], [torch.zeros(4)])
+
+
+def placed_parts(matrix: torch.Tensor, row: int, column: int) -> list[tuple[torch.Tensor, Placement]]:
+    """The matrix cut in four at (row, column), and where the parts lie in it."""
+    stride = matrix.shape[1] * matrix.itemsize
+    parts = []
+    for top, bottom in ((0, row), (row, matrix.shape[0])):
+        for left, right in ((0, column), (column, matrix.shape[1])):
+            width = (right - left) * matrix.itemsize
+            parts.append(
+                (matrix[top:bottom, left:right], Placement(top * stride + left * matrix.itemsize, width, stride))
+            )
+    return parts
+
+
+@pytest.mark.parametrize("cut", [(1, 4), (150, 8), (37, 100)])
+def test_shares_of_parts_add_up_to_the_hash(cut):
+    matrix = random_bytes(300 * 116 * 2).view(torch.bfloat16).view(300, 116)
+    parts = placed_parts(matrix, *cut)
+    shares = [content_hash(part, place) for part, place in parts]
+    assert sum(shares) == content_hash(matrix)
+    assert [_block_sums_triton(_words(part.to(DEVICE)), place).sum() for part, place in parts] == shares
+    swapped = content_hash(parts[0][0], parts[1][1]._replace(width=parts[0][1].width))
+    assert sum(shares) - shares[0] + swapped != content_hash(matrix)
+
+
+def test_a_part_that_cuts_a_word_is_refused():
+    with pytest.raises(ValueError, match="whole words"):
+        content_hash(torch.zeros(4, 3), Placement(0, 12, 20))

@@ -1,0 +1,99 @@
+"""What every rank of an engine makes from its EngineConfig: the model with its weights, and the sizes of the rest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lockstep.engine import checkpoint
+from lockstep.engine.models.config import ModelConfig
+from lockstep.engine.models.decoder import Decoder
+from lockstep.engine.models.names import expand
+from lockstep.engine.models.sharding import check_divides, parameter_shards
+from lockstep.engine.rank_group import RankGroup
+from lockstep.engine.scheduler import SchedulerConfig
+from lockstep.kernels import numerics
+
+if TYPE_CHECKING:
+    from lockstep.engine.engine import EngineConfig
+
+PAGE_SIZE = {"cpu": 16, "cuda": 64}
+CPU_KV_CACHE_BYTES = 512 * 2**20
+
+
+def rank_device(config: EngineConfig, rank: int) -> torch.device:
+    """Where a rank computes: on the CPU, or on the GPU that is `rank` behind the config's. Raises ValueError."""
+    device = torch.device(config.device)
+    if device.type == "cpu" or config.tp_size == 1:
+        return device
+    first = torch.cuda.current_device() if device.index is None else device.index
+    if first + config.tp_size > torch.cuda.device_count():
+        raise ValueError(
+            f"EngineConfig.tp_size={config.tp_size} takes a GPU per rank from {config.device} on, but there are "
+            f"{torch.cuda.device_count()} GPUs"
+        )
+    return torch.device("cuda", first + rank)
+
+
+def build_model(
+    config: EngineConfig, model_config: ModelConfig, device: torch.device, ranks: RankGroup | None
+) -> Decoder:
+    """The rank's model with its weights, on a process and device that were seen to keep the row contract."""
+    dtype = getattr(torch, config.dtype)
+    numerics.set_up(device)
+    model = Decoder(model_config, device, dtype, config.row_parallel_splits, ranks)
+    splits = config.row_parallel_splits // model.shard.size
+    local = [entry for entry in expand(model.local_config) if len(entry.shape) == 2]
+    shapes = {(e.shape[0], e.shape[1] // splits if e.shard_dim == 1 else e.shape[1]) for e in local}
+    shapes |= {e.shape[1:] for e in expand(model.local_config) if len(e.shape) == 3}  # the experts'
+    numerics.check_row_contract(device, dtype, shapes)
+    if ranks is not None:
+        split = [entry for entry in expand(model_config) if len(entry.shape) == 2 and entry.shard_dim is not None]
+        numerics.check_split_contract(device, dtype, {(e.shape, e.shard_dim) for e in split}, ranks.size)
+    if config.load_format == "dummy":
+        checkpoint.initialize_dummy(model, config.seed, parameter_shards(model_config, model.shard))
+    else:
+        checkpoint.load_into(model, config.model)
+    return model
+
+
+def check_parallel(config: EngineConfig, model_config: ModelConfig) -> None:
+    """Raises ValueError that names what the ranks cannot share out."""
+    if model_config.moe is not None and config.tp_size > 1:
+        raise ValueError(f"EngineConfig.tp_size={config.tp_size}: layers with experts are served by one rank so far")
+    try:
+        check_divides(model_config, config.tp_size, config.row_parallel_splits)
+    except ValueError as error:
+        raise ValueError(f"EngineConfig: {error}") from None
+
+
+def scheduler_config(config: EngineConfig, model_config: ModelConfig) -> SchedulerConfig:
+    longest = config.max_model_len or model_config.max_position_embeddings
+    if longest > model_config.max_position_embeddings:
+        raise ValueError(
+            f"EngineConfig.max_model_len={longest} is beyond the model's max_position_embeddings="
+            f"{model_config.max_position_embeddings}"
+        )
+    return SchedulerConfig(
+        max_running_requests=config.max_running_requests,
+        max_prefill_tokens=config.max_prefill_tokens,
+        page_size=config.page_size or PAGE_SIZE[torch.device(config.device).type],
+        max_model_len=longest,
+        enable_prefix_cache=config.enable_prefix_cache,
+    )
+
+
+def num_kv_pages(config: EngineConfig, sizes: SchedulerConfig, model: Decoder, device: torch.device) -> int:
+    """Pages of KV that this rank has memory for, its weights being there."""
+    local, page_size = model.local_config, sizes.page_size
+    itemsize = getattr(torch, config.dtype).itemsize
+    page_bytes = 2 * local.num_layers * local.num_kv_heads * local.head_dim * page_size * itemsize
+    if config.kv_cache_tokens is not None:
+        if config.kv_cache_tokens < page_size:
+            raise ValueError(f"kv_cache_tokens={config.kv_cache_tokens} is less than a page of {page_size}")
+        return config.kv_cache_tokens // page_size
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * config.memory_fraction) // page_bytes
+    useful = config.max_running_requests * -(-sizes.max_model_len // page_size)
+    return max(1, min(useful, CPU_KV_CACHE_BYTES // page_bytes))

@@ -1,0 +1,169 @@
+"""Data-parallel replicas: several engines with the same weights share the requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lockstep.engine.engine import Engine, EngineConfig
+from lockstep.engine.request import Request, RequestOutput, SamplingParams
+
+
+class ReplicatedEngine:
+    """`num_replicas` engines of one config, stepped in turn by the caller's thread; on GPUs their passes overlap.
+
+    Replica i of a GPU engine takes the tp_size GPUs from i * tp_size on. A request's tokens and log-probs are those
+    that one engine gives it, whichever replica serves it. Methods mean what `Engine`'s of the same names mean.
+    """
+
+    def __init__(self, config: EngineConfig, num_replicas: int):
+        if num_replicas < 1:
+            raise ValueError(f"num_replicas must be at least 1, got {num_replicas}")
+        self.config = config
+        self.engines: list[Engine] = []
+        self._replica_of: dict[Request, int] = {}  # of requests that have not ended
+        try:
+            for replica in range(num_replicas):
+                device = _device(config, replica)
+                with _current(device):
+                    self.engines.append(Engine(replace(config, device=device)))
+        except BaseException:
+            self.shutdown()
+            raise
+        self.model_config = self.engines[0].model_config
+        self.tokenizer = self.engines[0].tokenizer
+
+    @property
+    def weight_version(self) -> int:
+        return self.engines[0].weight_version
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        requests = self.engines[0].prepare(prompts, params, "generate")
+        self._queue(sorted(requests, key=lambda request: -request.params.max_tokens))
+        self._complete(requests)
+        return [self.output(request) for request in requests]
+
+    def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[list[float | None]]:
+        requests = self.submit(sequences, SamplingParams(max_tokens=1, temperature=temperature), kind="score")
+        self._complete(requests)
+        return [[None, *request.logprobs] for request in requests]
+
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        kind: str = "generate",
+    ) -> list[Request]:
+        requests = self.engines[0].prepare(prompts, params, kind)
+        self._queue(requests)
+        return requests
+
+    def step(self) -> list[Request]:
+        """One step of every replica that has work."""
+        return [
+            request
+            for engine in self.engines
+            if engine.scheduler.has_work
+            for request in self._call(engine, engine.step)
+        ]
+
+    def abort(self, request: Request) -> None:
+        replica = self._replica_of.get(request)
+        if replica is not None:
+            self.engines[replica].abort(request)
+
+    def output(self, request: Request) -> RequestOutput:
+        return self.engines[0].output(request)
+
+    def update_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, inflight: str = "keep"
+    ) -> dict[str, float | int | str]:
+        """Replaces the weights of one replica after the other; timings are the sums of theirs.
+
+        An update that does not fit is refused by the first and changes none. Should a later one fail, all shut down:
+        no two serve different weights.
+        """
+        tensors = list(named_tensors)
+        first, *others = self.engines
+        reports = [self._call(first, first.update_weights, tensors, version, inflight)]
+        try:
+            for engine in others:
+                reports.append(self._call(engine, engine.update_weights, tensors, version, inflight))
+        except BaseException:
+            self.shutdown()
+            raise
+        timings = {key: sum(report[key] for report in reports) for key in reports[0] if key.endswith("_s")}
+        return {**reports[0], **timings}
+
+    def checksum(self) -> str:
+        return self._call(self.engines[0], self.engines[0].checksum)
+
+    def stats(self) -> dict[str, Any]:
+        """Sums over the replicas, whose own stats are under "replicas"."""
+        replicas = [engine.stats() for engine in self.engines]
+        total = {key: sum(stats[key] for stats in replicas) for key in replicas[0]}
+        return {
+            **total,
+            "weight_version": self.weight_version,
+            "cache_hit_rate": total["cached_tokens"] / max(1, total["queried_tokens"]),
+            "replicas": replicas,
+        }
+
+    def shutdown(self) -> None:
+        """Shuts all replicas down, also where one of them cannot be used any more."""
+        with ExitStack() as all_of_them:
+            for engine in self.engines:
+                all_of_them.callback(self._call, engine, engine.shutdown)
+
+    def _queue(self, requests: Sequence[Request]) -> None:
+        """Gives requests to replicas: each time those of one prompt to the replica with the fewest tokens to come.
+
+        The samples of a prompt stay together, so that its prefix is computed once.
+        """
+        self._replica_of = {r: replica for r, replica in self._replica_of.items() if r.finish_reason is None}
+        to_come = [0] * len(self.engines)
+        for request, replica in self._replica_of.items():
+            to_come[replica] += _tokens_to_come(request)
+        chosen: dict[tuple[int, ...], int] = {}
+        for request in requests:
+            prompt = tuple(request.prompt_ids)
+            replica = chosen.setdefault(prompt, to_come.index(min(to_come)))
+            to_come[replica] += _tokens_to_come(request)
+            self._replica_of[request] = replica
+        for replica, engine in enumerate(self.engines):
+            engine.queue([request for request in requests if self._replica_of[request] == replica])
+
+    def _complete(self, requests: Sequence[Request]) -> None:
+        try:
+            while any(request.finish_reason is None for request in requests):
+                self.step()
+        finally:
+            for request in requests:
+                self.abort(request)
+
+    @staticmethod
+    def _call(engine: Engine, method: Callable[..., Any], *arguments: Any) -> Any:
+        with _current(engine.config.device):
+            return method(*arguments)
+
+
+def _tokens_to_come(request: Request) -> int:
+    return request.num_prompt + request.params.max_tokens - len(request.logprobs)
+
+
+def _device(config: EngineConfig, replica: int) -> str:
+    if not config.device.startswith("cuda"):
+        return config.device
+    first = torch.device(config.device).index or 0
+    return f"cuda:{first + replica * config.tp_size}"
+
+
+def _current(device: str) -> AbstractContextManager:
+    """Kernels are launched on the current GPU, which each replica has its own of."""
+    return torch.cuda.device(device) if device.startswith("cuda") else nullcontext()
