@@ -443,7 +443,7 @@ def _num_pages(
     device: torch.device,
     dtype: torch.dtype,
 ) -> int:
-    page_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * page_size * dtype.itemsize
+    page_bytes = model.num_layers * model.kv_elements_per_token * page_size * dtype.itemsize
     if config.kv_cache_tokens is not None:
         if config.kv_cache_tokens < page_size:
             raise ValueError(f"kv_cache_tokens={config.kv_cache_tokens} is less than a page of {page_size}")

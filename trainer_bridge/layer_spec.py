@@ -26,6 +26,7 @@ from lockstep.kernels.linear import linear
 from lockstep.kernels.rms_norm import rms_norm
 from lockstep.kernels.rope import apply_rope
 from lockstep.kernels.silu_mul_linear import silu_mul_linear
+from lockstep.trainer_bridge.latent_attention import LatentSelfAttention, LatentSelfAttentionSubmodules
 
 
 @dataclass
@@ -163,13 +164,6 @@ def block_spec(model: ModelConfig, recompute: bool) -> TransformerBlockSubmodule
 
     recompute: trade the activations inside a layer for a second forward pass.
     """
-    attention = SelfAttentionSubmodules(
-        linear_qkv=ModuleSpec(module=KernelColumnLinear, params={"has_bias": model.qkv_bias}),
-        core_attention=ModuleSpec(module=KernelCoreAttention, params={"layer_windows": model.layer_windows}),
-        linear_proj=ModuleSpec(module=KernelRowLinear, params={"has_bias": model.proj_bias}),
-        q_layernorm=KernelRMSNorm if model.qk_norm else None,
-        k_layernorm=KernelRMSNorm if model.qk_norm else None,
-    )
     mlp = MLPSubmodules(
         linear_fc1=ModuleSpec(module=KernelColumnLinear, params={"has_bias": model.mlp_bias}),
         linear_fc2=ModuleSpec(module=KernelSiluMulRowLinear, params={"has_bias": model.mlp_bias}),
@@ -179,9 +173,7 @@ def block_spec(model: ModelConfig, recompute: bool) -> TransformerBlockSubmodule
         module=RecomputedLayer if recompute else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=KernelRMSNorm,
-            self_attention=ModuleSpec(
-                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
-            ),
+            self_attention=_attention_spec(model),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=KernelRMSNorm,
             mlp=ModuleSpec(module=MLP, params={"ffn_hidden_size": model.ffn_hidden_size}, submodules=mlp),
@@ -189,3 +181,21 @@ def block_spec(model: ModelConfig, recompute: bool) -> TransformerBlockSubmodule
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * model.num_layers, layer_norm=KernelRMSNorm)
+
+
+def _attention_spec(model: ModelConfig) -> ModuleSpec:
+    if model.mla is not None:
+        submodules = LatentSelfAttentionSubmodules(
+            column_linear=ModuleSpec(module=KernelColumnLinear, params={"has_bias": False}),
+            row_linear=ModuleSpec(module=KernelRowLinear, params={"has_bias": False}),
+            norm=KernelRMSNorm,
+        )
+        return ModuleSpec(module=LatentSelfAttention, params={"mla": model.mla}, submodules=submodules)
+    submodules = SelfAttentionSubmodules(
+        linear_qkv=ModuleSpec(module=KernelColumnLinear, params={"has_bias": model.qkv_bias}),
+        core_attention=ModuleSpec(module=KernelCoreAttention, params={"layer_windows": model.layer_windows}),
+        linear_proj=ModuleSpec(module=KernelRowLinear, params={"has_bias": model.proj_bias}),
+        q_layernorm=KernelRMSNorm if model.qk_norm else None,
+        k_layernorm=KernelRMSNorm if model.qk_norm else None,
+    )
+    return ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=submodules)

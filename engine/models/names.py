@@ -40,7 +40,7 @@ def dimensions(config: ModelConfig) -> dict[str, int]:
     """The sizes that the tables' shapes are written in."""
     query = config.num_heads * config.head_dim
     key_or_value = config.num_kv_heads * config.head_dim
-    return {
+    sizes = {
         "vocab": config.vocab_size,
         "hidden": config.hidden_size,
         "head_dim": config.head_dim,
@@ -49,6 +49,16 @@ def dimensions(config: ModelConfig) -> dict[str, int]:
         "ffn": config.ffn_hidden_size,
         "gate_up": 2 * config.ffn_hidden_size,
     }
+    if (mla := config.mla) is not None:
+        sizes |= {
+            "q_lora": mla.q_lora_rank or 0,
+            "kv_lora": mla.kv_lora_rank,
+            "mla_query": config.num_heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim),
+            "mla_row": mla.row_width,
+            "mla_key_value": config.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim),
+            "mla_out": config.num_heads * mla.v_head_dim,
+        }
+    return sizes
 
 
 def expand(config: ModelConfig) -> list[Entry]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from models import FAMILY_NAMES, tiny_config
+from models import FAMILY_NAMES, LATENT_FAMILIES, tiny_config
 
 from lockstep.engine.models.config import ModelConfig, parse_model_config
 from lockstep.engine.models.names import Entry, expand, format_table, to_hf, to_megatron
@@ -19,9 +19,11 @@ CASES = [
     pytest.param(family, overrides, id=f"{family} {name}")
     for family in FAMILY_NAMES
     for name, overrides in OPTIONS.items()
-    if name != "biases" or family == "llama"
+    if (name != "biases" or family == "llama") and (name != "one kv head" or family not in LATENT_FAMILIES)
 ]
 CASES.append(pytest.param("qwen3", {"attention_bias": True}, id="qwen3 attention bias"))
+CASES += [pytest.param(family, {"q_lora_rank": None}, id=f"{family} whole queries") for family in LATENT_FAMILIES]
+CASES.append(pytest.param("deepseek_v2", {"mlp_bias": True}, id="deepseek_v2 mlp bias"))
 
 
 def make_config(family: str, overrides: dict) -> ModelConfig:

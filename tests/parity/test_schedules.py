@@ -9,7 +9,7 @@ from lockstep.engine import Engine, EngineConfig, SamplingParams
 
 NUM_REQUESTS = 20
 SCHEDULES_PER_BATCH = 20
-NUM_BATCHES = 5  # for each of two models: 200 schedules
+NUM_BATCHES = 5  # for each of three models: 300 schedules
 VOCAB = 131
 
 
@@ -40,7 +40,7 @@ def random_workload(rng: random.Random) -> list[tuple[list[int], SamplingParams]
     return workload
 
 
-@pytest.fixture(scope="module", params=["qwen3", "mistral"])
+@pytest.fixture(scope="module", params=["qwen3", "mistral", "deepseek_v3"])
 def served_alone(request, tmp_path_factory):
     """(model path, workload, outputs of each request served alone without a cache)."""
     path = tmp_path_factory.mktemp("model")

@@ -26,7 +26,9 @@ def batches(seed):
     return pack([TrainSequence(t, [False] * 2 + [True] * 18) for t in tokens], 64)
 
 
-@pytest.mark.parametrize(("family", "tie"), [("llama", True), ("qwen2", False), ("qwen3", False)])
+@pytest.mark.parametrize(
+    ("family", "tie"), [("llama", True), ("qwen2", False), ("qwen3", False), ("deepseek_v3", False)]
+)
 def test_resuming_continues_to_the_bit(tmp_path, family, tie):
     make_hf_model(tmp_path / "model", family, seed=1, tie=tie)
     trainer = new_trainer(tmp_path / "model")

@@ -34,7 +34,7 @@ class Family:
 
     defaults: values that transformers takes for keys which config.json leaves out.
     parse:    config.json with the defaults filled in -> the ModelConfig fields in which families differ: qkv_bias,
-              proj_bias, mlp_bias, qk_norm, layer_windows. Raises UnsupportedModelError.
+              proj_bias, mlp_bias, qk_norm, layer_windows, and mla where there is one. Raises UnsupportedModelError.
     table:    the names, as data.
     """
 
