@@ -13,7 +13,7 @@ from lockstep.engine import checkpoint, weights
 from lockstep.engine.detokenizer import Detokenizer
 from lockstep.engine.models.config import ModelConfig, load_model_config
 from lockstep.engine.models.decoder import Decoder
-from lockstep.engine.models.names import matrix_shapes
+from lockstep.engine.models.names import head_matrix_shapes, matrix_shapes
 from lockstep.engine.page_pool import PagePool
 from lockstep.engine.radix_cache import RadixCache
 from lockstep.engine.request import Request, RequestOutput, SamplingParams
@@ -104,7 +104,8 @@ class Engine:
         device, dtype = torch.device(config.device), getattr(torch, config.dtype)
         numerics.set_up(device)
         self.model_config = load_model_config(config.model)
-        numerics.check_row_contract(device, dtype, matrix_shapes(self.model_config))
+        shapes, head_shapes = matrix_shapes(self.model_config), head_matrix_shapes(self.model_config)
+        numerics.check_row_contract(device, dtype, shapes, head_shapes)
         self.max_model_len = _max_model_len(config, self.model_config)
         self.model = Decoder(self.model_config, device=device, dtype=dtype)
         if config.load_format == "dummy":

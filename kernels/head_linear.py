@@ -42,12 +42,12 @@ def _head_linear_cpu(x: Tensor, weight: Tensor) -> Tensor:
         raise ValueError(f"head_linear on the CPU takes float32, not {x.dtype}")
     num_rows, num_heads, _ = x.shape
     padding = -num_rows % _CPU_ROW_MULTIPLE
-    # A product a head: torch's batched one has other bits, and other ones again for other numbers of rows.
     x_HMK = F.pad(x.transpose(0, 1), (0, 0, 0, padding)).contiguous()
-    y = torch.empty(num_rows, num_heads, weight.shape[1])
-    for head in range(num_heads):
-        y[:, head] = torch.mm(x_HMK[head], weight[head].t())[:num_rows]
-    return y
+    y_HMN = torch.empty(num_heads, num_rows + padding, weight.shape[1])
+    # A product a head: torch's batched one has other bits, and other ones again for other numbers of rows.
+    for x_MK, weight_KN, y_MN in zip(x_HMK.unbind(), weight.mT.unbind(), y_HMN.unbind(), strict=True):
+        torch.mm(x_MK, weight_KN, out=y_MN)
+    return y_HMN[:, :num_rows].transpose(0, 1)
 
 
 def _head_linear_triton(x: Tensor, weight: Tensor) -> Tensor:

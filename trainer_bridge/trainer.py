@@ -11,7 +11,7 @@ import torch
 
 from lockstep.engine.checkpoint import initialize_dummy, iterate_weights, save_hf
 from lockstep.engine.models.config import load_model_config
-from lockstep.engine.models.names import matrix_shapes
+from lockstep.engine.models.names import head_matrix_shapes, matrix_shapes
 from lockstep.engine.transfer import to_device
 from lockstep.engine.weights import checksum
 from lockstep.kernels import numerics
@@ -89,7 +89,8 @@ class MegatronTrainer:
         numerics.set_up(self.device)
         initialize_megatron(self.device)
         self.model_config = load_model_config(config.model)
-        numerics.check_row_contract(self.device, self.dtype, matrix_shapes(self.model_config))
+        shapes, head_shapes = matrix_shapes(self.model_config), head_matrix_shapes(self.model_config)
+        numerics.check_row_contract(self.device, self.dtype, shapes, head_shapes)
         self.model = LockstepGPTModel(self.model_config, self.device, self.dtype, config.recompute)
         if config.load_format == "dummy":
             initialize_dummy(self.model, config.seed)

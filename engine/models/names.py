@@ -107,6 +107,13 @@ def matrix_shapes(config: ModelConfig) -> set[tuple[int, int]]:
     return {entry.shape for entry in expand(config) if len(entry.shape) == 2}
 
 
+def head_matrix_shapes(config: ModelConfig) -> set[tuple[int, int]]:
+    """(rows, columns) of the matrices that latent attention's up-projection of keys and values holds for each head."""
+    if (mla := config.mla) is None:
+        return set()
+    return {(mla.kv_lora_rank, mla.qk_nope_head_dim), (mla.v_head_dim, mla.kv_lora_rank)}
+
+
 def to_megatron(entry: Entry, hf_tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The parameter of shape `entry.shape` from the tensors of `entry.hf_names`, in that order: a permutation of rows.
 
