@@ -72,15 +72,19 @@ def latent_attention_forward(
         SPLIT=SPLIT,
         KV_TILE=KV_TILE,
         WITH_LSE=with_lse,
-        num_warps=8 if tile_rows >= 64 else 4,
+        num_warps=8 if tile_rows > 16 else 4,
         num_stages=1,
     )
     return out, lse
 
 
 def default_tile_rows(num_rows: int, num_requests: int, dtype: torch.dtype) -> int:
-    """Query rows of a tile, by the number of rows per request; fp32 tiles take twice the shared memory."""
-    return min(max(16, triton.next_power_of_2(num_rows // num_requests)), 64 if dtype != torch.float32 else 16)
+    """Query rows of a tile, by the number of rows per request.
+
+    Few: a program holds the outputs of a split and of those before it, of 512 columns each, in registers. fp32 tiles
+    take twice the shared memory.
+    """
+    return 32 if dtype != torch.float32 and num_rows > 16 * num_requests else 16
 
 
 def block_sizes(width: int, value_dim: int) -> dict[str, int]:
