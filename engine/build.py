@@ -9,7 +9,7 @@ import torch
 from lockstep.engine import checkpoint
 from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.models.decoder import Decoder
-from lockstep.engine.models.names import expand
+from lockstep.engine.models.names import expand, head_matrix_shapes
 from lockstep.engine.models.sharding import check_divides, parameter_shards
 from lockstep.engine.rank_group import RankGroup
 from lockstep.engine.scheduler import SchedulerConfig
@@ -47,7 +47,7 @@ def build_model(
     local = [entry for entry in expand(model.local_config) if len(entry.shape) == 2]
     shapes = {(e.shape[0], e.shape[1] // splits if e.shard_dim == 1 else e.shape[1]) for e in local}
     shapes |= {e.shape[1:] for e in expand(model.local_config) if len(e.shape) == 3}  # the experts'
-    numerics.check_row_contract(device, dtype, shapes)
+    numerics.check_row_contract(device, dtype, shapes, head_matrix_shapes(model.local_config))
     if ranks is not None:
         split = [entry for entry in expand(model_config) if len(entry.shape) == 2 and entry.shard_dim is not None]
         numerics.check_split_contract(device, dtype, {(e.shape, e.shard_dim) for e in split}, ranks.size)
@@ -60,8 +60,9 @@ def build_model(
 
 def check_parallel(config: EngineConfig, model_config: ModelConfig) -> None:
     """Raises ValueError that names what the ranks cannot share out."""
-    if model_config.moe is not None and config.tp_size > 1:
-        raise ValueError(f"EngineConfig.tp_size={config.tp_size}: layers with experts are served by one rank so far")
+    if config.tp_size > 1 and (model_config.moe is not None or model_config.mla is not None):
+        what = "layers with experts" if model_config.moe is not None else "latent attention"
+        raise ValueError(f"EngineConfig.tp_size={config.tp_size}: a model with {what} is served by one rank so far")
     try:
         check_divides(model_config, config.tp_size, config.row_parallel_splits)
     except ValueError as error:
@@ -88,7 +89,7 @@ def num_kv_pages(config: EngineConfig, sizes: SchedulerConfig, model: Decoder, d
     """Pages of KV that this rank has memory for, its weights being there."""
     local, page_size = model.local_config, sizes.page_size
     itemsize = getattr(torch, config.dtype).itemsize
-    page_bytes = 2 * local.num_layers * local.num_kv_heads * local.head_dim * page_size * itemsize
+    page_bytes = local.num_layers * local.kv_elements_per_token * page_size * itemsize
     if config.kv_cache_tokens is not None:
         if config.kv_cache_tokens < page_size:
             raise ValueError(f"kv_cache_tokens={config.kv_cache_tokens} is less than a page of {page_size}")

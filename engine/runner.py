@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lockstep.engine.decode_graphs import DecodeGraphs
-from lockstep.engine.models.decoder import AttentionContext, AttentionPart, Decoder
+from lockstep.engine.models.decoder import AttentionContext, AttentionPart, Decoder, new_layer_caches
 from lockstep.engine.prefix_groups import PrefixGroups, find_groups, order_by_prefix
 from lockstep.engine.rank_step import RankStep
 from lockstep.engine.request import Request
@@ -18,7 +18,6 @@ from lockstep.engine.scheduler import Chunk, SchedulerConfig, StepBatch
 from lockstep.engine.transfer import to_device, to_host
 from lockstep.kernels.attention_plan import GROUP_ROWS, Groups, num_attention_items, plan_attention
 from lockstep.kernels.attention_triton import KV_TILE
-from lockstep.kernels.kv_cache import new_kv_cache
 from lockstep.kernels.log_probs import token_log_probs
 from lockstep.kernels.step_inputs import step_inputs
 
@@ -70,8 +69,8 @@ class Runner:
         self.device = device
         self.on_gpu = device.type == "cuda"
         shape = model.local_config
-        self.cache_shape = (num_pages, config.page_size, shape.num_kv_heads, shape.head_dim, dtype, device)
-        self.kv_caches: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.cache_shape = (shape, num_pages, config.page_size, dtype, device)
+        self.kv_caches: list[tuple[torch.Tensor, ...]] = []
         # The table's copy on the device is brought up to date with what each step's requests gained.
         self.host_page_table = np.zeros(
             (config.max_running_requests, -(-config.max_model_len // self.page_size)), np.int32
@@ -79,8 +78,9 @@ class Runner:
         self.page_table = torch.from_numpy(self.host_page_table).to(device)
         self.last_tokens = torch.zeros(config.max_running_requests, dtype=torch.int64, device=device)
         self.sampler = Sampler(config.max_running_requests, device)
-        self.group_prefixes = group_prefixes
-        self.windows = set(shape.layer_windows)
+        self.group_prefixes = group_prefixes and shape.mla is None
+        # Latent attention has one kernel for prefill and decode, which goes without plans.
+        self.windows = set(shape.layer_windows) if shape.mla is None else set()
         self.num_kv_heads = shape.num_kv_heads
         self.group_requests = max(1, GROUP_ROWS // (shape.num_heads // shape.num_kv_heads))
         self.graphs = None
@@ -95,7 +95,7 @@ class Runner:
 
     def take_kv_cache(self) -> None:
         """Memory for the cache, at first and after `free_kv_cache`."""
-        self.kv_caches = [new_kv_cache(*self.cache_shape) for _ in range(self.model.config.num_layers)]
+        self.kv_caches = new_layer_caches(*self.cache_shape)
         self.forget_graphs()
 
     def free_kv_cache(self) -> None:

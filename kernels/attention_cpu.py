@@ -15,6 +15,7 @@ from numba.extending import intrinsic
 
 from lockstep.kernels._cpu import exp32, fma32, inline_njit, log32, njit, parallel_rows
 from lockstep.kernels.kv_cache import CPU_VECTOR, cpu_arrays
+from lockstep.kernels.latent_cache import cpu_array
 
 SPLIT = 256
 # Query rows (tokens times heads of a KV group) that share a pass over the keys and values of a split.
@@ -49,8 +50,49 @@ def attention_forward(
         raise ValueError(f"attention on the CPU is fp32 only, got {q.dtype}")
     num_tokens, num_heads, _ = q.shape
     num_kv_heads = k_cache.shape[1]
+    shape = (num_tokens, num_heads, num_kv_heads, k_cache.shape[2], q.shape[2], q.shape[2], False)
+    return _forward(
+        q, *cpu_arrays(k_cache, v_cache), page_table, cu_seqlens_q, kv_lens, shape, scale, window or 1 << 40, with_lse
+    )
+
+
+def latent_attention_forward(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    value_dim: int,
+    page_table: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    kv_lens: torch.Tensor,
+    scale: float,
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`latent_attention.latent_attention` for CPU tensors; also the log-sum-exp [H, T] if asked for."""
+    if q.dtype != torch.float32:
+        raise ValueError(f"latent_attention on the CPU is fp32 only, got {q.dtype}")
+    num_tokens, num_heads, head_dim = q.shape
+    rows = cpu_array(cache)
+    shape = (num_tokens, num_heads, 1, cache.shape[2], head_dim, value_dim, True)
+    return _forward(q, rows, rows, page_table, cu_seqlens_q, kv_lens, shape, scale, 1 << 40, with_lse)
+
+
+def _forward(
+    q: torch.Tensor,
+    k_memory: np.ndarray,
+    v_memory: np.ndarray,
+    page_table: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    kv_lens: torch.Tensor,
+    shape: tuple[int, int, int, int, int, int, bool],
+    scale: float,
+    window: int,
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """shape: tokens, heads, KV heads, page size, head_dim, value_dim, and whether values are the first columns of the
+    keys, which then lie as the values do, a token in a row.
+    """
+    num_tokens, num_heads, num_kv_heads, _, _, value_dim, _ = shape
     q = q.detach().contiguous()
-    out = torch.empty_like(q)
+    out = torch.empty((num_tokens, num_heads, value_dim), dtype=torch.float32)
     lse = torch.empty((num_heads, num_tokens), dtype=torch.float32) if with_lse else None
     lengths = kv_lens.contiguous().numpy()
     if num_tokens == 0 or lengths.size == 0:
@@ -61,15 +103,16 @@ def attention_forward(
         num_kv_heads * num_tokens,
         -(-MIN_PAIRS_PER_THREAD // pairs_per_row),
         q.numpy(),
-        *cpu_arrays(k_cache, v_cache),
+        k_memory,
+        v_memory,
         page_table.contiguous().numpy(),
         cu_seqlens_q.contiguous().numpy(),
         lengths,
         out.numpy(),
         _NO_LSE if lse is None else lse.numpy(),
-        (num_tokens, num_heads, num_kv_heads, k_cache.shape[2], q.shape[2]),
+        shape,
         np.float32(scale),
-        window or 1 << 40,
+        window,
     )
     return out, lse
 
@@ -302,17 +345,29 @@ def _visible(position, split, split_end, window):
 
 
 @inline_njit
-def _list_keys(pages, page_begin, page_end, split, kv_head, shape, key_offsets, columns, v_memory):
-    """Where the vectors of keys of some pages lie, and the columns of their scores; returns how many.
+def _transpose(rows, columns, num_rows, num_columns):
+    for i in range(num_rows):
+        row = _at(rows, i * num_columns)
+        for j in range(num_columns):
+            columns[j * num_rows + i] = row[j]
+
+
+@inline_njit
+def _list_keys(pages, page_begin, page_end, split, kv_head, shape, key_offsets, columns, k_memory, v_memory):
+    """Where in k_memory the vectors of keys of some pages lie, and the columns of their scores; returns how many.
 
     Their number is made a multiple of KEY_VECTORS by repeating the last. Asks for the values of the pages, which are
-    needed once the scores are there.
+    needed once the scores are there. Keys that share their memory with the values are laid out in k_memory first.
     """
-    _, num_kv_heads, page_size, head_dim, _ = shape
+    _, num_kv_heads, page_size, head_dim, _, _, is_latent = shape
     count = 0
     for page in range(page_begin, page_end):
         key = (np.int64(pages[page]) * num_kv_heads + kv_head) * page_size * head_dim
-        _prefetch_floats(_at(v_memory, key), page_size * head_dim)
+        if is_latent:
+            value, key = key, (page - page_begin) * page_size * head_dim
+            _transpose(_at(v_memory, value), _at(k_memory, key), page_size, head_dim)
+        else:
+            _prefetch_floats(_at(v_memory, key), page_size * head_dim)
         for i in range(0, page_size, CPU_VECTOR):
             key_offsets[count], columns[count] = key + i, page * page_size + i - split + MARGIN
             count += 1
@@ -331,7 +386,7 @@ def _attend_tile(tile, caches, shape, scale, window, scratch):
     """
     kv_head, tokens, shared_pages = tile
     k_memory, v_memory, page_table, max_pages = caches
-    group, num_kv_heads, page_size, head_dim, row_stride = shape
+    group, num_kv_heads, page_size, head_dim, value_dim, row_stride, _ = shape
     requests, positions, key_offsets, columns, value_offsets = scratch[0]
     queries, scores, part, part_max, part_sum, total, total_max, total_sum = scratch[1]
     _fill(total_sum, 0, tokens * group, _ZERO)
@@ -359,6 +414,7 @@ def _attend_tile(tile, caches, shape, scale, window, scratch):
                 shape,
                 key_offsets,
                 columns,
+                k_memory,
                 v_memory,
             )
             # A whole vector is written even if the page ends within it; what is beyond is overwritten or masked.
@@ -415,7 +471,7 @@ def _attend_tile(tile, caches, shape, scale, window, scratch):
             for r in range(t * group, (t + 1) * group):
                 total_max[r], total_sum[r] = _merge(
                     *(_at(part, r * row_stride), part_max[r], part_sum[r]),
-                    *(_at(total, r * row_stride), total_max[r], total_sum[r], head_dim),
+                    *(_at(total, r * row_stride), total_max[r], total_sum[r], value_dim),
                 )
 
 
@@ -450,16 +506,16 @@ def _gather_decodes(request, most_tokens, page_table, max_pages, cu_seqlens, kv_
 @inline_njit
 def _tile_shape(sizes):
     """(tokens, rows) of a full tile, and the floats between the outputs of two rows."""
-    _, num_heads, num_kv_heads, _, head_dim = sizes
+    _, num_heads, num_kv_heads, _, _, value_dim, _ = sizes
     group = num_heads // num_kv_heads
     tokens = max(1, TILE_ROWS // group)
-    return tokens, tokens * group, (head_dim + CPU_VECTOR - 1) // CPU_VECTOR * CPU_VECTOR
+    return tokens, tokens * group, (value_dim + CPU_VECTOR - 1) // CPU_VECTOR * CPU_VECTOR
 
 
 @inline_njit
 def _attend_rows(start, stop, arrays, max_pages, num_requests, with_lse, sizes, scale, window, floats, integers):
     q, k_memory, v_memory, page_table, cu_seqlens, kv_lens, out, lse = arrays
-    num_tokens, num_heads, num_kv_heads, page_size, head_dim = sizes
+    num_tokens, num_heads, num_kv_heads, page_size, head_dim, value_dim, is_latent = sizes
     group = num_heads // num_kv_heads
     tile_tokens, tile_rows, row_stride = _tile_shape(sizes)
     requests = _pointer(integers)
@@ -477,11 +533,13 @@ def _attend_rows(start, stop, arrays, max_pages, num_requests, with_lse, sizes, 
     part_sum = _at(part_max, tile_rows)
     total_max = _at(part_sum, tile_rows)
     total_sum = _at(total_max, tile_rows)
+    if is_latent:
+        k_memory = _at(total_sum, tile_rows)
     scratch = (
         (requests, positions, key_offsets, columns, value_offsets),
         (queries, scores, part, part_max, part_sum, total, total_max, total_sum),
     )
-    shape = (group, num_kv_heads, page_size, head_dim, row_stride)
+    shape = (group, num_kv_heads, page_size, head_dim, value_dim, row_stride, is_latent)
     # A thread that has all KV heads takes them tile by tile: their keys lie side by side.
     whole = stop - start == num_kv_heads * num_tokens
     stop = num_tokens if whole else stop
@@ -518,8 +576,8 @@ def _attend_rows(start, stop, arrays, max_pages, num_requests, with_lse, sizes, 
             for t in range(token, token + tokens):
                 for head in range(kv_head * group, (kv_head + 1) * group):
                     r = (t - token) * group + head - kv_head * group
-                    row_total, row_out = _at(total, r * row_stride), _at(out, (t * num_heads + head) * head_dim)
-                    for i in range(head_dim):
+                    row_total, row_out = _at(total, r * row_stride), _at(out, (t * num_heads + head) * value_dim)
+                    for i in range(value_dim):
                         row_out[i] = row_total[i] / total_sum[r]
                     if with_lse:
                         lse[head * num_tokens + t] = total_max[r] + log32(total_sum[r])
@@ -530,7 +588,9 @@ def _attend_rows(start, stop, arrays, max_pages, num_requests, with_lse, sizes, 
 def _attend(start, stop, q, k_memory, v_memory, page_table, cu_seqlens, kv_lens, out, lse, sizes, scale, window):
     """Rows [start, stop) of the [num_kv_heads, T] query rows; a row is a token's heads of one KV group."""
     tile_tokens, tile_rows, row_stride = _tile_shape(sizes)
-    floats = np.empty(tile_rows * (SCORE_STRIDE + 3 * row_stride + 4), np.float32)
+    head_dim, is_latent = sizes[4], sizes[6]
+    num_floats = tile_rows * (SCORE_STRIDE + 2 * row_stride + head_dim + 4)
+    floats = np.empty(num_floats + (SCORE_STRIDE * head_dim + CPU_VECTOR if is_latent else 0), np.float32)
     integers = np.empty(2 * tile_tokens + 2 * SCORE_STRIDE + row_stride // CPU_VECTOR, np.int64)
     arrays = (
         *(_pointer(q), _pointer(k_memory), _pointer(v_memory), _pointer(page_table), _pointer(cu_seqlens)),

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lockstep.kernels.head_linear import head_linear
 from lockstep.kernels.linear import linear
 from lockstep.kernels.linear_silu_mul import linear_silu_mul
 from lockstep.kernels.silu_mul import silu_mul
@@ -40,14 +41,18 @@ def set_up(device: str | torch.device) -> None:
 
 
 def check_row_contract(
-    device: str | torch.device, dtype: torch.dtype, shapes: Iterable[tuple[int, int]] | None = None
+    device: str | torch.device,
+    dtype: torch.dtype,
+    shapes: Iterable[tuple[int, int]] | None = None,
+    head_shapes: Iterable[tuple[int, int]] = (),
 ) -> None:
     """Compares `linear` on rows alone, in small batches and in one large batch, to the bit.
 
     On a GPU also within a captured graph, where it chooses other kernels, and `linear_silu_mul` in the same way.
 
     shapes: (N, K) of the weights to try, best a model's own (of a very large N only so much is tried). Default: a few
-    small ones. Raises RuntimeError that names the shape and what to do.
+    small ones. head_shapes: (N, K) of each head's weight for `head_linear`, of which two heads are tried, in either
+    memory layout. Raises RuntimeError that names the shape and what to do.
     """
     device = torch.device(device)
     if shapes is None:
@@ -62,6 +67,10 @@ def check_row_contract(
             _check_rows(linear, x, weight, together)
             if x.is_cuda and n % 2 == 0:
                 _check_rows(linear_silu_mul, x, weight, silu_mul(together))
+        for n, k in sorted(head_shapes):
+            x = random(_CHECK_ROWS[device.type], 2, k)
+            for weight in (random(2, n, k) / k**0.5, (random(2, k, n) / k**0.5).mT):
+                _check_rows(head_linear, x, weight, head_linear(x, weight))
 
 
 def check_split_contract(

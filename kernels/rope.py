@@ -145,6 +145,14 @@ def apply_rope(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
     return _rotate(x, cos_sin, positions, 1.0)
 
 
+def deinterleave(x: Tensor) -> Tensor:
+    """x[..., D] -> [..., D]: the first elements of the pairs (x0, x1), (x2, x3), ..., then the second ones.
+
+    What `apply_rope` takes, from the layout in which DeepSeek's models hold what they rotate.
+    """
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
 def apply_rope_reference(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
     """The formula of `apply_rope` in plain torch; at least fp32, fp64 stays fp64."""
     wide = torch.promote_types(x.dtype, torch.float32)

@@ -20,7 +20,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--shape",
         default="qwen3-0.6b",
-        help="model of the GPU tests: qwen3-0.6b, qwen3-1.7b, qwen3-8b; small also runs on a CPU",
+        help="model of the GPU tests: qwen3-0.6b, qwen3-1.7b, qwen3-8b, deepseek-mla; small also runs on a CPU",
     )
 
 

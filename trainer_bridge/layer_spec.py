@@ -30,6 +30,7 @@ from lockstep.kernels.rms_norm import rms_norm
 from lockstep.kernels.rope import apply_rope
 from lockstep.kernels.row_parallel_linear import row_parallel_linear
 from lockstep.kernels.silu_mul_linear import silu_mul_linear
+from lockstep.trainer_bridge.latent_attention import LatentSelfAttention, LatentSelfAttentionSubmodules
 from lockstep.trainer_bridge.moe_layer import KernelMoE
 from lockstep.trainer_bridge.tensor_parallel import column_parallel_linear, shared_weight, sum_partial_outputs
 
@@ -198,17 +199,7 @@ def block_spec(
 
     recompute: trade the activations inside a layer for a second forward pass. row_parallel_splits: see ParallelSizes.
     """
-    splits = {"splits": row_parallel_splits}
-    # Query groups are not cut: so many parts of them as any number of tensor-parallel ranks can ask for.
-    group_splits = {"splits": math.gcd(model.num_kv_heads, row_parallel_splits)}
-    head_norm = ModuleSpec(module=KernelHeadRMSNorm, params=group_splits) if model.qk_norm else None
-    attention = SelfAttentionSubmodules(
-        linear_qkv=ModuleSpec(module=KernelColumnLinear, params={"has_bias": model.qkv_bias, **group_splits}),
-        core_attention=ModuleSpec(module=KernelCoreAttention, params={"layer_windows": model.layer_windows}),
-        linear_proj=ModuleSpec(module=KernelRowLinear, params={"has_bias": model.proj_bias, **splits}),
-        q_layernorm=head_norm,
-        k_layernorm=head_norm,
-    )
+    attention = _attention_spec(model, row_parallel_splits)
     dense = ModuleSpec(
         module=MLP,
         params={"ffn_hidden_size": model.ffn_hidden_size},
@@ -241,17 +232,39 @@ def _bind(module: type, **arguments: object) -> type:
     return type(module.__name__, (module,), {"__init__": partialmethod(module.__init__, **arguments)})
 
 
-def _layer_spec(attention: SelfAttentionSubmodules, mlp: ModuleSpec | type, recompute: bool) -> ModuleSpec:
+def _layer_spec(attention: ModuleSpec, mlp: ModuleSpec | type, recompute: bool) -> ModuleSpec:
     return ModuleSpec(
         module=RecomputedLayer if recompute else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=KernelRMSNorm,
-            self_attention=ModuleSpec(
-                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
-            ),
+            self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=KernelRMSNorm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )
+
+
+def _attention_spec(model: ModelConfig, row_parallel_splits: int) -> ModuleSpec:
+    if model.mla is not None:
+        params = {"has_bias": False, "splits": 1}
+        submodules = LatentSelfAttentionSubmodules(
+            column_linear=ModuleSpec(module=KernelColumnLinear, params=params),
+            row_linear=ModuleSpec(module=KernelRowLinear, params=params),
+            norm=KernelRMSNorm,
+        )
+        return ModuleSpec(module=LatentSelfAttention, params={"mla": model.mla}, submodules=submodules)
+    # Query groups are not cut: so many parts of them as any number of tensor-parallel ranks can ask for.
+    group_splits = {"splits": math.gcd(model.num_kv_heads, row_parallel_splits)}
+    head_norm = ModuleSpec(module=KernelHeadRMSNorm, params=group_splits) if model.qk_norm else None
+    submodules = SelfAttentionSubmodules(
+        linear_qkv=ModuleSpec(module=KernelColumnLinear, params={"has_bias": model.qkv_bias, **group_splits}),
+        core_attention=ModuleSpec(module=KernelCoreAttention, params={"layer_windows": model.layer_windows}),
+        linear_proj=ModuleSpec(
+            module=KernelRowLinear, params={"has_bias": model.proj_bias, "splits": row_parallel_splits}
+        ),
+        q_layernorm=head_norm,
+        k_layernorm=head_norm,
+    )
+    return ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=submodules)

@@ -75,10 +75,11 @@ class ParallelSizes:
         ):
             if number % divisor:
                 raise ValueError(message.format(divisor, number))
-        if model.moe is not None and self.tensor * self.num_stages > 1:
+        if self.tensor * self.num_stages > 1 and (model.moe is not None or model.mla is not None):
+            what = "layers with experts" if model.moe is not None else "latent attention"
             raise ValueError(
-                f"tensor_parallel_size {self.tensor} and {self.num_stages} pipeline stages: layers with "
-                "experts are trained without model parallelism in this version"
+                f"tensor_parallel_size {self.tensor}, {self.num_stages} pipeline stages: a model with {what} is "
+                "trained without model parallelism so far"
             )
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from lockstep.engine.checkpoint import fill_dummy, iterate_weights, save_hf
 from lockstep.engine.models.config import load_model_config
+from lockstep.engine.models.names import head_matrix_shapes
 from lockstep.engine.weights import checksum
 from lockstep.kernels import numerics
 from lockstep.trainer_bridge.checkpoint import load_tensors, read_common, save_checkpoint
@@ -124,7 +125,8 @@ class MegatronTrainer:
         self.model_config = load_model_config(config.model)
         self.ranks = self._join_ranks()
         numerics.set_up(self.device)
-        numerics.check_row_contract(self.device, self.dtype, self._matrix_shapes())
+        head_shapes = head_matrix_shapes(self.model_config)
+        numerics.check_row_contract(self.device, self.dtype, self._matrix_shapes(), head_shapes)
         self.chunks = [
             LockstepGPTModel(self.model_config, self.device, self.dtype, self.ranks, chunk, config.recompute)
             for chunk in range(config.virtual_pipeline_parallel_size)
@@ -163,6 +165,7 @@ class MegatronTrainer:
         splits = self.ranks.sizes.row_parallel_splits // self.ranks.sizes.tensor
         held = [p for p in self.local_layout() if len(p.shape) == 2]
         whole = {p.local_shape for p in held if p.shard_dim != 1}
+        whole |= {p.local_shape[1:] for p in self.local_layout() if len(p.shape) == 3}  # the experts'
         return whole | {(p.local_shape[0], p.local_shape[1] // splits) for p in held if p.shard_dim == 1}
 
     def _build_optimizer(self, chunk: LockstepGPTModel) -> MasterAdamW | NoOptimizer:

@@ -8,9 +8,10 @@ from typing import Any
 
 from lockstep.engine.models.families import FAMILIES
 from lockstep.engine.models.families.family import UnsupportedModelError, read_flag, read_size, unsupported
+from lockstep.engine.models.families.latent import MLAConfig, with_mscale
 from lockstep.engine.models.moe import MoEConfig
 
-__all__ = ["MoEConfig", "ModelConfig", "UnsupportedModelError", "load_model_config", "parse_model_config"]
+__all__ = ["MLAConfig", "MoEConfig", "ModelConfig", "UnsupportedModelError", "load_model_config", "parse_model_config"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class ModelConfig:
     layer_windows: one per layer: the number of positions that a query sees, itself included; None for all before it.
     eos_token_ids: generation_config.json's where it names any, else config.json's.
     moe:           the layers whose MLP is a mixture of experts; None where all have one of ffn_hidden_size.
+    mla:           multi-head latent attention; num_kv_heads is then 1, the latent, and head_dim its rotated elements.
     """
 
     family: str
@@ -44,6 +46,17 @@ class ModelConfig:
     layer_windows: tuple[int | None, ...]
     eos_token_ids: tuple[int, ...]
     moe: MoEConfig | None = None
+    mla: MLAConfig | None = None
+
+    @property
+    def has_q_lora(self) -> bool:
+        """Whether latent attention projects its queries down and up again."""
+        return self.mla is not None and self.mla.q_lora_rank is not None
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        """What the KV cache holds for a token in one layer."""
+        return 2 * self.num_kv_heads * self.head_dim if self.mla is None else self.mla.row_width
 
 
 def load_model_config(path: str | Path) -> ModelConfig:
@@ -73,7 +86,38 @@ def parse_model_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | N
     raw = {**family.defaults, **raw}
     _refuse_unsupported_options(raw)
 
+    eos_token_id = (generation or {}).get("eos_token_id")
+    if eos_token_id is None:
+        eos_token_id = raw.get("eos_token_id")
+    num_layers = read_size(raw, "num_hidden_layers")
     num_heads = read_size(raw, "num_attention_heads")
+    rope_theta, rope_scaling = _parse_rope(raw)
+    family_fields = family.parse(raw)
+    if (mla := family_fields.get("mla")) is None:
+        num_kv_heads, head_dim = _kv_heads_and_head_dim(raw, num_heads)
+    else:
+        num_kv_heads, head_dim = 1, mla.qk_rope_head_dim
+        family_fields["mla"] = with_mscale(mla, rope_scaling)
+    return ModelConfig(
+        family=model_type,
+        vocab_size=read_size(raw, "vocab_size"),
+        hidden_size=read_size(raw, "hidden_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        ffn_hidden_size=read_size(raw, "intermediate_size"),
+        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        max_position_embeddings=read_size(raw, "max_position_embeddings"),
+        tie_word_embeddings=read_flag(raw, "tie_word_embeddings"),
+        eos_token_ids=_token_ids(eos_token_id),
+        **family_fields,
+    )
+
+
+def _kv_heads_and_head_dim(raw: Mapping[str, Any], num_heads: int) -> tuple[int, int]:
     num_kv_heads = num_heads if raw.get("num_key_value_heads") is None else read_size(raw, "num_key_value_heads")
     if num_heads % num_kv_heads:
         raise unsupported("num_key_value_heads", num_kv_heads, f"it does not divide num_attention_heads = {num_heads}")
@@ -88,29 +132,7 @@ def parse_model_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | N
         )
     if head_dim % 2:
         raise unsupported("head_dim", head_dim, "rotary embeddings need an even number")
-
-    eos_token_id = (generation or {}).get("eos_token_id")
-    if eos_token_id is None:
-        eos_token_id = raw.get("eos_token_id")
-    num_layers = read_size(raw, "num_hidden_layers")
-    rope_theta, rope_scaling = _parse_rope(raw)
-    return ModelConfig(
-        family=model_type,
-        vocab_size=read_size(raw, "vocab_size"),
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        ffn_hidden_size=read_size(raw, "intermediate_size"),
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
-        max_position_embeddings=read_size(raw, "max_position_embeddings"),
-        tie_word_embeddings=read_flag(raw, "tie_word_embeddings"),
-        eos_token_ids=_token_ids(eos_token_id),
-        **family.parse(raw),
-    )
+    return num_kv_heads, head_dim
 
 
 def _token_ids(value: object) -> tuple[int, ...]:

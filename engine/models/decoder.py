@@ -14,6 +14,10 @@ from lockstep.engine.rank_group import RankGroup
 from lockstep.kernels.attention import attention
 from lockstep.kernels.attention_plan import AttentionPlan
 from lockstep.kernels.embedding import embedding
+from lockstep.kernels.kv_cache import new_kv_cache
+from lockstep.kernels.latent_attention import latent_attention
+from lockstep.kernels.latent_cache import latent_store, new_latent_cache
+from lockstep.kernels.latent_projection import latent_outputs, latent_queries, latent_rows
 from lockstep.kernels.linear import linear
 from lockstep.kernels.linear_silu_mul import linear_silu_mul
 from lockstep.kernels.qk_norm_rope_store import qk_norm_rope_store
@@ -23,6 +27,20 @@ from lockstep.kernels.row_parallel_linear import row_parallel_linear
 
 # linear_proj and linear_fc2, whose sum runs over what the ranks split: (x, weight, bias) -> y.
 RowLinear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+# A layer's (k_cache, v_cache) of `kernels.kv_cache`, or the one cache of `kernels.latent_cache`.
+LayerCache = tuple[torch.Tensor, ...]
+
+
+def new_layer_caches(
+    config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device | str
+) -> list[LayerCache]:
+    """The uninitialised caches of all layers."""
+    if config.mla is not None:
+        width = config.mla.row_width
+        return [(new_latent_cache(num_pages, page_size, width, dtype, device),) for _ in range(config.num_layers)]
+    sizes = (num_pages, page_size, config.num_kv_heads, config.head_dim)
+    return [new_kv_cache(*sizes, dtype, device) for _ in range(config.num_layers)]
 
 
 @dataclass(frozen=True)
@@ -46,13 +64,13 @@ class AttentionPart:
 class AttentionContext:
     """Where a step's T rows find and leave their keys and values.
 
-    kv_caches: one (k_cache, v_cache) per layer, from `kernels.kv_cache.new_kv_cache`.
+    kv_caches: one per layer, from `new_layer_caches`.
     slots:     int64 [T], where each row's key and value go; -1 for padding rows.
     parts:     the requests of the rows that attend; the parts' rows follow one another and are all of them.
     rows:      int64 [R], the rows that attend and go on; the others end with their key and value. None: all.
     """
 
-    kv_caches: list[tuple[torch.Tensor, torch.Tensor]]
+    kv_caches: list[LayerCache]
     slots: torch.Tensor
     parts: tuple[AttentionPart, ...]
     rows: torch.Tensor | None = None
@@ -99,7 +117,7 @@ class _SelfAttention(nn.Module):
         hidden: torch.Tensor,
         positions: torch.Tensor,
         cos_sin: torch.Tensor,
-        kv_cache: tuple[torch.Tensor, torch.Tensor],
+        kv_cache: LayerCache,
         context: AttentionContext,
     ) -> torch.Tensor:
         qkv_weight, qkv_bias, proj_weight, proj_bias = self._linear_tensors
@@ -126,6 +144,64 @@ class _SelfAttention(nn.Module):
         ]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return self.row_linear(out.view(-1, self.query_size), proj_weight, proj_bias)
+
+
+class _LatentSelfAttention(nn.Module):
+    """Multi-head latent attention. The cache holds a token's latent and rotated key, once for all heads."""
+
+    def __init__(self, config: ModelConfig, **factory: torch.device | torch.dtype) -> None:
+        super().__init__()
+        self.mla = mla = config.mla
+        self.num_heads = config.num_heads
+        query_size = config.num_heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
+        key_value_size = config.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+        if mla.q_lora_rank is None:
+            self.linear_q_proj = _Weights(query_size, config.hidden_size, **factory)
+        else:
+            self.linear_q_down_proj = _Weights(mla.q_lora_rank, config.hidden_size, **factory)
+            self.q_layernorm = _Weights(mla.q_lora_rank, **factory)
+            self.linear_q_up_proj = _Weights(query_size, mla.q_lora_rank, **factory)
+        self.linear_kv_down_proj = _Weights(mla.row_width, config.hidden_size, **factory)
+        self.kv_layernorm = _Weights(mla.kv_lora_rank, **factory)
+        self.linear_kv_up_proj = _Weights(key_value_size, mla.kv_lora_rank, **factory)
+        self.linear_proj = _Weights(config.hidden_size, config.num_heads * mla.v_head_dim, **factory)
+
+    def _queries(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.mla.q_lora_rank is None:
+            q = linear(hidden, self.linear_q_proj.weight)
+        else:
+            q_low = rms_norm(linear(hidden, self.linear_q_down_proj.weight), self.q_layernorm.weight, self.mla.norm_eps)
+            q = linear(q_low, self.linear_q_up_proj.weight)
+        return q.unflatten(-1, (self.num_heads, -1))
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        kv_cache: LayerCache,
+        context: AttentionContext,
+    ) -> torch.Tensor:
+        mla, up_weight = self.mla, self.linear_kv_up_proj.weight
+        (cache,) = kv_cache
+        rows = latent_rows(
+            linear(hidden, self.linear_kv_down_proj.weight), self.kv_layernorm.weight, mla.norm_eps,
+            cos_sin, positions, mla.rope_interleaved,
+        )  # fmt: skip
+        latent_store(rows, cache, context.slots)
+        if context.rows is not None:
+            hidden, positions = hidden[context.rows], positions[context.rows]
+        q = latent_queries(
+            self._queries(hidden), up_weight, mla.qk_nope_head_dim, cos_sin, positions, mla.rope_interleaved
+        )
+        outs = [
+            latent_attention(
+                part_q, cache, mla.kv_lora_rank, part.page_table, part.cu_seqlens_q, part.kv_lens, mla.softmax_scale
+            )
+            for part_q, part in zip(q.split([part.num_rows for part in context.parts]), context.parts, strict=True)
+        ]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        return linear(latent_outputs(out, up_weight, mla.qk_nope_head_dim), self.linear_proj.weight)
 
 
 class _MLP(nn.Module):
@@ -194,7 +270,10 @@ class _Layer(nn.Module):
         super().__init__()
         self.eps = config.rms_norm_eps
         self.input_layernorm = _Weights(config.hidden_size, **factory)
-        self.self_attention = _SelfAttention(config, window, row_linear, **factory)
+        if config.mla is None:
+            self.self_attention = _SelfAttention(config, window, row_linear, **factory)
+        else:
+            self.self_attention = _LatentSelfAttention(config, **factory)
         self.pre_mlp_layernorm = _Weights(config.hidden_size, **factory)
         self.mlp = (_MoE if has_experts else _MLP)(config, row_linear, **factory)
         self._norm_weights = (self.input_layernorm.weight, self.pre_mlp_layernorm.weight)
@@ -205,7 +284,7 @@ class _Layer(nn.Module):
         residual: torch.Tensor | None,
         positions: torch.Tensor,
         cos_sin: torch.Tensor,
-        kv_cache: tuple[torch.Tensor, torch.Tensor],
+        kv_cache: LayerCache,
         context: AttentionContext,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden: the previous layer's MLP output, not yet added to `residual` (None before the first layer)."""

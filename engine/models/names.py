@@ -60,6 +60,15 @@ def dimensions(config: ModelConfig) -> dict[str, int]:
         sizes["expert_gate_up"] = 2 * config.moe.ffn_hidden_size
         sizes["shared_ffn"] = config.moe.shared_ffn_hidden_size or 0
         sizes["shared_gate_up"] = 2 * sizes["shared_ffn"]
+    if (mla := config.mla) is not None:
+        sizes |= {
+            "q_lora": mla.q_lora_rank or 0,
+            "kv_lora": mla.kv_lora_rank,
+            "mla_query": config.num_heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim),
+            "mla_row": mla.row_width,
+            "mla_key_value": config.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim),
+            "mla_out": config.num_heads * mla.v_head_dim,
+        }
     return sizes
 
 
@@ -122,6 +131,13 @@ def matrix_shapes(config: ModelConfig) -> set[tuple[int, int]]:
 def as_stacked(entry: Entry) -> Entry:
     """The same parameter of experts, for a file that holds it under its one name `hf_stacked`."""
     return replace(entry, kind="copy", hf_names=(entry.hf_stacked,), hf_shapes=(entry.shape,))
+
+
+def head_matrix_shapes(config: ModelConfig) -> set[tuple[int, int]]:
+    """(rows, columns) of the matrices that latent attention's up-projection of keys and values holds for each head."""
+    if (mla := config.mla) is None:
+        return set()
+    return {(mla.kv_lora_rank, mla.qk_nope_head_dim), (mla.v_head_dim, mla.kv_lora_rank)}
 
 
 def to_megatron(entry: Entry, hf_tensors: Sequence[torch.Tensor]) -> torch.Tensor:

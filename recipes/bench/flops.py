@@ -31,7 +31,10 @@ def attention_pairs(lengths: Sequence[int]) -> int:
 def forward_flops(model: ModelConfig, lengths: Sequence[int]) -> int:
     """Of one forward pass with the head at every row: two per multiply-add; attention is QK^T and PV."""
     products = 2 * matmul_parameters(model) * sum(lengths)
-    return products + 4 * model.num_layers * model.num_heads * model.head_dim * attention_pairs(lengths)
+    mla = model.mla
+    key_dim = model.head_dim if mla is None else mla.qk_nope_head_dim + mla.qk_rope_head_dim
+    value_dim = model.head_dim if mla is None else mla.v_head_dim
+    return products + 2 * model.num_layers * model.num_heads * (key_dim + value_dim) * attention_pairs(lengths)
 
 
 def training_flops(model: ModelConfig, lengths: Sequence[int]) -> int:

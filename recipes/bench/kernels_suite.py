@@ -70,6 +70,8 @@ def measure(job: Job) -> Table:
     config, device = job.config, job.config.device
     numerics.set_up(device)
     model, dtype = load_model_config(job.model), getattr(torch, config.dtype)
+    if model.mla is not None:
+        raise ValueError(f"bench suite=kernels has no cases of latent attention ({config.model_name})")
     memory_rate = memory_bytes_per_second(device)
     matmul_rate = matmul_flops_per_second(device, dtype)
     rows = []

@@ -39,11 +39,39 @@ def _qwen3(hidden: int, layers: int, heads: int, ffn: int, tied: bool, **overrid
     return {**_QWEN3, **sizes, **overrides}
 
 
+# The attention of DeepSeek-V3 with its head sizes, fewer heads and layers, all dense: 0.6 billion parameters.
+_DEEPSEEK_MLA = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "hidden_size": 1536,
+    "num_hidden_layers": 12,
+    "first_k_dense_replace": 12,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": 768,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "intermediate_size": 4608,
+    "max_position_embeddings": 16384,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 65536,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
 # The published sizes of these models; `small` is the architecture at 0.8 million parameters.
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-8b": _qwen3(4096, 36, 32, 12288, tied=False),
     "qwen3-1.7b": _qwen3(2048, 28, 16, 6144, tied=True),
     "qwen3-0.6b": _qwen3(1024, 28, 16, 3072, tied=True),
+    "deepseek-mla": _DEEPSEEK_MLA,
     "small": _qwen3(
         128, 4, 4, 384, tied=True,
         head_dim=32, num_key_value_heads=2, max_position_embeddings=512, vocab_size=512,

@@ -1,17 +1,17 @@
 """The decoder over a paged cache against transformers in fp32, and what config.json may and may not ask for."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
-from models import FAMILY_NAMES, make_hf_model, tiny_config
+from models import FAMILY_NAMES, LATENT_FAMILIES, make_hf_model, tiny_config
 
 from lockstep.engine.checkpoint import load_into
 from lockstep.engine.models.config import UnsupportedModelError, load_model_config, parse_model_config
-from lockstep.engine.models.decoder import AttentionContext, AttentionPart, Decoder
+from lockstep.engine.models.decoder import AttentionContext, AttentionPart, Decoder, new_layer_caches
 from lockstep.engine.models.names import expand
-from lockstep.kernels.kv_cache import new_kv_cache
 
 PAGE_SIZE = 8
 LLAMA3 = {
@@ -66,6 +66,34 @@ CASES = {
     "qwen3 moe, one expert a token": ("qwen3_moe", {"num_experts_per_tok": 1, "num_experts": 5}),
     "qwen3 moe, all experts": ("qwen3_moe", {"num_experts_per_tok": 4, "num_experts": 4}),
 }
+LATENT_YARN = {**YARN, "mscale": 1.2, "mscale_all_dim": 0.7}
+ODD_SIZES = {
+    "hidden_size": 60,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "kv_lora_rank": 33,
+    "qk_nope_head_dim": 7,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 5,
+}
+CASES |= {
+    "deepseek_v2": ("deepseek_v2", {}),
+    # transformers' complex numbers need even strides.
+    "deepseek_v2 whole queries, odd sizes": (
+        "deepseek_v2",
+        {"q_lora_rank": None, **ODD_SIZES, "kv_lora_rank": 34, "qk_nope_head_dim": 10},
+    ),
+    "deepseek_v2 yarn, mlp biases, tied": (
+        "deepseek_v2",
+        {"rope_parameters": LATENT_YARN, "mlp_bias": True, "tie": True, "rms_norm_eps": 1e-2},
+    ),
+    "deepseek_v3": ("deepseek_v3", {"rms_norm_eps": 1e-2}),
+    "deepseek_v3 whole queries, yarn": ("deepseek_v3", {"q_lora_rank": None, "rope_parameters": LATENT_YARN}),
+    "deepseek_v3 not interleaved, odd sizes, yarn": (
+        "deepseek_v3",
+        {"rope_interleave": False, "rope_parameters": YARN, **ODD_SIZES},
+    ),
+}
 PROMPT_LENGTHS = (37, 1, 48, 18)
 
 
@@ -77,12 +105,7 @@ class PagedRun:
         self.decoder = decoder
         pages_each = -(-max_tokens // PAGE_SIZE)
         self.page_table = torch.randperm(num_requests * pages_each).view(num_requests, pages_each).to(torch.int32)
-        self.kv_caches = [
-            new_kv_cache(
-                num_requests * pages_each, PAGE_SIZE, config.num_kv_heads, config.head_dim, torch.float32, "cpu"
-            )
-            for _ in range(config.num_layers)
-        ]
+        self.kv_caches = new_layer_caches(config, num_requests * pages_each, PAGE_SIZE, torch.float32, "cpu")
         self.kv_lens = [0] * num_requests
 
     def step(self, rows: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
@@ -161,7 +184,7 @@ def raw_config(family: str = "llama", **changes) -> dict:
     return {**raw, **changes}
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", sorted({*FAMILY_NAMES} - {*LATENT_FAMILIES}))
 def test_config_fields(family):
     config = parse_model_config(tiny_config(family, num_key_value_heads=1).to_dict())
     assert (config.family, config.num_layers, config.num_heads, config.num_kv_heads) == (family, 3, 4, 1)
@@ -172,6 +195,22 @@ def test_config_fields(family):
     assert (config.moe is not None) == (family == "qwen3_moe")
     assert config.eos_token_ids == (0,)
     assert config.rope_scaling is None
+
+
+@pytest.mark.parametrize("family", LATENT_FAMILIES)
+def test_config_fields_of_latent_attention(family):
+    config = parse_model_config(tiny_config(family, rope_parameters=LATENT_YARN).to_dict())
+    assert (config.family, config.num_heads, config.num_kv_heads, config.head_dim) == (family, 4, 1, 8)
+    assert config.kv_elements_per_token == 40 + 8
+    mla = config.mla
+    assert (mla.q_lora_rank, mla.kv_lora_rank, mla.row_width) == (24, 40, 48)
+    assert (mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim) == (12, 8, 20)
+    assert mla.rope_interleaved
+    assert mla.softmax_scale == pytest.approx(20**-0.5 * (1.0 + 0.07 * math.log(4.0)) ** 2)
+    without = parse_model_config(tiny_config(family, q_lora_rank=None).to_dict())
+    assert without.mla.softmax_scale == pytest.approx(20**-0.5)
+    assert config.has_q_lora
+    assert not without.has_q_lora
 
 
 @pytest.mark.parametrize(
@@ -236,6 +275,18 @@ def test_rope_per_layer_type_is_accepted_when_all_agree():
         ("llama", {"head_dim": None, "hidden_size": 66}, "hidden_size = 66"),
         ("llama", {"vocab_size": None}, "vocab_size = None"),
         ("llama", {"eos_token_id": "</s>"}, "eos_token_id = '</s>'"),
+        ("deepseek_v2", {"first_k_dense_replace": 1}, "first_k_dense_replace = 1 .* mixture-of-experts"),
+        ("deepseek_v3", {"first_k_dense_replace": None}, "first_k_dense_replace = None"),
+        ("deepseek_v2", {"attention_bias": True}, "attention_bias = True"),
+        ("deepseek_v3", {"mlp_bias": True}, "mlp_bias = True"),
+        ("deepseek_v2", {"rope_interleave": True}, "rope_interleave = True"),
+        ("deepseek_v3", {"rope_interleave": "no"}, "rope_interleave = 'no'"),
+        ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads = 2"),
+        ("deepseek_v3", {"head_dim": 20}, "head_dim = 20"),
+        ("deepseek_v3", {"qk_rope_head_dim": 7}, "qk_rope_head_dim = 7"),
+        ("deepseek_v3", {"q_lora_rank": 0}, "q_lora_rank = 0"),
+        ("deepseek_v2", {"kv_lora_rank": "wide"}, "kv_lora_rank = 'wide'"),
+        ("deepseek_v2", {"sliding_window": 16}, "sliding_window = 16"),
         ("mistral", {"attention_bias": True}, "attention_bias = True"),
         ("mistral", {"sliding_window": 0}, "sliding_window = 0"),
         ("qwen2", {"mlp_bias": True}, "mlp_bias = True"),
@@ -261,8 +312,12 @@ def test_missing_keys_take_transformers_defaults():
     for family in FAMILY_NAMES:
         raw = {"model_type": family, "vocab_size": 8, "hidden_size": 256, "intermediate_size": 8}
         raw |= {"num_hidden_layers": 40, "num_attention_heads": 32, "use_sliding_window": True}
-        if family == "llama":
+        if family in ("llama", *LATENT_FAMILIES):
             raw.pop("use_sliding_window")
+        if family in LATENT_FAMILIES:
+            raw["first_k_dense_replace"] = 40
+        if family == "deepseek_v3":
+            raw["num_key_value_heads"] = 32
         theirs = type(tiny_config(family)).from_dict(raw).to_dict()
         assert all(theirs[key] == raw[key] for key in sizes)
         assert parse_model_config(raw) == parse_model_config(theirs)

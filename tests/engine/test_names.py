@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from models import FAMILY_NAMES, named_like_in_files, tiny_config
+from models import FAMILY_NAMES, LATENT_FAMILIES, named_like_in_files, tiny_config
 
 from lockstep.engine.models.config import ModelConfig, parse_model_config
 from lockstep.engine.models.names import Entry, as_stacked, expand, format_table, matrix_shapes, to_hf, to_megatron
@@ -21,13 +21,15 @@ CASES = [
     pytest.param(family, overrides, id=f"{family} {name}")
     for family in FAMILY_NAMES
     for name, overrides in OPTIONS.items()
-    if name != "biases" or family == "llama"
+    if (name != "biases" or family == "llama") and (name != "one kv head" or family not in LATENT_FAMILIES)
 ]
 CASES += [
     pytest.param("qwen3", {"attention_bias": True}, id="qwen3 attention bias"),
     pytest.param("qwen3_moe", {"mlp_only_layers": [1]}, id="qwen3_moe dense layer"),
     pytest.param("qwen3_moe", {"num_experts": 1, "num_experts_per_tok": 1}, id="qwen3_moe one expert"),
 ]
+CASES += [pytest.param(family, {"q_lora_rank": None}, id=f"{family} whole queries") for family in LATENT_FAMILIES]
+CASES.append(pytest.param("deepseek_v2", {"mlp_bias": True}, id="deepseek_v2 mlp bias"))
 
 
 def make_config(family: str, overrides: dict) -> ModelConfig:

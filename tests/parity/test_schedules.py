@@ -9,7 +9,7 @@ from lockstep.engine import Engine, EngineConfig, SamplingParams
 
 NUM_REQUESTS = 20
 SCHEDULES_PER_BATCH = 20
-NUM_BATCHES = {"qwen3": 5, "mistral": 5, "qwen3_moe": 1}  # of each model: 220 schedules
+NUM_BATCHES = {"qwen3": 5, "mistral": 5, "qwen3_moe": 1, "deepseek_v3": 1}  # of each model: 240 schedules
 VOCAB = 131
 
 

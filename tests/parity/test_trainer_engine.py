@@ -13,6 +13,21 @@ from lockstep.trainer_bridge.losses import grpo_loss
 from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 MODELS = {
+    "deepseek_v2": ("deepseek_v2", {}),
+    "deepseek_v3-whole-queries-yarn": (
+        "deepseek_v3",
+        {
+            "q_lora_rank": None,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "mscale": 1.2,
+                "mscale_all_dim": 0.7,
+            },
+        },
+    ),
     "llama": ("llama", {}),
     "llama-mha-tied-biases": (
         "llama",

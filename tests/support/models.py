@@ -20,7 +20,18 @@ _COMMON = {
     "eos_token_id": 0,
     "pad_token_id": None,
 }
+_LATENT_ATTENTION = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 40,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "first_k_dense_replace": 3,
+}
 _FAMILIES: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] = {
+    "deepseek_v2": (transformers.DeepseekV2Config, _LATENT_ATTENTION),
+    "deepseek_v3": (transformers.DeepseekV3Config, _LATENT_ATTENTION),
     "llama": (transformers.LlamaConfig, {}),
     "mistral": (transformers.MistralConfig, {"sliding_window": 24}),
     "qwen2": (transformers.Qwen2Config, {}),
@@ -32,6 +43,7 @@ _FAMILIES: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]]
 }
 FAMILY_NAMES = tuple(_FAMILIES)
 _EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+LATENT_FAMILIES = tuple(name for name, (_, sizes) in _FAMILIES.items() if sizes is _LATENT_ATTENTION)
 
 
 def tiny_config(family: str, **overrides: Any) -> transformers.PreTrainedConfig:

@@ -28,7 +28,13 @@ def batches(seed):
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("llama", {"tie": True}), ("qwen2", {}), ("qwen3", {}), ("qwen3_moe", {"mlp_only_layers": [1]})],
+    [
+        ("llama", {"tie": True}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("qwen3_moe", {"mlp_only_layers": [1]}),
+        ("deepseek_v3", {}),
+    ],
 )
 def test_resuming_continues_to_the_bit(tmp_path, family, options):
     make_hf_model(tmp_path / "model", family, seed=1, **options)

@@ -8,9 +8,8 @@ from models import FAMILY_NAMES, make_hf_model, named_like_in_files
 
 from lockstep.engine.checkpoint import initialize_dummy, load_into
 from lockstep.engine.models.config import load_model_config
-from lockstep.engine.models.decoder import AttentionContext, AttentionPart, Decoder
+from lockstep.engine.models.decoder import AttentionContext, AttentionPart, Decoder, new_layer_caches
 from lockstep.engine.models.names import expand, to_megatron
-from lockstep.kernels.kv_cache import new_kv_cache
 from lockstep.kernels.log_probs import token_log_probs
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 from lockstep.trainer_bridge.layer_spec import PackedSequences
@@ -22,6 +21,23 @@ CASES = {
     **{family: (family, {}) for family in FAMILY_NAMES},
     "llama, all biases, tied": ("llama", {"attention_bias": True, "mlp_bias": True, "tie": True}),
     "llama, mlp bias only, one kv head": ("llama", {"mlp_bias": True, "num_key_value_heads": 1}),
+    "deepseek_v2, whole queries, mlp biases": ("deepseek_v2", {"q_lora_rank": None, "mlp_bias": True}),
+    "deepseek_v3, three heads, yarn": (
+        "deepseek_v3",
+        {
+            "hidden_size": 60,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "mscale": 1.2,
+                "mscale_all_dim": 0.7,
+            },
+        },
+    ),
     "qwen2, windows on upper layers": (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "tie": True},
@@ -42,10 +58,7 @@ def decoder_logprobs(decoder, sequence, temperature, chunk):
     config = decoder.config
     num_pages = -(-len(sequence) // PAGE_SIZE)
     page_table = torch.arange(num_pages, dtype=torch.int32).flip(0)[None]
-    kv_caches = [
-        new_kv_cache(num_pages, PAGE_SIZE, config.num_kv_heads, config.head_dim, torch.float32, torch.device("cpu"))
-        for _ in range(config.num_layers)
-    ]
+    kv_caches = new_layer_caches(config, num_pages, PAGE_SIZE, torch.float32, "cpu")
     tokens, hidden = torch.tensor(sequence), []
     for start in range(0, len(sequence), chunk):
         positions = torch.arange(start, min(start + chunk, len(sequence)))

@@ -41,7 +41,8 @@ class Family:
 
     defaults: values that transformers takes for keys which config.json leaves out.
     parse:    config.json with the defaults filled in -> the ModelConfig fields in which families differ: qkv_bias,
-              proj_bias, mlp_bias, qk_norm, layer_windows, and moe if it has experts. Raises UnsupportedModelError.
+              proj_bias, mlp_bias, qk_norm, layer_windows, moe if it has experts, and mla if its attention is latent.
+              Raises UnsupportedModelError.
     table:    the names, as data.
     """
 

@@ -1,0 +1,38 @@
+"""DeepSeek-V2 (transformers `DeepseekV2ForCausalLM`): multi-head latent attention; dense layers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lockstep.engine.models.families.family import Family, read_flag, refuse_flags
+from lockstep.engine.models.families.latent import LATENT_DECODER_TABLE, parse_mla, refuse_moe_layers
+
+
+def _parse(raw: Mapping[str, Any]) -> dict[str, Any]:
+    refuse_flags(raw, "DeepSeek-V2", "sliding_window", "use_sliding_window", "layer_types", "rope_interleave")
+    refuse_moe_layers(raw)
+    return {
+        "qkv_bias": False,
+        "proj_bias": False,
+        "mlp_bias": read_flag(raw, "mlp_bias"),
+        "qk_norm": False,
+        "layer_windows": (None,) * raw["num_hidden_layers"],
+        "mla": parse_mla(raw, rope_interleaved=True),
+    }
+
+
+FAMILY = Family(
+    model_type="deepseek_v2",
+    architecture="DeepseekV2ForCausalLM",
+    defaults={
+        "max_position_embeddings": 2048,
+        "eos_token_id": 2,
+        "first_k_dense_replace": 0,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+    },
+    parse=_parse,
+    table=LATENT_DECODER_TABLE,
+)
