@@ -78,7 +78,8 @@ def expand(config: ModelConfig) -> list[Entry]:
     present = [
         rule
         for rule in FAMILIES[config.family].table
-        if rule.when is None or attrgetter(rule.when[0])(config) == rule.when[1]
+        if (rule.layers != "moe" or config.moe is not None)
+        and (rule.when is None or attrgetter(rule.when[0])(config) == rule.when[1])
     ]
     per_layer = [rule for rule in present if "{i}" in rule.megatron]
     first_layer_rule = present.index(per_layer[0])

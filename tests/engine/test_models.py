@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import FAMILY_NAMES, LATENT_FAMILIES, make_hf_model, tiny_config
+from models import EXPERTS, FAMILY_NAMES, LATENT_FAMILIES, make_hf_model, tiny_config
 
 from lockstep.engine.checkpoint import load_into
 from lockstep.engine.models.config import UnsupportedModelError, load_model_config, parse_model_config
@@ -87,7 +87,11 @@ CASES |= {
         "deepseek_v2",
         {"rope_parameters": LATENT_YARN, "mlp_bias": True, "tie": True, "rms_norm_eps": 1e-2},
     ),
+    "deepseek_v2 experts": ("deepseek_v2", {**EXPERTS, "topk_method": "greedy"}),
+    "deepseek_v2 experts in groups": ("deepseek_v2", {**EXPERTS, "topk_method": "group_limited_greedy"}),
     "deepseek_v3": ("deepseek_v3", {"rms_norm_eps": 1e-2}),
+    "deepseek_v3 experts": ("deepseek_v3", EXPERTS),
+    "deepseek_v3 experts, not normalised": ("deepseek_v3", {**EXPERTS, "norm_topk_prob": False}),
     "deepseek_v3 whole queries, yarn": ("deepseek_v3", {"q_lora_rank": None, "rope_parameters": LATENT_YARN}),
     "deepseek_v3 not interleaved, odd sizes, yarn": (
         "deepseek_v3",
@@ -275,8 +279,14 @@ def test_rope_per_layer_type_is_accepted_when_all_agree():
         ("llama", {"head_dim": None, "hidden_size": 66}, "hidden_size = 66"),
         ("llama", {"vocab_size": None}, "vocab_size = None"),
         ("llama", {"eos_token_id": "</s>"}, "eos_token_id = '</s>'"),
-        ("deepseek_v2", {"first_k_dense_replace": 1}, "first_k_dense_replace = 1 .* mixture-of-experts"),
         ("deepseek_v3", {"first_k_dense_replace": None}, "first_k_dense_replace = None"),
+        ("deepseek_v2", {**EXPERTS, "topk_method": "noaux_tc"}, "topk_method = 'noaux_tc'"),
+        ("deepseek_v2", {**EXPERTS, "norm_topk_prob": True}, "norm_topk_prob = True"),
+        ("deepseek_v2", {**EXPERTS, "mlp_bias": True}, "mlp_bias = True"),
+        ("deepseek_v3", {**EXPERTS, "scoring_func": "softmax"}, "scoring_func = 'softmax'"),
+        ("deepseek_v3", {**EXPERTS, "moe_layer_freq": 2}, "moe_layer_freq = 2"),
+        ("deepseek_v3", {**EXPERTS, "n_group": 5}, "n_group = 5"),
+        ("deepseek_v3", {**EXPERTS, "num_experts_per_tok": 13}, "num_experts_per_tok = 13"),
         ("deepseek_v2", {"attention_bias": True}, "attention_bias = True"),
         ("deepseek_v3", {"mlp_bias": True}, "mlp_bias = True"),
         ("deepseek_v2", {"rope_interleave": True}, "rope_interleave = True"),

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from models import FAMILY_NAMES, LATENT_FAMILIES, named_like_in_files, tiny_config
+from models import EXPERTS, FAMILY_NAMES, LATENT_FAMILIES, named_like_in_files, tiny_config
 
 from lockstep.engine.models.config import ModelConfig, parse_model_config
 from lockstep.engine.models.names import Entry, as_stacked, expand, format_table, matrix_shapes, to_hf, to_megatron
@@ -29,6 +29,7 @@ CASES += [
     pytest.param("qwen3_moe", {"num_experts": 1, "num_experts_per_tok": 1}, id="qwen3_moe one expert"),
 ]
 CASES += [pytest.param(family, {"q_lora_rank": None}, id=f"{family} whole queries") for family in LATENT_FAMILIES]
+CASES += [pytest.param(family, EXPERTS, id=f"{family} experts") for family in LATENT_FAMILIES]
 CASES.append(pytest.param("deepseek_v2", {"mlp_bias": True}, id="deepseek_v2 mlp bias"))
 
 
@@ -67,7 +68,9 @@ def test_hf_names_are_transformers_own(family, overrides):
     hf_config = tiny_config(family, **overrides)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(hf_config)
-    theirs = {name: tuple(tensor.shape) for name, tensor in named_like_in_files(model.named_parameters()).items()}
+    biases = [(name, tensor) for name, tensor in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    weights = [*model.named_parameters(), *biases]
+    theirs = {name: tuple(tensor.shape) for name, tensor in named_like_in_files(weights).items()}
     ours = {
         name: shape
         for entry in expand(make_config(family, overrides))

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from models import make_hf_model
+from models import EXPERTS, make_hf_model
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig, publish, share_weights
@@ -14,6 +14,8 @@ from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 MODELS = {
     "deepseek_v2": ("deepseek_v2", {}),
+    "deepseek_v2-experts": ("deepseek_v2", {**EXPERTS, "topk_method": "group_limited_greedy"}),
+    "deepseek_v3-experts": ("deepseek_v3", EXPERTS),
     "deepseek_v3-whole-queries-yarn": (
         "deepseek_v3",
         {

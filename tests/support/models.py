@@ -29,6 +29,17 @@ _LATENT_ATTENTION = {
     "v_head_dim": 20,
     "first_k_dense_replace": 3,
 }
+# For a DeepSeek model with experts in all layers but the first; 12 experts in 4 groups.
+EXPERTS = {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 2.5,
+    "n_group": 4,
+    "topk_group": 2,
+}
 _FAMILIES: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] = {
     "deepseek_v2": (transformers.DeepseekV2Config, _LATENT_ATTENTION),
     "deepseek_v3": (transformers.DeepseekV3Config, _LATENT_ATTENTION),
@@ -70,6 +81,9 @@ def make_hf_model(
     model.set_experts_implementation("eager")  # the others do not compute in fp64
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("norm.weight"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import make_hf_model
+from models import EXPERTS, make_hf_model
 
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 from lockstep.trainer_bridge.losses import sft_loss
@@ -33,7 +33,7 @@ def batches(seed):
         ("qwen2", {}),
         ("qwen3", {}),
         ("qwen3_moe", {"mlp_only_layers": [1]}),
-        ("deepseek_v3", {}),
+        ("deepseek_v3", EXPERTS),
     ],
 )
 def test_resuming_continues_to_the_bit(tmp_path, family, options):

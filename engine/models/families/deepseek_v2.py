@@ -1,15 +1,15 @@
-"""DeepSeek-V2 (transformers `DeepseekV2ForCausalLM`): multi-head latent attention; dense layers."""
+"""DeepSeek-V2 (transformers `DeepseekV2ForCausalLM`): multi-head latent attention, and experts."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from lockstep.engine.models.families.deepseek_moe import parse_moe_v2
 from lockstep.engine.models.families.family import Family, read_flag, refuse_flags
-from lockstep.engine.models.families.latent import LATENT_DECODER_TABLE, parse_mla, refuse_moe_layers
+from lockstep.engine.models.families.latent import LATENT_DECODER_TABLE, parse_mla
 
 
 def _parse(raw: Mapping[str, Any]) -> dict[str, Any]:
     refuse_flags(raw, "DeepSeek-V2", "sliding_window", "use_sliding_window", "layer_types", "rope_interleave")
-    refuse_moe_layers(raw)
     return {
         "qkv_bias": False,
         "proj_bias": False,
@@ -17,6 +17,7 @@ def _parse(raw: Mapping[str, Any]) -> dict[str, Any]:
         "qk_norm": False,
         "layer_windows": (None,) * raw["num_hidden_layers"],
         "mla": parse_mla(raw, rope_interleaved=True),
+        "moe": parse_moe_v2(raw),
     }
 
 
@@ -32,6 +33,11 @@ FAMILY = Family(
         "qk_nope_head_dim": 128,
         "qk_rope_head_dim": 64,
         "v_head_dim": 128,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 1407,
+        "routed_scaling_factor": 1.0,
+        "topk_method": "greedy",
     },
     parse=_parse,
     table=LATENT_DECODER_TABLE,

@@ -1,15 +1,15 @@
-"""DeepSeek-V3 and R1 (transformers `DeepseekV3ForCausalLM`): multi-head latent attention; dense layers."""
+"""DeepSeek-V3 and R1 (transformers `DeepseekV3ForCausalLM`): multi-head latent attention, and experts."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from lockstep.engine.models.families.deepseek_moe import parse_moe_v3
 from lockstep.engine.models.families.family import Family, read_flag, refuse_flags
-from lockstep.engine.models.families.latent import LATENT_DECODER_TABLE, parse_mla, refuse_moe_layers
+from lockstep.engine.models.families.latent import LATENT_DECODER_TABLE, parse_mla
 
 
 def _parse(raw: Mapping[str, Any]) -> dict[str, Any]:
     refuse_flags(raw, "DeepSeek-V3", "sliding_window", "use_sliding_window", "layer_types", "mlp_bias")
-    refuse_moe_layers(raw)
     return {
         "qkv_bias": False,
         "proj_bias": False,
@@ -17,6 +17,7 @@ def _parse(raw: Mapping[str, Any]) -> dict[str, Any]:
         "qk_norm": False,
         "layer_windows": (None,) * raw["num_hidden_layers"],
         "mla": parse_mla(raw, rope_interleaved=read_flag(raw, "rope_interleave")),
+        "moe": parse_moe_v3(raw),
     }
 
 
@@ -33,6 +34,14 @@ FAMILY = Family(
         "qk_nope_head_dim": 128,
         "qk_rope_head_dim": 64,
         "v_head_dim": 128,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 2048,
+        "routed_scaling_factor": 2.5,
+        "n_group": 8,
+        "topk_group": 4,
+        "norm_topk_prob": True,
         "rope_interleave": True,
     },
     parse=_parse,

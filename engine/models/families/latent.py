@@ -5,7 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lockstep.engine.models.families.family import DENSE_DECODER_TABLE, NameRule, read_flag, unsupported
+from lockstep.engine.models.families.family import (
+    DENSE_DECODER_TABLE,
+    NameRule,
+    read_flag,
+    unsupported,
+    with_experts,
+)
 
 
 @dataclass(frozen=True)
@@ -79,16 +85,6 @@ def with_mscale(mla: MLAConfig, rope_scaling: Mapping[str, Any] | None) -> MLACo
     return replace(mla, softmax_scale=mla.softmax_scale * mscale * mscale)
 
 
-def refuse_moe_layers(raw: Mapping[str, Any]) -> None:
-    """This version computes DeepSeek's dense layers only: all must come before first_k_dense_replace."""
-    num_dense = raw.get("first_k_dense_replace")
-    if not isinstance(num_dense, int) or num_dense < raw["num_hidden_layers"]:
-        raise unsupported(
-            "first_k_dense_replace", num_dense, f"mixture-of-experts layers (num_hidden_layers = "
-            f"{raw['num_hidden_layers']}) are not computed"
-        )  # fmt: skip
-
-
 _HF = "model.layers.{i}.self_attn."
 _MEGATRON = "decoder.layers.{i}.self_attention."
 
@@ -130,4 +126,4 @@ def with_latent_attention(table: tuple[NameRule, ...]) -> tuple[NameRule, ...]:
     return (*others[:place], *ATTENTION_TABLE, *others[place:])
 
 
-LATENT_DECODER_TABLE = with_latent_attention(DENSE_DECODER_TABLE)
+LATENT_DECODER_TABLE = with_experts(with_latent_attention(DENSE_DECODER_TABLE))
