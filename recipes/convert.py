@@ -1,4 +1,4 @@
-"""`lockstep convert`: a training checkpoint (Megatron's distributed format) to an HF directory."""
+"""`lockstep convert`: a training checkpoint (Megatron's distributed format) to an HF directory; names and plans."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from rich.console import Console
 
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.models.names import expand, format_table
+from lockstep.engine.models.sharding import check_divides
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
+from lockstep.trainer_bridge.layout import trainer_layout
+from lockstep.trainer_bridge.parallel import ParallelSizes
+from lockstep.trainer_bridge.weight_plan import engine_layout, format_plan, plan_transfers
 
 
 @dataclass(frozen=True)
@@ -18,12 +22,19 @@ class ConvertConfig:
     """model: an HF directory of the same architecture (its config and tokenizer are copied).
     checkpoint: a folder that a trainer saved, such as runs/NAME/checkpoints/step_000100/trainer; null takes the
     weights of `model`. output: where the HF directory is written. table: print the table of names instead.
+    plan: print instead which slices travel when a trainer of trainer_tp x trainer_pp ranks publishes its weights to
+    engine_replicas engines of engine_tp ranks.
     """
 
     model: str
     checkpoint: str | None = None
     output: str | None = None
     table: bool = False
+    plan: bool = False
+    trainer_tp: int = 1
+    trainer_pp: int = 1
+    engine_tp: int = 1
+    engine_replicas: int = 1
 
 
 def run(config: ConvertConfig) -> dict[str, Any]:
@@ -32,8 +43,11 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     if config.table:
         console.print(format_table(expand(load_model_config(config.model))), markup=False)
         return {}
+    if config.plan:
+        console.print(_plan(config), markup=False, soft_wrap=True)
+        return {}
     if config.output is None:
-        raise ValueError("convert: set output=DIRECTORY (or table=true to print the names)")
+        raise ValueError("convert: set output=DIRECTORY (or table=true to print the names, plan=true a weight plan)")
     if Path(config.output).exists():
         raise ValueError(f"convert: {config.output} exists; choose another output")
     trainer = MegatronTrainer(TrainerConfig(model=config.model))
@@ -44,3 +58,11 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     for name, value in summary.items():
         console.print(f"{name}: {value}", markup=False)
     return summary
+
+
+def _plan(config: ConvertConfig) -> str:
+    model = load_model_config(config.model)
+    sizes = ParallelSizes(config.trainer_tp, config.trainer_pp, row_parallel_splits=config.trainer_tp)
+    check_divides(model, config.engine_tp, config.engine_tp)
+    targets = engine_layout(model, config.engine_tp, config.engine_replicas)
+    return format_plan(plan_transfers(trainer_layout(model, sizes), targets), itemsize=2)

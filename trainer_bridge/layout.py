@@ -10,6 +10,7 @@ from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.models.names import Entry, expand
 from lockstep.engine.rank_sum import all_gather
 from lockstep.trainer_bridge.parallel import ParallelSizes, Ranks
+from lockstep.trainer_bridge.weight_plan import Layout, Piece, Shard
 
 _LAYERS = "decoder.layers."
 
@@ -62,6 +63,18 @@ def local_layout(model: ModelConfig, sizes: ParallelSizes, rank: int) -> list[Lo
         if stage % sizes.pipeline == pipeline_rank:
             held.append(_local_parameter(entry, stage, model, sizes, tensor_rank))
     return held
+
+
+def trainer_layout(model: ModelConfig, sizes: ParallelSizes) -> Layout:
+    """What every rank of a trainer of these sizes holds, for a weight plan. Raises ValueError for impossible sizes."""
+    sizes.check(model)
+    return {
+        rank: [
+            Shard(held.name, held.shape, held.local_shape, tuple(Piece(whole, own) for own, whole in held.pieces))
+            for held in local_layout(model, sizes, rank)
+        ]
+        for rank in range(sizes.tensor * sizes.data * sizes.pipeline)
+    }
 
 
 def local_parts(

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 
+from lockstep.engine.models.config import ModelConfig
+from lockstep.engine.models.sharding import Shard as TensorShard
+from lockstep.engine.models.sharding import parameter_shards
+
 Box = tuple[tuple[int, int], ...]  # per dimension [start, stop)
 
 
@@ -51,6 +55,23 @@ def whole(name: str, shape: Sequence[int]) -> Shard:
     """The shard of a rank that holds the whole parameter."""
     box = tuple((0, size) for size in shape)
     return Shard(name, tuple(shape), tuple(shape), (Piece(box, box),))
+
+
+def engine_layout(model: ModelConfig, tp_size: int = 1, num_replicas: int = 1) -> Layout:
+    """What each rank of engines holds; replica r has the ranks from r * tp_size on."""
+    layout: dict[int, list[Shard]] = {}
+    for rank in range(tp_size):
+        held = [
+            Shard(
+                held.name,
+                held.whole_shape,
+                held.local_shape,
+                tuple(Piece(_box(piece.whole), _box(piece.local)) for piece in held.pieces),
+            )
+            for held in parameter_shards(model, TensorShard(rank, tp_size))
+        ]
+        layout |= {replica * tp_size + rank: held for replica in range(num_replicas)}
+    return layout
 
 
 def plan_transfers(sources: Layout, targets: Layout) -> list[Transfer]:
@@ -105,6 +126,10 @@ def volume(box: Box) -> int:
 
 def slices(box: Box) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in box)
+
+
+def _box(place: Sequence[slice]) -> Box:
+    return tuple((part.start, part.stop) for part in place)
 
 
 def _holders(sources: Layout) -> dict[str, list[tuple[int, Shard]]]:

@@ -5,14 +5,14 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from layouts import local_tensors, tensor_parallel_layout
+from layouts import local_tensors
 
 from lockstep.engine import Engine, EngineConfig
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.weights import WeightUpdate, new_buffers
 from lockstep.trainer_bridge.transports import distributed
 from lockstep.trainer_bridge.transports.distributed import DistributedTransport, join_group
-from lockstep.trainer_bridge.weight_plan import plan_transfers
+from lockstep.trainer_bridge.weight_plan import engine_layout, plan_transfers
 
 LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2)]
 TIMEOUT_S = 20.0
@@ -47,7 +47,7 @@ def run_rank(rank: int, model: str, store: str) -> None:
 
 def _transport(group, config, senders, receivers, timeout_s=TIMEOUT_S):
     """Trainer ranks are 0 and 1 of the group, engine ranks 2 and 3."""
-    sources, targets = tensor_parallel_layout(config, senders), tensor_parallel_layout(config, receivers)
+    sources, targets = engine_layout(config, senders), engine_layout(config, receivers)
     plan = plan_transfers(sources, targets)
     itemsizes = dict.fromkeys((t.name for t in plan), 4)
     ranks = (range(senders), range(2, 2 + receivers))

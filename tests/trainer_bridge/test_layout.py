@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from layouts import local_tensors
 from models import tiny_config
 
 from lockstep.engine.models.config import parse_model_config
 from lockstep.engine.models.names import expand, to_megatron
-from lockstep.trainer_bridge.layout import local_layout
+from lockstep.trainer_bridge.layout import local_layout, trainer_layout
 from lockstep.trainer_bridge.parallel import ParallelSizes
+from lockstep.trainer_bridge.weight_plan import engine_layout, plan_transfers, slices
 
 
 def model_config(family="qwen3", **options):
@@ -87,3 +89,34 @@ def test_layers_are_numbered_from_0_in_each_stage():
 def test_impossible_sizes_are_named(sizes, options, message):
     with pytest.raises(ValueError, match=message):
         ParallelSizes(**sizes).check(model_config(**options))
+
+
+TRAINERS = {
+    "TP1": ParallelSizes(),
+    "TP2": ParallelSizes(tensor=2, row_parallel_splits=2),
+    "PP2": ParallelSizes(pipeline=2),
+    "TP2 x PP2 x DP2": ParallelSizes(tensor=2, pipeline=2, data=2, row_parallel_splits=2, gradient_splits=2),
+    "PP2, 2 chunks": ParallelSizes(pipeline=2, virtual_pipeline=2),
+}
+ENGINES = {"TP1": (1, 1), "TP2": (2, 1), "2 replicas": (1, 2), "2 replicas of TP2": (2, 2)}
+
+
+@pytest.mark.parametrize("engines", ENGINES)
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_plan_brings_every_engine_tensor_to_its_bits(trainer, engines):
+    model = model_config("qwen2")
+    sources, targets = trainer_layout(model, TRAINERS[trainer]), engine_layout(model, *ENGINES[engines])
+    generator = torch.Generator().manual_seed(1)
+    values = {entry.megatron: torch.randn(entry.shape, generator=generator) for entry in expand(model)}
+    held = {rank: local_tensors(shards, values) for rank, shards in sources.items()}
+    received = {
+        rank: {shard.name: torch.full(shard.local_shape, float("nan")) for shard in shards}
+        for rank, shards in targets.items()
+    }
+    for t in plan_transfers(sources, targets):
+        place = received[t.target_rank][t.name][slices(t.target)]
+        assert place.isnan().all(), f"{t.name} is written twice"
+        place.copy_(held[t.source_rank][t.name][slices(t.source)])
+    for rank, shards in targets.items():
+        for name, tensor in local_tensors(shards, values).items():
+            assert torch.equal(received[rank][name], tensor), (rank, name)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch.multiprocessing as mp
-from layouts import local_tensors, tensor_parallel_layout
+from layouts import local_tensors
 from models import make_hf_model
 from transport_ranks import LAYOUTS, arrived, new_update, run_rank, weights_of
 
@@ -16,7 +16,7 @@ from lockstep.engine.models.config import load_model_config
 from lockstep.engine.weights import hashes_by_name
 from lockstep.trainer_bridge.transports.buckets import buckets
 from lockstep.trainer_bridge.transports.disk import DiskTransport
-from lockstep.trainer_bridge.weight_plan import plan_transfers, volume
+from lockstep.trainer_bridge.weight_plan import engine_layout, plan_transfers, volume
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def model(tmp_path_factory):
 @pytest.mark.parametrize("max_bytes", [64, 1000, 10**9])
 def test_buckets_hold_every_element_once_and_keep_their_size(model, max_bytes):
     config = load_model_config(model)
-    plan = plan_transfers(tensor_parallel_layout(config, 2), tensor_parallel_layout(config, 1))
+    plan = plan_transfers(engine_layout(config, 2), engine_layout(config, 1))
     parts = buckets(plan, dict.fromkeys((t.name for t in plan), 4), max_bytes)
     assert sum(t.num_elements for part in parts for t in part.transfers) == sum(t.num_elements for t in plan)
     for part in parts:
@@ -49,7 +49,7 @@ def test_buckets_hold_every_element_once_and_keep_their_size(model, max_bytes):
 @pytest.mark.parametrize(("senders", "receivers"), LAYOUTS)
 def test_disk_brings_every_element(model, tmp_path, senders, receivers):
     config, values = load_model_config(model), weights_of(model, 3)
-    sources, targets = tensor_parallel_layout(config, senders), tensor_parallel_layout(config, receivers)
+    sources, targets = engine_layout(config, senders), engine_layout(config, receivers)
     transport = DiskTransport(plan_transfers(sources, targets), tmp_path, keep=1)
     for version in (1, 2):
         for rank in reversed(range(senders)):  # rank 0 last: its barrier
@@ -78,7 +78,7 @@ class DiskScene:
 @pytest.fixture
 def scene(model, tmp_path):
     config, values = load_model_config(model), weights_of(model, 4)
-    layout = tensor_parallel_layout(config, 1)
+    layout = engine_layout(config, 1)
     transport = DiskTransport(plan_transfers(layout, layout), tmp_path, timeout_s=0.2)
     transport.send(values, 1)
     engine = Engine(EngineConfig(model=model))
