@@ -219,10 +219,10 @@ def save_hf(
                 if (Path(source_dir) / name).is_file():
                     shutil.copyfile(Path(source_dir) / name, partial / name)
         for file in partial.iterdir():
-            _flush_to_disk(file)
-        _flush_to_disk(partial)
+            flush_to_disk(file)
+        flush_to_disk(partial)
         partial.rename(target)
-        _flush_to_disk(target.parent)
+        flush_to_disk(target.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -307,7 +307,8 @@ def _write_config(directory: Path, source_config: Mapping[str, Any], config: Mod
     (directory / "config.json").write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n")
 
 
-def _flush_to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Waits until a file's contents, or a directory's names, would survive a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -141,10 +141,16 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        dy_MN = dy.reshape(-1, dy.shape[-1])
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        dx = (dy_MN @ weight).view(x.shape) if needs_x else None
-        dweight = dy_MN.t() @ x.reshape(-1, x.shape[-1]) if needs_weight else None
-        dbias = dy_MN.sum(0) if needs_bias else None
-        return dx, dweight, dbias
+        dx, dweight = product_gradients(*ctx.saved_tensors, dy, needs_x, needs_weight)
+        return dx, dweight, dy.reshape(-1, dy.shape[-1]).sum(0) if needs_bias else None
+
+
+def product_gradients(
+    x: Tensor, weight: Tensor, dy: Tensor, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dweight) of the product of x[..., K] and weight[N, K] from dy[..., N]; None for what is not needed."""
+    dy_MN = dy.reshape(-1, dy.shape[-1])
+    dx = (dy_MN @ weight).view(x.shape) if needs_x else None
+    dweight = dy_MN.t() @ x.reshape(-1, x.shape[-1]) if needs_weight else None
+    return dx, dweight

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lockstep.kernels.linear import linear
+from lockstep.kernels.linear import linear, product_gradients
 
 
 def row_parallel_linear(
@@ -59,9 +59,5 @@ class _SplitLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        dy_MN = dy.reshape(-1, dy.shape[-1])
         needs_x, needs_weight, _ = ctx.needs_input_grad
-        dx = (dy_MN @ weight).view(x.shape) if needs_x else None
-        dweight = dy_MN.t() @ x.reshape(-1, x.shape[-1]) if needs_weight else None
-        return dx, dweight, None
+        return *product_gradients(*ctx.saved_tensors, dy, needs_x, needs_weight), None

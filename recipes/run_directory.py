@@ -28,6 +28,7 @@ from typing import IO, Any
 
 import yaml
 
+from lockstep.engine.checkpoint import flush_to_disk
 from lockstep.recipes.config_schema import to_plain
 
 TEMPORARY = ".tmp-"
@@ -70,7 +71,7 @@ class RunDirectory:
                 folder.mkdir(exist_ok=True)
             self._recover()
             self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115  closed in close()
-            _sync_directory(self.path)
+            flush_to_disk(self.path)
         except BaseException:
             self._lock.close()
             raise
@@ -135,7 +136,7 @@ class RunDirectory:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _sync_directory(target.parent)
+        flush_to_disk(target.parent)
         self._point_to_latest()
         self._drop_old_checkpoints()
 
@@ -329,7 +330,7 @@ def _atomic_file(target: Path) -> Iterator[IO[str]]:
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(target)
-    _sync_directory(target.parent)
+    flush_to_disk(target.parent)
 
 
 def _remove(folder: Path) -> None:
@@ -343,12 +344,4 @@ def _sync_tree(folder: Path) -> None:
         for name in names:
             with open(os.path.join(path, name), "rb") as file:
                 os.fsync(file.fileno())
-        _sync_directory(Path(path))
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush_to_disk(Path(path))

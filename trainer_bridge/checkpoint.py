@@ -1,6 +1,5 @@
 """Megatron distributed checkpoints (format "torch_dist"), each written whole or not at all."""
 
-import os
 import shutil
 import warnings
 from pathlib import Path
@@ -18,6 +17,8 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.validation import StrictHandling
+
+from lockstep.engine.checkpoint import flush_to_disk
 
 
 class InProcessSave(TorchDistSaveShardedStrategy):
@@ -57,7 +58,7 @@ def save_checkpoint(path: str | Path, tensors: ShardedStateDict, common: dict[st
     dist.barrier()
     if dist.get_rank() == 0:
         unfinished.rename(path)
-        _sync_directory(path.parent)
+        flush_to_disk(path.parent)
     dist.barrier()
 
 
@@ -78,11 +79,3 @@ def load_tensors(path: str | Path, tensors: ShardedStateDict) -> dict[str, Any]:
         # megatron-core 0.16.1 still calls what torch 2.13 names deprecated.
         warnings.simplefilter("ignore", FutureWarning)
         return dist_checkpointing.load(tensors, str(path), strict=StrictHandling.RAISE_ALL)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

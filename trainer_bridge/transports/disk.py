@@ -7,7 +7,6 @@ file into it. A receiver reads only the slices that the plan wants. Old versions
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lockstep.engine.checkpoint import flush_to_disk
 from lockstep.engine.weights import WeightUpdate
 from lockstep.kernels.content_hash import content_hashes
 from lockstep.trainer_bridge.weight_plan import Transfer, slices
@@ -60,11 +60,11 @@ class DiskTransport:
         save_file(held, partial / f"{rank}.safetensors")
         (partial / f"{rank}.json").write_text(json.dumps({"version": version, "hashes": hashes}))
         for name in (f"{rank}.safetensors", f"{rank}.json"):
-            _flush(partial / name)
+            flush_to_disk(partial / name)
         barrier()
         if rank == 0:
             partial.rename(final)
-            _flush(self.directory)
+            flush_to_disk(self.directory)
             self._remove_old(version)
         return {"write_s": time.perf_counter() - started}
 
@@ -114,11 +114,3 @@ class DiskTransport:
         versions = sorted(int(path.name.removeprefix("weights-")) for path in self.directory.glob("weights-*"))
         for old in [v for v in versions if v <= version][: -self.keep]:
             shutil.rmtree(self._path(old), ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
