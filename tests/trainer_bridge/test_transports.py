@@ -124,7 +124,7 @@ def test_a_sender_without_a_tensor_writes_nothing(scene, model):
     assert not scene.file.parent.with_name("weights-2").exists()
 
 
-# Buckets between processes ---------------------------------------------------------------------------------------------
+# Buckets between processes --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [DistributedTransport, CudaIpcTransport])
