@@ -14,7 +14,7 @@ from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 
 ray = pytest.importorskip("ray")
-from lockstep.recipes.cluster.ray_cluster import RayCluster, _shares  # noqa: E402
+from lockstep.recipes.cluster.ray_cluster import RayCluster  # noqa: E402
 
 CONFIG = ClusterConfig(kind="ray", num_engines=2, stall_timeout_s=60.0, publish_timeout_s=60.0)
 
@@ -26,21 +26,15 @@ def model(tmp_path_factory):
     return str(path)
 
 
-def test_shares_keep_samples_of_a_prompt_together_and_are_even():
-    keys = [(1,), (1,), (2,), (3,), (2,), (4,)]
-    shares = _shares(keys, [10, 10, 5, 7, 5, 3], 2)
-    assert sorted(index for share in shares for index in share) == list(range(6))
-    for key in set(keys):
-        assert len({n for n, share in enumerate(shares) for i in share if keys[i] == key}) == 1
-    assert [sum([10, 10, 5, 7, 5, 3][i] for i in share) for share in shares] == [20, 20]
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"kind": "local", "num_engines": 2}, "num_engines=2 needs cluster.kind=ray"),
         ({"transport": "disk"}, "needs cluster.transport_directory"),
         ({"num_engines": 0}, "at least 1"),
+        ({"trainer_ranks": 0}, "at least 1"),
+        ({"trainer_ranks": 3, "colocate": True}, "trainer_ranks=3 is more than num_engines=2"),
+        ({"engine_gpus": 0.5, "colocate": True}, "needs cluster.transport=cuda_ipc"),
         ({"stall_timeout_s": 0.0}, "stall_timeout_s must be positive"),
     ],
 )
