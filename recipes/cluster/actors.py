@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -131,6 +130,7 @@ class EngineActor:
         self._num_threads = num_threads
         launch.set_up_process(seed, num_threads)
         self.engine = Engine(config)
+        self._update: WeightUpdate | None = None
         self._wholes: dict[str, torch.Tensor] | None = None
         self._meeting: str | None = None
         self._transport: WeightTransport | None = None
@@ -148,26 +148,31 @@ class EngineActor:
     def score(self, sequences: Sequence[Sequence[int]], temperature: float) -> list[list[float | None]]:
         return self._run(lambda: self.engine.score(sequences, temperature))
 
-    def receive(self, meeting: Meeting, number: int, version: int, inflight: str) -> dict[str, Any]:
-        """Takes the weights of `version` and serves them. On any error the old ones serve on."""
+    def receive(self, meeting: Meeting, number: int, version: int) -> dict[str, Any]:
+        """Takes the weights of `version` beside those that serve, for `commit`."""
 
         def take() -> dict[str, Any]:
-            started = time.perf_counter()
             if self._meeting != meeting.name:
                 self._transport = meeting.engine_end(number, torch.device(self.engine.config.device))
                 self._meeting = meeting.name
-            if self.engine.config.tp_size == 1:
-                update = self.engine.begin_update(version)
-                arrived = self._transport.receive(update)
-                report = self.engine.commit_update(update, inflight)
-            else:
-                update = self._whole_update(version)
-                arrived = self._transport.receive(update)
-                update.check_complete()
-                report = self.engine.update_weights(update.tensors.items(), version, inflight)
-            return {**arrived, **report, "receive_s": time.perf_counter() - started}
+            has_ranks = self.engine.config.tp_size > 1
+            self._update = self._whole_update(version) if has_ranks else self.engine.begin_update(version)
+            arrived = self._transport.receive(self._update)
+            self._update.check_complete()
+            return arrived
 
         return self._run(take)
+
+    def commit(self, inflight: str) -> dict[str, Any]:
+        """Serves what was received. On any error the old weights serve on."""
+
+        def flip() -> dict[str, Any]:
+            update, self._update = self._update, None
+            if self.engine.config.tp_size > 1:
+                return self.engine.update_weights(update.tensors.items(), update.version, inflight)
+            return self.engine.commit_update(update, inflight)
+
+        return self._run(flip)
 
     def _whole_update(self, version: int) -> WeightUpdate:
         """Room in host memory, from where the engine deals the parameters out to its ranks."""

@@ -72,39 +72,63 @@ class RayCluster:
         return {**report, "version": version, "publish_s": time.perf_counter() - started}
 
     def _publish_to(self, engines: Sequence[int]) -> dict[str, Any]:
-        """Sends the current version to these engines, until all have it. Nothing is sent for version 0."""
-        lacking = list(engines)
+        """Brings these engines to the current version: none serves it before all have received it.
+
+        An engine that fails is replaced, and sent it again. Nothing is sent for version 0.
+        """
         report: dict[str, Any] = {}
-        while lacking and self._version > 0:
-            meeting = self._meet(lacking)
-            deadline = time.monotonic() + self._config.publish_timeout_s
-            sent = self.trainer.start_send(meeting, self._version)
-            received = {
-                number: self.engine.actors[number].receive.remote(meeting, place, self._version, "keep")
-                for place, number in enumerate(lacking)
-            }
-            failures: dict[int, Exception] = {}
-            for number, reference in received.items():
-                try:
-                    report |= ray.get(reference, timeout=max(0.1, deadline - time.monotonic()))
-                except (RayActorError, GetTimeoutError, RayTaskError) as error:
-                    failures[number] = error
-            try:
-                report |= self.trainer.finish_send(sent, max(0.1, deadline - time.monotonic()))
-            except TrainerDiedError:
-                raise
-            except (ValueError, RuntimeError, OSError) as error:
-                # A sender that lost an engine fails too; anything else is its own fault.
-                if not failures or isinstance(error, ValueError):
-                    raise RuntimeError(f"version {self._version}: the trainer failed to send it: {error}") from error
+        received: set[int] = set()
+        lacking = list(engines) if self._version > 0 else []
+        while lacking:
+            to_receive = [number for number in lacking if number not in received]
+            failures = self._send_to(to_receive, report) if to_receive else {}
+            received |= set(to_receive) - failures.keys()
+            if not failures:
+                calls = {number: self.engine.actors[number].commit.remote("keep") for number in lacking}
+                failures = self._collect(calls, time.monotonic() + self._config.publish_timeout_s, report)
+                lacking = list(failures)
             if failures:
                 self._meeting = None  # a group that lost a member is of no more use
+                received -= failures.keys()
                 for number, error in failures.items():
                     # The others failed because this one did; they serve on and are sent the version again.
-                    if not self.engine.is_alive(number) or len(failures) == 1:
+                    if len(failures) == 1 or not self.engine.is_alive(number):
                         self.engine.replace(number, error)
-            lacking = [n for n in lacking if n in failures]
         return report
+
+    def _send_to(self, engines: Sequence[int], report: dict[str, Any]) -> dict[int, Exception]:
+        """Sends the weights to these engines, and gives the errors of those that did not get them.
+
+        Raises TrainerDiedError, and RuntimeError for a trainer that fails of its own.
+        """
+        meeting = self._meet(engines)
+        deadline = time.monotonic() + self._config.publish_timeout_s
+        sent = self.trainer.start_send(meeting, self._version)
+        calls = {
+            number: self.engine.actors[number].receive.remote(meeting, place, self._version)
+            for place, number in enumerate(engines)
+        }
+        failures = self._collect(calls, deadline, report)
+        try:
+            report |= self.trainer.finish_send(sent, max(0.1, deadline - time.monotonic()))
+        except TrainerDiedError:
+            raise
+        except (ValueError, RuntimeError, OSError) as error:
+            # A sender that lost an engine fails too; anything else is its own fault.
+            if not failures or isinstance(error, ValueError):
+                raise RuntimeError(f"version {self._version}: the trainer failed to send it: {error}") from error
+        return failures
+
+    @staticmethod
+    def _collect(calls: dict[int, Any], deadline: float, report: dict[str, Any]) -> dict[int, Exception]:
+        """Adds the engines' answers to the report; gives the errors of those that failed or were too late."""
+        failures: dict[int, Exception] = {}
+        for number, reference in calls.items():
+            try:
+                report |= ray.get(reference, timeout=max(0.1, deadline - time.monotonic()))
+            except (RayActorError, GetTimeoutError, RayTaskError) as error:
+                failures[number] = error
+        return failures
 
     def _meet(self, engines: Sequence[int]) -> Meeting:
         if self._meeting is None or list(engines) != self._meeting_engines:
