@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -134,8 +135,13 @@ class RayCluster:
         if self._meeting is None or list(engines) != self._meeting_engines:
             model = load_model_config(self.engine.config.model)
             sources = trainer_layout(model, self.trainer.config.parallel_sizes(self._config.trainer_ranks))
-            targets = engine_layout(model, num_replicas=len(engines))
-            plan = plan_transfers(sources, targets)
+            targets = engine_layout(model, num_replicas=self._config.num_engines)
+            # Planned for all engines, so that each keeps the sender that is its neighbour.
+            plan = [
+                replace(transfer, target_rank=engines.index(transfer.target_rank))
+                for transfer in plan_transfers(sources, targets)
+                if transfer.target_rank in engines
+            ]
             itemsize = getattr(torch, self.engine.config.dtype).itemsize
             self._num_meetings += 1
             self._meeting_engines = list(engines)
