@@ -391,7 +391,8 @@ class MegatronTrainer:
 
     def _dummy_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for parameter in self.local_layout():
-            whole = torch.empty(parameter.shape, dtype=self.dtype, device=self.device)
+            dtype = self._parameters[parameter.name].dtype  # not always the trainer's: see the router's bias
+            whole = torch.empty(parameter.shape, dtype=dtype, device=self.device)
             fill_dummy(parameter.name, whole, self.config.seed)
             yield parameter.name, whole
 
