@@ -11,6 +11,7 @@ import torch
 
 from lockstep.engine.engine import Engine, EngineConfig
 from lockstep.engine.request import Request, RequestOutput, SamplingParams
+from lockstep.engine.spread import spread
 
 
 class ReplicatedEngine:
@@ -122,22 +123,16 @@ class ReplicatedEngine:
                 all_of_them.callback(self._call, engine, engine.shutdown)
 
     def _queue(self, requests: Sequence[Request]) -> None:
-        """Gives requests to replicas: each time those of one prompt to the replica with the fewest tokens to come.
-
-        The samples of a prompt stay together, so that its prefix is computed once.
-        """
+        """Gives requests to replicas, by the tokens that each of them has to come."""
         self._replica_of = {r: replica for r, replica in self._replica_of.items() if r.finish_reason is None}
         to_come = [0] * len(self.engines)
         for request, replica in self._replica_of.items():
             to_come[replica] += _tokens_to_come(request)
-        chosen: dict[tuple[int, ...], int] = {}
-        for request in requests:
-            prompt = tuple(request.prompt_ids)
-            replica = chosen.setdefault(prompt, to_come.index(min(to_come)))
-            to_come[replica] += _tokens_to_come(request)
-            self._replica_of[request] = replica
+        prompts = [tuple(request.prompt_ids) for request in requests]
+        replicas = spread(prompts, [_tokens_to_come(request) for request in requests], to_come)
+        self._replica_of |= dict(zip(requests, replicas, strict=True))
         for replica, engine in enumerate(self.engines):
-            engine.queue([request for request in requests if self._replica_of[request] == replica])
+            engine.queue([r for r, place in zip(requests, replicas, strict=True) if place == replica])
 
     def _complete(self, requests: Sequence[Request]) -> None:
         try:

@@ -4,88 +4,134 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from lockstep.engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from lockstep.engine.weights import WeightUpdate
 from lockstep.recipes import launch
+from lockstep.trainer_bridge.transports.cuda_ipc import CudaIpcTransport
 from lockstep.trainer_bridge.transports.disk import DiskTransport
 from lockstep.trainer_bridge.transports.distributed import DistributedTransport, join_group
 from lockstep.trainer_bridge.transports.transport import WeightTransport
 from lockstep.trainer_bridge.weight_plan import Transfer
 
+if TYPE_CHECKING:
+    from lockstep.trainer_bridge import TrainerConfig
+
 
 @dataclass(frozen=True)
 class Meeting:
-    """One arrangement of the trainer (rank 0) and some engines (ranks 1, 2, ...) for weight updates.
+    """One arrangement of the trainer's ranks (0, 1, ...) and, behind them, some engines for weight updates.
 
-    store: (host, port) of the trainer's TCPStore; None with a directory, for updates through files. name: of this
-    arrangement, since an engine that was replaced needs a new one.
+    name: of this arrangement, since an engine that was replaced needs a new one. store: (host, port) of the TCPStore of
+    the trainer's first rank. directory: for updates through files.
     """
 
     name: str
+    kind: Literal["distributed", "cuda_ipc", "disk"]
     plan: Sequence[Transfer]
     itemsizes: dict[str, int]
+    num_trainers: int
     num_engines: int
-    store: tuple[str, int] | None
+    store: tuple[str, int]
     directory: str | None
     timeout_s: float
 
-    def transport(self, rank: int, device: torch.device, store: dist.Store | None) -> WeightTransport:
-        if self.directory is not None:
-            return DiskTransport(self.plan, Path(self.directory), max(0, rank - 1), timeout_s=self.timeout_s)
-        if store is None:
-            host, port = self.store
-            store = dist.TCPStore(host, port, is_master=False)
-        group = join_group(dist.PrefixStore(self.name, store), rank, 1 + self.num_engines, device, self.timeout_s)
-        ranks = ((0,), range(1, 1 + self.num_engines))
-        return DistributedTransport(self.plan, ranks, self.itemsizes, device, group, timeout_s=self.timeout_s)
+    def trainer_end(self, rank: int, device: torch.device, store: dist.Store) -> WeightTransport:
+        return self._end(rank, rank, device, store)
+
+    def engine_end(self, number: int, device: torch.device) -> WeightTransport:
+        """number: of the engine in the plan."""
+        store = None if self.kind == "disk" else connect(self.store, self.timeout_s)
+        return self._end(number, self.num_trainers + number, device, store)
+
+    def _end(self, plan_rank: int, rank: int, device: torch.device, store: dist.Store | None) -> WeightTransport:
+        if self.kind == "disk":
+            barrier = (
+                dist.barrier if self.num_trainers > 1 else lambda: None
+            )  # of the trainer's ranks, who alone call it
+            return DiskTransport(self.plan, Path(self.directory), plan_rank, barrier, self.timeout_s)
+        size = self.num_trainers + self.num_engines
+        ranks = (range(self.num_trainers), range(self.num_trainers, size))
+        kind, over = (
+            (CudaIpcTransport, torch.device("cpu")) if self.kind == "cuda_ipc" else (DistributedTransport, device)
+        )
+        group = join_group(dist.PrefixStore(self.name, store), rank, size, over, self.timeout_s)
+        return kind(self.plan, ranks, self.itemsizes, device, group, timeout_s=self.timeout_s)
+
+
+def connect(address: tuple[str, int], timeout_s: float) -> dist.TCPStore:
+    return dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=timeout_s))
 
 
 class TrainerActor:
-    """A MegatronTrainer. One call at a time, always in the same thread, whose number of torch's threads is set."""
+    """A rank of a MegatronTrainer. One call at a time, in one thread, whose number of torch's threads is set."""
 
-    def __init__(self, config: Any, seed: int, num_threads: int | None):
-        from lockstep.trainer_bridge import MegatronTrainer  # engines' processes do without Megatron-core
-
+    def __init__(self, rank: int, num_ranks: int, seed: int, num_threads: int | None):
         launch.set_up_process(seed, num_threads)
-        self.trainer = MegatronTrainer(config)
+        self._rank, self._num_ranks = rank, num_ranks
         self._store: dist.TCPStore | None = None
         self._meeting: str | None = None
         self._transport: WeightTransport | None = None
 
-    def call(self, name: str, *arguments: Any) -> tuple[Any, int]:
-        """(the result of a method of the trainer, its step count after it)."""
-        return getattr(self.trainer, name)(*arguments), self.trainer.step_count
-
     def open_store(self) -> tuple[str, int]:
-        """(host, port) where engines find this actor's end of a meeting."""
-        if self._store is None:
-            host = socket.gethostbyname(socket.gethostname())
-            self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        """Of the first rank: (host, port) where the others, and engines, find it."""
+        host = socket.gethostbyname(socket.gethostname())
+        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         return self._store.host, self._store.port
+
+    def build(self, config: TrainerConfig, address: tuple[str, int]) -> None:
+        """Joins the other ranks and makes the trainer."""
+        from lockstep.trainer_bridge import MegatronTrainer  # engines' processes do without Megatron-core
+
+        if self._store is None:
+            self._store = connect(address, config.rank_timeout_s)
+        if self._num_ranks > 1:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if config.device.startswith("cuda") else "gloo",
+                store=dist.PrefixStore("trainer", self._store),
+                rank=self._rank,
+                world_size=self._num_ranks,
+                timeout=timedelta(seconds=config.rank_timeout_s),
+            )
+        self.trainer = MegatronTrainer(config)
+
+    def call(self, name: str, *arguments: Any) -> tuple[Any, int]:
+        """(the result of a method of the trainer, its step count after it); of the first rank: all make the call."""
+        result = getattr(self.trainer, name)(*arguments)
+        return (result if self._rank == 0 else None), self.trainer.step_count
 
     def send(self, meeting: Meeting, version: int) -> dict[str, float]:
         """Joins the meeting if it is a new one, and sends the weights as `version`."""
         if self._meeting != meeting.name:
-            self._transport = meeting.transport(0, self.trainer.device, self._store)
+            self._transport = meeting.trainer_end(self._rank, self.trainer.device, self._store)
             self._meeting = meeting.name
-        return self._transport.send(dict(self.trainer.named_weights()), version)
+        try:
+            return self._transport.send(dict(self.trainer.named_weights()), version)
+        except OSError:
+            self._transport = self._meeting = None  # closes its connections: no engine waits for this rank any longer
+            raise
 
 
 class EngineActor:
-    """An Engine. `progress` and `identity` answer while another call runs (concurrency group "health")."""
+    """An Engine. `progress` and `identity` answer while another call runs (concurrency group "health").
+
+    With tp_size > 1 its other ranks are processes of its own, on the GPUs that the actor reserves.
+    """
 
     def __init__(self, config: EngineConfig, seed: int, num_threads: int | None):
         self._num_threads = num_threads
         launch.set_up_process(seed, num_threads)
         self.engine = Engine(config)
+        self._update: WeightUpdate | None = None
+        self._wholes: dict[str, torch.Tensor] | None = None
         self._meeting: str | None = None
         self._transport: WeightTransport | None = None
 
@@ -102,20 +148,41 @@ class EngineActor:
     def score(self, sequences: Sequence[Sequence[int]], temperature: float) -> list[list[float | None]]:
         return self._run(lambda: self.engine.score(sequences, temperature))
 
-    def receive(self, meeting: Meeting, rank: int, version: int, inflight: str) -> dict[str, Any]:
-        """Takes the weights of `version` and serves them. On any error the old ones serve on."""
+    def receive(self, meeting: Meeting, number: int, version: int) -> dict[str, Any]:
+        """Takes the weights of `version` beside those that serve, for `commit`."""
 
         def take() -> dict[str, Any]:
-            started = time.perf_counter()
             if self._meeting != meeting.name:
-                self._transport = meeting.transport(rank + 1, torch.device(self.engine.config.device), None)
+                self._transport = meeting.engine_end(number, torch.device(self.engine.config.device))
                 self._meeting = meeting.name
-            update = self.engine.begin_update(version)
-            arrived = self._transport.receive(update)
-            report = self.engine.commit_update(update, inflight)
-            return {**arrived, **report, "receive_s": time.perf_counter() - started}
+            has_ranks = self.engine.config.tp_size > 1
+            self._update = self._whole_update(version) if has_ranks else self.engine.begin_update(version)
+            arrived = self._transport.receive(self._update)
+            self._update.check_complete()
+            return arrived
 
         return self._run(take)
+
+    def commit(self, inflight: str) -> dict[str, Any]:
+        """Serves what was received. On any error the old weights serve on."""
+
+        def flip() -> dict[str, Any]:
+            update, self._update = self._update, None
+            if self.engine.config.tp_size > 1:
+                return self.engine.update_weights(update.tensors.items(), update.version, inflight)
+            return self.engine.commit_update(update, inflight)
+
+        return self._run(flip)
+
+    def _whole_update(self, version: int) -> WeightUpdate:
+        """Room in host memory, from where the engine deals the parameters out to its ranks."""
+        if self._wholes is None:
+            pin = self.engine.config.device.startswith("cuda")
+            self._wholes = {
+                name: torch.empty(whole.shape, dtype=whole.dtype, pin_memory=pin)
+                for name, whole in self.engine.rank_weights.wholes.items()
+            }
+        return WeightUpdate(version, self._wholes, self._wholes)
 
     def sleep(self) -> None:
         self._run(self.engine.sleep)

@@ -15,11 +15,14 @@ class ClusterConfig:
     The rest is for "ray":
     address: of a running cluster ("auto": the one this machine belongs to); null starts one on this machine.
     num_engines: the requests of a step are spread over so many engines.
-    transport: how weights travel: "distributed" (NCCL between GPUs, gloo between CPUs) or "disk" (through
-        `transport_directory`, which all machines share).
-    engine_cpus, engine_gpus, trainer_cpus, trainer_gpus: what an actor reserves; fractions share.
-    colocate: the trainer shares the first engine's reservation, and the engines give back the memory of their KV cache
-        while it trains.
+    trainer_ranks: processes of the trainer; what trainer.tensor_parallel_size and pipeline_parallel_size leave over
+        are data parallel.
+    transport: how weights travel: "distributed" (NCCL between GPUs, gloo between CPUs), "cuda_ipc" (between processes
+        that share a GPU, or a machine's memory) or "disk" (through `transport_directory`, which all machines share).
+    engine_cpus, engine_gpus, trainer_cpus, trainer_gpus: what an engine and what a rank of the trainer reserve;
+        fractions share. An engine of engine.tp_size > 1 needs as many GPUs.
+    colocate: rank r of the trainer shares the reservation of engine r, and the engines give back the memory of their KV
+        cache while it trains.
     start_timeout_s: until an actor is ready. step_timeout_s: of one call of the trainer. publish_timeout_s: of a weight
         update. stall_timeout_s: an engine that makes no step for so long is replaced.
     max_replacements: engines that may be replaced in a run.
@@ -28,7 +31,8 @@ class ClusterConfig:
     kind: Literal["local", "ray"] = "local"
     address: str | None = None
     num_engines: int = 1
-    transport: Literal["distributed", "disk"] = "distributed"
+    trainer_ranks: int = 1
+    transport: Literal["distributed", "cuda_ipc", "disk"] = "distributed"
     transport_directory: str | None = None
     engine_cpus: float = 0.5
     engine_gpus: float = 0.0
@@ -48,6 +52,24 @@ class ClusterConfig:
             raise ValueError(f"cluster.num_engines={self.num_engines} needs cluster.kind=ray (cluster=ray)")
         if self.transport == "disk" and self.transport_directory is None:
             raise ValueError("cluster.transport=disk needs cluster.transport_directory, which all machines share")
+        if self.trainer_ranks < 1:
+            raise ValueError(f"cluster.trainer_ranks must be at least 1, got {self.trainer_ranks}")
+        if self.kind == "local" and self.trainer_ranks != 1:
+            raise ValueError(f"cluster.trainer_ranks={self.trainer_ranks} needs cluster.kind=ray (cluster=ray)")
+        if self.colocate and self.trainer_ranks > self.num_engines:
+            raise ValueError(
+                f"cluster.colocate puts rank r of the trainer beside engine r: trainer_ranks={self.trainer_ranks} is "
+                f"more than num_engines={self.num_engines}"
+            )
+        if self.colocate and self.engine_gpus and self.transport == "distributed":
+            raise ValueError(
+                "NCCL takes one process per GPU: cluster.colocate with GPUs needs cluster.transport=cuda_ipc"
+            )
         for name in ("start_timeout_s", "step_timeout_s", "stall_timeout_s", "publish_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"cluster.{name} must be positive, got {getattr(self, name)}")
+
+    def trainer_bundles(self) -> list[int]:
+        """The number of the reservation of each of the trainer's ranks; engine i has number i."""
+        first = 0 if self.colocate else self.num_engines
+        return list(range(first, first + self.trainer_ranks))

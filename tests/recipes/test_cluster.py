@@ -7,14 +7,26 @@ import time
 from dataclasses import replace
 
 import pytest
+from fragile_actors import fragile_engine, fragile_trainer
 from models import make_hf_model
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
+from lockstep.recipes import rl
 from lockstep.recipes.cluster.config import ClusterConfig
+from lockstep.recipes.inputs import ModelSource, TaskConfig
+from lockstep.recipes.new_model import ModelShape
+from lockstep.recipes.run_directory import read_metrics
+from lockstep.recipes.training_run import START
+from lockstep.rollout.evaluation import EvaluationConfig
+from lockstep.rollout.tasks import ReasoningGymConfig
+from lockstep.rollout.worker import RolloutConfig
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
+from lockstep.trainer_bridge.losses import sft_loss
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 ray = pytest.importorskip("ray")
-from lockstep.recipes.cluster.ray_cluster import RayCluster, _shares  # noqa: E402
+from lockstep.recipes.cluster import remote_engines, remote_trainer  # noqa: E402
+from lockstep.recipes.cluster.ray_cluster import RayCluster  # noqa: E402
 
 CONFIG = ClusterConfig(kind="ray", num_engines=2, stall_timeout_s=60.0, publish_timeout_s=60.0)
 
@@ -22,17 +34,8 @@ CONFIG = ClusterConfig(kind="ray", num_engines=2, stall_timeout_s=60.0, publish_
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    make_hf_model(path, "qwen3", seed=1)
+    make_hf_model(path, "qwen3", seed=1, vocab_size=132)
     return str(path)
-
-
-def test_shares_keep_samples_of_a_prompt_together_and_are_even():
-    keys = [(1,), (1,), (2,), (3,), (2,), (4,)]
-    shares = _shares(keys, [10, 10, 5, 7, 5, 3], 2)
-    assert sorted(index for share in shares for index in share) == list(range(6))
-    for key in set(keys):
-        assert len({n for n, share in enumerate(shares) for i in share if keys[i] == key}) == 1
-    assert [sum([10, 10, 5, 7, 5, 3][i] for i in share) for share in shares] == [20, 20]
 
 
 @pytest.mark.parametrize(
@@ -41,6 +44,9 @@ def test_shares_keep_samples_of_a_prompt_together_and_are_even():
         ({"kind": "local", "num_engines": 2}, "num_engines=2 needs cluster.kind=ray"),
         ({"transport": "disk"}, "needs cluster.transport_directory"),
         ({"num_engines": 0}, "at least 1"),
+        ({"trainer_ranks": 0}, "at least 1"),
+        ({"trainer_ranks": 3, "colocate": True}, "trainer_ranks=3 is more than num_engines=2"),
+        ({"engine_gpus": 0.5, "colocate": True}, "needs cluster.transport=cuda_ipc"),
         ({"stall_timeout_s": 0.0}, "stall_timeout_s must be positive"),
     ],
 )
@@ -66,7 +72,7 @@ def test_actors_give_the_bits_of_one_process_through_updates_and_a_killed_engine
 
         # New weights, made by a load: the actors' engines take them through the transport.
         other = tmp_path / "other"
-        make_hf_model(other, "qwen3", seed=2)
+        make_hf_model(other, "qwen3", seed=2, vocab_size=132)
         donor = MegatronTrainer(TrainerConfig(model=str(other)))
         donor.save(tmp_path / "checkpoint")
         cluster.trainer.load(tmp_path / "checkpoint")
@@ -90,3 +96,89 @@ def test_actors_give_the_bits_of_one_process_through_updates_and_a_killed_engine
         engine.update_weights(local.named_weights(), version=2)
         equal(cluster.engine.generate(prompts, params), engine.generate(prompts, params))
         assert cluster.engine.num_replaced == 2
+
+
+def train_batches():
+    sequences = [
+        TrainSequence([(7 * i + j * j) % 132 for j in range(12 + i)], [False] * 4 + [True] * (8 + i)) for i in range(4)
+    ]
+    return pack(sequences, 32)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "trainer", "engine"),
+    [
+        ({"trainer_ranks": 2, "num_engines": 1}, {"tensor_parallel_size": 2}, {"tp_size": 2}),
+        ({"trainer_ranks": 2, "colocate": True, "transport": "cuda_ipc"}, {"gradient_splits": 2}, {}),
+    ],
+    ids=["tensor parallel on both sides", "data parallel, colocated"],
+)
+def test_ranks_of_the_trainer_give_the_bits_of_one(model, cluster, trainer, engine):
+    common = {"learning_rate": 1e-2, "row_parallel_splits": 2, "gradient_splits": 2}
+    alone = MegatronTrainer(TrainerConfig(model=model, **common))
+    served = Engine(EngineConfig(model=model, row_parallel_splits=2))
+    trainer_config = TrainerConfig(model=model, **(common | trainer))
+    engine_config = EngineConfig(model=model, row_parallel_splits=2, **engine)
+    prompts, params = [[5, 6, 7], [9, 8]], SamplingParams(max_tokens=10, seed=3, ignore_eos=True)
+    with RayCluster(replace(CONFIG, **cluster), trainer_config, engine_config, seed=0, num_threads=1) as remote:
+        stats = remote.trainer.step(train_batches(), sft_loss)
+        assert stats == alone.step(train_batches(), sft_loss)
+        report = remote.publish(version=1)
+        assert report["checksum"] == alone.weights_hash() == remote.trainer.weights_hash()
+        served.update_weights(alone.named_weights(), version=1)
+        outputs, expected = remote.engine.generate(prompts, params), served.generate(prompts, params)
+        assert [(o.token_ids, o.logprobs) for o in outputs] == [(o.token_ids, o.logprobs) for o in expected]
+        assert {o.weight_versions[0] for o in outputs} == {1}
+
+
+# Faults ---------------------------------------------------------------------------------------------------------------
+
+
+def rl_config(runs_dir, cluster: ClusterConfig) -> rl.RLConfig:
+    return rl.RLConfig(
+        name="run",
+        runs_dir=str(runs_dir),
+        num_threads=1,
+        model=ModelSource(shape=ModelShape(num_layers=2, hidden_size=32, head_dim=16, ffn_hidden_size=64)),
+        task=TaskConfig(reasoning_gym=ReasoningGymConfig(dataset="chain_sum", train_size=50, held_out_size=4)),
+        trainer=TrainerConfig(model=START, learning_rate=1e-2, max_tokens_per_micro_batch=512),
+        engine=EngineConfig(model=START, kv_cache_tokens=4096),
+        rollout=RolloutConfig(prompts_per_step=4, samples_per_prompt=4, max_tokens=12),
+        reward={"user_rewards.length_reward": 1.0},
+        evaluation=EvaluationConfig(num_problems=2, max_tokens=4),
+        evaluate_every=2,
+        steps=2,
+        checkpoint_every=2,
+        cluster=cluster,
+    )
+
+
+def test_a_run_whose_engines_are_killed_ends_with_the_weights_of_one_without_faults(tmp_path, monkeypatch):
+    undisturbed = rl.run(rl_config(tmp_path / "local", ClusterConfig()))
+    deaths = tmp_path / "deaths"
+    deaths.mkdir()
+    monkeypatch.setattr(remote_engines, "EngineActor", fragile_engine(deaths))
+    disturbed = rl.run(rl_config(tmp_path / "ray", CONFIG))
+    assert sorted(path.name for path in deaths.iterdir()) == ["generating", "received 2", "receiving 1"]
+    assert disturbed["weights_hash"] == undisturbed["weights_hash"]
+    rollouts = [tmp_path / name / "run" / "rollouts" / "step_000002.jsonl" for name in ("local", "ray")]
+    assert rollouts[0].read_bytes() == rollouts[1].read_bytes()
+    metrics = read_metrics(tmp_path / "local" / "run")
+    assert any(record.get("grad_norm", 0) > 0 for record in metrics), "nothing was learned: the test lost its point"
+
+
+@pytest.mark.parametrize("stage", ["joining", "sending"])
+def test_a_trainer_that_is_killed_at_a_publish_leaves_the_old_version_serving(model, stage, monkeypatch):
+    monkeypatch.setattr(remote_trainer, "TrainerActor", fragile_trainer(stage))
+    config = replace(CONFIG, publish_timeout_s=10.0)
+    prompts, params = [[5, 6, 7], [9, 8]], SamplingParams(max_tokens=10, seed=3, ignore_eos=True)
+    with RayCluster(config, TrainerConfig(model=model), EngineConfig(model=model), 0, 1) as cluster:
+        before = cluster.engine.generate(prompts, params)
+        started = time.monotonic()
+        with pytest.raises(RuntimeError, match="the trainer's process died; resume"):
+            cluster.publish(version=1)
+        assert time.monotonic() - started < 30.0
+        after = cluster.engine.generate(prompts, params)
+        assert [(o.token_ids, o.logprobs) for o in before] == [(o.token_ids, o.logprobs) for o in after]
+        assert {version for o in after for version in o.weight_versions} == {0}
+        assert cluster.engine.num_replaced == 0

@@ -1,0 +1,200 @@
+"""Engines that are actors of a Ray cluster, behind the interface of one engine.
+
+An engine that dies, or makes no step for `stall_timeout_s`, is replaced: the new one is brought to the current weight
+version and generates the unfinished requests again, with the same tokens, since a draw is a function of its
+coordinates. Every wait has a deadline.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from lockstep.engine import EngineConfig, RequestOutput, SamplingParams
+from lockstep.engine.spread import spread
+from lockstep.recipes.cluster.actors import EngineActor
+from lockstep.recipes.cluster.config import ClusterConfig
+
+_HEALTH_S = 10.0  # a health check's own deadline, beside the engine's work
+_POLL_S = 1.0
+
+
+class EngineFailedError(RuntimeError):
+    """An engine died or hung, and may not be replaced."""
+
+
+class RemoteEngines:
+    """The engines as one: `generate` and `score` spread requests over them and give outputs in the requests' order."""
+
+    def __init__(
+        self,
+        cluster: ClusterConfig,
+        config: EngineConfig,
+        seed: int,
+        num_threads: int | None,
+        start: Callable,
+        bring_up_to_date: Callable[[Sequence[int]], Any],
+    ):
+        self.config = config
+        self.num_replaced = 0
+        self._cluster = cluster
+        self._arguments = (config, seed, num_threads)
+        self._start_actor = start
+        self._bring_up_to_date = bring_up_to_date
+        self._asleep = False
+        self.actors = [self._start(number) for number in range(cluster.num_engines)]
+
+    def wait_until_ready(self) -> None:
+        for number, actor in enumerate(self.actors):
+            self._wait_until_ready(number, actor)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """As Engine.generate. Samples of one prompt go to one engine, which computes the prompt once."""
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(params)} SamplingParams")
+        shares = self._shares(prompts, [p.max_tokens * p.n for p in params])
+        calls = {
+            number: ("generate", [prompts[i] for i in share], [params[i] for i in share])
+            for number, share in enumerate(shares)
+            if share
+        }
+        by_prompt: dict[int, list[RequestOutput]] = {}
+        for number, outputs in self._run(calls).items():
+            remaining = iter(outputs)
+            for i in shares[number]:
+                by_prompt[i] = [replace(next(remaining), prompt_index=i) for _ in range(params[i].n)]
+        return [output for i in range(len(prompts)) for output in by_prompt[i]]
+
+    def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[list[float | None]]:
+        shares = self._shares(sequences, [len(sequence) for sequence in sequences])
+        calls = {n: ("score", [sequences[i] for i in share], temperature) for n, share in enumerate(shares) if share}
+        scores = {
+            i: score
+            for number, results in self._run(calls).items()
+            for i, score in zip(shares[number], results, strict=True)
+        }
+        return [scores[i] for i in range(len(sequences))]
+
+    def sleep(self) -> None:
+        """All engines give back their KV cache's memory, until `wake`."""
+        if not self._asleep:
+            self._asleep = True
+            self._run(dict.fromkeys(range(len(self.actors)), ("sleep",)))
+
+    def wake(self) -> None:
+        if self._asleep:
+            self._asleep = False
+            self._run(dict.fromkeys(range(len(self.actors)), ("wake",)))
+
+    def stats(self) -> list[dict[str, float | int]]:
+        results = self._run(dict.fromkeys(range(len(self.actors)), ("stats",)))
+        return [results[number] for number in sorted(results)]
+
+    def is_alive(self, number: int) -> bool:
+        try:
+            ray.get(_health(self.actors[number], "identity"), timeout=_HEALTH_S)
+        except (RayActorError, GetTimeoutError):
+            return False
+        return True
+
+    def replace(self, number: int, reason: Exception) -> None:
+        """Ends the engine and starts another in its place, at the first model's weights."""
+        self.num_replaced += 1
+        if self.num_replaced > self._cluster.max_replacements:
+            raise EngineFailedError(f"engine {number} failed, and max_replacements are spent: {reason}") from reason
+        print(f"engine {number} is replaced: {reason}", file=sys.stderr, flush=True)
+        ray.kill(self.actors[number])
+        self.actors[number] = self._start(number)
+        self._wait_until_ready(number, self.actors[number])
+
+    def _shares(self, prompts: Sequence[Sequence[int]], costs: Sequence[int]) -> list[list[int]]:
+        """Indices of the requests for each engine."""
+        places = spread([tuple(prompt) for prompt in prompts], costs, [0] * len(self.actors))
+        return [[i for i, place in enumerate(places) if place == number] for number in range(len(self.actors))]
+
+    def _start(self, number: int) -> Any:
+        options = self._start_actor(
+            EngineActor,
+            number,
+            self._cluster.engine_cpus,
+            self._cluster.engine_gpus,
+            concurrency_groups={"health": 1},
+        )
+        return options.remote(*self._arguments)
+
+    def _wait_until_ready(self, number: int, actor: Any) -> None:
+        timeout = self._cluster.start_timeout_s
+        try:
+            ray.get(_health(actor, "identity"), timeout=timeout)
+        except GetTimeoutError as error:
+            raise EngineFailedError(
+                f"engine {number} was not ready within start_timeout_s={timeout}; does the cluster have "
+                f"{self._cluster.engine_cpus} CPUs and {self._cluster.engine_gpus} GPUs for it?"
+            ) from error
+        except RayTaskError as error:
+            raise error.as_instanceof_cause() from error
+        except RayActorError as error:
+            raise EngineFailedError(f"engine {number} could not start: {error}") from error
+
+    def _run(self, calls: dict[int, tuple]) -> dict[int, Any]:
+        """The results of a call per engine. A failed engine is replaced and does its call again."""
+        pending = {self._call(number, call): number for number, call in calls.items()}
+        seen = {number: (-1, time.monotonic()) for number in calls}
+        results: dict[int, Any] = {}
+        while pending:
+            ready, _ = ray.wait(list(pending), timeout=_POLL_S)
+            failed: dict[int, Exception] = {}
+            for reference in ready:
+                number = pending.pop(reference)
+                try:
+                    results[number] = ray.get(reference)
+                except RayTaskError as error:
+                    raise error.as_instanceof_cause() from error
+                except RayActorError as error:
+                    failed[number] = error
+            for reference, number in list(pending.items()):
+                if (hung := self._hung(number, seen)) is not None:
+                    del pending[reference]
+                    failed[number] = hung
+            for number, error in failed.items():
+                self.replace(number, error)
+                self._bring_up_to_date([number])
+                pending[self._call(number, calls[number])] = number
+                seen[number] = (-1, time.monotonic())
+        return results
+
+    def _call(self, number: int, call: tuple) -> Any:
+        name, *arguments = call
+        return getattr(self.actors[number], name).remote(*arguments)
+
+    def _hung(self, number: int, seen: dict[int, tuple[int, float]]) -> Exception | None:
+        """An error if the engine has made no step for too long; asked no more often than it matters."""
+        steps, since = seen[number]
+        if time.monotonic() - since < self._cluster.stall_timeout_s / 4:
+            return None
+        try:
+            now = ray.get(_health(self.actors[number], "progress"), timeout=_HEALTH_S)
+        except RayActorError as error:
+            return error
+        except GetTimeoutError:
+            now = steps
+        if now != steps:
+            seen[number] = (now, time.monotonic())
+        elif time.monotonic() - since > self._cluster.stall_timeout_s:
+            return TimeoutError(f"engine {number} made no step for {self._cluster.stall_timeout_s} s")
+        return None
+
+
+def _health(actor: Any, name: str) -> Any:
+    """A call that is answered while the actor is at work."""
+    return getattr(actor, name).options(concurrency_group="health").remote()
