@@ -118,7 +118,7 @@ class _Receiver:
 def _send_when_asked(job: Job, kind: type[BucketTransport], device: str, port: int) -> None:
     """The trainer's process; it is ended by its parent."""
     if device.startswith("cuda"):
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(torch.device(device).index or 0)
     trainer = _trainer(job, device)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     store.set("hash", trainer.weights_hash())
