@@ -30,7 +30,8 @@ PENDING = -1  # a token that only the device knows
 class LaunchedStep:
     """A step whose results are on their way: `tokens` and `logprobs` of `drawing`, and log-probs per scored chunk.
 
-    Of a model with a scalar head, values stand in the place of log-probs and any number >= 0 in that of tokens. The tensors are the host's; they hold the results once `ready` has happened (at once where it is None).
+    The tensors are the host's; they hold the results once `ready` has happened (at once where it is None). Of a model
+    with a scalar head, values stand in the place of log-probs, and 0 or -1 (no number) in that of tokens.
     """
 
     weight_version: int
