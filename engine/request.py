@@ -131,9 +131,9 @@ class Request:
     """One sample in the making, or one sequence to score or to reward. Compared and hashed by identity.
 
     The engine writes tokens, logprobs and weight_versions (through `append`), or the reward. The runner counts in
-    `num_pending` what it has launched and not collected. The scheduler writes everything below that. The runner may keep
-    a copy of `pages` in its page table: it copies the entries from num_pages_synced on and sets num_pages_synced to their
-    number; the scheduler lowers it where it replaces pages.
+    `num_pending` what it has launched and not collected. The scheduler writes everything below that. The runner may
+    keep a copy of `pages` in its page table: it copies the entries from num_pages_synced on and sets num_pages_synced
+    to their number; the scheduler lowers it where it replaces pages.
     """
 
     request_id: int
