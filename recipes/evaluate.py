@@ -11,7 +11,7 @@ from lockstep.engine import Engine, EngineConfig
 from lockstep.recipes import launch
 from lockstep.recipes.inputs import TaskConfig
 from lockstep.rollout.evaluation import EvaluationConfig, evaluate
-from lockstep.rollout.rewards import build_reward
+from lockstep.rollout.rewards import RewardEngines, build_reward
 from lockstep.rollout.tokenizer import load_tokenizer
 
 
@@ -21,7 +21,7 @@ class EvalConfig:
 
     engine: EngineConfig
     task: TaskConfig = field(default_factory=TaskConfig)
-    reward: dict[str, float] = field(default_factory=dict)
+    reward: Any = field(default_factory=dict)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: int = 0
     num_threads: int | None = None
@@ -34,7 +34,9 @@ def run(config: EvalConfig) -> dict[str, Any]:
     task = config.task.build().held_out
     engine = Engine(config.engine)
     tokenizer = load_tokenizer(config.engine.model)
-    result = evaluate(engine, tokenizer, task, build_reward(config.reward, task), config.evaluation, config.seed)
+    with RewardEngines() as reward_engines:
+        reward = build_reward(config.reward, task, reward_engines)
+        result = evaluate(engine, tokenizer, task, reward, config.evaluation, config.seed)
     console = Console(highlight=False)
     for sample in result.samples[: config.show]:
         mark = "[green]correct[/]" if sample.correct else "[red]wrong[/]"

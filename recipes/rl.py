@@ -15,7 +15,7 @@ from lockstep.recipes.cluster.local import LocalCluster
 from lockstep.recipes.cluster.open_cluster import open_cluster
 from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
 from lockstep.rollout.evaluation import EvaluationConfig, evaluate
-from lockstep.rollout.rewards import build_reward
+from lockstep.rollout.rewards import RewardEngines, build_reward
 from lockstep.rollout.sample import Sample
 from lockstep.rollout.tasks import TaskSplits
 from lockstep.rollout.tokenizer import load_tokenizer
@@ -30,7 +30,8 @@ WARMUP = "sft"  # the folder of the warm-up's run in the run directory
 @dataclass(frozen=True)
 class RLConfig(TrainingRunConfig):
     """warmup: a supervised stage to start from, if its `steps` are not 0; its model, task and seed are this run's.
-    reward: weights by name, see rollout/rewards.py; empty is the task's own verifier.
+    reward: weights or options by name, see rollout/rewards/mixture.py, or one function's path; empty is the task's own
+        verifier.
     evaluate_every: steps between held-out evaluations.
     engine: its `model` is filled in by the run.
     cluster: where trainer and engines live; cluster=ray takes configs/cluster/ray.yaml.
@@ -39,7 +40,7 @@ class RLConfig(TrainingRunConfig):
     name: str = "rl"
     warmup: sft.SFTConfig = field(default_factory=lambda: sft.SFTConfig(steps=0))
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    reward: dict[str, float] = field(default_factory=dict)
+    reward: Any = field(default_factory=dict)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(model=START))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -54,11 +55,14 @@ def run(config: RLConfig) -> dict[str, Any]:
         tasks = config.task.build()
         start = str(starting_model(config, tasks))
         trainer, engine = replace(config.trainer, model=start), replace(config.engine, model=start)
-        with open_cluster(config.cluster, trainer, engine, config.seed, config.num_threads) as cluster:
+        with (
+            open_cluster(config.cluster, trainer, engine, config.seed, config.num_threads) as cluster,
+            RewardEngines() as reward_engines,
+        ):
             run.start(cluster.trainer)
             if cluster.trainer.step_count > 0:
                 cluster.publish(version=cluster.trainer.step_count)
-            train(config, run, tasks, cluster)
+            train(config, run, tasks, cluster, reward_engines)
             warmup = run.path / WARMUP
             return run.finish(cluster.trainer, earlier_runs=[warmup] if warmup.exists() else [])
 
@@ -83,11 +87,14 @@ def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
     return warmup.directory / "model"
 
 
-def train(config: RLConfig, run: TrainingRun, tasks: TaskSplits, cluster: LocalCluster) -> None:
+def train(
+    config: RLConfig, run: TrainingRun, tasks: TaskSplits, cluster: LocalCluster, reward_engines: RewardEngines
+) -> None:
     """The loop. Weight version `s` is what the engine serves after step `s`; step `s` learns from version `s - 1`."""
     trainer, engine = cluster.trainer, cluster.engine
     tokenizer = load_tokenizer(engine.config.model)
-    reward, held_out_reward = build_reward(config.reward, tasks.train), build_reward(config.reward, tasks.held_out)
+    reward = build_reward(config.reward, tasks.train, reward_engines)
+    held_out_reward = build_reward(config.reward, tasks.held_out, reward_engines)
     worker = RolloutWorker(engine, tokenizer, tasks.train, reward, config.rollout, config.seed)
     algorithm = build_algorithm(config.algorithm)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lockstep.engine import Engine, RequestOutput, SamplingParams
 from lockstep.rollout.order import ProblemOrder
-from lockstep.rollout.rewards import Reward, correct_reward
+from lockstep.rollout.rewards import Completion, Reward, correct_reward
 from lockstep.rollout.sample import Sample, derive_seed
 from lockstep.rollout.tasks import Problem, Task
 from lockstep.rollout.tokenizer import render_prompt
@@ -61,9 +61,15 @@ class RolloutWorker:
         seeds = [derive_seed(self.seed, step, prompt_indices[i], j) for i, j in coordinates]
         prompts = [render_prompt(self.tokenizer, problem.messages) for problem in problems]
         outputs = self.engine.generate([prompts[i] for i, _ in coordinates], [self._params(seed) for seed in seeds])
+        rewards = self.reward(
+            [
+                Completion(problems[i], output.text, len(output.token_ids))
+                for (i, _), output in zip(coordinates, outputs, strict=True)
+            ]
+        )
         return [
-            self._score(problems[i], step, prompt_indices[i], j, seed, output)
-            for (i, j), seed, output in zip(coordinates, seeds, outputs, strict=True)
+            self._sample(problems[i], step, prompt_indices[i], j, seed, output, reward)
+            for (i, j), seed, output, reward in zip(coordinates, seeds, outputs, rewards, strict=True)
         ]
 
     def _params(self, seed: int) -> SamplingParams:
@@ -78,8 +84,15 @@ class RolloutWorker:
             stop_token_ids=(self.tokenizer.eos_token_id,),
         )
 
-    def _score(
-        self, problem: Problem, step: int, prompt_index: int, sample_index: int, seed: int, output: RequestOutput
+    def _sample(
+        self,
+        problem: Problem,
+        step: int,
+        prompt_index: int,
+        sample_index: int,
+        seed: int,
+        output: RequestOutput,
+        reward: float,
     ) -> Sample:
         text = output.text
         return Sample(
@@ -94,6 +107,6 @@ class RolloutWorker:
             weight_versions=tuple(output.weight_versions),
             finish_reason=output.finish_reason,
             text=text,
-            reward=self.reward(problem, text),
+            reward=reward,
             correct=self.correct(problem, text) == 1.0,
         )

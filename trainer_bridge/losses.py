@@ -1,9 +1,10 @@
 """Losses: pure functions from the trainer's log-probabilities and a packed batch to a loss per token.
 
-A loss takes (logprobs fp32 [T], batch) and returns (loss fp32 [T], stats). The trainer multiplies by batch.weights and
-sums over the step, so a loss neither masks nor averages. Rows of weight 0 hold zeros, which every loss must map to
-finite numbers. A stat is a tensor [T]: the trainer reports its weighted mean over the step, or, where its name ends in
-`_max`, its maximum over the rows of non-zero weight. Options are keyword arguments, fixed with functools.partial.
+A loss takes (logprobs fp32 [T], batch) and returns (loss fp32 [T], stats); from a model with a scalar head it gets
+values in the place of log-probabilities. The trainer multiplies by batch.weights and sums over the step, so a loss
+neither masks nor averages. Rows of weight 0 hold zeros, which every loss must map to finite numbers. A stat is a
+tensor [T]: the trainer reports its weighted mean over the step, or, where its name ends in `_max`, its maximum over the
+rows of non-zero weight. Options are keyword arguments, fixed with functools.partial.
 """
 
 from collections.abc import Callable

@@ -25,6 +25,7 @@ class LocalFilesConfig:
         `####\\s*(\\S+)` for GSM8K; the whole column otherwise.
     solution_column: worked responses for supervised training.
     comparison: a key of answers.COMPARISONS.
+    Other columns are a problem's metadata, for rewards to read.
     """
 
     train_files: Sequence[str] = ()
@@ -119,4 +120,6 @@ def _problem(config: LocalFilesConfig, row: Mapping[str, Any], problem_id: str, 
     if answer is None:
         raise ValueError(f"row {problem_id} of {file} has no answer in column {config.answer_column!r}")
     solution = row[config.solution_column] if config.solution_column else None
-    return Problem(problem_id, messages, str(answer).strip(), {}, solution)
+    named = (config.messages_column, config.question_column, config.answer_column, config.solution_column)
+    metadata = {column: value for column, value in row.items() if column not in named}
+    return Problem(problem_id, messages, str(answer).strip(), metadata, solution)

@@ -142,7 +142,7 @@ def test_hydra_leaves_nothing_behind():
         (["stepps=1"], ["unknown key 'stepps'", "did you mean: steps"]),
         (["+stepps=1"], ["unknown key 'stepps'", "did you mean: steps"]),
         (["recipe=bad"], ["In 'recipe/bad': unknown key 'optimizer.learning_rte'", "optimizer.learning_rate"]),
-        (["recipe=god"], ["recipe/god", "options: bad, demo, good"]),
+        (["recipe=god"], ["recipe/god", "options: bad, demo"]),
         (["steps=many"], ["steps: ", "'many'", "Integer"]),
         (["inflight=abort"], ["inflight: 'abort' is none of 'keep', 'recompute'"]),
         (["optimizer.betas=[1]"], ["optimizer.betas: [1.0] has 1 values; 2 are wanted"]),
@@ -179,7 +179,13 @@ def test_help_and_cfg_show_the_config_without_running(capsys):
         toy("--help")
     assert not exit_info.value.code
     shown = capsys.readouterr().out
-    for part in ("lockstep toy: a toy", "model: ???", "steps: 20", "recipe: bad, demo, good", "learning_rate: 0.25"):
+    for part in (
+        "lockstep toy: a toy",
+        "model: ???",
+        "steps: 20",
+        "recipe: bad, demo",
+        "learning_rate: 0.25",
+    ):
         assert part in shown
     toy("steps=3", "--cfg", "job")
     assert OmegaConf.create(capsys.readouterr().out).steps == 3

@@ -1,8 +1,12 @@
-"""Rule rewards: answer extraction, the verifier, formats, and weighted sums."""
+"""Rewards by name: rules, their options, and weighted sums."""
+
+import re
 
 import pytest
 
-from lockstep.rollout.rewards import REWARDS, answer_format, build_reward, exact_match
+from lockstep.rollout.rewards import REWARDS, Completion, RewardEngines
+from lockstep.rollout.rewards import build_reward as build_batch_reward
+from lockstep.rollout.rewards.rules import answer_format, exact_match
 from lockstep.rollout.tasks import Problem, ReasoningGymConfig, build_task
 from lockstep.rollout.tasks.answers import extract_answer, same_number, same_text
 
@@ -12,6 +16,12 @@ PROBLEM = Problem("p", ({"role": "user", "content": "3+4"},), "7")
 def response_length(problem: Problem, response: str) -> float:
     """A user's own reward, found by its dotted path."""
     return len(response) / 10
+
+
+def build_reward(terms, task):
+    """(problem, response) -> score, of one response."""
+    reward = build_batch_reward(terms, task, RewardEngines())
+    return lambda problem, response, num_tokens=1: reward([Completion(problem, response, num_tokens)])[0]
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +99,55 @@ def test_no_weights_are_the_task_s_own_verifier(task):
 
 
 @pytest.mark.parametrize(
+    ("terms", "response", "num_tokens", "score"),
+    [
+        ({"regex": {"pattern": r"\d+ apples"}}, "I have 12 apples", 1, 1.0),
+        ({"regex": {"pattern": r"^\d$", "in_answer": True, "weight": 0.5}}, "so <answer>7</answer>", 1, 0.5),
+        ({"regex": {"pattern": r"^\d$", "in_answer": True}}, "7", 1, 0.0),
+        ({"json_schema": {"schema": {"required": ["a"]}}}, '```json\n{"a": 1}\n```', 1, 1.0),
+        ({"json_schema": {"schema": {"required": ["a"]}}}, '{"b": 1}', 1, 0.0),
+        ({"json_schema": {"schema": {"type": "object"}}}, "{", 1, 0.0),
+        ({"length": {"max_tokens": 20, "buffer_tokens": 10}}, "", 10, 0.0),
+        ({"length": {"max_tokens": 20, "buffer_tokens": 10}}, "", 15, -0.5),
+        ({"length": {"max_tokens": 20, "buffer_tokens": 10}}, "", 30, -1.0),
+        ({"a": {"kind": "regex", "pattern": "x"}, "b": {"kind": "regex", "pattern": "y", "weight": 2}}, "xy", 1, 3.0),
+    ],
+)
+def test_rules_with_options(task, terms, response, num_tokens, score):
+    assert build_reward(terms, task)(PROBLEM, response, num_tokens) == score
+
+
+def test_a_file_s_function_and_a_batch_function(task, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def one(problem, response):\n    return len(response) + float(problem.answer)\n"
+        "def many(problems, responses):\n    return [len(responses)] * len(problems)\n"
+    )
+    path = f"{tmp_path}/mine.py"
+    assert build_reward(f"{path}:one", task)(PROBLEM, "abc") == 10.0
+    terms = {"mine": {"path": f"{path}:one", "weight": 0.5, "kind": "function"}, f"{path}:many": {"batch": True}}
+    reward = build_batch_reward(terms, task, RewardEngines())
+    assert reward([Completion(PROBLEM, text, 1) for text in ("a", "ab", "abc")]) == [7.0, 7.5, 8.0]
+
+
+@pytest.mark.parametrize(
     ("weights", "message"),
     [
         ({"correctness": 1.0}, f"no reward 'correctness'; there are: {', '.join(REWARDS)}"),
         ({"lockstep.rollout.rewards.absent": 1.0}, "cannot find the reward function"),
         ({"lockstep.no_such_module.f": 1.0}, "cannot find the reward function"),
+        ({"/no/such/file.py:f": 1.0}, "cannot find the reward function"),
         ({"lockstep.rollout.rewards.REWARDS": 1.0}, "is a dict, not a function"),
+        ({"format": "high"}, "the weight must be a number, got 'high'"),
+        ({"format": {"pattern": "x"}}, "unknown option 'pattern'; there are: none"),
+        ({"mine": {"kind": "regexp"}}, "no reward 'regexp'"),
+        ({"regex": 1.0}, "option 'pattern' is needed"),
+        ({"regex": {"pattern": "("}}, "reward 'regex': pattern"),
+        ({"json_schema": {"schema": {"type": 3}}}, "reward 'json_schema'"),
+        ({"length": {"max_tokens": 3, "buffer_tokens": 4}}, "buffer_tokens must be in 1 to 3"),
+        ({"math": {"limits": {"wall_time_s": 0}}}, "limits.wall_time_s must be positive"),
+        ({"math": {"limits": {"wall_time": 1}}}, "unknown option 'wall_time'"),
     ],
 )
 def test_bad_rewards_are_named(task, weights, message):
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         build_reward(weights, task)

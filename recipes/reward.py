@@ -1,0 +1,115 @@
+"""`lockstep reward`: a Bradley-Terry reward model from preference pairs, judged by held-out pairs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lockstep.engine import Engine, EngineConfig
+from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
+from lockstep.rollout.order import ProblemOrder
+from lockstep.rollout.preferences import PairSamplingConfig, Preference, read_pairs, sample_pairs, write_pairs
+from lockstep.rollout.rewards.models import conversation_ids
+from lockstep.rollout.tokenizer import load_tokenizer
+from lockstep.trainer_bridge import MegatronTrainer
+from lockstep.trainer_bridge.preference import PreferencePair, bradley_terry_loss, pack_pairs
+
+
+@dataclass(frozen=True)
+class RewardConfig(TrainingRunConfig):
+    """train_files, held_out_files: JSONL of {"prompt", "chosen", "rejected"}.
+    held_out_fraction: without held_out_files, this share of the pairs, taken from the end.
+    policy: without files, the HF directory of a language model whose answers to the task become pairs, its right ones
+        against its wrong ones; they are kept in the run. null: `model`.
+    sampling, engine: of these answers; the engine's `model` is filled in by the run.
+    pairs_per_step: pairs in one update. evaluate_every: steps between looks at the held-out pairs.
+    """
+
+    name: str = "reward"
+    train_files: tuple[str, ...] = ()
+    held_out_files: tuple[str, ...] = ()
+    held_out_fraction: float = 0.1
+    policy: str | None = None
+    sampling: PairSamplingConfig = field(default_factory=PairSamplingConfig)
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(model=START))
+    pairs_per_step: int = 32
+    evaluate_every: int = 20
+
+
+def run(config: RewardConfig) -> dict[str, Any]:
+    """Trains until `config.steps` updates are made; `model/` of the run is then a ...ForSequenceClassification."""
+    config = resumed(config)
+    with TrainingRun(config, "reward") as run:
+        model = str(config.model.resolve(run.path / "new_model", config.task.build().train, config.seed))
+        train, held_out = preference_pairs(config, run, model)
+        tokenizer = load_tokenizer(model)
+        train_tokens, held_out_tokens = ([tokenized(tokenizer, p) for p in pairs] for pairs in (train, held_out))
+        trainer = MegatronTrainer(replace(config.trainer, model=model, head="scalar"))
+        run.start(trainer)
+        order = ProblemOrder(len(train_tokens), config.seed)
+
+        def evaluate_if_due(step: int) -> None:
+            if step % config.evaluate_every == 0 or step == config.steps:
+                run.sinks.record(step, "eval", evaluate_pairs(trainer, held_out_tokens))
+
+        if trainer.step_count == 0:
+            evaluate_if_due(0)
+        for step in range(trainer.step_count + 1, config.steps + 1):
+            started = time.perf_counter()
+            first = (step - 1) * config.pairs_per_step
+            pairs = [train_tokens[order[first + i]] for i in range(config.pairs_per_step)]
+            stats = trainer.step(pack_pairs(pairs, config.trainer.max_tokens_per_micro_batch), bradley_terry_loss)
+            seconds = time.perf_counter() - started
+            stats["learning_rate"], stats["train_accuracy"] = stats.pop("lr"), stats.pop("accuracy")
+            run.record(step, {**stats, "tokens_per_s": stats["tokens"] / seconds, "time/train": seconds})
+            evaluate_if_due(step)
+            run.checkpoint_if_due(step, trainer)
+        return run.finish(trainer)
+
+
+def preference_pairs(config: RewardConfig, run: TrainingRun, model: str) -> tuple[list[Preference], list[Preference]]:
+    """The pairs to learn from, and those held out. Raises ValueError if either are none."""
+    if config.train_files:
+        train, held_out = read_pairs(config.train_files), read_pairs(config.held_out_files)
+        if not config.held_out_files:
+            num_held_out = math.ceil(len(train) * config.held_out_fraction)
+            train, held_out = train[: len(train) - num_held_out], train[len(train) - num_held_out :]
+    else:
+        train, held_out = sampled_pairs(config, run, config.policy or model)
+    if not (train and held_out):
+        raise ValueError(f"{len(train)} pairs to learn from and {len(held_out)} held out: there must be some of each")
+    return train, held_out
+
+
+def sampled_pairs(config: RewardConfig, run: TrainingRun, policy: str) -> tuple[list[Preference], list[Preference]]:
+    """A policy's right answers against its wrong ones; made once for a run, and found there when it is resumed."""
+    files = {name: run.path / f"{name}_pairs.jsonl" for name in ("train", "held_out")}
+    if not all(file.exists() for file in files.values()):
+        tasks, tokenizer, sampling = config.task.build(), load_tokenizer(policy), config.sampling
+        engine = Engine(replace(config.engine, model=policy))
+        try:
+            for task, number, file in (
+                (tasks.train, sampling.train_problems, files["train"]),
+                (tasks.held_out, sampling.held_out_problems, files["held_out"]),
+            ):
+                write_pairs(file, sample_pairs(engine, tokenizer, task, number, sampling, config.seed))
+        finally:
+            engine.shutdown()
+    return read_pairs([str(files["train"])]), read_pairs([str(files["held_out"])])
+
+
+def tokenized(tokenizer, pair: Preference) -> PreferencePair:
+    return PreferencePair(*(conversation_ids(tokenizer, pair.messages, text) for text in (pair.chosen, pair.rejected)))
+
+
+def evaluate_pairs(trainer: MegatronTrainer, pairs: Sequence[PreferencePair]) -> dict[str, float]:
+    """accuracy: pairs whose better response has the higher score; margin: the scores' mean difference."""
+    values = trainer.values([sequence for pair in pairs for sequence in pair])
+    margins = [chosen[-1] - rejected[-1] for chosen, rejected in zip(values[::2], values[1::2], strict=True)]
+    return {
+        "accuracy": sum(margin > 0 for margin in margins) / len(margins),
+        "margin": sum(margins) / len(margins),
+    }

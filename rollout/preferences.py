@@ -1,0 +1,106 @@
+"""Preference pairs: read from JSONL files, or made of a policy's right and wrong answers to a task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lockstep.engine import Engine
+from lockstep.rollout.evaluation import EVALUATION_STEP
+from lockstep.rollout.tasks import Task
+from lockstep.rollout.worker import RolloutConfig, RolloutWorker
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Of two responses to a conversation, the better one and the other."""
+
+    messages: tuple[Mapping[str, str], ...]
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True)
+class PairSamplingConfig:
+    """How a policy's answers become pairs: of each problem with a right and a wrong answer, the first of each."""
+
+    train_problems: int = 1000
+    held_out_problems: int = 200
+    samples_per_problem: int = 8
+    max_tokens: int = 256
+    temperature: float = 1.0
+
+
+def read_pairs(files: Sequence[str]) -> list[Preference]:
+    """The lines of JSONL files, each {"prompt", "chosen", "rejected"}.
+
+    prompt: text, or a list of {role, content}. chosen, rejected: text, or a list of messages that ends in the response
+    (and begins with the prompt where there is no "prompt" of its own).
+    Raises ValueError that names the file and line of what is none of these.
+    """
+    pairs = []
+    for file in files:
+        if not Path(file).is_file():
+            raise ValueError(f"no preference file {file}")
+        with open(file, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    pairs.append(_parse(json.loads(line)))
+                except (ValueError, KeyError, TypeError) as error:
+                    shape = '{"prompt", "chosen", "rejected"}'
+                    raise ValueError(f"{file}, line {number} is no preference {shape}: {error!r}") from error
+    return pairs
+
+
+def write_pairs(path: Path, pairs: Sequence[Preference]) -> None:
+    """What `read_pairs` reads; the file is there whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with open(unfinished, "w", encoding="utf-8") as file:
+        for pair in pairs:
+            fields = asdict(pair)
+            file.write(json.dumps({"prompt": fields.pop("messages"), **fields}, ensure_ascii=False) + "\n")
+    unfinished.rename(path)
+
+
+def sample_pairs(
+    engine: Engine, tokenizer, task: Task, num_problems: int, config: PairSamplingConfig, seed: int
+) -> list[Preference]:
+    """Pairs of the task's first problems, judged by its verifier; the same for the same weights and seed.
+
+    Raises ValueError where no problem has both a right and a wrong answer.
+    """
+    rollout = RolloutConfig(max_tokens=config.max_tokens, temperature=config.temperature)
+    worker = RolloutWorker(engine, tokenizer, task, lambda completions: [0.0] * len(completions), rollout, seed)
+    indices = range(min(num_problems, len(task)))
+    problems = [task.problem(index) for index in indices]
+    samples = worker.sample(problems, indices, EVALUATION_STEP, config.samples_per_problem)
+    size = config.samples_per_problem
+    pairs = []
+    for index, problem in enumerate(problems):
+        group = samples[index * size : (index + 1) * size]
+        right = next((sample.text for sample in group if sample.correct), None)
+        wrong = next((sample.text for sample in group if not sample.correct), None)
+        if right is not None and wrong is not None:
+            pairs.append(Preference(problem.messages, right, wrong))
+    if not pairs:
+        raise ValueError(f"of {len(problems)} problems of {task.name!r} none got both a right and a wrong answer")
+    return pairs
+
+
+def _parse(line: Mapping[str, Any]) -> Preference:
+    chosen, rejected = line["chosen"], line["rejected"]
+    prompt = line["prompt"] if isinstance(chosen, str) or "prompt" in line else chosen[:-1]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    turns = tuple({"role": str(m["role"]), "content": str(m["content"])} for m in messages)
+    if not turns:
+        raise ValueError("the prompt is empty")
+    return Preference(turns, _response(chosen), _response(rejected))
+
+
+def _response(value: str | Sequence[Mapping[str, str]]) -> str:
+    return value if isinstance(value, str) else str(value[-1]["content"])

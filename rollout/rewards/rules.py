@@ -1,0 +1,129 @@
+"""Rule rewards: pure functions from a problem and a response text to a number."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jsonschema
+
+from lockstep.rollout.rewards.reward import Completion, Reward, Rule
+from lockstep.rollout.tasks.answers import extract_answer, same_text
+from lockstep.rollout.tasks.problem import Problem, Task
+
+_FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Of a reward that takes none."""
+
+
+@dataclass(frozen=True)
+class RegexOptions:
+    """pattern: searched for with re.DOTALL. in_answer: in the extracted answer, and not in the whole response."""
+
+    pattern: str
+    in_answer: bool = False
+
+
+@dataclass(frozen=True)
+class JsonSchemaOptions:
+    """schema: a JSON schema, or schema_file: the path of one."""
+
+    schema: Mapping[str, Any] = field(default_factory=dict)
+    schema_file: str | None = None
+
+
+@dataclass(frozen=True)
+class LengthOptions:
+    """max_tokens: what a response should stay below; buffer_tokens: from so many before on it costs."""
+
+    max_tokens: int
+    buffer_tokens: int
+
+    def __post_init__(self):
+        if not 0 < self.buffer_tokens <= self.max_tokens:
+            raise ValueError(f"buffer_tokens must be in 1 to {self.max_tokens} (max_tokens), got {self.buffer_tokens}")
+
+
+def task_reward(task: Task) -> Rule:
+    """The task's verifier on the extracted answer, partial credit included; 0 without an answer."""
+
+    def rule(problem: Problem, response: str) -> float:
+        answer = extract_answer(response)
+        return 0.0 if answer is None else task.score(problem, answer)
+
+    return rule
+
+
+def correct_reward(task: Task) -> Rule:
+    """1 where the task's verifier gives full marks, else 0: what accuracy means in evaluation."""
+    scored = task_reward(task)
+    return lambda problem, response: float(scored(problem, response) >= 1.0)
+
+
+def exact_match(problem: Problem, response: str) -> float:
+    """1 where the extracted answer is the reference answer, character by character, else 0."""
+    answer = extract_answer(response)
+    return float(answer is not None and same_text(answer, problem.answer))
+
+
+def answer_format(problem: Problem, response: str) -> float:
+    """1 where the response ends in exactly one tagged answer, else 0."""
+    return float(response.count("<answer>") == 1 and response.rstrip().endswith("</answer>"))
+
+
+def regex_reward(options: RegexOptions) -> Rule:
+    """1 where the pattern is found, else 0. Raises ValueError for a pattern that is none."""
+    try:
+        pattern = re.compile(options.pattern, re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"pattern {options.pattern!r}: {error}") from error
+
+    def rule(problem: Problem, response: str) -> float:
+        text = (extract_answer(response) or "") if options.in_answer else response
+        return float(pattern.search(text) is not None)
+
+    return rule
+
+
+def json_schema_reward(options: JsonSchemaOptions) -> Rule:
+    """1 where the answer (tagged, else the last fenced block, else the whole response) is JSON of the schema, else 0.
+
+    Raises ValueError for a schema that is none.
+    """
+    schema = options.schema
+    if options.schema_file is not None:
+        with open(options.schema_file, encoding="utf-8") as file:
+            schema = json.load(file)
+    validator_class = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    try:
+        validator_class.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise ValueError(f"json_schema: {error.message}") from error
+    validator = validator_class(schema)
+
+    def rule(problem: Problem, response: str) -> float:
+        fenced = _FENCED.findall(response)
+        text = extract_answer(response) or (fenced[-1] if fenced else response)
+        try:
+            return float(validator.is_valid(json.loads(text)))
+        except (ValueError, RecursionError):
+            return 0.0
+
+    return rule
+
+
+def length_reward(options: LengthOptions) -> Reward:
+    """0 up to max_tokens - buffer_tokens, from there falling to -1 at max_tokens, and -1 beyond.
+
+    Source: DAPO's soft overlong punishment, Yu et al. 2025 (arXiv 2503.14476), equation 13.
+    """
+    free = options.max_tokens - options.buffer_tokens
+
+    def reward(completions: Sequence[Completion]) -> list[float]:
+        return [-min(1.0, max(0.0, (c.num_tokens - free) / options.buffer_tokens)) for c in completions]
+
+    return reward

@@ -1,0 +1,132 @@
+"""The reward stage: it learns what pairs prefer, resumes to the bit, and its model serves as a reward."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from lockstep.engine import Engine, EngineConfig
+from lockstep.recipes import reward
+from lockstep.recipes.inputs import ModelSource
+from lockstep.recipes.new_model import ModelShape
+from lockstep.recipes.run_directory import read_metrics
+from lockstep.recipes.training_run import START, TrainingRun
+from lockstep.rollout.preferences import PairSamplingConfig, Preference, read_pairs, sample_pairs, write_pairs
+from lockstep.rollout.rewards.models import conversation_ids
+from lockstep.rollout.tokenizer import load_tokenizer
+from lockstep.rollout.worker import RolloutWorker
+from lockstep.trainer_bridge import TrainerConfig
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Pairs that prefer the larger digit."""
+    lines = [
+        {"prompt": f"{a}{b}", "chosen": f"<answer>{max(a, b)}</answer>", "rejected": f"<answer>{min(a, b)}</answer>"}
+        for a in range(10)
+        for b in range(10)
+        if a != b
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[1::2] + lines[::2]))
+    return reward.RewardConfig(
+        name="rm",
+        runs_dir=str(tmp_path),
+        model=ModelSource(shape=ModelShape(num_layers=1, hidden_size=32, head_dim=16, ffn_hidden_size=64)),
+        trainer=TrainerConfig(model=START, learning_rate=1e-2, max_tokens_per_micro_batch=512),
+        train_files=(str(tmp_path / "pairs.jsonl"),),
+        held_out_fraction=0.3,
+        pairs_per_step=16,
+        steps=30,
+        checkpoint_every=10,
+        evaluate_every=15,
+        num_threads=1,
+    )
+
+
+class Killed(BaseException):
+    """Stands in for a kill: nothing catches it."""
+
+
+def test_it_learns_resumes_and_serves(config, tmp_path, monkeypatch):
+    results = reward.run(config)
+    assert results["accuracy_after"] > 0.9 > results["accuracy_before"]
+    evaluations = [record for record in read_metrics(tmp_path / "rm") if record["stage"] == "eval"]
+    assert [record["step"] for record in evaluations] == [0, 15, 30]
+    assert evaluations[-1]["margin"] > 0.0
+
+    record = TrainingRun.record
+
+    def record_and_die(self, step, metrics):
+        record(self, step, metrics)
+        if step == 15:
+            raise Killed
+
+    again = replace(config, name="again")
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "record", record_and_die)
+        with pytest.raises(Killed):
+            reward.run(again)
+    assert reward.run(again)["weights_hash"] == results["weights_hash"]
+
+    engine, tokenizer = Engine(EngineConfig(model=results["model"])), load_tokenizer(results["model"])
+    messages = [{"role": "user", "content": "38"}]
+    eight, three = engine.reward(
+        [conversation_ids(tokenizer, messages, f"<answer>{digit}</answer>") for digit in (8, 3)]
+    )
+    assert eight > three
+
+
+def test_a_policy_s_right_answers_become_pairs_with_its_wrong_ones(monkeypatch):
+    right, wrong = (("r", True), ("s", True)), (("w", False), ("v", False))
+    answers = [(("x", False), ("y", True)), right, wrong, (("y", True), ("x", False))]
+    problems = [SimpleNamespace(messages=({"role": "user", "content": str(index)},)) for index in range(4)]
+
+    class Task:
+        name = "letters"
+        problem = staticmethod(problems.__getitem__)
+
+        def __len__(self):
+            return len(problems)
+
+    def sample(self, problems, indices, step, samples_per_prompt):
+        assert samples_per_prompt == 2
+        return [SimpleNamespace(text=text, correct=correct) for index in indices for text, correct in answers[index]]
+
+    monkeypatch.setattr(RolloutWorker, "__init__", lambda self, *arguments: None)
+    monkeypatch.setattr(RolloutWorker, "sample", sample)
+    options = PairSamplingConfig(samples_per_problem=2)
+    assert sample_pairs(None, None, Task(), 9, options, 0) == [
+        Preference(problem.messages, "y", "x") for problem in (problems[0], problems[3])
+    ]
+    answers[0] = right
+    with pytest.raises(ValueError, match="of 3 problems of 'letters' none got both"):
+        sample_pairs(None, None, Task(), 3, options, 0)
+
+
+def test_pairs_are_read_as_they_are_written_and_in_the_forms_of_others(tmp_path):
+    question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "é"}
+    pairs = [Preference((question,), "é", "no"), Preference((question, answer, question), "a\nb", "c")]
+    write_pairs(tmp_path / "own.jsonl", pairs)
+    assert read_pairs([str(tmp_path / "own.jsonl")]) == pairs
+    forms = [
+        {"prompt": "q", "chosen": "é", "rejected": "no"},
+        {"chosen": [question, answer], "rejected": [question, {"role": "assistant", "content": "no"}]},
+        {"prompt": [question], "chosen": [answer], "rejected": "no"},
+    ]
+    (tmp_path / "forms.jsonl").write_text("\n".join(json.dumps(form) for form in forms))
+    assert read_pairs([str(tmp_path / "forms.jsonl")]) == [pairs[0]] * 3
+
+
+@pytest.mark.parametrize("line", ["{", '{"prompt": "a", "chosen": "b"}', '{"chosen": "b", "rejected": "c"}', "[]"])
+def test_a_bad_line_is_named(line, tmp_path):
+    (tmp_path / "bad.jsonl").write_text(f'{{"prompt": "a", "chosen": "b", "rejected": "c"}}\n{line}\n')
+    with pytest.raises(ValueError, match="line 2 is no preference"):
+        read_pairs([str(tmp_path / "bad.jsonl")])
+
+
+def test_missing_pairs_are_named(config, tmp_path):
+    with pytest.raises(ValueError, match="no preference file"):
+        reward.run(replace(config, name="a", train_files=(str(tmp_path / "absent.jsonl"),)))
+    with pytest.raises(ValueError, match="0 held out"):
+        reward.run(replace(config, name="b", held_out_fraction=0.0))

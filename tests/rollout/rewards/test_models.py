@@ -1,0 +1,82 @@
+"""Reward models and judges as rewards."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import make_hf_model
+
+from lockstep.rollout.rewards import Completion, RewardEngines, build_reward
+from lockstep.rollout.rewards.models import conversation_ids, fill_in
+from lockstep.rollout.tasks import Problem
+from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer
+
+PROBLEM = Problem("p", ({"role": "user", "content": "1+1?"},), "2")
+COMPLETIONS = [Completion(PROBLEM, text, 1) for text in ("2", "3", "it is {response} 2")]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer(["1+1? it is 2"], TokenizerConfig(vocab_size=270))
+
+
+def test_a_reward_model_scores_the_conversation(tokenizer, tmp_path):
+    hf = make_hf_model(tmp_path, "qwen3", seed=1, vocab_size=272, scalar_head=True)
+    tokenizer.save_pretrained(tmp_path)
+    options = {"kind": "reward_model", "model": str(tmp_path), "engine": {"kv_cache_tokens": 256}, "weight": 2.0}
+    with RewardEngines() as engines:
+        rewards = build_reward({"rm": options}, None, engines)(COMPLETIONS)
+        assert engines.engine(str(tmp_path), {"kv_cache_tokens": 256}) is engines.engine(
+            str(tmp_path), options["engine"]
+        )
+    for completion, reward in zip(COMPLETIONS, rewards, strict=True):
+        ids = conversation_ids(tokenizer, PROBLEM.messages, completion.text)
+        assert tokenizer.decode(ids) == f"<|user|>1+1?<|end|><|assistant|>{completion.text}<|end|>"
+        with torch.no_grad():
+            assert reward == pytest.approx(2.0 * hf(torch.tensor([ids])).logits.item(), abs=1e-4)
+
+
+def test_a_model_that_cannot_reward_is_named(tokenizer, tmp_path):
+    make_hf_model(tmp_path, "qwen3", seed=1, vocab_size=272)
+    tokenizer.save_pretrained(tmp_path)
+    with RewardEngines() as engines:
+        for options, message in (
+            ({"model": str(tmp_path), "engine": {"kv_cache_tokens": 256}}, "is no reward model"),
+            ({"model": str(tmp_path), "engine": {"kv_tokens": 256}}, "kv_tokens"),
+            ({}, "option 'model' is needed"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                build_reward({"reward_model": options}, None, engines)
+
+
+def test_a_judge_s_verdict(tokenizer, tmp_path):
+    """The judge's text is given; how it is asked is the engine's own."""
+    tokenizer.save_pretrained(tmp_path)
+    texts = ["Verdict: no ... Verdict: yes", "Verdict: no", "I cannot say"]
+    asked = []
+
+    def generate(prompts, sampling):
+        asked.extend(tokenizer.decode(prompt) for prompt in prompts)
+        return [SimpleNamespace(text=text) for text in texts]
+
+    engines = SimpleNamespace(engine=lambda model, options: SimpleNamespace(generate=generate))
+    judge = {"kind": "judge", "model": str(tmp_path), "unparsed": -1.0, "template": "{question} {answer} {response}"}
+    assert build_reward({"j": judge}, None, engines)(COMPLETIONS) == [1.0, 0.0, -1.0]
+    assert asked[2] == "<|user|>1+1? 2 it is {response} 2<|end|><|assistant|>"
+    texts = ["score 7", "score 2 score 10", "score none"]
+    graded = build_reward({"j": {**judge, "pattern": r"score (\w+)", "scores": {}, "weight": 0.1}}, None, engines)
+    assert graded(COMPLETIONS) == pytest.approx([0.7, 1.0, -0.1])
+
+
+def test_a_judge_through_an_engine(tokenizer, tmp_path):
+    make_hf_model(tmp_path, "qwen3", seed=1, vocab_size=272)
+    tokenizer.save_pretrained(tmp_path)
+    options = {"model": str(tmp_path), "engine": {"kv_cache_tokens": 512}, "max_tokens": 4}
+    with RewardEngines() as engines:
+        any_text = {**options, "pattern": r"(?s)^(.*)$", "scores": {}, "unparsed": 0.5}
+        assert build_reward({"judge": any_text}, None, engines)(COMPLETIONS) == [0.5] * 3
+
+
+def test_what_is_filled_in_is_not_filled_in_again():
+    completion = Completion(PROBLEM, "{answer} {x}", 1)
+    assert fill_in("{question}|{response}|{y}", completion) == "1+1?|{answer} {x}|{y}"
