@@ -5,6 +5,7 @@ import functools
 import torch
 
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
+from lockstep.trainer_bridge.layout import local_parts
 from lockstep.trainer_bridge.losses import grpo_loss
 from lockstep.trainer_bridge.packing import TrainSequence, pack
 
@@ -59,9 +60,11 @@ def exercise(model_dir, folder, options, other_checkpoint):
     seen["weights"] = {name: tensor.clone() for name, tensor in trainer.whole_weights()}
     seen["state_hash"] = trainer._state_hash()
     trainer.export_hf(folder / "export")
-    held = {p.name: p for p in trainer.local_layout()}
     seen["local"] = [
-        (name, torch.equal(held[name].take(seen["weights"][name]), tensor)) for name, tensor in trainer.named_weights()
+        (name, torch.equal(part, tensor))
+        for (name, tensor), (_, part) in zip(
+            trainer.named_weights(), local_parts(trainer.local_layout(), seen["weights"].items()), strict=True
+        )
     ]
 
     # Another trainer of this layout goes on from a checkpoint of another layout: it repeats the second step.

@@ -9,9 +9,10 @@ from models import tiny_config
 
 from lockstep.engine.models.config import parse_model_config
 from lockstep.engine.models.names import expand, to_megatron
-from lockstep.trainer_bridge.layout import local_layout, trainer_layout
+from lockstep.engine.models.sharding import slices
+from lockstep.trainer_bridge.layout import local_layout, local_parts, trainer_layout
 from lockstep.trainer_bridge.parallel import ParallelSizes
-from lockstep.trainer_bridge.weight_plan import engine_layout, plan_transfers, slices
+from lockstep.trainer_bridge.weight_plan import engine_layout, plan_transfers
 
 
 def model_config(family="qwen3", **options):
@@ -35,11 +36,12 @@ def test_every_element_is_held_once_per_data_parallel_rank(sizes, tied):
     for rank in range(sizes.tensor * sizes.data * sizes.pipeline):
         tensor_rank, data_rank, _ = sizes.coordinates(rank)
         for parameter in local_layout(model, sizes, rank):
-            assert parameter.shape == tuple(counts[parameter.name].shape)
-            once = torch.zeros(parameter.shape, dtype=torch.int64)
-            parameter.put(torch.ones(parameter.local_shape, dtype=torch.int64), once)
-            assert once.sum() == torch.Size(parameter.local_shape).numel()
-            if data_rank == 0 and (parameter.shard_dim is not None or tensor_rank == 0):
+            shard = parameter.shard
+            assert shard.whole_shape == tuple(counts[parameter.name].shape)
+            once = torch.zeros(shard.whole_shape, dtype=torch.int64)
+            shard.copy_to_whole(once, torch.ones(shard.local_shape, dtype=torch.int64))
+            assert once.sum() == torch.Size(shard.local_shape).numel()
+            if data_rank == 0 and (shard.is_split or tensor_rank == 0):
                 counts[parameter.name] += once
     assert all((count == 1).all() for count in counts.values())
 
@@ -54,12 +56,14 @@ def test_a_rank_holds_its_query_groups_and_its_gates_and_ups():
         hf = [torch.randn(shape) for shape in entries[name].hf_shapes]
         whole = to_megatron(entries[name], hf)
         for rank in (0, 1):
-            (parameter,) = (p for p in local_layout(model, sizes, rank) if p.name == name)
             expected = to_megatron(half_entries[name], [tensor.chunk(2)[rank] for tensor in hf])
-            assert torch.equal(parameter.take(whole), expected)
+            layout = [p for p in local_layout(model, sizes, rank) if p.name == name]
+            ((parameter, part),) = local_parts(layout, [(name, whole)])
+            assert torch.equal(part, expected)
             again = torch.zeros_like(whole)
-            parameter.put(expected, again)
-            assert torch.equal(parameter.take(again), expected)
+            parameter.shard.copy_to_whole(again, expected)
+            ((_, part),) = local_parts(layout, [(name, again)])
+            assert torch.equal(part, expected)
 
 
 def test_layers_are_numbered_from_0_in_each_stage():
@@ -79,7 +83,7 @@ def test_layers_are_numbered_from_0_in_each_stage():
         ({"pipeline": 0}, {}, "pipeline_parallel_size must be at least 1, got 0"),
         ({"tensor": 4, "row_parallel_splits": 4}, {"num_key_value_heads": 2}, "4 does not divide the 2 query groups"),
         ({"tensor": 2, "row_parallel_splits": 2}, {"vocab_size": 131}, "2 does not divide the vocabulary of 131"),
-        ({"row_parallel_splits": 64}, {}, "row_parallel_splits 64 does not divide the ffn size 96"),
+        ({"row_parallel_splits": 64}, {}, "row_parallel_splits 64 does not divide intermediate_size = 96"),
         ({"pipeline": 2, "virtual_pipeline": 4}, {}, "= 8 does not divide the 4 layers"),
         ({"virtual_pipeline": 2}, {}, "virtual_pipeline_parallel_size needs pipeline_parallel_size"),
         ({"data": 2}, {}, "data-parallel size 2 does not divide gradient_splits 1"),
