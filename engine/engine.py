@@ -364,8 +364,8 @@ class Engine:
         return weights.WeightUpdate(version, wholes, self.update_buffers)
 
     def commit_update(self, update: weights.WeightUpdate, inflight: str = "keep") -> dict[str, float | int | str]:
-        """Flips to an update that has arrived, as `update_weights` does; requests pause for a copy within the device, and
-        over several ranks also until each has been sent its part.
+        """Flips to an update that has arrived, as `update_weights` does; requests pause for a copy within the device,
+        and with several ranks also until each has been sent its part.
 
         Raises ValueError that names a tensor of which elements are missing; the old version then serves on.
         """

@@ -16,19 +16,21 @@ SPLITS = {"row_parallel_splits": 2, "gradient_splits": 4}
 LOSS = functools.partial(grpo_loss, kl_coefficient=0.1)
 
 
-def new_trainer(model_dir, **options):
+def trainer_config(model_dir, **options):
     # A small bound on the gradient norm, so that it takes part in every update.
-    return MegatronTrainer(
-        TrainerConfig(
-            model=str(model_dir),
-            learning_rate=1e-2,
-            weight_decay=0.1,
-            max_grad_norm=0.1,
-            max_tokens_per_micro_batch=48,
-            rank_timeout_s=120,
-            **{**SPLITS, **options},
-        )
+    return TrainerConfig(
+        model=str(model_dir),
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        max_grad_norm=0.1,
+        max_tokens_per_micro_batch=48,
+        rank_timeout_s=120,
+        **{**SPLITS, **options},
     )
+
+
+def new_trainer(model_dir, **options):
+    return MegatronTrainer(trainer_config(model_dir, **options))
 
 
 def sequences(seed=0):
