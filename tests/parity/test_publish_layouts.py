@@ -52,7 +52,7 @@ def assert_holds(engine: Engine, weights: dict[str, torch.Tensor]) -> None:
 
 def test_every_trainer_layout_publishes_to_every_engine_layout(tmp_path):
     model, store = str(tmp_path / "model"), str(tmp_path / "store")
-    make_hf_model(model, "deepseek_v3", seed=1, vocab_size=132, num_hidden_layers=4, **EXPERTS)
+    make_hf_model(model, "deepseek_v3", seed=1, vocab_size=132, num_hidden_layers=2, **EXPERTS)
     sent: list[list[str]] = []
     (tmp_path / "ranks").mkdir()
     ranks = threading.Thread(

@@ -1,13 +1,15 @@
-"""What the trainer ranks of test_publish_layouts.py do: in one layout after the other they train and send their parts."""
+"""What the trainer ranks of test_publish_layouts.py do: in one layout after another they train and send their parts."""
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from parallel_trainer import LOSS, batches, new_trainer, trainer_config
+from parallel_trainer import new_trainer, trainer_config
 
 from lockstep.engine.models.config import load_model_config
 from lockstep.trainer_bridge import MegatronTrainer
 from lockstep.trainer_bridge.layout import trainer_layout
+from lockstep.trainer_bridge.losses import sft_loss
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 from lockstep.trainer_bridge.transports.distributed import DistributedTransport, join_group
 from lockstep.trainer_bridge.weight_plan import engine_layout, plan_transfers
 
@@ -25,7 +27,12 @@ TIMEOUT_S = 120.0
 def trained(model_dir: str, options: dict, version: int) -> MegatronTrainer:
     """A trainer of this process's world after one step, which is another one for each version."""
     trainer = new_trainer(model_dir, **options)
-    trainer.step(batches(trainer, seed=version), LOSS)
+    generator = torch.Generator().manual_seed(version)
+    training = [
+        TrainSequence(torch.randint(0, 132, (20,), generator=generator).tolist(), [False] + 19 * [True], 1.0 - i / 3)
+        for i in range(4)
+    ]
+    trainer.step(pack(training, 20), sft_loss)
     return trainer
 
 
