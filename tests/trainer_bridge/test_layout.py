@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from layouts import local_tensors
-from models import tiny_config
+from models import EXPERTS, tiny_config
 
 from lockstep.engine.models.config import parse_model_config
 from lockstep.engine.models.names import expand, to_megatron
@@ -16,6 +16,7 @@ from lockstep.trainer_bridge.weight_plan import engine_layout, plan_transfers
 
 
 def model_config(family="qwen3", **options):
+    options = {**(EXPERTS if family.startswith("deepseek") else {}), **options}
     options = {"vocab_size": 132, "num_hidden_layers": 4, "num_key_value_heads": 4, **options}
     return parse_model_config({**tiny_config(family, **options).to_dict(), "model_type": family})
 
@@ -25,13 +26,21 @@ SIZES = [
     ParallelSizes(tensor=2, row_parallel_splits=2),
     ParallelSizes(pipeline=2, virtual_pipeline=2),
     ParallelSizes(tensor=4, pipeline=2, data=2, row_parallel_splits=4, gradient_splits=2),
+    ParallelSizes(tensor=2, expert=2, pipeline=2, row_parallel_splits=2),
 ]
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("tied", [False, True])
-def test_every_element_is_held_once_per_data_parallel_rank(sizes, tied):
-    model = model_config(tie_word_embeddings=tied, attention_bias=True)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen3_moe", {"attention_bias": True, "num_experts": 4}),
+        ("qwen3_moe", {"decoder_sparse_step": 2, "tie_word_embeddings": True, "num_experts": 4}),
+        ("deepseek_v3", {}),
+    ],
+)
+def test_every_element_is_held_once_per_data_parallel_rank(sizes, family, options):
+    model = model_config(family, **options)
     counts = {entry.megatron: torch.zeros(entry.shape, dtype=torch.int64) for entry in expand(model)}
     for rank in range(sizes.tensor * sizes.data * sizes.pipeline):
         tensor_rank, data_rank, _ = sizes.coordinates(rank)
@@ -88,6 +97,22 @@ def test_layers_are_numbered_from_0_in_each_stage():
         ({"virtual_pipeline": 2}, {}, "virtual_pipeline_parallel_size needs pipeline_parallel_size"),
         ({"data": 2}, {}, "data-parallel size 2 does not divide gradient_splits 1"),
         ({"data": 3, "gradient_splits": 4}, {}, "data-parallel size 3 does not divide gradient_splits 4"),
+        (
+            {"tensor": 2, "row_parallel_splits": 2, "expert": 2},
+            {},
+            "expert_parallel_size=2 does not divide .* 0 experts",
+        ),
+        ({"expert": 2}, {"family": "qwen3_moe"}, "expert_parallel_size=2 must be 1 .* or tensor_parallel_size=1"),
+        (
+            {"tensor": 4, "row_parallel_splits": 4, "expert": 4},
+            {"family": "qwen3_moe"},
+            "expert_parallel_size=4 does not divide the model's 6 experts",
+        ),
+        (
+            {"row_parallel_splits": 32},
+            {"family": "deepseek_v3"},
+            r"does not divide num_attention_heads \* v_head_dim = 80",
+        ),
     ],
 )
 def test_impossible_sizes_are_named(sizes, options, message):
@@ -98,17 +123,19 @@ def test_impossible_sizes_are_named(sizes, options, message):
 TRAINERS = {
     "TP1": ParallelSizes(),
     "TP2": ParallelSizes(tensor=2, row_parallel_splits=2),
+    "EP2": ParallelSizes(tensor=2, expert=2, row_parallel_splits=2),
     "PP2": ParallelSizes(pipeline=2),
     "TP2 x PP2 x DP2": ParallelSizes(tensor=2, pipeline=2, data=2, row_parallel_splits=2, gradient_splits=2),
     "PP2, 2 chunks": ParallelSizes(pipeline=2, virtual_pipeline=2),
 }
-ENGINES = {"TP1": (1, 1), "TP2": (2, 1), "2 replicas": (1, 2), "2 replicas of TP2": (2, 2)}
+# Ranks, replicas, ranks that share out the experts.
+ENGINES = {"TP1": (1, 1), "TP2": (2, 1), "EP2": (2, 1, 2), "2 replicas": (1, 2), "2 replicas of TP2": (2, 2)}
 
 
 @pytest.mark.parametrize("engines", ENGINES)
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_plan_brings_every_engine_tensor_to_its_bits(trainer, engines):
-    model = model_config("qwen2")
+    model = model_config("qwen3_moe", attention_bias=True, decoder_sparse_step=2)
     sources, targets = trainer_layout(model, TRAINERS[trainer]), engine_layout(model, *ENGINES[engines])
     generator = torch.Generator().manual_seed(1)
     values = {entry.megatron: torch.randn(entry.shape, generator=generator) for entry in expand(model)}
