@@ -102,18 +102,22 @@ class LatentSelfAttention(MegatronModule):
         hidden = hidden_states.squeeze(1)
         rows = latent_rows(self.linear_kv_down_proj(hidden), self.kv_layernorm.weight, mla.norm_eps, *rope)
         q = latent_queries(self._queries(hidden), up_weight, mla.qk_nope_head_dim, *rope)
-        out, bias = self.linear_proj(latent_outputs(self._attend(q, rows, packed), up_weight, mla.qk_nope_head_dim))
+        out, bias = self.linear_proj(self._outputs(q, rows, packed.cu_seqlens_q))
         return out.unsqueeze(1), bias
 
-    def _attend(self, q: torch.Tensor, rows: torch.Tensor, packed) -> torch.Tensor:
-        def attend(q: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-            mla = self.mla
-            return latent_attention_packed(q, rows, mla.kv_lora_rank, packed.cu_seqlens_q, mla.softmax_scale)
-
-        if not self.sums_in_parts:
-            return attend(q, rows)
-        rows_of_parts = shared_by_parts(rows, self.own_splits, self.tp_group)
-        return torch.cat(list(map(attend, q.chunk(self.own_splits, dim=1), rows_of_parts)), dim=1)
+    def _outputs(self, q: torch.Tensor, rows: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """q [T, H, W] of this rank's heads, rows [T, W] -> [T, H * v_head_dim]."""
+        mla = self.mla
+        qs, rows_of_parts = [q], [rows]
+        if self.sums_in_parts:
+            qs = q.chunk(self.own_splits, dim=1)
+            rows_of_parts = shared_by_parts(rows, self.own_splits, self.tp_group)
+        outs = [
+            latent_attention_packed(part_q, part_rows, mla.kv_lora_rank, cu_seqlens, mla.softmax_scale)
+            for part_q, part_rows in zip(qs, rows_of_parts, strict=True)
+        ]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+        return latent_outputs(out, self.linear_kv_up_proj.weight, mla.qk_nope_head_dim)
 
     def _queries(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, H, qk_nope_head_dim + qk_rope_head_dim], not yet rotated."""

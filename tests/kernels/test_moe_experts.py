@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lockstep.kernels.grouped_linear import grouped_linear
 from lockstep.kernels.linear import linear
 from lockstep.kernels.linear_silu_mul import linear_silu_mul
 from lockstep.kernels.moe_experts import _weighted_sum, _weighted_sum_triton, moe_experts, moe_experts_reference
@@ -76,7 +77,14 @@ def test_neighbours_change_no_bit_of_a_token_or_of_its_gradient():
 
 
 @pytest.mark.parametrize("sizes", [(37, 6, 2), (5, 16, 3), (20, 4, 4)])
-def test_ranks_that_share_the_experts_have_the_bits_of_one(sizes):
+def test_ranks_that_share_the_experts_have_the_bits_of_one(sizes, monkeypatch):
+    def poisoned(x, weight, offsets):
+        """As on a GPU: rows of other ranks' experts hold anything."""
+        y = grouped_linear(x, weight, offsets)
+        y[: offsets[0]] = y[offsets[-1] :] = torch.nan
+        return y
+
+    monkeypatch.setattr("lockstep.kernels.moe_experts.grouped_linear", poisoned)
     x, ids, weights, fc1, fc2 = _inputs(*sizes)
     dout = _random(len(x), HIDDEN, seed=7)
 
