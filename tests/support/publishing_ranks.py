@@ -21,7 +21,7 @@ TRAINERS = {
     "EP2": {"tensor_parallel_size": 2, "expert_parallel_size": 2},
     "TP2 x PP2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
 }  # the ranks that are left over are data parallel
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 
 
 def trained(model_dir: str, options: dict, version: int) -> MegatronTrainer:
