@@ -132,4 +132,4 @@ class LeadingWeights:
         with self._workers.watched():
             self._workers.hash()
             hashes = self._own.hashes(of_staged=False)
-        return weights.digest(self.wholes, hashes)
+        return weights.digest(weights.labels(self.wholes), hashes)

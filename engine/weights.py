@@ -16,23 +16,22 @@ def checksum(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     The contents are hashed where they are: on a GPU at the speed of its memory. A tensor is not needed any more when
     the next one is asked for.
     """
-    labels, contents = {}, []
+    described, contents = {}, []
     for name, tensor in named_tensors:
-        labels[name] = _label(tensor)
+        described[name] = _label(tensor)
         contents.append(content_hash(tensor))
-    return _digest(labels, dict(zip(labels, on_host(contents), strict=True)))
+    return digest(described, dict(zip(described, on_host(contents), strict=True)))
 
 
-def digest(tensors: Mapping[str, torch.Tensor], content: Mapping[str, int]) -> str:
-    """`checksum` of tensors whose content hashes are known."""
-    return _digest({name: _label(tensor) for name, tensor in tensors.items()}, content)
+def labels(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """What the checksum says of each beside its content."""
+    return {name: _label(tensor) for name, tensor in tensors.items()}
 
 
-def _digest(labels: Mapping[str, str], content: Mapping[str, int]) -> str:
-    sha256 = hashlib.sha256()
-    for name in sorted(labels):
-        sha256.update(f"{name} {labels[name]} {content[name]}\n".encode())
-    return sha256.hexdigest()
+def digest(labels: Mapping[str, str], content: Mapping[str, int]) -> str:
+    """`checksum` of tensors whose labels and content hashes are known."""
+    lines = "".join(f"{name} {labels[name]} {content[name]}\n" for name in sorted(labels))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _label(tensor: torch.Tensor) -> str:
@@ -55,9 +54,9 @@ def hashes_by_name(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     return values
 
 
-def damaged(expected: Mapping[str, int], found: Mapping[str, int]) -> str:
-    """The names of those that differ, for an error message; empty where none does."""
-    names = sorted(name for name in expected if expected[name] != found[name])
+def damaged(names: Iterable[str], expected: Sequence[int], found: Sequence[int]) -> str:
+    """The names of those whose hashes differ, for an error message; empty where none does."""
+    names = sorted(name for name, *hashes in zip(names, expected, found, strict=True) if hashes[0] != hashes[1])
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
@@ -130,19 +129,19 @@ def stage(
 
 
 @torch.no_grad()
-def copy_in_place(staged: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]) -> dict[str, int]:
+def copy_in_place(staged: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Writes staged tensors into the tensors that the model (and captured graphs) already read.
 
-    Returns the content hashes of what was read of the staged ones.
+    Returns the content hashes of what is read of the staged ones, int64 [n] in their order; a GPU may still be at it.
     """
-    names = list(staged)
-    sources: Sequence[torch.Tensor] = [staged[name] for name in names]
-    ends = [targets[name] for name in names]
+    sources = list(staged.values())
+    ends = [targets[name] for name in staged]
     if all(source.device == end.device for source, end in zip(sources, ends, strict=True)):
-        return dict(zip(names, copy_and_hash(sources, ends).tolist(), strict=True))
+        return copy_and_hash(sources, ends)
     for source, end in zip(sources, ends, strict=True):
         end.copy_(source, non_blocking=True)
-    return hashes_by_name(staged)
+    hashes = hashes_by_name(staged)
+    return torch.tensor([hashes[name] for name in staged])
 
 
 class AliasedWeights:
@@ -156,8 +155,15 @@ class AliasedWeights:
         self._num_changes = num_changes
         self.set_current()
 
-    def are_these(self, tensors: Mapping[str, torch.Tensor]) -> bool:
-        return all(tensor.data_ptr() == self._tensors[name].data_ptr() for name, tensor in tensors.items())
+    def check_same(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Raises ValueError unless these are the shared tensors."""
+        tensors = dict(named_tensors)
+        same = tensors.keys() == self._tensors.keys() and all(
+            tensor is self._tensors[name] or tensor.data_ptr() == self._tensors[name].data_ptr()
+            for name, tensor in tensors.items()
+        )
+        if not same:
+            raise ValueError("this engine shares its weights with their owner: it takes no others")
 
     def set_current(self) -> None:
         self._served = self._num_changes()

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -340,7 +341,15 @@ class MegatronTrainer:
         The layout of any rank of a trainer is layout.local_layout(model_config, sizes, rank), with these two and the
         rank from this trainer's `model_config` and `ranks.sizes`.
         """
+        return self._layout
+
+    @cached_property
+    def _layout(self) -> list[LocalParameter]:
         return local_layout(self.model_config, self.ranks.sizes, dist.get_rank())
+
+    @cached_property
+    def _weights(self) -> list[tuple[str, torch.Tensor]]:
+        return [(parameter.name, self._parameters[parameter.name].detach()) for parameter in self._layout]
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Megatron name, tensor) of each parameter, or of this rank's part of it where there are several ranks.
@@ -348,8 +357,7 @@ class MegatronTrainer:
         Names are those of the whole model; `local_layout` tells the part. The tensors are the live ones: the next step
         changes them.
         """
-        for parameter in self.local_layout():
-            yield parameter.name, self._parameters[parameter.name].detach()
+        return iter(self._weights)
 
     def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Megatron name, whole tensor) of each parameter, on every rank, one at a time; not to be written to.
@@ -389,7 +397,8 @@ class MegatronTrainer:
 
     def _dummy_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for parameter in self.local_layout():
-            whole = torch.empty(parameter.shard.whole_shape, dtype=self.dtype, device=self.device)
+            dtype = self._parameters[parameter.name].dtype  # not always the trainer's: see the router's bias
+            whole = torch.empty(parameter.shard.whole_shape, dtype=dtype, device=self.device)
             fill_dummy(parameter.name, whole, self.config.seed)
             yield parameter.name, whole
 

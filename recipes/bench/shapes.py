@@ -66,12 +66,36 @@ _DEEPSEEK_MLA = {
     "eos_token_id": None,
 }
 
-# The published sizes of these models; `small` is the architecture at 0.8 million parameters.
+# Its experts too, as V3 chooses them: by sigmoid with bias, in groups, beside a shared one. 0.6 billion parameters.
+_DEEPSEEK_V3 = {
+    **_DEEPSEEK_MLA,
+    "first_k_dense_replace": 2,
+    "n_routed_experts": 32,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 768,
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "routed_scaling_factor": 2.5,
+}
+
+# The published sizes of the dense Qwen3 models; `qwen3-moe` has 0.8 billion parameters in 32 experts a layer, `small`
+# is the dense architecture at 0.8 million.
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-8b": _qwen3(4096, 36, 32, 12288, tied=False),
     "qwen3-1.7b": _qwen3(2048, 28, 16, 6144, tied=True),
     "qwen3-0.6b": _qwen3(1024, 28, 16, 3072, tied=True),
+    "qwen3-moe": _qwen3(
+        1024, 12, 16, 3072, tied=False,
+        architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", num_experts=32, num_experts_per_tok=8,
+        moe_intermediate_size=512, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
+        num_key_value_heads=4,
+    ),
     "deepseek-mla": _DEEPSEEK_MLA,
+    "deepseek-v3": _DEEPSEEK_V3,
     "small": _qwen3(
         128, 4, 4, 384, tied=True,
         head_dim=32, num_key_value_heads=2, max_position_embeddings=512, vocab_size=512,

@@ -17,6 +17,7 @@ from lockstep.engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from lockstep.recipes import launch
 from lockstep.trainer_bridge.transports.disk import DiskTransport
 from lockstep.trainer_bridge.transports.distributed import DistributedTransport, join_group
+from lockstep.trainer_bridge.transports.transport import WeightTransport
 from lockstep.trainer_bridge.weight_plan import Transfer
 
 
@@ -36,11 +37,9 @@ class Meeting:
     directory: str | None
     timeout_s: float
 
-    def transport(
-        self, rank: int, device: torch.device, store: dist.Store | None
-    ) -> DistributedTransport | DiskTransport:
+    def transport(self, rank: int, device: torch.device, store: dist.Store | None) -> WeightTransport:
         if self.directory is not None:
-            return DiskTransport(self.plan, Path(self.directory), self.timeout_s)
+            return DiskTransport(self.plan, Path(self.directory), max(0, rank - 1), timeout_s=self.timeout_s)
         if store is None:
             host, port = self.store
             store = dist.TCPStore(host, port, is_master=False)
@@ -59,7 +58,7 @@ class TrainerActor:
         self.trainer = MegatronTrainer(config)
         self._store: dist.TCPStore | None = None
         self._meeting: str | None = None
-        self._transport: DistributedTransport | DiskTransport | None = None
+        self._transport: WeightTransport | None = None
 
     def call(self, name: str, *arguments: Any) -> tuple[Any, int]:
         """(the result of a method of the trainer, its step count after it)."""
@@ -88,7 +87,7 @@ class EngineActor:
         launch.set_up_process(seed, num_threads)
         self.engine = Engine(config)
         self._meeting: str | None = None
-        self._transport: DistributedTransport | DiskTransport | None = None
+        self._transport: WeightTransport | None = None
 
     def identity(self) -> dict[str, Any]:
         return {"host": socket.gethostname(), "pid": os.getpid(), "version": self.engine.weight_version}
@@ -112,10 +111,7 @@ class EngineActor:
                 self._transport = meeting.transport(rank + 1, torch.device(self.engine.config.device), None)
                 self._meeting = meeting.name
             update = self.engine.begin_update(version)
-            if isinstance(self._transport, DiskTransport):
-                arrived = self._transport.receive(update, rank)
-            else:
-                arrived = self._transport.receive(update)
+            arrived = self._transport.receive(update)
             report = self.engine.commit_update(update, inflight)
             return {**arrived, **report, "receive_s": time.perf_counter() - started}
 

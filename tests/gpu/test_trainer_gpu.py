@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 LENGTHS = (1, 2, 63, 64, 65, 127, 255, 257, 511, 512, 513, 1025, 2047, 4096, 8192)
 NUM_UPDATES = 5
 NUM_STEPS = 20
-OPTIMIZER_FITS = ("small", "qwen3-0.6b", "qwen3-1.7b")
+OPTIMIZER_FITS = ("small", "qwen3-0.6b", "qwen3-1.7b", "qwen3-moe", "deepseek-mla", "deepseek-v3")
 
 
 @pytest.fixture

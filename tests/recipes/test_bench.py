@@ -15,6 +15,8 @@ from lockstep.recipes.bench.decode_profile import busy_us, draw_timeline, gpu_sp
 from lockstep.recipes.bench.engine_suite import RECORDED, tokens_per_second
 from lockstep.recipes.bench.flops import attention_pairs, forward_flops, matmul_parameters, training_flops
 from lockstep.recipes.bench.kernels_suite import Sizes, cases
+from lockstep.recipes.bench.publish_suite import _engine_config, _timed, measure
+from lockstep.recipes.bench.publish_ways import Job, Pair
 from lockstep.recipes.bench.results import Column, Table
 from lockstep.recipes.bench.shapes import write_model_directory
 from lockstep.recipes.bench.stage import run
@@ -268,6 +270,36 @@ def test_the_trainer_suite(tiny, tmp_path):
     assert "8 packed sequences of 41 tokens" in text
     with pytest.raises(ValueError, match="neither model, peer nor workloads"):
         run(BenchConfig(suite="trainer", peer="vllm", **tiny))
+
+
+def test_the_publish_suite(tiny, tmp_path):
+    run(BenchConfig(suite="publish", workloads=["distributed"], **tiny))
+    result, text = read(tmp_path, "publish_small")
+    (row,) = result["tables"]["Weight updates"]
+    assert min(row[part] for part in ("pack_s", "wire_s", "unpack_s", "copy_s", "verify_s")) > 0
+    assert "target_ms" not in row, "targets are of another shape and machine"
+    assert "| two processes, torch.distributed |" in text
+    for settings, message in (({"workloads": ["nccl"]}, "'nccl'; suite publish has copy"), ({"peer": "vllm"}, "peer")):
+        with pytest.raises(ValueError, match=message):
+            run(BenchConfig(suite="publish", **settings, **tiny))
+
+
+def test_updates_in_one_process(tiny, tmp_path):
+    config = BenchConfig(suite="publish", **tiny).resolve()
+    model = write_model_directory("small", tmp_path / "model")
+    copy, alias = (measure(Job(way, model, _engine_config(model, config), config)) for way in ("copy", "alias"))
+    for row in (copy, alias):
+        assert row["gigabytes"] == pytest.approx(0.0034, abs=1e-4)
+        assert row["pause_ms"] == pytest.approx(max(0.0, row["gap_ms"] - row["step_ms"]))
+        assert row["step_ms"] > 0
+    assert copy["copy_share"] + copy["verify_share"] < 1
+    assert alias["copy_s"] == alias["verify_s"] == 0
+
+
+def test_an_update_that_brings_other_weights_is_no_result():
+    pair = Pair(None, lambda version, meanwhile: {"checksum": "a"}, "b")
+    with pytest.raises(RuntimeError, match="after update 1 the engine serves a, not b"):
+        _timed(pair, 1)
 
 
 def test_the_kernels_suite(tiny, tmp_path):

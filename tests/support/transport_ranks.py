@@ -10,8 +10,9 @@ from layouts import local_tensors
 from lockstep.engine import Engine, EngineConfig
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.weights import WeightUpdate, new_buffers
-from lockstep.trainer_bridge.transports import distributed
-from lockstep.trainer_bridge.transports.distributed import DistributedTransport, join_group
+from lockstep.trainer_bridge.transports import messages, transport
+from lockstep.trainer_bridge.transports.distributed import join_group
+from lockstep.trainer_bridge.transports.transport import BucketTransport
 from lockstep.trainer_bridge.weight_plan import engine_layout, plan_transfers
 
 LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2)]
@@ -35,56 +36,54 @@ def arrived(update: WeightUpdate, shards, values) -> bool:
     return all(torch.equal(update.tensors[name], tensor) for name, tensor in expected.items())
 
 
-def run_rank(rank: int, model: str, store: str) -> None:
+def run_rank(rank: int, kind: type[BucketTransport], model: str, store: str) -> None:
     torch.set_num_threads(1)
     group = join_group(dist.FileStore(store, 4), rank, 4, torch.device("cpu"), TIMEOUT_S)
     config, values = load_model_config(model), weights_of(model, 5)
     for senders, receivers in LAYOUTS:
-        _exchange(group, config, values, senders, receivers)
-    _faults(group, config, values)
-    _death(group, config, values)
+        _exchange(kind, group, config, values, senders, receivers)
+    _faults(kind, group, config, values)
+    _death(kind, group, config, values)
 
 
-def _transport(group, config, senders, receivers, timeout_s=TIMEOUT_S):
+def _transport(kind, group, config, senders, receivers, timeout_s=TIMEOUT_S):
     """Trainer ranks are 0 and 1 of the group, engine ranks 2 and 3."""
     sources, targets = engine_layout(config, senders), engine_layout(config, receivers)
     plan = plan_transfers(sources, targets)
     itemsizes = dict.fromkeys((t.name for t in plan), 4)
     ranks = (range(senders), range(2, 2 + receivers))
-    transport = DistributedTransport(
-        plan, ranks, itemsizes, torch.device("cpu"), group, bucket_bytes=20_000, timeout_s=timeout_s
-    )
-    return sources, targets, transport
+    end = kind(plan, ranks, itemsizes, torch.device("cpu"), group, bucket_bytes=20_000, timeout_s=timeout_s)
+    return sources, targets, end
 
 
-def _exchange(group, config, values, senders, receivers):
+def _exchange(kind, group, config, values, senders, receivers):
     rank = group.rank()
-    sources, targets, transport = _transport(group, config, senders, receivers)
+    sources, targets, end = _transport(kind, group, config, senders, receivers)
     for version in (1, 2):
         if rank < senders:
-            transport.send(local_tensors(sources[rank], values), version)
+            end.send(local_tensors(sources[rank], values), version)
         elif rank >= 2 and rank - 2 in targets:
             update = new_update(targets[rank - 2], values, version)
-            transport.receive(update)
+            end.receive(update)
             assert arrived(update, targets[rank - 2], values)
 
 
-def _faults(group, config, values):
+def _faults(kind, group, config, values):
     """A missing tensor, damaged bytes, another version: all named; and the transport serves the next update."""
     rank = group.rank()
-    sources, targets, transport = _transport(group, config, 2, 2)
+    sources, targets, end = _transport(kind, group, config, 2, 2)
     lost = "decoder.layers.1.mlp.linear_fc2.weight"
     if rank < 2:
         tensors = local_tensors(sources[rank], values)
         kept = {name: tensor for name, tensor in tensors.items() if name != lost}
         with pytest.raises(ValueError, match=f"no tensor {lost}"):
-            transport.send(kept, 1)
-        pack = distributed.pack
-        distributed.pack = _damaging(pack)
-        transport.send(tensors, 2)
-        distributed.pack = pack
-        transport.send(tensors, 4)
-        transport.send(tensors, 4)
+            end.send(kept, 1)
+        pack = messages.pack
+        messages.pack = _damaging(pack)
+        end.send(tensors, 2)
+        messages.pack = pack
+        end.send(tensors, 4)
+        end.send(tensors, 4)
     else:
         for version, message in (
             (1, f"gave up: rank . has no tensor {lost}"),
@@ -92,9 +91,9 @@ def _faults(group, config, values):
             (3, "of version 4"),
         ):
             with pytest.raises((ValueError, RuntimeError), match=message):
-                transport.receive(new_update(targets[rank - 2], values, version))
+                end.receive(new_update(targets[rank - 2], values, version))
         update = new_update(targets[rank - 2], values, 4)
-        transport.receive(update)
+        end.receive(update)
         assert arrived(update, targets[rank - 2], values)
 
 
@@ -107,11 +106,11 @@ def _damaging(pack):
     return damage
 
 
-def _death(group, config, values):
+def _death(kind, group, config, values):
     rank = group.rank()
-    sources, targets, transport = _transport(group, config, 2, 2, timeout_s=5.0)
+    sources, targets, end = _transport(kind, group, config, 2, 2, timeout_s=5.0)
     if rank == 1:
-        write = distributed._write
+        write = transport.write
         written = []
 
         def die_in_the_middle(*args):
@@ -120,18 +119,18 @@ def _death(group, config, values):
                 os._exit(7)
             write(*args)
 
-        distributed._write = die_in_the_middle
+        transport.write = die_in_the_middle
     if rank < 2:
-        transport.send(local_tensors(sources[rank], values), 1)
+        end.send(local_tensors(sources[rank], values), 1)
         return
     update = new_update(targets[rank - 2], values)
     if rank == 2:  # served first, it has all that it needs of rank 1 by then
-        transport.receive(update)
+        end.receive(update)
         assert arrived(update, targets[0], values)
         return
     with pytest.raises((TimeoutError, ConnectionError), match="from rank 1"):
-        transport.receive(update)
+        end.receive(update)
     with pytest.raises(RuntimeError, match="this transport broke"):
-        transport.receive(update)
+        end.receive(update)
     with pytest.raises(ValueError, match="incomplete"):
         update.check_complete()

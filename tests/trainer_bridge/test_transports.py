@@ -15,7 +15,9 @@ from lockstep.engine import Engine, EngineConfig
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.weights import hashes_by_name
 from lockstep.trainer_bridge.transports.buckets import buckets
+from lockstep.trainer_bridge.transports.cuda_ipc import CudaIpcTransport
 from lockstep.trainer_bridge.transports.disk import DiskTransport
+from lockstep.trainer_bridge.transports.distributed import DistributedTransport
 from lockstep.trainer_bridge.weight_plan import engine_layout, plan_transfers, volume
 
 
@@ -50,13 +52,17 @@ def test_buckets_hold_every_element_once_and_keep_their_size(model, max_bytes):
 def test_disk_brings_every_element(model, tmp_path, senders, receivers):
     config, values = load_model_config(model), weights_of(model, 3)
     sources, targets = engine_layout(config, senders), engine_layout(config, receivers)
-    transport = DiskTransport(plan_transfers(sources, targets), tmp_path, keep=1)
+    plan = plan_transfers(sources, targets)
+
+    def end(rank: int) -> DiskTransport:
+        return DiskTransport(plan, tmp_path, rank, keep=1)
+
     for version in (1, 2):
         for rank in reversed(range(senders)):  # rank 0 last: its barrier
-            transport.send(local_tensors(sources[rank], values), version, rank, senders)
+            end(rank).send(local_tensors(sources[rank], values), version)
         for rank in range(receivers):
             update = new_update(targets[rank], values, version)
-            transport.receive(update, rank)
+            end(rank).receive(update)
             assert arrived(update, targets[rank], values)
     assert [path.name for path in tmp_path.iterdir()] == ["weights-2"]
 
@@ -118,12 +124,13 @@ def test_a_sender_without_a_tensor_writes_nothing(scene, model):
     assert not scene.file.parent.with_name("weights-2").exists()
 
 
-# torch.distributed ----------------------------------------------------------------------------------------------------
+# Buckets between processes --------------------------------------------------------------------------------------------
 
 
-def test_distributed_brings_every_element_and_survives_faults(model, tmp_path):
+@pytest.mark.parametrize("kind", [DistributedTransport, CudaIpcTransport])
+def test_bucket_transports_bring_every_element_and_survive_faults(kind, model, tmp_path):
     """Four processes, two of them trainer ranks; see transport_ranks.py."""
-    context = mp.spawn(run_rank, args=(model, str(tmp_path / "store")), nprocs=4, join=False)
+    context = mp.spawn(run_rank, args=(kind, model, str(tmp_path / "store")), nprocs=4, join=False)
     deadline = time.monotonic() + 240
     exited = set()
     while len(exited) < 4 and time.monotonic() < deadline:

@@ -9,7 +9,7 @@ import torch
 
 from lockstep.engine.models.sharding import slices
 from lockstep.engine.weights import WeightUpdate
-from lockstep.kernels.content_hash import content_hashes
+from lockstep.kernels.content_hash import content_hashes, copy_and_hash
 from lockstep.trainer_bridge.weight_plan import Transfer
 
 ALIGNMENT = 16  # bytes; a slice begins at a multiple
@@ -66,32 +66,42 @@ def pack(bucket: Bucket, tensors: Mapping[str, torch.Tensor], buffer: torch.Tens
 
     Raises ValueError that names a tensor which the sender lacks.
     """
-    views = []
-    for transfer, offset in zip(bucket.transfers, bucket.offsets, strict=True):
+    sources = []
+    for transfer in bucket.transfers:
         if transfer.name not in tensors:
             raise ValueError(f"rank {transfer.source_rank} has no tensor {transfer.name}, which the plan wants of it")
-        source = tensors[transfer.name][slices(transfer.source)]
-        views.append(_view(buffer, offset, source.shape, source.dtype))
-        views[-1].copy_(source)
-    return content_hashes(views)
+        sources.append(tensors[transfer.name][slices(transfer.source)])
+    views = [_view(buffer, offset, s.shape, s.dtype) for s, offset in zip(sources, bucket.offsets, strict=True)]
+    return copy_and_hash(sources, views)
 
 
 def unpack(bucket: Bucket, buffer: torch.Tensor, hashes: torch.Tensor, update: WeightUpdate) -> None:
-    """Writes the slices of a buffer (uint8) into the update. Raises ValueError that names a damaged tensor."""
-    views = []
-    for transfer, offset in zip(bucket.transfers, bucket.offsets, strict=True):
-        target = update.tensors[transfer.name][slices(transfer.target)]
-        views.append(_view(buffer, offset, target.shape, target.dtype))
-    arrived = content_hashes(views)
+    """Writes the slices of a buffer (uint8) into the update; the buffer is not needed any more then.
+
+    Raises ValueError that names a damaged tensor, of which the update then lacks these slices.
+    """
+    targets = [update.tensors[transfer.name][slices(transfer.target)] for transfer in bucket.transfers]
+    views = [_view(buffer, offset, t.shape, t.dtype) for t, offset in zip(targets, bucket.offsets, strict=True)]
+    arrived = _copied(views, targets)
     if not torch.equal(arrived, hashes):
         index = int((arrived != hashes).nonzero()[0])
         transfer = bucket.transfers[index]
         raise ValueError(
             f"weight update {update.version}: {transfer.name} was damaged on its way from rank {transfer.source_rank}"
         )
-    for transfer, view in zip(bucket.transfers, views, strict=True):
-        update.tensors[transfer.name][slices(transfer.target)] = view
+    for transfer in bucket.transfers:
         update.received(transfer.name, transfer.num_elements)
+
+
+def _copied(views: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Copies, and returns the content hashes of what was read."""
+    if all(
+        target.is_contiguous() and target.device == view.device for view, target in zip(views, targets, strict=True)
+    ):
+        return copy_and_hash(views, targets)
+    for view, target in zip(views, targets, strict=True):
+        target.copy_(view)
+    return content_hashes(views)
 
 
 def _view(buffer: torch.Tensor, offset: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:

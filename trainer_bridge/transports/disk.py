@@ -28,49 +28,47 @@ _POLL_S = 0.02
 
 @dataclass(frozen=True)
 class DiskTransport:
-    """One rank's end. directory: shared by all. keep: versions that stay, the newest first. timeout_s: of a wait."""
+    """One rank's end, of a sender or a receiver; both count from 0.
+
+    directory: shared by all. barrier: of all senders. keep: versions that stay, the newest first. timeout_s: of a wait.
+    """
 
     plan: Sequence[Transfer]
     directory: Path
+    rank: int = 0
+    barrier: Callable[[], None] = lambda: None
     timeout_s: float = 60.0
     keep: int = 2
 
-    def send(
-        self,
-        tensors: Mapping[str, torch.Tensor],
-        version: int,
-        rank: int = 0,
-        num_ranks: int = 1,
-        barrier: Callable[[], None] = lambda: None,
-    ) -> dict[str, float]:
-        """Writes this rank's tensors; the last act, rank 0's after the `barrier` of all senders, is the rename.
+    def send(self, tensors: Mapping[str, torch.Tensor], version: int) -> dict[str, float]:
+        """Writes this rank's tensors; the last act, rank 0's after the barrier, is the rename.
 
         Raises ValueError for a tensor that the plan wants and `tensors` lacks, FileExistsError for a version twice.
         """
         started = time.perf_counter()
-        mine = [transfer for transfer in self.plan if transfer.source_rank == rank]
+        mine = [transfer for transfer in self.plan if transfer.source_rank == self.rank]
         for name in dict.fromkeys(transfer.name for transfer in mine):
             if name not in tensors:
-                raise ValueError(f"rank {rank} has no tensor {name}, which the plan wants of it")
+                raise ValueError(f"rank {self.rank} has no tensor {name}, which the plan wants of it")
         final, partial = self._path(version), self.directory / f".weights-{version}.partial"
         if final.exists():
             raise FileExistsError(f"{final} exists; a version is written once")
         partial.mkdir(parents=True, exist_ok=True)
         held = {name: tensors[name].detach().cpu().contiguous() for name in dict.fromkeys(t.name for t in mine)}
         hashes = content_hashes([held[transfer.name][slices(transfer.source)] for transfer in mine]).tolist()
-        save_file(held, partial / f"{rank}.safetensors")
-        (partial / f"{rank}.json").write_text(json.dumps({"version": version, "hashes": hashes}))
-        for name in (f"{rank}.safetensors", f"{rank}.json"):
+        save_file(held, partial / f"{self.rank}.safetensors")
+        (partial / f"{self.rank}.json").write_text(json.dumps({"version": version, "hashes": hashes}))
+        for name in (f"{self.rank}.safetensors", f"{self.rank}.json"):
             flush_to_disk(partial / name)
-        barrier()
-        if rank == 0:
+        self.barrier()
+        if self.rank == 0:
             partial.rename(final)
             flush_to_disk(self.directory)
             self._remove_old(version)
         return {"write_s": time.perf_counter() - started}
 
-    def receive(self, update: WeightUpdate, rank: int = 0) -> dict[str, float]:
-        """Fills the update for engine rank `rank`, once its version is there.
+    def receive(self, update: WeightUpdate) -> dict[str, float]:
+        """Fills this rank's update, once its version is there.
 
         Raises TimeoutError where it does not appear, and ValueError that names the file, or the tensor that is missing,
         truncated or damaged in it.
@@ -84,11 +82,11 @@ class DiskTransport:
                 )
             time.sleep(_POLL_S)
         waited = time.perf_counter()
-        for source in sorted({t.source_rank for t in self.plan if t.target_rank == rank}):
-            self._read(path, source, rank, update)
+        for source in sorted({t.source_rank for t in self.plan if t.target_rank == self.rank}):
+            self._read(path, source, update)
         return {"wait_s": waited - started, "read_s": time.perf_counter() - waited}
 
-    def _read(self, path: Path, source: int, rank: int, update: WeightUpdate) -> None:
+    def _read(self, path: Path, source: int, update: WeightUpdate) -> None:
         sent = [transfer for transfer in self.plan if transfer.source_rank == source]
         file = path / f"{source}.safetensors"
         try:
@@ -96,7 +94,7 @@ class DiskTransport:
             with safe_open(file, framework="pt") as held:
                 present = set(held.keys())
                 for transfer, expected in zip(sent, hashes, strict=True):
-                    if transfer.target_rank != rank:
+                    if transfer.target_rank != self.rank:
                         continue
                     if transfer.name not in present:
                         raise ValueError(f"weight update {update.version}: {file} lacks {transfer.name}")
