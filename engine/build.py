@@ -10,7 +10,7 @@ from lockstep.engine import checkpoint
 from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.models.decoder import Decoder
 from lockstep.engine.models.names import expand, head_matrix_shapes
-from lockstep.engine.models.sharding import check_divides, parameter_shards
+from lockstep.engine.models.sharding import check_divides, check_expert_ranks, parameter_shards, product_shapes
 from lockstep.engine.rank_group import RankGroup
 from lockstep.engine.scheduler import SchedulerConfig
 from lockstep.kernels import numerics
@@ -42,11 +42,8 @@ def build_model(
     """The rank's model with its weights, on a process and device that were seen to keep the row contract."""
     dtype = getattr(torch, config.dtype)
     numerics.set_up(device)
-    model = Decoder(model_config, device, dtype, config.row_parallel_splits, ranks)
-    splits = config.row_parallel_splits // model.shard.size
-    local = [entry for entry in expand(model.local_config) if len(entry.shape) == 2]
-    shapes = {(e.shape[0], e.shape[1] // splits if e.shard_dim == 1 else e.shape[1]) for e in local}
-    shapes |= {e.shape[1:] for e in expand(model.local_config) if len(e.shape) == 3}  # the experts'
+    model = Decoder(model_config, device, dtype, config.row_parallel_splits, ranks, config.ep_size > 1)
+    shapes = product_shapes(model_config, model.shard, config.row_parallel_splits)
     numerics.check_row_contract(device, dtype, shapes, head_matrix_shapes(model.local_config))
     if model_config.head == "scalar":
         numerics.check_row_contract(device, torch.float32, {(1, model_config.hidden_size)})
@@ -62,11 +59,9 @@ def build_model(
 
 def check_parallel(config: EngineConfig, model_config: ModelConfig) -> None:
     """Raises ValueError that names what the ranks cannot share out."""
-    if config.tp_size > 1 and (model_config.moe is not None or model_config.mla is not None):
-        what = "layers with experts" if model_config.moe is not None else "latent attention"
-        raise ValueError(f"EngineConfig.tp_size={config.tp_size}: a model with {what} is served by one rank so far")
     try:
         check_divides(model_config, config.tp_size, config.row_parallel_splits)
+        check_expert_ranks(model_config, "ep_size", config.ep_size, "tp_size", config.tp_size)
     except ValueError as error:
         raise ValueError(f"EngineConfig: {error}") from None
 

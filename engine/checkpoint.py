@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from lockstep.engine.models.config import ModelConfig, architecture, parse_model_config
 from lockstep.engine.models.families import FAMILIES
 from lockstep.engine.models.names import Entry, as_stacked, expand, to_hf, to_megatron
-from lockstep.engine.models.sharding import ParameterShard, Shard, part_of, shard_config
+from lockstep.engine.models.sharding import WHOLE, ParameterShard, Shard, part_of, shard_config
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -101,12 +101,20 @@ class _TensorFiles:
         header = self._file_of[name].get_slice(name)
         return tuple(header.get_shape()), header.get_dtype()
 
-    def read(self, name: str, dim: int | None = None, shard: Shard | None = None) -> torch.Tensor:
-        """The tensor, or the shard's part of its dimension `dim`: nothing else is read."""
-        if dim is None or shard is None or shard.size == 1:
-            return self._file_of[name].get_tensor(name)
+    def read(self, name: str) -> torch.Tensor:
+        return self._file_of[name].get_tensor(name)
+
+    def read_part(self, entry: Entry, name: str, shard: Shard) -> torch.Tensor:
+        """The shard's part of one of the entry's tensors: nothing else is read."""
+        if entry.shard_dim is None or shard.size == 1:
+            return self.read(name)
         whole = self._file_of[name].get_slice(name)
-        return whole[(slice(None),) * dim + (part_of(whole.get_shape()[dim], shard),)]
+        part = part_of(whole.get_shape()[entry.shard_dim], shard)
+        return whole[(slice(None),) * entry.shard_dim + (part,)]
+
+    def read_experts(self, name: str, experts: range) -> torch.Tensor:
+        """These experts of a tensor in which all are stacked."""
+        return self._file_of[name].get_slice(name)[experts.start : experts.stop]
 
 
 def _listing(title: str, names: Iterable[str], limit: int = 20) -> str:
@@ -147,7 +155,7 @@ def _check(files: _TensorFiles, path: Path, entries: list[Entry], config: ModelC
 
 
 def iterate_weights(
-    path: str | Path, config: ModelConfig, dtype: torch.dtype | None = None, shard: Shard | None = None
+    path: str | Path, config: ModelConfig, dtype: torch.dtype | None = None, shard: Shard = WHOLE
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (Megatron name, CPU tensor in Megatron's layout) for each parameter of the model, in the table's order.
 
@@ -162,8 +170,12 @@ def iterate_weights(
         entries = [as_stacked(entry) if entry.hf_stacked in held else entry for entry in expand(config)]
         _check(files, directory, entries, config)
         # A parameter's part is made of the same part of each of its tensors: see sharding.parameter_shards.
-        for entry in expand(shard_config(config, shard)) if shard and shard.size > 1 else entries:
-            tensor = to_megatron(entry, [files.read(name, entry.shard_dim, shard) for name in entry.hf_names])
+        local_config = shard_config(config, shard)
+        for entry in expand(local_config):
+            if entry.hf_stacked in held:
+                tensor = files.read_experts(entry.hf_stacked, local_config.moe.held)
+            else:
+                tensor = to_megatron(entry, [files.read_part(entry, name, shard) for name in entry.hf_names])
             yield entry.megatron, tensor if dtype is None else tensor.to(torch.float32 if entry.fp32 else dtype)
 
 

@@ -47,6 +47,8 @@ class EngineConfig:
     tp_size: processes, on as many GPUs or on the CPU, that each hold a part of every layer and of the KV. It divides
         row_parallel_splits and changes no bit. multiprocessing spawns them, so a script's `__main__` has its guard.
         Decode steps are then not captured in graphs.
+    ep_size: of a model with experts: tp_size, and the processes share out the experts of each layer, whole; or 1, and
+        each holds all experts, which takes more memory and saves an exchange per layer. It changes no bit either.
     rank_timeout_s: how long one of them may keep the others waiting before the engine gives it up.
     rank_start_timeout_s: how long they may take to start and to read their weights.
     """
@@ -90,8 +92,6 @@ class EngineConfig:
         for field in ("rank_timeout_s", "rank_start_timeout_s"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"EngineConfig.{field} must be positive, got {getattr(self, field)}")
-        if self.ep_size != 1:
-            raise ValueError(f"EngineConfig.ep_size: this version does not split experts, got {self.ep_size}")
         if self.draft_model is not None or self.num_draft_tokens:
             raise ValueError("EngineConfig.draft_model, num_draft_tokens: this version does not speculate")
 
@@ -136,7 +136,9 @@ class Engine:
         self.weight_targets = dict(self.model.named_parameters())
         self.update_buffers: dict[str, torch.Tensor] | None = None
         self.aliased: weights.AliasedWeights | None = None
-        self.rank_weights = self.workers and LeadingWeights(self.workers, self.model_config, self.weight_targets)
+        self.rank_weights = self.workers and LeadingWeights(
+            self.workers, self.model_config, self.weight_targets, config.ep_size
+        )
 
         self.pool = PagePool(num_pages)
         self.cache = RadixCache(self.pool, sizes.page_size)
@@ -355,7 +357,10 @@ class Engine:
         contiguous or on another device.
         """
         self._check_update(version, "keep")
-        self._require_one_rank("alias_weights")
+        if self.rank_weights is not None:
+            raise NotImplementedError(
+                f"Engine.alias_weights takes tp_size=1, and this engine has {self.config.tp_size} ranks"
+            )
         staged = weights.stage(named_tensors, self.weight_targets)
         for name, tensor in staged.items():
             if not tensor.is_contiguous() or tensor.device != self.weight_targets[name].device:
@@ -370,32 +375,30 @@ class Engine:
     def begin_update(self, version: int) -> weights.WeightUpdate:
         """Room for new weights beside those that serve on, for `commit_update`. Of one update at a time.
 
-        The memory is kept for the next update; `end_updates` frees it.
+        It holds whole parameters, also where several ranks serve them: an engine is one receiver of a weight plan,
+        `engine_layout(model, tp_size=1)`. The memory is kept for the next update; `end_updates` frees it.
         """
         self._check_update(version, "keep")
-        self._require_one_rank("begin_update")
+        wholes = self.weight_targets if self.rank_weights is None else self.rank_weights.wholes
         if self.update_buffers is None:
-            self.update_buffers = weights.new_buffers(self.weight_targets)
-        return weights.WeightUpdate(version, self.weight_targets, self.update_buffers)
+            self.update_buffers = weights.new_buffers(wholes, rank_device(self.config, 0))
+        return weights.WeightUpdate(version, wholes, self.update_buffers)
 
     def commit_update(self, update: weights.WeightUpdate, inflight: str = "keep") -> dict[str, float | int | str]:
-        """Flips to an update that has arrived, as `update_weights` does; requests pause for a copy within the device.
+        """Flips to an update that has arrived, as `update_weights` does; requests pause for a copy within the device,
+        and with several ranks also until each has been sent its part.
 
         Raises ValueError that names a tensor of which elements are missing; the old version then serves on.
         """
         self._check_update(update.version, inflight)
         update.check_complete()
+        if self.rank_weights is not None:
+            return self._flip_ranks(update.tensors, update.version, inflight, time.perf_counter())
         return self._flip(update.tensors, update.version, inflight, {})
 
     def end_updates(self) -> None:
         """Frees the memory of `begin_update`."""
         self.update_buffers = None
-
-    def _require_one_rank(self, method: str) -> None:
-        if self.rank_weights is not None:
-            raise NotImplementedError(
-                f"Engine.{method} takes tp_size=1, and this engine has {self.config.tp_size} ranks"
-            )
 
     def _check_update(self, version: int, inflight: str) -> None:
         self._check_running()
@@ -471,19 +474,24 @@ class Engine:
         requests.
         """
         self._check_running()
-        self._require_one_rank("sleep")
         if self.scheduler.has_work:
             raise RuntimeError("an engine with unfinished requests cannot sleep: finish or abort them")
         self._drain()
         if not self.is_asleep:
             self.is_asleep = True
             self.cache.reset()
+            if self.workers is not None:
+                with self.workers.watched():
+                    self.workers.sleep()
             self.runner.free_kv_cache()
 
     def wake(self) -> None:
         """Takes the memory again. Does nothing for an engine that is awake."""
         self._check_running()
         if self.is_asleep:
+            if self.workers is not None:
+                with self.workers.watched():
+                    self.workers.wake()
             self.runner.take_kv_cache()
             self.is_asleep = False
 

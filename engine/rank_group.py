@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from lockstep.engine.rank_sum import sum_over_ranks
+from lockstep.engine.rank_sum import sum_disjoint, sum_over_ranks
 
 
 class RankGroupError(RuntimeError):
@@ -59,12 +59,9 @@ class RankGroup:
             return sum_over_ranks(x, self._group)
 
     def sum_disjoint(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum, in x itself (contiguous), where all ranks but one hold 0 in an element: that one's bits."""
-        if x.numel():
-            with _as_rank_group_error():
-                # As bytes, since -0.0 + 0.0 is 0.0.
-                self._group.allreduce([x.view(torch.uint8)]).wait()
-        return x
+        """See `rank_sum.sum_disjoint`."""
+        with _as_rank_group_error():
+            return sum_disjoint(x, self._group)
 
     def gather_columns(self, x: torch.Tensor, num_columns: int) -> torch.Tensor | None:
         """x: [N, this rank's part of the columns], see `sharding.part_of`. [N, num_columns] on rank 0, else None."""

@@ -46,10 +46,8 @@ def vocabulary_rows(token_ids: Tensor, first_token: int, num_tokens: int) -> Ten
 
 
 def sum_disjoint(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum, in place, of ranks' tensors of which at most one is not -0.0 at each place: exact, in whatever order.
-
-    -0.0 changes no number that is added to it, 0.0 included. No gradient.
-    """
-    if group is not None and group.size() > 1:
-        dist.all_reduce(tensor, group=group)
+    """The sum, in place (contiguous), where all ranks but one hold 0 in an element: that one's bits. No gradient."""
+    if group is not None and group.size() > 1 and tensor.numel():
+        # As bytes, since -0.0 + 0.0 is 0.0.
+        group.allreduce([tensor.view(torch.uint8)]).wait()
     return tensor

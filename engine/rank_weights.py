@@ -8,7 +8,7 @@ import torch
 
 from lockstep.engine import weights
 from lockstep.engine.models.config import ModelConfig
-from lockstep.engine.models.sharding import ParameterShard, Piece, Shard, first_and_rows, parameter_shards
+from lockstep.engine.models.sharding import ParameterShard, Piece, Shard, first_and_rows, parameter_shards, slices
 from lockstep.engine.rank_group import RankGroup
 from lockstep.kernels.content_hash import Placement, content_hash
 
@@ -19,10 +19,14 @@ class RankWeights:
     An update is staged beside the weights being served, its hashes are compared, and then it is flipped or discarded.
     """
 
-    def __init__(self, config: ModelConfig, ranks: RankGroup, targets: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, config: ModelConfig, ranks: RankGroup, targets: Mapping[str, torch.Tensor], expert_ranks: int = 1
+    ) -> None:
+        """expert_ranks: see sharding.Shard."""
         self._ranks = ranks
         self._targets = targets
-        self._of_rank = [parameter_shards(config, Shard(rank, ranks.size)) for rank in range(ranks.size)]
+        shards = [Shard(rank, ranks.size, expert_ranks) for rank in range(ranks.size)]
+        self._of_rank = [parameter_shards(config, shard) for shard in shards]
         self._staged: dict[str, torch.Tensor] = {}
 
     def wholes(self) -> dict[str, torch.Tensor]:
@@ -114,7 +118,7 @@ def _share(held: ParameterShard, local: torch.Tensor, placements: list[Placement
     if not held.is_split:
         return content_hash(local)
     pieces = zip(held.pieces, placements, strict=True)
-    return sum(content_hash(local[piece.local], placement) for piece, placement in pieces)
+    return sum(content_hash(local[slices(piece.local)], placement) for piece, placement in pieces)
 
 
 def _combined(shares: list[int], is_split: bool) -> int | None:

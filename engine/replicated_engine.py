@@ -12,6 +12,7 @@ import torch
 from lockstep.engine.engine import Engine, EngineConfig
 from lockstep.engine.request import Request, RequestOutput, SamplingParams
 from lockstep.engine.spread import spread
+from lockstep.engine.weights import WeightUpdate
 
 
 class ReplicatedEngine:
@@ -96,16 +97,35 @@ class ReplicatedEngine:
         no two serve different weights.
         """
         tensors = list(named_tensors)
-        first, *others = self.engines
-        reports = [self._call(first, first.update_weights, tensors, version, inflight)]
+        first = self.engines[0]
+        report = self._call(first, first.update_weights, tensors, version, inflight)
+        return self._update_others(report, tensors, version, inflight)
+
+    def begin_update(self, version: int) -> WeightUpdate:
+        """Room for one copy of the weights, from which every replica takes them."""
+        return self._call(self.engines[0], self.engines[0].begin_update, version)
+
+    def commit_update(self, update: WeightUpdate, inflight: str = "keep") -> dict[str, float | int | str]:
+        """As `update_weights`, of an update that has arrived."""
+        report = self._call(self.engines[0], self.engines[0].commit_update, update, inflight)
+        return self._update_others(report, list(update.tensors.items()), update.version, inflight)
+
+    def end_updates(self) -> None:
+        self._call(self.engines[0], self.engines[0].end_updates)
+
+    def _update_others(
+        self, report: dict[str, float | int | str], tensors: list[tuple[str, torch.Tensor]], version: int, inflight: str
+    ) -> dict[str, float | int | str]:
+        """report: the first replica's, which has the update already."""
+        reports = [report]
         try:
-            for engine in others:
+            for engine in self.engines[1:]:
                 reports.append(self._call(engine, engine.update_weights, tensors, version, inflight))
         except BaseException:
             self.shutdown()
             raise
-        timings = {key: sum(report[key] for report in reports) for key in reports[0] if key.endswith("_s")}
-        return {**reports[0], **timings}
+        timings = {key: sum(report[key] for report in reports) for key in report if key.endswith("_s")}
+        return {**report, **timings}
 
     def checksum(self) -> str:
         return self._call(self.engines[0], self.engines[0].checksum)

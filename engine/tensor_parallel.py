@@ -64,7 +64,7 @@ class EngineFollower:
         self.model = build_model(config, model_config, self.device, ranks)
         self.sizes = scheduler_config(config, model_config)
         self.num_pages = num_kv_pages(config, self.sizes, self.model, self.device)
-        self.weights = RankWeights(model_config, ranks, dict(self.model.named_parameters()))
+        self.weights = RankWeights(model_config, ranks, dict(self.model.named_parameters()), config.ep_size)
 
     def begin(self, num_pages: int) -> None:
         dtype = getattr(torch, self.config.dtype)
@@ -88,13 +88,21 @@ class EngineFollower:
     def discard(self) -> None:
         self.weights.discard()
 
+    def sleep(self) -> None:
+        self.runner.free_kv_cache()
+
+    def wake(self) -> None:
+        self.runner.take_kv_cache()
+
 
 class LeadingWeights:
     """Rank 0's hold on the weights of all ranks. Errors are RankError, after which the engine serves no more."""
 
-    def __init__(self, workers: Workers, model_config: ModelConfig, targets: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, workers: Workers, model_config: ModelConfig, targets: Mapping[str, torch.Tensor], expert_ranks: int
+    ) -> None:
         self._workers = workers
-        self._own = RankWeights(model_config, workers.group, targets)
+        self._own = RankWeights(model_config, workers.group, targets, expert_ranks)
         self.wholes = self._own.wholes()
 
     def stage(self, staged: Mapping[str, torch.Tensor], hashes: Mapping[str, int]) -> None:

@@ -89,10 +89,13 @@ class WeightUpdate:
             )
 
 
-def new_buffers(targets: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Memory for a `WeightUpdate`: one tensor for each target, on its device if they all fit there, else pinned."""
+def new_buffers(targets: Mapping[str, torch.Tensor], device: torch.device | None = None) -> dict[str, torch.Tensor]:
+    """Memory for a `WeightUpdate`: one tensor for each target, on its device if they all fit there, else pinned.
+
+    device: in place of the targets' own.
+    """
     try:
-        return {name: torch.empty_like(target, requires_grad=False) for name, target in targets.items()}
+        return {name: torch.empty_like(target, requires_grad=False, device=device) for name, target in targets.items()}
     except torch.OutOfMemoryError:
         return {
             name: torch.empty(target.shape, dtype=target.dtype, pin_memory=True) for name, target in targets.items()

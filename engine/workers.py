@@ -49,6 +49,8 @@ class Kind(IntEnum):
     FLIP = 7
     DISCARD = 8
     HASH = 9
+    SLEEP = 10
+    WAKE = 11
 
 
 class Follower(Protocol):
@@ -63,6 +65,8 @@ class Follower(Protocol):
     def flip(self) -> None: ...
     def discard(self) -> None: ...
     def hash(self) -> None: ...
+    def sleep(self) -> None: ...
+    def wake(self) -> None: ...
 
 
 class Workers:
@@ -144,6 +148,12 @@ class Workers:
 
     def hash(self) -> None:
         self._tell(Kind.HASH)
+
+    def sleep(self) -> None:
+        self._tell(Kind.SLEEP)
+
+    def wake(self) -> None:
+        self._tell(Kind.WAKE)
 
     def wait_for(self, ready: torch.cuda.Event) -> None:
         """Waits for an event of the device, but no longer than a collective may take, and not for the dead."""
@@ -237,6 +247,8 @@ def _serve(
                     Kind.FLIP: follower.flip,
                     Kind.DISCARD: follower.discard,
                     Kind.HASH: follower.hash,
+                    Kind.SLEEP: follower.sleep,
+                    Kind.WAKE: follower.wake,
                 }[kind]()
     except BaseException as error:
         with suppress(OSError):

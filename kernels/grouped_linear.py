@@ -1,5 +1,7 @@
 """Matrix products of groups of rows, each group with its own weight: the experts of a mixture."""
 
+from itertools import pairwise
+
 import torch
 import triton
 import triton.language as tl
@@ -12,9 +14,9 @@ _BLOCK_K = 64
 
 
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """x[A, K], weight[G, N, K], offsets int64 [G + 1] (ascending, from 0 to A) -> [A, N] of x's dtype.
+    """x[A, K], weight[G, N, K], offsets int64 [G + 1] (ascending, in 0 .. A) -> [A, N] of x's dtype.
 
-        y[r] = linear(x[r], weight[g])        for offsets[g] <= r < offsets[g + 1]
+        y[r] = linear(x[r], weight[g])        for offsets[g] <= r < offsets[g + 1]; other rows hold anything
 
     The sum over K runs in the order of `linear`, so a row's bits depend on that row and its group's weight alone. On a
     GPU `offsets` are read by the kernel only: nothing waits for them, and a captured graph serves any groups. Not
@@ -38,14 +40,19 @@ def grouped_weight_gradient(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     """
     if x.is_cuda:
         return _weight_gradient_triton(dy, x, offsets)
-    counts = offsets.diff().tolist()
-    return torch.stack([dy_g.t() @ x_g for dy_g, x_g in zip(dy.split(counts), x.split(counts), strict=True)])
+    return torch.stack([dy[rows].t() @ x[rows] for rows in _rows_of_groups(offsets)])
 
 
 def _grouped_linear_cpu(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    counts = offsets.diff().tolist()
-    parts = [linear(x_g, weight_g) for x_g, weight_g in zip(x.split(counts), weight.unbind(), strict=True) if len(x_g)]
-    return torch.cat(parts) if parts else x.new_empty(0, weight.shape[1])
+    y = x.new_zeros(x.shape[0], weight.shape[1])
+    for rows, weight_g in zip(_rows_of_groups(offsets), weight.unbind(), strict=True):
+        if rows.start < rows.stop:
+            y[rows] = linear(x[rows], weight_g)
+    return y
+
+
+def _rows_of_groups(offsets: Tensor) -> list[slice]:
+    return [slice(start, stop) for start, stop in pairwise(offsets.tolist())]
 
 
 def _grouped_linear_triton(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

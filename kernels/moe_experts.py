@@ -1,5 +1,7 @@
 """The experts of a mixture-of-experts layer, on the tokens that were routed to them."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import triton
@@ -14,8 +16,18 @@ from lockstep.kernels.silu_mul import silu_mul
 _ELEMENTS_PER_THREAD = 65536
 
 
+# What joins rows of which each rank has computed some, and holds 0 in the others: their sum over ranks, bit for bit.
+JoinRows = Callable[[Tensor], Tensor]
+
+
 def moe_experts(
-    x: Tensor, expert_ids: Tensor, expert_weights: Tensor, fc1_weight: Tensor, fc2_weight: Tensor
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    fc1_weight: Tensor,
+    fc2_weight: Tensor,
+    first_expert: int = 0,
+    join_rows: JoinRows | None = None,
 ) -> Tensor:
     """x[T, H], expert_ids int64 [T, k], expert_weights fp32 [T, k], fc1_weight[E, 2F, H], fc2_weight[E, H, F] -> [T, H]
     of x's dtype. A weight fc1_weight[e] holds the gate's rows, then the up projection's.
@@ -29,13 +41,18 @@ def moe_experts(
 
     Differentiable in all but expert_ids. A token's gradient is summed over j as above, an expert's weight gradient over
     its tokens in their order; there are no atomics. On the CPU only float32 (other dtypes raise ValueError).
+
+    Where ranks share out the experts, all ranks have the same tokens, and this one the weights of the experts from
+    first_expert on: it computes their rows y[t, j], join_rows brings those of the other ranks (and in the backward pass
+    their gradients), and every rank takes the sums above. So the bits are those of one rank with all experts.
     """
     tensors = (x, expert_weights, fc1_weight, fc2_weight)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return _MoEExperts.apply(x, expert_ids, expert_weights, fc1_weight, fc2_weight)
-    order, position, offsets = _sort_by_expert(expert_ids, fc1_weight.shape[0])
+        return _MoEExperts.apply(x, expert_ids, expert_weights, fc1_weight, fc2_weight, first_expert, join_rows)
+    order, position, offsets = _sort_by_expert(expert_ids, first_expert, fc1_weight.shape[0])
     gate_up = grouped_linear(x[order // expert_ids.shape[1]], fc1_weight, offsets)
-    return _weighted_sum(grouped_linear(silu_mul(gate_up), fc2_weight, offsets), position, expert_weights)
+    y = _joined(grouped_linear(silu_mul(gate_up), fc2_weight, offsets), offsets, join_rows)
+    return _weighted_sum(y, position, expert_weights)
 
 
 def moe_experts_reference(
@@ -47,16 +64,26 @@ def moe_experts_reference(
     return (y * expert_weights[:, :, None]).sum(1)
 
 
-def _sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def _sort_by_expert(expert_ids: Tensor, first_expert: int, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """(order, position, offsets): row r of the experts' work is entry order[r] of the flat expert_ids, in the order of
-    the experts and then of the tokens; position[T, k] is the inverse; expert e has the rows offsets[e] to offsets[e+1].
-    Nothing here waits for a GPU.
+    the experts and then of the tokens; position[T, k] is the inverse; expert first_expert + i has the rows offsets[i]
+    to offsets[i + 1]. Nothing here waits for a GPU.
     """
     sorted_ids, order = torch.sort(expert_ids.reshape(-1), stable=True)
     rows = torch.arange(order.shape[0], device=order.device)
     position = torch.empty_like(order).scatter_(0, order, rows).view(expert_ids.shape)
-    offsets = torch.searchsorted(sorted_ids, torch.arange(num_experts + 1, device=order.device))
-    return order, position, offsets
+    borders = torch.arange(first_expert, first_expert + num_experts + 1, device=order.device)
+    return order, position, torch.searchsorted(sorted_ids, borders)
+
+
+def _joined(values: Tensor, offsets: Tensor, join_rows: JoinRows | None) -> Tensor:
+    """values[A, ...], of which this rank has computed those of the rows in `offsets`, with all rows of all ranks."""
+    if join_rows is None:
+        return values
+    rows = torch.arange(values.shape[0], device=values.device)
+    is_own = (rows >= offsets[0]) & (rows < offsets[-1])
+    # Not by a product: other rows may hold NaN.
+    return join_rows(torch.where(is_own.view(-1, *[1] * (values.dim() - 1)), values, 0))
 
 
 def _weighted_sum(y: Tensor, position: Tensor, weights: Tensor) -> Tensor:
@@ -129,10 +156,11 @@ def _weighted_sum_kernel(
 
 class _MoEExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, expert_ids, expert_weights, fc1_weight, fc2_weight):
-        order, position, offsets = _sort_by_expert(expert_ids, fc1_weight.shape[0])
+    def forward(ctx, x, expert_ids, expert_weights, fc1_weight, fc2_weight, first_expert, join_rows):
+        order, position, offsets = _sort_by_expert(expert_ids, first_expert, fc1_weight.shape[0])
         gate_up = grouped_linear(x[order // expert_ids.shape[1]], fc1_weight, offsets)
-        y = grouped_linear(silu_mul(gate_up), fc2_weight, offsets)
+        y = _joined(grouped_linear(silu_mul(gate_up), fc2_weight, offsets), offsets, join_rows)
+        ctx.join_rows = join_rows
         # The activations are computed again in the backward pass, which needs no y: see dweights there.
         ctx.save_for_backward(x, expert_weights, fc1_weight, fc2_weight, gate_up, order, position, offsets)
         return _weighted_sum(y, position, expert_weights)
@@ -141,7 +169,7 @@ class _MoEExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         x, weights, fc1_weight, fc2_weight, gate_up, order, position, offsets = ctx.saved_tensors
-        needs_x, _, needs_weights, needs_fc1, needs_fc2 = ctx.needs_input_grad
+        needs_x, _, needs_weights, needs_fc1, needs_fc2, *_ = ctx.needs_input_grad
         tokens = order // position.shape[1]
         weights_of_rows = weights.view(-1)[order][:, None]
         with torch.enable_grad():
@@ -153,7 +181,8 @@ class _MoEExperts(torch.autograd.Function):
         dactivated = grouped_linear(dout_of_rows, fc2_weight.transpose(1, 2), offsets)
         dweights = None
         if needs_weights:
-            dweights = (dactivated.float() * activated.detach().float()).sum(1)[position]
+            dweights = (dactivated.float() * activated.detach().float()).sum(1)
+            dweights = _joined(dweights, offsets, ctx.join_rows)[position]
         dfc2 = None
         if needs_fc2:
             dy = (dout_of_rows.float() * weights_of_rows).to(dout.dtype)
@@ -164,7 +193,8 @@ class _MoEExperts(torch.autograd.Function):
             (dgate_up,) = torch.autograd.grad(activated, gate_up, dactivated)
             if needs_x:
                 dx_of_rows = grouped_linear(dgate_up, fc1_weight.transpose(1, 2), offsets)
+                dx_of_rows = _joined(dx_of_rows, offsets, ctx.join_rows)
                 dx = _weighted_sum(dx_of_rows, position, torch.ones_like(weights))
             if needs_fc1:
                 dfc1 = grouped_weight_gradient(dgate_up, x[tokens], offsets)
-        return dx, None, dweights, dfc1, dfc2
+        return dx, None, dweights, dfc1, dfc2, None, None

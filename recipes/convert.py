@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.models.names import expand, format_table
-from lockstep.engine.models.sharding import check_divides
+from lockstep.engine.models.sharding import check_divides, check_expert_ranks
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 from lockstep.trainer_bridge.layout import trainer_layout
 from lockstep.trainer_bridge.parallel import ParallelSizes
@@ -23,7 +23,8 @@ class ConvertConfig:
     checkpoint: a folder that a trainer saved, such as runs/NAME/checkpoints/step_000100/trainer; null takes the
     weights of `model`. output: where the HF directory is written. table: print the table of names instead.
     plan: print instead which slices travel when a trainer of trainer_tp x trainer_pp ranks publishes its weights to
-    engine_replicas engines of engine_tp ranks.
+    engine_replicas engines of engine_tp ranks. trainer_ep, engine_ep: over how many of the ranks of trainer_tp and of
+    engine_tp experts are shared out: 1 or all.
     """
 
     model: str
@@ -33,7 +34,9 @@ class ConvertConfig:
     plan: bool = False
     trainer_tp: int = 1
     trainer_pp: int = 1
+    trainer_ep: int = 1
     engine_tp: int = 1
+    engine_ep: int = 1
     engine_replicas: int = 1
 
 
@@ -62,7 +65,10 @@ def run(config: ConvertConfig) -> dict[str, Any]:
 
 def _plan(config: ConvertConfig) -> str:
     model = load_model_config(config.model)
-    sizes = ParallelSizes(config.trainer_tp, config.trainer_pp, row_parallel_splits=config.trainer_tp)
+    sizes = ParallelSizes(
+        config.trainer_tp, config.trainer_pp, expert=config.trainer_ep, row_parallel_splits=config.trainer_tp
+    )
     check_divides(model, config.engine_tp, config.engine_tp)
-    targets = engine_layout(model, config.engine_tp, config.engine_replicas)
+    check_expert_ranks(model, "engine_ep", config.engine_ep, "engine_tp", config.engine_tp)
+    targets = engine_layout(model, config.engine_tp, config.engine_replicas, config.engine_ep)
     return format_plan(plan_transfers(trainer_layout(model, sizes), targets), itemsize=2)

@@ -11,6 +11,7 @@ from lockstep.engine.models.families.latent import MLAConfig
 from lockstep.kernels.latent_attention import latent_attention_packed
 from lockstep.kernels.latent_projection import latent_outputs, latent_queries, latent_rows
 from lockstep.kernels.linear import linear
+from lockstep.trainer_bridge.tensor_parallel import shared_by_parts
 
 
 @dataclass
@@ -51,13 +52,16 @@ class LatentSelfAttention(MegatronModule):
         submodules: LatentSelfAttentionSubmodules,
         layer_number: int,
         mla: MLAConfig,
+        splits: int,
         pg_collection,
         **unused,
     ):
+        """splits: equal parts of all heads, over which the gradient of the latent rows is summed."""
         super().__init__(config)
         self.mla, self.tp_group = mla, pg_collection.tp
-        if self.tp_group.size() != 1:
-            raise NotImplementedError("latent attention does not reduce over tensor-parallel ranks")
+        self.own_heads = config.num_attention_heads // self.tp_group.size()
+        self.own_splits = splits // self.tp_group.size()
+        self.sums_in_parts = splits > 1
         hidden_size, num_heads = config.hidden_size, config.num_attention_heads
         query_size = num_heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
 
@@ -98,9 +102,22 @@ class LatentSelfAttention(MegatronModule):
         hidden = hidden_states.squeeze(1)
         rows = latent_rows(self.linear_kv_down_proj(hidden), self.kv_layernorm.weight, mla.norm_eps, *rope)
         q = latent_queries(self._queries(hidden), up_weight, mla.qk_nope_head_dim, *rope)
-        out = latent_attention_packed(q, rows, mla.kv_lora_rank, packed.cu_seqlens_q, mla.softmax_scale)
-        out, bias = self.linear_proj(latent_outputs(out, up_weight, mla.qk_nope_head_dim))
+        out, bias = self.linear_proj(self._outputs(q, rows, packed.cu_seqlens_q))
         return out.unsqueeze(1), bias
+
+    def _outputs(self, q: torch.Tensor, rows: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """q [T, H, W] of this rank's heads, rows [T, W] -> [T, H * v_head_dim]."""
+        mla = self.mla
+        qs, rows_of_parts = [q], [rows]
+        if self.sums_in_parts:
+            qs = q.chunk(self.own_splits, dim=1)
+            rows_of_parts = shared_by_parts(rows, self.own_splits, self.tp_group)
+        outs = [
+            latent_attention_packed(part_q, part_rows, mla.kv_lora_rank, cu_seqlens, mla.softmax_scale)
+            for part_q, part_rows in zip(qs, rows_of_parts, strict=True)
+        ]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+        return latent_outputs(out, self.linear_kv_up_proj.weight, mla.qk_nope_head_dim)
 
     def _queries(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, H, qk_nope_head_dim + qk_rope_head_dim], not yet rotated."""
@@ -108,4 +125,4 @@ class LatentSelfAttention(MegatronModule):
             q, _ = self.linear_q_proj(hidden)
         else:
             q, _ = self.linear_q_up_proj(self.q_layernorm(self.linear_q_down_proj(hidden)))
-        return q.unflatten(-1, (self.config.num_attention_heads, -1))
+        return q.unflatten(-1, (self.own_heads, -1))

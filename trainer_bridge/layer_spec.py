@@ -32,7 +32,8 @@ from lockstep.kernels.row_parallel_linear import row_parallel_linear
 from lockstep.kernels.silu_mul_linear import silu_mul_linear
 from lockstep.trainer_bridge.latent_attention import LatentSelfAttention, LatentSelfAttentionSubmodules
 from lockstep.trainer_bridge.moe_layer import KernelMoE
-from lockstep.trainer_bridge.tensor_parallel import column_parallel_linear, shared_weight, sum_partial_outputs
+from lockstep.trainer_bridge.parallel import ParallelSizes
+from lockstep.trainer_bridge.tensor_parallel import column_parallel_linear, shared_by_parts, sum_partial_outputs
 
 
 @dataclass
@@ -89,7 +90,7 @@ class KernelHeadRMSNorm(KernelRMSNorm):
         if self.splits == 1:
             return super().forward(x)
         num_parts = self.splits // self.group.size()
-        weights = shared_weight(self.weight, num_parts, self.group)
+        weights = shared_by_parts(self.weight, num_parts, self.group)
         parts = x.chunk(num_parts, dim=-2)
         normed = [rms_norm(part.contiguous(), w, self.eps) for part, w in zip(parts, weights, strict=True)]
         return torch.cat(normed, dim=-2)
@@ -193,12 +194,13 @@ class RecomputedLayer(TransformerLayer):
 
 
 def block_spec(
-    model: ModelConfig, recompute: bool, row_parallel_splits: int, stage_layers: range
+    model: ModelConfig, recompute: bool, sizes: ParallelSizes, stage_layers: range
 ) -> TransformerBlockSubmodules:
     """The spec of the layers of one pipeline stage, by their numbers from 0, and of the final norm, which the last has.
 
-    recompute: trade the activations inside a layer for a second forward pass. row_parallel_splits: see ParallelSizes.
+    recompute: trade the activations inside a layer for a second forward pass.
     """
+    row_parallel_splits = sizes.row_parallel_splits
     attention = _attention_spec(model, row_parallel_splits)
     dense = ModuleSpec(
         module=MLP,
@@ -208,6 +210,7 @@ def block_spec(
     mixture = _bind(
         KernelMoE,
         moe=model.moe,
+        expert_ranks=sizes.expert,
         shared_experts=_mlp_submodules(has_bias=False, row_parallel_splits=row_parallel_splits),
     )
     layers_with_experts = model.moe.layers if model.moe is not None else ()
@@ -248,13 +251,14 @@ def _layer_spec(attention: ModuleSpec, mlp: ModuleSpec | type, recompute: bool) 
 
 def _attention_spec(model: ModelConfig, row_parallel_splits: int) -> ModuleSpec:
     if model.mla is not None:
-        params = {"has_bias": False, "splits": 1}
+        head_splits = math.gcd(model.num_heads, row_parallel_splits)
         submodules = LatentSelfAttentionSubmodules(
-            column_linear=ModuleSpec(module=KernelColumnLinear, params=params),
-            row_linear=ModuleSpec(module=KernelRowLinear, params=params),
+            column_linear=ModuleSpec(module=KernelColumnLinear, params={"has_bias": False, "splits": head_splits}),
+            row_linear=ModuleSpec(module=KernelRowLinear, params={"has_bias": False, "splits": row_parallel_splits}),
             norm=KernelRMSNorm,
         )
-        return ModuleSpec(module=LatentSelfAttention, params={"mla": model.mla}, submodules=submodules)
+        params = {"mla": model.mla, "splits": head_splits}
+        return ModuleSpec(module=LatentSelfAttention, params=params, submodules=submodules)
     # Query groups are not cut: so many parts of them as any number of tensor-parallel ranks can ask for.
     group_splits = {"splits": math.gcd(model.num_kv_heads, row_parallel_splits)}
     head_norm = ModuleSpec(module=KernelHeadRMSNorm, params=group_splits) if model.qk_norm else None

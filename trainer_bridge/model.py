@@ -98,7 +98,7 @@ class LockstepGPTModel(GPTModel):
         stage_layers = range(stage * num_layers, (stage + 1) * num_layers)
         super().__init__(
             transformer_config(model, device, dtype, sizes),
-            block_spec(model, recompute, sizes.row_parallel_splits, stage_layers),
+            block_spec(model, recompute, sizes, stage_layers),
             vocab_size=model.vocab_size,
             max_sequence_length=model.max_position_embeddings,
             pre_process=stage == 0,

@@ -5,31 +5,45 @@ one calls what the engine calls, so the bits are the engine's. Parameters have t
 """
 
 import copy
+from dataclasses import replace
+from functools import partial
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from lockstep.engine.models.moe import MoEConfig, routed_experts
+from lockstep.engine.models.sharding import Shard, part_of
+from lockstep.trainer_bridge.tensor_parallel import join_rows
 
 
 class KernelMoE(MegatronModule):
     """A token's experts, weighted, plus the shared experts' output where there are any.
 
-    moe: the layer's sizes and routing. shared_experts: the linear layers of the shared experts' MLP.
+    moe: the layer's sizes and routing. expert_ranks: see ParallelSizes.expert. shared_experts: the linear layers of the
+    shared experts' MLP.
+
+    A tensor-parallel rank routes all tokens, as every other does. Where it holds some of the experts, it is sent the
+    outputs of the others for all tokens, and their gradients: no sum is taken over ranks.
     """
 
-    def __init__(self, config: TransformerConfig, moe: MoEConfig, shared_experts: MLPSubmodules):
+    def __init__(self, config: TransformerConfig, moe: MoEConfig, expert_ranks: int, shared_experts: MLPSubmodules):
         super().__init__(config)
-        _require_one_rank()
-        self.moe = moe
-        num_experts, ffn, hidden = moe.num_experts, moe.ffn_hidden_size, config.hidden_size
+        group = parallel_state.get_tensor_model_parallel_group()
+        self.moe, self.join_rows = moe, None
+        if expert_ranks > 1:
+            held = part_of(moe.num_experts, Shard(group.rank(), expert_ranks))
+            self.moe = replace(moe, held_experts=(held.start, held.stop))
+            self.join_rows = partial(join_rows, group=group)
+        num_experts, ffn, hidden = len(self.moe.held), moe.ffn_hidden_size, config.hidden_size
         self.router = _Router(config, moe)
         self.experts = MegatronModule(config)
-        self.experts.linear_fc1 = _Weight(config, num_experts, 2 * ffn, hidden)
-        self.experts.linear_fc2 = _Weight(config, num_experts, hidden, ffn)
+        self.experts.linear_fc1 = _ExpertWeight(config, expert_ranks, num_experts, 2 * ffn, hidden)
+        self.experts.linear_fc2 = _ExpertWeight(config, expert_ranks, num_experts, hidden, ffn)
         self.shared_experts = None
         if moe.has_shared_experts:
             # Megatron's MLP reads one of its two sizes from the configuration.
@@ -39,7 +53,7 @@ class KernelMoE(MegatronModule):
                 shared_config,
                 shared_experts,
                 ffn_hidden_size=moe.shared_ffn_hidden_size,
-                tp_group=parallel_state.get_tensor_model_parallel_group(),
+                tp_group=group,
             )
 
     def forward(self, hidden: torch.Tensor, padding_mask: None = None) -> tuple[torch.Tensor, None]:
@@ -51,6 +65,7 @@ class KernelMoE(MegatronModule):
             self.router.expert_bias,
             self.experts.linear_fc1.weight,
             self.experts.linear_fc2.weight,
+            self.join_rows,
         ).view(hidden.shape)
         if self.shared_experts is not None:
             out = out + self.shared_experts(hidden)[0]
@@ -58,11 +73,25 @@ class KernelMoE(MegatronModule):
 
 
 class _Weight(MegatronModule):
-    """A named place for one weight; every rank's checkpoint holds the whole."""
+    """A named place for one weight, the same on all tensor-parallel ranks."""
 
     def __init__(self, config: TransformerConfig, *shape: int):
         super().__init__(config)
         self.weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=_device(config)))
+
+
+class _ExpertWeight(_Weight):
+    def __init__(self, config: TransformerConfig, expert_ranks: int, *shape: int):
+        super().__init__(config, *shape)
+        self.is_shared_out = expert_ranks > 1
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        if not self.is_shared_out:
+            return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        weight = {"weight": self.weight}
+        return make_sharded_tensors_for_checkpoint(weight, prefix, {"weight": 0}, sharded_offsets)
 
 
 class _Router(_Weight):
@@ -76,13 +105,3 @@ class _Router(_Weight):
 
 def _device(config: TransformerConfig) -> str | int:
     return "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-
-
-def _require_one_rank() -> None:
-    tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
-    expert_parallel = parallel_state.get_expert_model_parallel_world_size()
-    if (tensor_parallel, expert_parallel) != (1, 1):
-        raise NotImplementedError(
-            "a trainer's mixture-of-experts layer holds all experts whole: tensor- and expert-parallel sizes are "
-            f"{tensor_parallel} and {expert_parallel}, not 1"
-        )

@@ -1,8 +1,8 @@
 """How a trainer is spread over ranks: the sizes, what they demand of a model, and this process's place.
 
 Ranks are numbered as Megatron numbers them by default: tensor-parallel ranks are neighbours, then data-parallel ones,
-then pipeline stages. Expert parallelism, which deals the ranks of the data-parallel groups among experts, would be one
-more size here, one more group in `Ranks`, and a cut along experts in `layout`.
+then pipeline stages. Expert-parallel ranks are the tensor-parallel ones, which have the same tokens: no token is sent
+to an expert, the experts' outputs alone are exchanged, and no sum over micro-batches is cut in another way.
 """
 
 import json
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from lockstep.engine.models.config import ModelConfig
+from lockstep.engine.models.sharding import Shard, check_expert_ranks, row_widths
 from lockstep.engine.rank_sum import all_gather
 
 
@@ -21,6 +22,7 @@ from lockstep.engine.rank_sum import all_gather
 class ParallelSizes:
     """tensor, pipeline, data: numbers of ranks, whose product is the world.
 
+    expert: `tensor` where tensor-parallel ranks share out the experts of a layer, whole; 1 where each holds all.
     virtual_pipeline: model chunks of a rank; chunk c of pipeline rank p is stage c * pipeline + p of the model.
     row_parallel_splits: parts in which sums over the inner dimension of row-parallel layers are cut (see
         kernels.row_parallel_linear), and sums of gradients likewise. A power of two that `tensor` divides.
@@ -32,11 +34,12 @@ class ParallelSizes:
     pipeline: int = 1
     virtual_pipeline: int = 1
     data: int = 1
+    expert: int = 1
     row_parallel_splits: int = 1
     gradient_splits: int = 1
 
     def __post_init__(self):
-        for name in ("tensor", "pipeline", "virtual_pipeline", "data"):
+        for name in ("tensor", "pipeline", "virtual_pipeline", "data", "expert"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}_parallel_size must be at least 1, got {getattr(self, name)}")
         for name in ("row_parallel_splits", "gradient_splits"):
@@ -53,34 +56,31 @@ class ParallelSizes:
         """(tensor, data, pipeline) rank of a rank of the world."""
         return rank % self.tensor, rank // self.tensor % self.data, rank // (self.tensor * self.data)
 
+    def shard(self, tensor_rank: int) -> Shard:
+        return Shard(tensor_rank, self.tensor, self.expert)
+
     def check(self, model: ModelConfig) -> None:
         """Raises ValueError that names a size that the model does not allow, and what it does not divide."""
-        for divisor, number, message in (
+        sizes = [
             (self.tensor, self.row_parallel_splits, "tensor_parallel_size {} does not divide row_parallel_splits {}"),
             (self.data, self.gradient_splits, "data-parallel size {} does not divide gradient_splits {}"),
             (self.tensor, model.num_heads, "tensor_parallel_size {} does not divide the {} query heads"),
-            (self.tensor, model.num_kv_heads, "tensor_parallel_size {} does not divide the {} query groups (kv heads)"),
             (self.tensor, model.vocab_size, "tensor_parallel_size {} does not divide the vocabulary of {} tokens"),
-            (self.row_parallel_splits, model.ffn_hidden_size, "row_parallel_splits {} does not divide the ffn size {}"),
-            (
-                self.row_parallel_splits,
-                model.num_heads * model.head_dim,
-                "row_parallel_splits {} does not divide the {} columns of linear_proj",
-            ),
             (
                 self.num_stages,
                 model.num_layers,
                 "pipeline_parallel_size * virtual_pipeline_parallel_size = {} does not divide the {} layers",
             ),
-        ):
+        ]
+        if model.mla is None:
+            message = "tensor_parallel_size {} does not divide the {} query groups (kv heads)"
+            sizes.append((self.tensor, model.num_kv_heads, message))
+        for name, width in row_widths(model).items():
+            sizes.append((self.row_parallel_splits, width, f"row_parallel_splits {{}} does not divide {name} = {{}}"))
+        for divisor, number, message in sizes:
             if number % divisor:
                 raise ValueError(message.format(divisor, number))
-        if self.tensor * self.num_stages > 1 and (model.moe is not None or model.mla is not None):
-            what = "layers with experts" if model.moe is not None else "latent attention"
-            raise ValueError(
-                f"tensor_parallel_size {self.tensor}, {self.num_stages} pipeline stages: a model with {what} is "
-                "trained without model parallelism so far"
-            )
+        check_expert_ranks(model, "expert_parallel_size", self.expert, "tensor_parallel_size", self.tensor)
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,14 @@ def column_parallel_linear(
     return _ColumnParallelLinear.apply(x, weight, bias, group, num_parts, num_blocks)
 
 
-def shared_weight(weight: Tensor, num_parts: int, group: Group) -> Sequence[Tensor]:
-    """`num_parts` times the weight; its gradient is the tree_sum of the uses' gradients, of all ranks."""
-    return _SharedWeight.apply(weight, num_parts, group)
+def shared_by_parts(tensor: Tensor, num_parts: int, group: Group) -> Sequence[Tensor]:
+    """`num_parts` times the tensor, the same on all ranks; its gradient is the tree_sum of all uses' gradients."""
+    return _SharedByParts.apply(tensor, num_parts, group)
+
+
+def join_rows(rows: Tensor, group: Group) -> Tensor:
+    """What `kernels.moe_experts` asks for. No gradient: that is joined in the same way."""
+    return sum_disjoint(rows.contiguous(), group)
 
 
 def vocabulary_parallel_embedding(token_ids: Tensor, weight: Tensor, first_token: int, group: Group) -> Tensor:
@@ -55,7 +60,7 @@ def vocabulary_parallel_embedding(token_ids: Tensor, weight: Tensor, first_token
     if group is None:
         return embedding(token_ids, weight)
     rows = vocabulary_rows(token_ids, first_token, weight.shape[0])
-    own = torch.full((token_ids.shape[0], weight.shape[1]), -0.0, dtype=weight.dtype, device=weight.device)
+    own = torch.zeros(token_ids.shape[0], weight.shape[1], dtype=weight.dtype, device=weight.device)
     own = own.index_copy(0, rows, embedding(token_ids[rows] - first_token, weight))
     return _SumDisjoint.apply(own, group)
 
@@ -91,11 +96,11 @@ class _SumGradients(torch.autograd.Function):
         return sum_over_ranks(dy, ctx.group), None
 
 
-class _SharedWeight(torch.autograd.Function):
+class _SharedByParts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, num_parts, group):
+    def forward(ctx, tensor, num_parts, group):
         ctx.group = group
-        return tuple(weight.view_as(weight) for _ in range(num_parts))
+        return tuple(tensor.view_as(tensor) for _ in range(num_parts))
 
     @staticmethod
     def backward(ctx, *gradients):

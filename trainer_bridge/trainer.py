@@ -14,6 +14,7 @@ import torch.distributed as dist
 from lockstep.engine.checkpoint import fill_dummy, iterate_weights, save_hf
 from lockstep.engine.models.config import Head, ModelConfig, as_scalar_model, load_model_config
 from lockstep.engine.models.names import head_matrix_shapes
+from lockstep.engine.models.sharding import product_shapes
 from lockstep.engine.weights import checksum
 from lockstep.kernels import numerics
 from lockstep.trainer_bridge.checkpoint import load_tensors, read_common, save_checkpoint
@@ -46,6 +47,8 @@ class TrainerConfig:
     max_grad_norm: gradients of a larger 2-norm are scaled down to it; None leaves them.
     max_tokens_per_micro_batch: tokens of one forward pass in `logprobs`, and what callers give to `pack`.
     recompute: keep each layer's input only, and compute its activations again in the backward pass.
+    expert_parallel_size: of a model with experts: tensor_parallel_size, and those ranks share out the experts of each
+        layer, whole; or 1, and each holds all of them. It changes no bit.
     tensor_parallel_size, pipeline_parallel_size, virtual_pipeline_parallel_size: over how many ranks a layer's matrices
         and the layers are spread, and the model chunks of a rank. The ranks of the world that are left over are data
         parallel: they share out the micro-batches, and the optimizer's state.
@@ -78,6 +81,7 @@ class TrainerConfig:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     virtual_pipeline_parallel_size: int = 1
+    expert_parallel_size: int = 1
     row_parallel_splits: int = 1
     gradient_splits: int = 1
     rank_timeout_s: float = 600.0
@@ -109,6 +113,7 @@ class TrainerConfig:
             pipeline=self.pipeline_parallel_size,
             virtual_pipeline=self.virtual_pipeline_parallel_size,
             data=num_ranks // max(1, self.tensor_parallel_size * self.pipeline_parallel_size),
+            expert=self.expert_parallel_size,
             row_parallel_splits=self.row_parallel_splits,
             gradient_splits=self.gradient_splits,
         )
@@ -130,8 +135,9 @@ class MegatronTrainer:
         self.model_config = self._model_config()
         self.ranks = self._join_ranks()
         numerics.set_up(self.device)
-        head_shapes = head_matrix_shapes(self.model_config)
-        numerics.check_row_contract(self.device, self.dtype, self._matrix_shapes(), head_shapes)
+        sizes = self.ranks.sizes
+        shapes = product_shapes(self.model_config, sizes.shard(self.ranks.tensor.rank), sizes.row_parallel_splits)
+        numerics.check_row_contract(self.device, self.dtype, shapes, head_matrix_shapes(self.model_config))
         if config.head == "scalar":
             numerics.check_row_contract(self.device, torch.float32, {(1, self.model_config.hidden_size)})
         self.chunks = [
@@ -174,14 +180,6 @@ class MegatronTrainer:
         sizes = c.parallel_sizes(dist.get_world_size())
         sizes.check(self.model_config)
         return Ranks.of_this_process(sizes)
-
-    def _matrix_shapes(self) -> set[tuple[int, int]]:
-        """Of all products with a weight: each rank's, and of the parts of row-parallel ones."""
-        splits = self.ranks.sizes.row_parallel_splits // self.ranks.sizes.tensor
-        held = [p for p in self.local_layout() if len(p.shape) == 2]
-        whole = {p.local_shape for p in held if p.shard_dim != 1}
-        whole |= {p.local_shape[1:] for p in self.local_layout() if len(p.shape) == 3}  # the experts'
-        return whole | {(p.local_shape[0], p.local_shape[1] // splits) for p in held if p.shard_dim == 1}
 
     def _build_optimizer(self, chunk: LockstepGPTModel) -> MasterAdamW | NoOptimizer:
         c = self.config
@@ -358,7 +356,7 @@ class MegatronTrainer:
             return 0.0
         counted = []
         for parameter in self.local_layout():
-            if parameter.shard_dim is not None or self.ranks.tensor.rank == 0:
+            if parameter.shard.is_split or self.ranks.tensor.rank == 0:
                 optimizer, index = self._optimizer_place(parameter)
                 counted.append(optimizer.masters[index].grad)
         return gradient_norm(counted, self.ranks.world, self.device)
@@ -447,7 +445,7 @@ class MegatronTrainer:
     def _dummy_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for parameter in self.local_layout():
             dtype = self._parameters[parameter.name].dtype  # not always the trainer's: see the router's bias
-            whole = torch.empty(parameter.shape, dtype=dtype, device=self.device)
+            whole = torch.empty(parameter.shard.whole_shape, dtype=dtype, device=self.device)
             fill_dummy(parameter.name, whole, self.config.seed)
             yield parameter.name, whole
 

@@ -9,31 +9,9 @@ from itertools import product
 from math import prod
 
 from lockstep.engine.models.config import ModelConfig
-from lockstep.engine.models.sharding import Shard as TensorShard
-from lockstep.engine.models.sharding import parameter_shards
+from lockstep.engine.models.sharding import Box, ParameterShard, Piece, Shard, parameter_shards
 
-Box = tuple[tuple[int, int], ...]  # per dimension [start, stop)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A box of a whole parameter, and the box of a rank's tensor that holds it: equal sizes, the same order."""
-
-    whole: Box
-    local: Box
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What one rank holds of one parameter. `pieces` cover its tensor, and do not overlap."""
-
-    name: str
-    whole_shape: tuple[int, ...]
-    local_shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-
-
-Layout = Mapping[int, Sequence[Shard]]  # by rank
+Layout = Mapping[int, Sequence[ParameterShard]]  # by rank
 
 
 @dataclass(frozen=True)
@@ -51,25 +29,17 @@ class Transfer:
         return volume(self.source)
 
 
-def whole(name: str, shape: Sequence[int]) -> Shard:
+def whole(name: str, shape: Sequence[int]) -> ParameterShard:
     """The shard of a rank that holds the whole parameter."""
     box = tuple((0, size) for size in shape)
-    return Shard(name, tuple(shape), tuple(shape), (Piece(box, box),))
+    return ParameterShard(name, tuple(shape), tuple(shape), (Piece(box, box),))
 
 
-def engine_layout(model: ModelConfig, tp_size: int = 1, num_replicas: int = 1) -> Layout:
-    """What each rank of engines holds; replica r has the ranks from r * tp_size on."""
-    layout: dict[int, list[Shard]] = {}
+def engine_layout(model: ModelConfig, tp_size: int = 1, num_replicas: int = 1, ep_size: int = 1) -> Layout:
+    """What each rank of engines holds; replica r has the ranks from r * tp_size on. Sizes: see EngineConfig."""
+    layout: dict[int, list[ParameterShard]] = {}
     for rank in range(tp_size):
-        held = [
-            Shard(
-                held.name,
-                held.whole_shape,
-                held.local_shape,
-                tuple(Piece(_box(piece.whole), _box(piece.local)) for piece in held.pieces),
-            )
-            for held in parameter_shards(model, TensorShard(rank, tp_size))
-        ]
+        held = parameter_shards(model, Shard(rank, tp_size, ep_size))
         layout |= {replica * tp_size + rank: held for replica in range(num_replicas)}
     return layout
 
@@ -124,16 +94,8 @@ def volume(box: Box) -> int:
     return prod(stop - start for start, stop in box)
 
 
-def slices(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(start, stop) for start, stop in box)
-
-
-def _box(place: Sequence[slice]) -> Box:
-    return tuple((part.start, part.stop) for part in place)
-
-
-def _holders(sources: Layout) -> dict[str, list[tuple[int, Shard]]]:
-    holders: dict[str, list[tuple[int, Shard]]] = defaultdict(list)
+def _holders(sources: Layout) -> dict[str, list[tuple[int, ParameterShard]]]:
+    holders: dict[str, list[tuple[int, ParameterShard]]] = defaultdict(list)
     for rank, shards in sorted(sources.items()):
         for shard in shards:
             _check_shard(shard, rank)
@@ -147,12 +109,12 @@ def _holders(sources: Layout) -> dict[str, list[tuple[int, Shard]]]:
     return holders
 
 
-def _turned(held: Sequence[tuple[int, Shard]], turn: int) -> list[tuple[int, Shard]]:
+def _turned(held: Sequence[tuple[int, ParameterShard]], turn: int) -> list[tuple[int, ParameterShard]]:
     turn %= len(held)
     return [*held[turn:], *held[:turn]]
 
 
-def _fill(name: str, piece: Piece, target_rank: int, held: Iterable[tuple[int, Shard]]) -> list[Transfer]:
+def _fill(name: str, piece: Piece, target_rank: int, held: Iterable[tuple[int, ParameterShard]]) -> list[Transfer]:
     """Transfers for all of a target's piece, from the first holders that have its parts."""
     missing = [piece.whole]
     transfers = []
@@ -176,7 +138,7 @@ def _fill(name: str, piece: Piece, target_rank: int, held: Iterable[tuple[int, S
     return sorted(transfers, key=lambda transfer: transfer.target)
 
 
-def _check_shard(shard: Shard, rank: int) -> None:
+def _check_shard(shard: ParameterShard, rank: int) -> None:
     where = f"weight plan: rank {rank}'s shard of {shard.name}"
     for piece in shard.pieces:
         if [b - a for a, b in piece.whole] != [b - a for a, b in piece.local]:

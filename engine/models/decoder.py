@@ -9,7 +9,7 @@ from torch import nn
 
 from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.models.moe import routed_experts
-from lockstep.engine.models.sharding import Shard, part_of, shard_config
+from lockstep.engine.models.sharding import WHOLE, Shard, part_of, shard_config
 from lockstep.engine.rank_group import RankGroup
 from lockstep.kernels.attention import attention
 from lockstep.kernels.attention_plan import AttentionPlan
@@ -20,6 +20,7 @@ from lockstep.kernels.latent_cache import latent_store, new_latent_cache
 from lockstep.kernels.latent_projection import latent_outputs, latent_queries, latent_rows
 from lockstep.kernels.linear import linear
 from lockstep.kernels.linear_silu_mul import linear_silu_mul
+from lockstep.kernels.moe_experts import JoinRows
 from lockstep.kernels.qk_norm_rope_store import qk_norm_rope_store
 from lockstep.kernels.rms_norm import add_rms_norm, rms_norm
 from lockstep.kernels.rope import rope_cos_sin, rope_inv_freq
@@ -150,8 +151,9 @@ class _SelfAttention(nn.Module):
 class _LatentSelfAttention(nn.Module):
     """Multi-head latent attention. The cache holds a token's latent and rotated key, once for all heads."""
 
-    def __init__(self, config: ModelConfig, **factory: torch.device | torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, row_linear: RowLinear, **factory: torch.device | torch.dtype) -> None:
         super().__init__()
+        self.row_linear = row_linear
         self.mla = mla = config.mla
         self.num_heads = config.num_heads
         query_size = config.num_heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
@@ -202,7 +204,7 @@ class _LatentSelfAttention(nn.Module):
             for part_q, part in zip(q.split([part.num_rows for part in context.parts]), context.parts, strict=True)
         ]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return linear(latent_outputs(out, up_weight, mla.qk_nope_head_dim), self.linear_proj.weight)
+        return self.row_linear(latent_outputs(out, up_weight, mla.qk_nope_head_dim), self.linear_proj.weight, None)
 
 
 class _MLP(nn.Module):
@@ -226,21 +228,31 @@ class _Router(_Weights):
 
 
 class _Experts(nn.Module):
-    """All experts of a layer, in two tensors."""
+    """The experts of a layer that this rank holds, in two tensors."""
 
     def __init__(self, config: ModelConfig, **factory: torch.device | torch.dtype) -> None:
         super().__init__()
-        num_experts, ffn = config.moe.num_experts, config.moe.ffn_hidden_size
+        num_experts, ffn = len(config.moe.held), config.moe.ffn_hidden_size
         self.linear_fc1 = _Weights(num_experts, 2 * ffn, config.hidden_size, **factory)
         self.linear_fc2 = _Weights(num_experts, config.hidden_size, ffn, **factory)
 
 
 class _MoE(nn.Module):
-    """A token's experts, weighted, plus the shared experts' output where there are any."""
+    """A token's experts, weighted, plus the shared experts' output where there are any.
 
-    def __init__(self, config: ModelConfig, row_linear: RowLinear, **factory: torch.device | torch.dtype) -> None:
+    join_rows: see `moe_experts`; None for a rank that holds all experts.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        row_linear: RowLinear,
+        join_rows: JoinRows | None = None,
+        **factory: torch.device | torch.dtype,
+    ) -> None:
         super().__init__()
         self.config = config.moe
+        self.join_rows = join_rows
         self.router = _Router(config, **factory)
         self.experts = _Experts(config, **factory)
         self.shared_experts = None
@@ -255,7 +267,7 @@ class _MoE(nn.Module):
         )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        routed = routed_experts(hidden, self.config, *self._tensors)
+        routed = routed_experts(hidden, self.config, *self._tensors, self.join_rows)
         return routed if self.shared_experts is None else routed + self.shared_experts(hidden)
 
 
@@ -266,6 +278,7 @@ class _Layer(nn.Module):
         window: int | None,
         has_experts: bool,
         row_linear: RowLinear,
+        join_rows: JoinRows | None,
         **factory: torch.device | torch.dtype,
     ) -> None:
         super().__init__()
@@ -274,9 +287,11 @@ class _Layer(nn.Module):
         if config.mla is None:
             self.self_attention = _SelfAttention(config, window, row_linear, **factory)
         else:
-            self.self_attention = _LatentSelfAttention(config, **factory)
+            self.self_attention = _LatentSelfAttention(config, row_linear, **factory)
         self.pre_mlp_layernorm = _Weights(config.hidden_size, **factory)
-        self.mlp = (_MoE if has_experts else _MLP)(config, row_linear, **factory)
+        self.mlp = (
+            _MoE(config, row_linear, join_rows, **factory) if has_experts else _MLP(config, row_linear, **factory)
+        )
         self._norm_weights = (self.input_layernorm.weight, self.pre_mlp_layernorm.weight)
 
     def forward(
@@ -309,11 +324,17 @@ class _Embedding(nn.Module):
 
 
 class _Layers(nn.Module):
-    def __init__(self, config: ModelConfig, row_linear: RowLinear, **factory: torch.device | torch.dtype) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        row_linear: RowLinear,
+        join_rows: JoinRows | None,
+        **factory: torch.device | torch.dtype,
+    ) -> None:
         super().__init__()
         layers_with_experts = config.moe.layers if config.moe is not None else ()
         self.layers = nn.ModuleList(
-            _Layer(config, window, layer in layers_with_experts, row_linear, **factory)
+            _Layer(config, window, layer in layers_with_experts, row_linear, join_rows, **factory)
             for layer, window in enumerate(config.layer_windows)
         )
         self.final_layernorm = _Weights(config.hidden_size, **factory)
@@ -329,6 +350,7 @@ class Decoder(nn.Module):
     config is the whole model's. Where it runs on several ranks, this one holds its part (`sharding.parameter_shards`),
     of the sizes `local_config`, and every rank calls the same methods with the same arguments.
     row_parallel_splits: see `kernels.row_parallel_linear`; in all, over the ranks, which divide it.
+    share_experts: the ranks share out the experts of a layer, whole; else each holds all of them.
     """
 
     def __init__(
@@ -338,15 +360,17 @@ class Decoder(nn.Module):
         dtype: torch.dtype,
         row_parallel_splits: int = 1,
         ranks: RankGroup | None = None,
+        share_experts: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.ranks = ranks
-        self.shard = Shard() if ranks is None else Shard(ranks.rank, ranks.size)
+        self.shard = WHOLE if ranks is None else Shard(ranks.rank, ranks.size, ranks.size if share_experts else 1)
         self.local_config = shard_config(config, self.shard)
         factory = {"device": torch.device(device), "dtype": dtype}
         self.embedding = _Embedding(self.local_config, **factory)
-        self.decoder = _Layers(self.local_config, _row_linear(row_parallel_splits, ranks), **factory)
+        join_rows = ranks.sum_disjoint if self.shard.expert_ranks > 1 else None
+        self.decoder = _Layers(self.local_config, _row_linear(row_parallel_splits, ranks), join_rows, **factory)
         output_rows = 1 if config.head == "scalar" else self.local_config.vocab_size
         self.output_layer = None if config.tie_word_embeddings else _Weights(output_rows, config.hidden_size, **factory)
         inv_freq, attention_factor = rope_inv_freq(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from lockstep.kernels.linear import linear
-from lockstep.kernels.moe_experts import moe_experts
+from lockstep.kernels.moe_experts import JoinRows, moe_experts
 from lockstep.kernels.route_tokens import GroupScore, Scoring, route_tokens
 
 
@@ -18,6 +18,7 @@ class MoEConfig:
     shared_ffn_hidden_size: of the MLP that every token passes beside its experts; None where there is none.
     has_expert_bias:        whether a bias takes part in the choice of experts. It is no weight: nothing trains it.
     fp32_logits:            the router's product is computed in fp32, else in the model's dtype.
+    held_experts:           (first, end) of those whose weights this rank holds; None: all. The router is always whole.
     """
 
     layers: tuple[int, ...]
@@ -33,6 +34,11 @@ class MoEConfig:
     normalize_weights: bool = False
     weight_scale: float = 1.0
     fp32_logits: bool = False
+    held_experts: tuple[int, int] | None = None
+
+    @property
+    def held(self) -> range:
+        return range(*(self.held_experts or (0, self.num_experts)))
 
     @property
     def has_shared_experts(self) -> bool:
@@ -46,10 +52,12 @@ def routed_experts(
     expert_bias: torch.Tensor | None,
     fc1_weight: torch.Tensor,
     fc2_weight: torch.Tensor,
+    join_rows: JoinRows | None = None,
 ) -> torch.Tensor:
     """x[T, H] -> [T, H]: each token through its experts, without the shared ones. Differentiable.
 
-    router_weight [E, H]; expert_bias fp32 [E] | None; fc1_weight [E, 2F, H]; fc2_weight [E, H, F].
+    router_weight [E, H]; expert_bias fp32 [E] | None; fc1_weight [L, 2F, H] and fc2_weight [L, H, F] of the L experts
+    that this rank holds. join_rows: see `moe_experts`; None where that is all of them.
     """
     # A load-balancing loss would be computed from these logits and the expert ids, in the trainer alone.
     logits = linear(x.float(), router_weight.float()) if moe.fp32_logits else linear(x, router_weight)
@@ -64,4 +72,4 @@ def routed_experts(
         normalize=moe.normalize_weights,
         scale=moe.weight_scale,
     )
-    return moe_experts(x, expert_ids, expert_weights, fc1_weight, fc2_weight)
+    return moe_experts(x, expert_ids, expert_weights, fc1_weight, fc2_weight, moe.held.start, join_rows)

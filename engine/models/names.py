@@ -57,6 +57,7 @@ def dimensions(config: ModelConfig) -> dict[str, int]:
     }
     if config.moe is not None:
         sizes["experts"] = config.moe.num_experts
+        sizes["held_experts"] = len(config.moe.held)
         sizes["expert_ffn"] = config.moe.ffn_hidden_size
         sizes["expert_gate_up"] = 2 * config.moe.ffn_hidden_size
         sizes["shared_ffn"] = config.moe.shared_ffn_hidden_size or 0
@@ -106,7 +107,7 @@ def expand(config: ModelConfig) -> list[Entry]:
             hf_shapes = ((rows, *rest),)
         hf_names = tuple(name.replace("{i}", layer) for name in rule.hf)
         if of_experts:
-            hf_names = tuple(name.replace("{e}", str(e)) for e in range(shape[0]) for name in hf_names)
+            hf_names = tuple(name.replace("{e}", str(e)) for e in config.moe.held for name in hf_names)
             hf_shapes *= shape[0]
         entries.append(
             Entry(
@@ -188,6 +189,7 @@ def format_table(entries: Sequence[Entry]) -> str:
     lines = []
     for entry in entries:
         sharded = "whole" if entry.shard_dim is None else f"dim {entry.shard_dim}"
+        sharded = sharded if entry.expert_dim is None else "experts"
         shape = "x".join(map(str, entry.shape))
         lines.append(f"{entry.megatron}  [{shape}]  {sharded}  {entry.kind}  {' '.join(entry.hf_names)}")
     return "\n".join(lines)

@@ -131,7 +131,6 @@ class EngineActor:
         launch.set_up_process(seed, num_threads)
         self.engine = Engine(config)
         self._update: WeightUpdate | None = None
-        self._wholes: dict[str, torch.Tensor] | None = None
         self._meeting: str | None = None
         self._transport: WeightTransport | None = None
 
@@ -155,8 +154,7 @@ class EngineActor:
             if self._meeting != meeting.name:
                 self._transport = meeting.engine_end(number, torch.device(self.engine.config.device))
                 self._meeting = meeting.name
-            has_ranks = self.engine.config.tp_size > 1
-            self._update = self._whole_update(version) if has_ranks else self.engine.begin_update(version)
+            self._update = self.engine.begin_update(version)
             arrived = self._transport.receive(self._update)
             self._update.check_complete()
             return arrived
@@ -168,21 +166,9 @@ class EngineActor:
 
         def flip() -> dict[str, Any]:
             update, self._update = self._update, None
-            if self.engine.config.tp_size > 1:
-                return self.engine.update_weights(update.tensors.items(), update.version, inflight)
             return self.engine.commit_update(update, inflight)
 
         return self._run(flip)
-
-    def _whole_update(self, version: int) -> WeightUpdate:
-        """Room in host memory, from where the engine deals the parameters out to its ranks."""
-        if self._wholes is None:
-            pin = self.engine.config.device.startswith("cuda")
-            self._wholes = {
-                name: torch.empty(whole.shape, dtype=whole.dtype, pin_memory=pin)
-                for name, whole in self.engine.rank_weights.wholes.items()
-            }
-        return WeightUpdate(version, self._wholes, self._wholes)
 
     def sleep(self) -> None:
         self._run(self.engine.sleep)

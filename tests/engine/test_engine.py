@@ -229,7 +229,7 @@ BAD_CONFIGS = {
     "max_model_len": ({"max_model_len": 10**6}, "max_position_embeddings"),
     "kv_cache_tokens": ({"kv_cache_tokens": 3}, "less than a page"),
     "tp_size": ({"tp_size": 2}, "tp_size"),
-    "ep_size": ({"ep_size": 2}, "ep_size: this version does not split experts"),
+    "ep_size": ({"ep_size": 2}, r"ep_size=2 must be 1 .* or tp_size=1 \(they share them\)"),
     "row_parallel_splits": ({"row_parallel_splits": 3}, "power of two, got 3"),
     "rank_timeout_s": ({"rank_timeout_s": 0}, "rank_timeout_s must be positive"),
     "draft_model": ({"draft_model": "x"}, "does not speculate"),

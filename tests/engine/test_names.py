@@ -129,8 +129,8 @@ def test_experts_are_stacked_by_index():
     fc1 = entry_named(config, "decoder.layers.1.mlp.experts.linear_fc1.weight")
     fc2 = entry_named(config, "decoder.layers.1.mlp.experts.linear_fc2.weight")
     assert fc1.hf_names[2:4] == tuple(f"model.layers.1.mlp.experts.1.{part}_proj.weight" for part in ("gate", "up"))
-    assert (fc1.shape, fc1.expert_dim, fc1.shard_dim) == ((3, 64, 64), 0, 1)
-    assert (fc2.shape, fc2.expert_dim, fc2.shard_dim) == ((3, 64, 32), 0, 2)
+    assert (fc1.shape, fc1.expert_dim, fc1.shard_dim) == ((3, 64, 64), 0, None)
+    assert (fc2.shape, fc2.expert_dim, fc2.shard_dim) == ((3, 64, 32), 0, None)
     merged = to_megatron(fc1, [torch.full((32, 64), float(index)) for index in range(6)])
     assert merged[:, ::32, 0].tolist() == [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]
     assert merged[:, 31::32, 63].tolist() == [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]

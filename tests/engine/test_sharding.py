@@ -4,13 +4,23 @@ import threading
 
 import pytest
 import torch
-from models import make_hf_model, tiny_config
+from models import EXPERTS, make_hf_model, tiny_config
+from safetensors.torch import save_file
 
 from lockstep.engine import weights
 from lockstep.engine.checkpoint import initialize_dummy, iterate_weights
 from lockstep.engine.models.config import load_model_config, parse_model_config
 from lockstep.engine.models.decoder import Decoder
-from lockstep.engine.models.sharding import Shard, check_divides, parameter_shards, part_of, shard_config
+from lockstep.engine.models.names import expand
+from lockstep.engine.models.sharding import (
+    Shard,
+    check_divides,
+    check_expert_ranks,
+    parameter_shards,
+    part_of,
+    shard_config,
+    slices,
+)
 from lockstep.engine.rank_group import RankGroup, RankGroupError
 from lockstep.engine.rank_weights import RankWeights
 from lockstep.kernels.linear import linear
@@ -50,30 +60,52 @@ def on_threads(size: int, function, directory, timeout_s: float = 20.0) -> list:
     return results
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_the_pieces_of_all_ranks_cover_every_element_once(size):
-    config = config_of()
-    wholes = whole_weights(config)
-    for name in wholes:
-        held = [{s.name: s for s in parameter_shards(config, Shard(rank, size))}[name] for rank in range(size)]
-        counts = torch.zeros(held[0].whole_shape)
+MODELS = {
+    "llama": ("llama", BIASED),
+    "qwen3_moe": ("qwen3_moe", {"num_key_value_heads": 4, "num_experts": 8, "num_hidden_layers": 2}),
+    "deepseek_v3": ("deepseek_v3", {**EXPERTS, "num_hidden_layers": 2}),
+}
+
+
+@pytest.mark.parametrize(("size", "expert_ranks"), [(1, 1), (2, 1), (2, 2), (4, 4)])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_pieces_of_all_ranks_cover_every_element_once(name, size, expert_ranks):
+    family, overrides = MODELS[name]
+    config = parse_model_config({**tiny_config(family, **overrides).to_dict(), "model_type": family})
+    ranks = [parameter_shards(config, Shard(rank, size, expert_ranks)) for rank in range(size)]
+    for entry, *held in zip(expand(config), *ranks, strict=True):
+        counts = torch.zeros(entry.shape)
         for shard in held:
+            assert (shard.name, shard.whole_shape) == (entry.megatron, entry.shape)
             local = torch.zeros(shard.local_shape)
             for piece in shard.pieces:
-                counts[piece.whole] += 1
-                local[piece.local] += 1
+                counts[slices(piece.whole)] += 1
+                local[slices(piece.local)] += 1
             assert (local == 1).all()
         assert (counts == (1 if held[0].is_split else size)).all()
-        assert held[0].is_split == (size > 1 and held[0].entry.shard_dim is not None)
+        is_shared_out = expert_ranks > 1 if entry.expert_dim == 0 else entry.shard_dim is not None
+        assert held[0].is_split == (size > 1 and is_shared_out)
 
 
-def test_a_rank_reads_from_files_what_the_pieces_say(tmp_path):
-    make_hf_model(tmp_path, "qwen3", seed=1, attention_bias=True)
+@pytest.mark.parametrize("stacked", [False, True])  # transformers' names for experts in files, or in memory
+@pytest.mark.parametrize(
+    ("family", "overrides", "expert_ranks"),
+    [
+        ("qwen3", {"attention_bias": True}, 1),
+        ("qwen3_moe", {}, 1),
+        ("qwen3_moe", {}, 2),
+        ("deepseek_v3", EXPERTS, 2),
+    ],
+)
+def test_a_rank_reads_from_files_what_the_pieces_say(tmp_path, family, overrides, expert_ranks, stacked):
+    model = make_hf_model(tmp_path, family, seed=1, **overrides)
+    if stacked:
+        save_file(dict(model.state_dict()), tmp_path / "model.safetensors", metadata={"format": "pt"})
     config = load_model_config(tmp_path)
     wholes = dict(iterate_weights(tmp_path, config))
     for rank in range(2):
-        shard = Shard(rank, 2)
-        model = Decoder(config, "cpu", torch.float32, 2, RankGroup(rank, 2))
+        shard = Shard(rank, 2, expert_ranks)
+        model = Decoder(config, "cpu", torch.float32, 2, RankGroup(rank, 2), expert_ranks > 1)
         assert {n: p.shape for n, p in model.named_parameters()} == {
             s.name: torch.Size(s.local_shape) for s in parameter_shards(config, shard)
         }
@@ -82,8 +114,10 @@ def test_a_rank_reads_from_files_what_the_pieces_say(tmp_path):
             expected = torch.empty(held.local_shape)
             held.copy_from_whole(expected, wholes[held.name])
             assert torch.equal(read[held.name], expected), held.name
-            assert held.name != "decoder.layers.0.mlp.linear_fc1.weight" or torch.equal(
-                read[held.name], wholes[held.name].view(2, 2, 48, 64)[:, rank].reshape(96, 64)
+            assert (
+                family != "qwen3"
+                or held.name != "decoder.layers.0.mlp.linear_fc1.weight"
+                or torch.equal(read[held.name], wholes[held.name].view(2, 2, 48, 64)[:, rank].reshape(96, 64))
             )
 
 
@@ -115,6 +149,22 @@ def test_dummy_weights_are_parts_of_the_whole_ones():
 def test_what_cannot_be_shared_out_is_refused_by_name(overrides, tp_size, splits, message):
     with pytest.raises(ValueError, match=message):
         check_divides(config_of(**overrides), tp_size, splits)
+
+
+@pytest.mark.parametrize(
+    ("expert_ranks", "tp_size", "overrides", "message"),
+    [
+        (2, 1, {}, r"ep_size=2 must be 1 \(every rank holds all experts\) or tp_size=1"),
+        (2, 4, {}, "ep_size=2 must be 1 .* or tp_size=4"),
+        (4, 4, {"num_experts": 6}, "ep_size=4 does not divide the model's 6 experts"),
+    ],
+)
+def test_ranks_that_cannot_share_the_experts_are_refused_by_name(expert_ranks, tp_size, overrides, message):
+    config = parse_model_config(tiny_config("qwen3_moe", **overrides).to_dict())
+    with pytest.raises(ValueError, match=message):
+        check_expert_ranks(config, "ep_size", expert_ranks, "tp_size", tp_size)
+    with pytest.raises(ValueError, match="ep_size=2 does not divide the model's 0 experts"):
+        check_expert_ranks(config_of(), "ep_size", 2, "tp_size", 2)
 
 
 def test_an_odd_vocabulary_leaves_the_last_rank_less():

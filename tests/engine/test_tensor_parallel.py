@@ -16,8 +16,9 @@ from lockstep.engine.workers import RankError
 
 VOCAB = 131  # odd: the last rank holds less of it
 MODELS = {
-    # Windows, a tied head, norms of queries and keys, biases.
-    "qwen3": {
+    # Windows, a tied head, norms of queries and keys, biases; in every other layer experts, which the ranks share out.
+    "qwen3_moe": {
+        "decoder_sparse_step": 2,
         "tie": True,
         "attention_bias": True,
         "use_sliding_window": True,
@@ -27,6 +28,7 @@ MODELS = {
     # Every bias, a head of its own, and parts of linear_fc2 that are no whole words of the content hash.
     "llama": {"attention_bias": True, "mlp_bias": True, "intermediate_size": 90},
 }
+EP_SIZES = {"qwen3_moe": 2, "llama": 1}
 TIGHT = {
     "page_size": 4,
     "kv_cache_tokens": 80,
@@ -78,7 +80,7 @@ def test_two_ranks_give_the_bits_of_one(tmp_path, family):
     for seed in (1, 2):
         make_hf_model(tmp_path / str(seed), family, seed=seed, **MODELS[family])
     one, other = (engine_of(tmp_path / str(seed), row_parallel_splits=2) for seed in (1, 2))
-    two = engine_of(tmp_path / "1", row_parallel_splits=2, tp_size=2, **TIGHT)
+    two = engine_of(tmp_path / "1", row_parallel_splits=2, tp_size=2, ep_size=EP_SIZES[family], **TIGHT)
     (worker,) = two.workers.pids
     sequences = [[3, 4, 5] * 9, [8], [9, 1]]
 
@@ -102,6 +104,22 @@ def test_two_ranks_give_the_bits_of_one(tmp_path, family):
     two.overlaps = True  # tokens reach the next step on the device alone, and other ranks by the group
     assert outputs(two, with_edits=False) == outputs(other, with_edits=False)
     assert two.score(sequences) == other.score(sequences)
+    two.overlaps = False
+
+    staged = two.begin_update(version=2)
+    for name, tensor in one.weight_targets.items():
+        staged.tensors[name].copy_(tensor)
+        if name != "decoder.final_layernorm.weight":
+            staged.received(name, tensor.numel())
+    with pytest.raises(ValueError, match=r"64 elements of decoder.final_layernorm.weight are missing"):
+        two.commit_update(staged)
+    assert two.checksum() == other.checksum()
+    staged.received("decoder.final_layernorm.weight", 64)
+    two.sleep()
+    assert two.commit_update(staged)["checksum"] == one.checksum()
+    two.end_updates()
+    two.wake()
+    assert outputs(two) == before
 
     two.shutdown()
     assert has_ended(worker, within_s=0.0)

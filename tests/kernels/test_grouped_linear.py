@@ -82,6 +82,21 @@ def test_weight_gradient(case):
         assert torch.equal(_weight_gradient_triton(dy, x, offsets), weight.grad)
 
 
+def test_groups_need_not_take_all_rows():
+    """As on a rank that holds some of the experts."""
+    x, dy, weight = _integers(70, 100), _integers(70, 40, seed=2), _integers(5, 40, 100, seed=1)
+    offsets = _offsets([7, 20, 0, 33, 10])
+    products = [grouped_linear] if torch.cuda.is_available() else [grouped_linear, _grouped_linear_triton]
+    gradients = (
+        [grouped_weight_gradient] if torch.cuda.is_available() else [grouped_weight_gradient, _weight_gradient_triton]
+    )
+    for product in products:
+        own = product(x, weight[1:4].clone(), offsets[1:5])
+        assert torch.equal(own[7:60], grouped_linear_reference(x, weight, offsets)[7:60])
+    for gradient in gradients:
+        assert torch.equal(gradient(dy, x, offsets[1:5]), gradient(dy, x, offsets)[1:4])
+
+
 def test_only_float32_on_the_cpu():
     with pytest.raises(ValueError, match="bfloat16"):
         grouped_linear(torch.ones(2, 8).bfloat16(), torch.ones(1, 4, 8).bfloat16(), _offsets([2]))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lockstep.kernels.grouped_linear import grouped_linear
 from lockstep.kernels.linear import linear
 from lockstep.kernels.linear_silu_mul import linear_silu_mul
 from lockstep.kernels.moe_experts import _weighted_sum, _weighted_sum_triton, moe_experts, moe_experts_reference
@@ -73,6 +74,49 @@ def test_neighbours_change_no_bit_of_a_token_or_of_its_gradient():
     for rows in (torch.tensor([31]), torch.arange(17, 40), torch.arange(59, -1, -2)):
         for alone, all_of_them in zip(run(rows), together, strict=True):
             assert torch.equal(alone, all_of_them[rows])
+
+
+@pytest.mark.parametrize("sizes", [(37, 6, 2), (5, 16, 3), (20, 4, 4)])
+def test_ranks_that_share_the_experts_have_the_bits_of_one(sizes, monkeypatch):
+    def poisoned(x, weight, offsets):
+        """As on a GPU: rows of other ranks' experts hold anything."""
+        y = grouped_linear(x, weight, offsets)
+        y[: offsets[0]] = y[offsets[-1] :] = torch.nan
+        return y
+
+    monkeypatch.setattr("lockstep.kernels.moe_experts.grouped_linear", poisoned)
+    x, ids, weights, fc1, fc2 = _inputs(*sizes)
+    dout = _random(len(x), HIDDEN, seed=7)
+
+    def run(rank, num_ranks, join_rows):
+        size = len(fc1) // num_ranks
+        first = rank * size
+        held = [w[first : first + size].clone() for w in (fc1, fc2)]
+        inferred = moe_experts(x, ids, weights, *held, first, join_rows)
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, weights, *held)]
+        out = moe_experts(leaves[0], ids, *leaves[1:], first, join_rows)
+        assert torch.equal(out.detach(), inferred)
+        out.backward(dout)
+        return [out.detach(), *[leaf.grad for leaf in leaves]]
+
+    def own_rows(rank):
+        """What a rank has to join, in the order of the calls."""
+        given = []
+        run(rank, 2, lambda rows: given.append(rows.clone()) or rows)
+        return given
+
+    expected = run(0, 1, None)
+    by_rank = [own_rows(rank) for rank in range(2)]
+    assert all(((a != 0) & (b != 0)).sum() == 0 for a, b in zip(*by_rank, strict=True))
+    joined = [a.view(torch.uint8) + b.view(torch.uint8) for a, b in zip(*by_rank, strict=True)]
+    ranks = []
+    for rank in range(2):
+        answers = iter(joined)
+        ranks.append(run(rank, 2, lambda rows, answers=answers: next(answers).view(rows.dtype)))
+    for rank in ranks:  # the output and the gradients of tokens and of routing
+        assert all(map(torch.equal, rank[:3], expected[:3]))
+    for own, others, want in zip(ranks[0][3:], ranks[1][3:], expected[3:], strict=True):
+        assert torch.equal(torch.cat([own, others]), want)
 
 
 def test_gradients_are_left_out_where_nobody_asks():

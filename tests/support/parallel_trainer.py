@@ -5,6 +5,7 @@ import functools
 import torch
 
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
+from lockstep.trainer_bridge.layout import local_parts
 from lockstep.trainer_bridge.losses import grpo_loss
 from lockstep.trainer_bridge.packing import TrainSequence, pack
 
@@ -15,19 +16,21 @@ SPLITS = {"row_parallel_splits": 2, "gradient_splits": 4}
 LOSS = functools.partial(grpo_loss, kl_coefficient=0.1)
 
 
-def new_trainer(model_dir, **options):
+def trainer_config(model_dir, **options):
     # A small bound on the gradient norm, so that it takes part in every update.
-    return MegatronTrainer(
-        TrainerConfig(
-            model=str(model_dir),
-            learning_rate=1e-2,
-            weight_decay=0.1,
-            max_grad_norm=0.1,
-            max_tokens_per_micro_batch=48,
-            rank_timeout_s=120,
-            **{**SPLITS, **options},
-        )
+    return TrainerConfig(
+        model=str(model_dir),
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        max_grad_norm=0.1,
+        max_tokens_per_micro_batch=48,
+        rank_timeout_s=120,
+        **{**SPLITS, **options},
     )
+
+
+def new_trainer(model_dir, **options):
+    return MegatronTrainer(trainer_config(model_dir, **options))
 
 
 def sequences(seed=0):
@@ -59,9 +62,11 @@ def exercise(model_dir, folder, options, other_checkpoint):
     seen["weights"] = {name: tensor.clone() for name, tensor in trainer.whole_weights()}
     seen["state_hash"] = trainer._state_hash()
     trainer.export_hf(folder / "export")
-    held = {p.name: p for p in trainer.local_layout()}
     seen["local"] = [
-        (name, torch.equal(held[name].take(seen["weights"][name]), tensor)) for name, tensor in trainer.named_weights()
+        (name, torch.equal(part, tensor))
+        for (name, tensor), (_, part) in zip(
+            trainer.named_weights(), local_parts(trainer.local_layout(), seen["weights"].items()), strict=True
+        )
     ]
 
     # Another trainer of this layout goes on from a checkpoint of another layout: it repeats the second step.

@@ -5,16 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 from layouts import local_tensors
-from models import tiny_config
+from models import EXPERTS, tiny_config
 
 from lockstep.engine.models.config import parse_model_config
 from lockstep.engine.models.names import expand, to_megatron
-from lockstep.trainer_bridge.layout import local_layout, trainer_layout
+from lockstep.engine.models.sharding import slices
+from lockstep.trainer_bridge.layout import local_layout, local_parts, trainer_layout
 from lockstep.trainer_bridge.parallel import ParallelSizes
-from lockstep.trainer_bridge.weight_plan import engine_layout, plan_transfers, slices
+from lockstep.trainer_bridge.weight_plan import engine_layout, plan_transfers
 
 
 def model_config(family="qwen3", **options):
+    options = {**(EXPERTS if family.startswith("deepseek") else {}), **options}
     options = {"vocab_size": 132, "num_hidden_layers": 4, "num_key_value_heads": 4, **options}
     return parse_model_config({**tiny_config(family, **options).to_dict(), "model_type": family})
 
@@ -24,22 +26,31 @@ SIZES = [
     ParallelSizes(tensor=2, row_parallel_splits=2),
     ParallelSizes(pipeline=2, virtual_pipeline=2),
     ParallelSizes(tensor=4, pipeline=2, data=2, row_parallel_splits=4, gradient_splits=2),
+    ParallelSizes(tensor=2, expert=2, pipeline=2, row_parallel_splits=2),
 ]
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("tied", [False, True])
-def test_every_element_is_held_once_per_data_parallel_rank(sizes, tied):
-    model = model_config(tie_word_embeddings=tied, attention_bias=True)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen3_moe", {"attention_bias": True, "num_experts": 4}),
+        ("qwen3_moe", {"decoder_sparse_step": 2, "tie_word_embeddings": True, "num_experts": 4}),
+        ("deepseek_v3", {}),
+    ],
+)
+def test_every_element_is_held_once_per_data_parallel_rank(sizes, family, options):
+    model = model_config(family, **options)
     counts = {entry.megatron: torch.zeros(entry.shape, dtype=torch.int64) for entry in expand(model)}
     for rank in range(sizes.tensor * sizes.data * sizes.pipeline):
         tensor_rank, data_rank, _ = sizes.coordinates(rank)
         for parameter in local_layout(model, sizes, rank):
-            assert parameter.shape == tuple(counts[parameter.name].shape)
-            once = torch.zeros(parameter.shape, dtype=torch.int64)
-            parameter.put(torch.ones(parameter.local_shape, dtype=torch.int64), once)
-            assert once.sum() == torch.Size(parameter.local_shape).numel()
-            if data_rank == 0 and (parameter.shard_dim is not None or tensor_rank == 0):
+            shard = parameter.shard
+            assert shard.whole_shape == tuple(counts[parameter.name].shape)
+            once = torch.zeros(shard.whole_shape, dtype=torch.int64)
+            shard.copy_to_whole(once, torch.ones(shard.local_shape, dtype=torch.int64))
+            assert once.sum() == torch.Size(shard.local_shape).numel()
+            if data_rank == 0 and (shard.is_split or tensor_rank == 0):
                 counts[parameter.name] += once
     assert all((count == 1).all() for count in counts.values())
 
@@ -54,12 +65,14 @@ def test_a_rank_holds_its_query_groups_and_its_gates_and_ups():
         hf = [torch.randn(shape) for shape in entries[name].hf_shapes]
         whole = to_megatron(entries[name], hf)
         for rank in (0, 1):
-            (parameter,) = (p for p in local_layout(model, sizes, rank) if p.name == name)
             expected = to_megatron(half_entries[name], [tensor.chunk(2)[rank] for tensor in hf])
-            assert torch.equal(parameter.take(whole), expected)
+            layout = [p for p in local_layout(model, sizes, rank) if p.name == name]
+            ((parameter, part),) = local_parts(layout, [(name, whole)])
+            assert torch.equal(part, expected)
             again = torch.zeros_like(whole)
-            parameter.put(expected, again)
-            assert torch.equal(parameter.take(again), expected)
+            parameter.shard.copy_to_whole(again, expected)
+            ((_, part),) = local_parts(layout, [(name, again)])
+            assert torch.equal(part, expected)
 
 
 def test_layers_are_numbered_from_0_in_each_stage():
@@ -79,11 +92,27 @@ def test_layers_are_numbered_from_0_in_each_stage():
         ({"pipeline": 0}, {}, "pipeline_parallel_size must be at least 1, got 0"),
         ({"tensor": 4, "row_parallel_splits": 4}, {"num_key_value_heads": 2}, "4 does not divide the 2 query groups"),
         ({"tensor": 2, "row_parallel_splits": 2}, {"vocab_size": 131}, "2 does not divide the vocabulary of 131"),
-        ({"row_parallel_splits": 64}, {}, "row_parallel_splits 64 does not divide the ffn size 96"),
+        ({"row_parallel_splits": 64}, {}, "row_parallel_splits 64 does not divide intermediate_size = 96"),
         ({"pipeline": 2, "virtual_pipeline": 4}, {}, "= 8 does not divide the 4 layers"),
         ({"virtual_pipeline": 2}, {}, "virtual_pipeline_parallel_size needs pipeline_parallel_size"),
         ({"data": 2}, {}, "data-parallel size 2 does not divide gradient_splits 1"),
         ({"data": 3, "gradient_splits": 4}, {}, "data-parallel size 3 does not divide gradient_splits 4"),
+        (
+            {"tensor": 2, "row_parallel_splits": 2, "expert": 2},
+            {},
+            "expert_parallel_size=2 does not divide .* 0 experts",
+        ),
+        ({"expert": 2}, {"family": "qwen3_moe"}, "expert_parallel_size=2 must be 1 .* or tensor_parallel_size=1"),
+        (
+            {"tensor": 4, "row_parallel_splits": 4, "expert": 4},
+            {"family": "qwen3_moe"},
+            "expert_parallel_size=4 does not divide the model's 6 experts",
+        ),
+        (
+            {"row_parallel_splits": 32},
+            {"family": "deepseek_v3"},
+            r"does not divide num_attention_heads \* v_head_dim = 80",
+        ),
     ],
 )
 def test_impossible_sizes_are_named(sizes, options, message):
@@ -94,17 +123,19 @@ def test_impossible_sizes_are_named(sizes, options, message):
 TRAINERS = {
     "TP1": ParallelSizes(),
     "TP2": ParallelSizes(tensor=2, row_parallel_splits=2),
+    "EP2": ParallelSizes(tensor=2, expert=2, row_parallel_splits=2),
     "PP2": ParallelSizes(pipeline=2),
     "TP2 x PP2 x DP2": ParallelSizes(tensor=2, pipeline=2, data=2, row_parallel_splits=2, gradient_splits=2),
     "PP2, 2 chunks": ParallelSizes(pipeline=2, virtual_pipeline=2),
 }
-ENGINES = {"TP1": (1, 1), "TP2": (2, 1), "2 replicas": (1, 2), "2 replicas of TP2": (2, 2)}
+# Ranks, replicas, ranks that share out the experts.
+ENGINES = {"TP1": (1, 1), "TP2": (2, 1), "EP2": (2, 1, 2), "2 replicas": (1, 2), "2 replicas of TP2": (2, 2)}
 
 
 @pytest.mark.parametrize("engines", ENGINES)
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_plan_brings_every_engine_tensor_to_its_bits(trainer, engines):
-    model = model_config("qwen2")
+    model = model_config("qwen3_moe", attention_bias=True, decoder_sparse_step=2)
     sources, targets = trainer_layout(model, TRAINERS[trainer]), engine_layout(model, *ENGINES[engines])
     generator = torch.Generator().manual_seed(1)
     values = {entry.megatron: torch.randn(entry.shape, generator=generator) for entry in expand(model)}

@@ -4,22 +4,25 @@ import functools
 
 import pytest
 import torch
-from models import make_hf_model
+from models import EXPERTS, make_hf_model
 from parallel_trainer import LOSS, batches, exercise, new_trainer, sequences
 from ranks import run_ranks
 
 from lockstep.engine.checkpoint import iterate_weights
 
 TENSOR, PIPELINE, VIRTUAL = "tensor_parallel_size", "pipeline_parallel_size", "virtual_pipeline_parallel_size"
+EXPERT = "expert_parallel_size"
+# Dense layers and ones with experts; biases, and norms of queries and keys.
+SPARSE = ("qwen3_moe", {"attention_bias": True, "decoder_sparse_step": 2})
 LAYOUTS = {
-    "TP2": ("qwen2", {}, 2, {TENSOR: 2}),
+    "TP2, all experts on each rank": (*SPARSE, 2, {TENSOR: 2}),
     "PP2, tied": ("llama", {"tie": True, "attention_bias": True, "mlp_bias": True}, 2, {PIPELINE: 2}),
     "DP2": ("llama", {"tie": True, "attention_bias": True, "mlp_bias": True}, 2, {}),
-    "TP2 x PP2 x VPP2, tied": (
-        "qwen3",
-        {"tie": True, "attention_bias": True},
+    "TP2 = EP2 x PP2 x VPP2, tied": (
+        "deepseek_v3",
+        {"tie": True, **EXPERTS},
         4,
-        {TENSOR: 2, PIPELINE: 2, VIRTUAL: 2, "recompute": True},
+        {TENSOR: 2, EXPERT: 2, PIPELINE: 2, VIRTUAL: 2, "recompute": True},
     ),
 }
 
@@ -64,7 +67,7 @@ def test_a_layout_has_the_bits_of_one_rank(layout, one_rank, tmp_path):
 
 def test_splits_change_bits(one_rank):
     """What the equalities above would not notice: that the splits do nothing."""
-    model_dir, _, expected = one_rank("qwen2", {})
+    model_dir, _, expected = one_rank(*SPARSE)
     assert new_trainer(model_dir, row_parallel_splits=1).logprobs(sequences(), 0.7) != expected["first"]
     other_runs = new_trainer(model_dir, gradient_splits=1)
     other_runs.step(batches(other_runs, 0), LOSS)

@@ -6,7 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lockstep.trainer_bridge.weight_plan import Piece, Shard, format_plan, plan_transfers, slices, whole
+from lockstep.engine.models.sharding import ParameterShard, Piece, slices
+from lockstep.trainer_bridge.weight_plan import format_plan, plan_transfers, whole
 
 
 def _cut(shape, dim, parts, index):
@@ -21,7 +22,7 @@ def _cut(shape, dim, parts, index):
 
 def _shard(name, shape, dim, parts, index):
     box, local, local_shape = _cut(shape, dim, parts, index)
-    return Shard(name, shape, local_shape, (Piece(box, local),))
+    return ParameterShard(name, shape, local_shape, (Piece(box, local),))
 
 
 def _halves_shard(name, shape, parts, index):
@@ -34,7 +35,7 @@ def _halves_shard(name, shape, parts, index):
         )
         for h in range(2)
     )
-    return Shard(name, shape, (2 * width, shape[1]), pieces)
+    return ParameterShard(name, shape, (2 * width, shape[1]), pieces)
 
 
 SHAPES = {"rows": (16, 6), "columns": (6, 16), "halves": (32, 4), "norm": (5,)}
@@ -117,7 +118,7 @@ def _random_layout(rng, shape):
     for rank, (start, stop) in enumerate(ranges):
         whole_box = tuple((start, stop) if d == dim else (0, n) for d, n in enumerate(shape))
         local_box = tuple((0, b - a) for a, b in whole_box)
-        layout[rank] = [Shard("w", shape, tuple(b for _, b in local_box), (Piece(whole_box, local_box),))]
+        layout[rank] = [ParameterShard("w", shape, tuple(b for _, b in local_box), (Piece(whole_box, local_box),))]
     return layout
 
 
@@ -137,7 +138,7 @@ def test_the_printed_plan_names_ranks_slices_and_bytes():
 
 def _broken(**changes):
     good = {"name": "w", "whole_shape": (4,), "local_shape": (4,), "pieces": (Piece(((0, 4),), ((0, 4),)),)}
-    return {0: [Shard(**{**good, **changes})]}
+    return {0: [ParameterShard(**{**good, **changes})]}
 
 
 GOOD = {0: [whole("w", (4,))]}

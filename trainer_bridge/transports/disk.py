@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lockstep.engine.checkpoint import flush_to_disk
+from lockstep.engine.models.sharding import slices
 from lockstep.engine.weights import WeightUpdate
 from lockstep.kernels.content_hash import content_hashes
-from lockstep.trainer_bridge.weight_plan import Transfer, slices
+from lockstep.trainer_bridge.weight_plan import Transfer
 
 _POLL_S = 0.02
 

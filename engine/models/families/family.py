@@ -17,7 +17,8 @@ class NameRule:
     shape:     names of dimensions, see `names.dimensions`.
     shard_dim: the dimension that tensor parallelism splits: that of the output for column-parallel parameters, of the
                vocabulary for vocabulary-parallel ones, of the input for row-parallel ones, None where every rank holds
-               the whole. "qkv" is split between groups; "gate_up" has its two halves split separately.
+               the whole. "qkv" is split between groups; "gate_up" has its two halves split separately. Experts are
+               not cut: ranks share them out whole, or each holds all of them.
     layers:    the layers that have it: "all", "dense" (those with one MLP), "moe" (those with experts).
     when:      (ModelConfig attribute, value) that must hold for the parameter to exist; None if it always does.
     fp32:      held in fp32 whatever the model's dtype.
@@ -219,17 +220,15 @@ MOE_TABLE: tuple[NameRule, ...] = (
     NameRule(
         _MEGATRON + "mlp.experts.linear_fc1.weight",
         (_HF + "mlp.experts.{e}.gate_proj.weight", _HF + "mlp.experts.{e}.up_proj.weight"),
-        ("experts", "expert_gate_up", "hidden"),
+        ("held_experts", "expert_gate_up", "hidden"),
         kind="gate_up",
-        shard_dim=1,
         layers="moe",
         hf_stacked=_HF + "mlp.experts.gate_up_proj",
     ),
     NameRule(
         _MEGATRON + "mlp.experts.linear_fc2.weight",
         (_HF + "mlp.experts.{e}.down_proj.weight",),
-        ("experts", "hidden", "expert_ffn"),
-        shard_dim=2,
+        ("held_experts", "hidden", "expert_ffn"),
         layers="moe",
         hf_stacked=_HF + "mlp.experts.down_proj",
     ),
