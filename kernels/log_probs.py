@@ -10,7 +10,15 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from lockstep.kernels._cpu import exp32, inline_njit, log32, njit, parallel_rows
-from lockstep.kernels._vocab_chunks import BLOCKS, CHUNK, chunk_sums, difference_of, fold_chunks, load_chunk, log_prob_of
+from lockstep.kernels._vocab_chunks import (
+    BLOCKS,
+    CHUNK,
+    chunk_sums,
+    difference_of,
+    fold_chunks,
+    load_chunk,
+    log_prob_of,
+)
 from lockstep.kernels.linear import linear
 from lockstep.kernels.noise import NOISE_LANES
 from lockstep.kernels.row_parallel_linear import tree_sum
@@ -93,8 +101,9 @@ def log_probs(
     so many parts, which are added by tree_sum (see row_parallel_linear).
 
     Backward: d logits = ((onehot - p) * grad - p * (log p + entropy) * entropy_grad) / temperature, with p the softmax,
-    rounded to the dtype of the logits, chunk by chunk, deterministic. Each chunk's logits are made again, and their gradient takes their place, unless one chunk holds all
-    rows: then forward's are kept. The weight's gradient is accumulated in fp32.
+    rounded to the dtype of the logits, chunk by chunk, deterministic. Each chunk's logits are made again, and their
+    gradient takes their place, unless one chunk holds all rows: then forward's are kept. The weight's gradient is
+    accumulated in fp32.
 
     Raises ValueError if shapes or dtypes are not these.
     """
@@ -284,7 +293,7 @@ def _gradient_rows(start, stop, out, logits, tokens, temperature, maxima, sums, 
         values, gradient = logits[row], out[row]
         divisor, largest = temperature[row], maxima[row]
         factor, entropy_factor = -scale[row] / sums[row], -entropy_scale[row] / sums[row]
-        mean = log32(sums[row]) - entropies[row]  # of the differences below, under p: log p + entropy = difference - mean
+        mean = log32(sums[row]) - entropies[row]  # of the differences, under p; log p + entropy = difference - mean
         for i in range(values.size):
             difference = values[i] / divisor - largest
             difference = _LOWEST_EXPONENT if difference < _LOWEST_EXPONENT else difference

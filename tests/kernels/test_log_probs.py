@@ -124,7 +124,7 @@ def test_an_entropy_gradient_row_depends_on_its_own_row_only():
 
 
 def test_entropy_gradient_where_tokens_are_impossible():
-    logits, tokens, temperature = make_rows(2, 50)
+    logits, tokens, _ = make_rows(2, 50)
     logits[:, 5:] = -torch.inf
     rows = module._rows_cpu(logits, tokens.clamp(max=4), torch.ones(2))
     inputs = (logits, tokens.clamp(max=4), torch.ones(2), rows.maxima, rows.sums, rows.entropies, *torch.ones(2, 2))
