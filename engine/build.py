@@ -48,6 +48,8 @@ def build_model(
     shapes = {(e.shape[0], e.shape[1] // splits if e.shard_dim == 1 else e.shape[1]) for e in local}
     shapes |= {e.shape[1:] for e in expand(model.local_config) if len(e.shape) == 3}  # the experts'
     numerics.check_row_contract(device, dtype, shapes, head_matrix_shapes(model.local_config))
+    if model_config.head == "scalar":
+        numerics.check_row_contract(device, torch.float32, {(1, model_config.hidden_size)})
     if ranks is not None:
         split = [entry for entry in expand(model_config) if len(entry.shape) == 2 and entry.shard_dim is not None]
         numerics.check_split_contract(device, dtype, {(e.shape, e.shard_dim) for e in split}, ranks.size)

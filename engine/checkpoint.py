@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lockstep.engine.models.config import ModelConfig, parse_model_config
+from lockstep.engine.models.config import ModelConfig, architecture, parse_model_config
 from lockstep.engine.models.families import FAMILIES
 from lockstep.engine.models.names import Entry, as_stacked, expand, to_hf, to_megatron
 from lockstep.engine.models.sharding import ParameterShard, Shard, part_of, shard_config
@@ -301,7 +301,7 @@ def _write_config(directory: Path, source_config: Mapping[str, Any], config: Mod
     dtype_key = "torch_dtype" if "torch_dtype" in source_config else "dtype"
     contents = {
         **source_config,
-        "architectures": [FAMILIES[config.family].architecture],
+        "architectures": [architecture(FAMILIES[config.family], config.head)],
         dtype_key: str(dtype).removeprefix("torch."),
     }
     (directory / "config.json").write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n")

@@ -151,6 +151,7 @@ class Engine:
         )
         self.overlaps = config.overlap and device.type == "cuda"
         self.in_flight: LaunchedStep | None = None
+        self.rewarded: list[Request] = []  # they end once their pages are in the cache, for others with their prefix
         self.editing: list[Request] = []  # requests whose draws depend on their earlier tokens: they do not overlap
         self.next_request_id = 0
         self.generated_tokens = 0
@@ -188,6 +189,16 @@ class Engine:
         self._complete(requests)
         return [[None, *request.logprobs] for request in requests]
 
+    def reward(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """The scores that a reward model (transformers' ...ForSequenceClassification with one label) gives sequences.
+
+        A sequence's score is the value of its last token; the bits are those of the trainer's `values`. A prefix that
+        sequences share is computed once. Raises as `generate` does.
+        """
+        requests = self.submit(sequences, kind="reward")
+        self._complete(requests)
+        return [request.reward for request in requests]
+
     # One step at a time ----------------------------------------------------------------------------------------------
 
     def submit(
@@ -198,7 +209,8 @@ class Engine:
     ) -> list[Request]:
         """Queues requests and returns at once; `step` makes progress, `output` reads a request that has ended.
 
-        kind: "generate", or "score" for the log-probs of the given tokens. Raises as `generate` does.
+        kind: "generate"; "score" for the log-probs of the given tokens; "reward" for a reward model's score of them.
+        Raises as `generate` does.
         """
         requests = self.prepare(prompts, params, kind)
         self.queue(requests)
@@ -248,7 +260,7 @@ class Engine:
             self.scheduler.add(request)
 
     def step(self) -> list[Request]:
-        """One forward pass over the running requests; returns those that were given a token or a score.
+        """One forward pass over the running requests; returns those that were given a token, scores or a reward.
 
         On a GPU the pass is launched, and the results are those of the pass before, during which this one was prepared
         (of both, a request then named twice, where overlapping has to stop).
@@ -269,6 +281,7 @@ class Engine:
             results += self._collect(due)
         finally:
             self.scheduler.commit(batch)
+            self._end_rewarded()
         self.busy_s += time.perf_counter() - started
         return results
 
@@ -507,6 +520,11 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         request.params.validate(self.model_config.vocab_size)
+        if (request.kind == "reward") != (self.model_config.head == "scalar"):
+            has = (
+                "a scalar head, for Engine.reward only" if request.kind != "reward" else "no scalar head to reward with"
+            )
+            raise ValueError(f"{self.config.model} has {has}")
         if not request.prompt_ids:
             raise ValueError("is empty; at least one token is needed")
         for token in request.prompt_ids:
@@ -555,7 +573,17 @@ class Engine:
     def _drain(self) -> list[Request]:
         """Collects the pass in flight, if there is one."""
         due, self.in_flight = self.in_flight, None
-        return self._collect(due)
+        try:
+            return self._collect(due)
+        finally:
+            self._end_rewarded()
+
+    def _end_rewarded(self) -> None:
+        """Ends requests whose reward has come, after the commit of the batch that it came from."""
+        for request in self.rewarded:
+            if request.finish_reason is None:
+                self.scheduler.finish(request, "stop")
+        self.rewarded.clear()
 
     def _collect(self, launched: LaunchedStep | None) -> list[Request]:
         if launched is None:
@@ -571,6 +599,9 @@ class Engine:
         return results
 
     def _finish_if_done(self, request: Request) -> None:
+        if request.kind == "reward":
+            self.rewarded.append(request)
+            return
         reason = self._score_end(request) if request.kind == "score" else self._generation_end(request)
         if reason is not None:
             self.scheduler.finish(request, reason)

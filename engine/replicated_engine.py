@@ -54,6 +54,11 @@ class ReplicatedEngine:
         self._complete(requests)
         return [[None, *request.logprobs] for request in requests]
 
+    def reward(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        requests = self.submit(sequences, kind="reward")
+        self._complete(requests)
+        return [request.reward for request in requests]
+
     def submit(
         self,
         prompts: Sequence[Sequence[int]],

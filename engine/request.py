@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lockstep.engine.detokenizer import Detokenizer
     from lockstep.engine.radix_cache import CacheHandle
 
-Kind = Literal["generate", "score"]
+Kind = Literal["generate", "score", "reward"]
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -128,12 +128,12 @@ class RequestOutput:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One sample in the making, or one sequence to score. Compared and hashed by identity.
+    """One sample in the making, or one sequence to score or to reward. Compared and hashed by identity.
 
-    The engine writes tokens, logprobs and weight_versions (through `append`). The runner counts in `num_pending` what
-    it has launched and not collected. The scheduler writes everything below that. The runner may keep a copy of `pages`
-    in its page table: it copies the entries from num_pages_synced on and sets num_pages_synced to their number; the
-    scheduler lowers it where it replaces pages.
+    The engine writes tokens, logprobs and weight_versions (through `append`), or the reward. The runner counts in
+    `num_pending` what it has launched and not collected. The scheduler writes everything below that. The runner may keep
+    a copy of `pages` in its page table: it copies the entries from num_pages_synced on and sets num_pages_synced to their
+    number; the scheduler lowers it where it replaces pages.
     """
 
     request_id: int
@@ -147,8 +147,9 @@ class Request:
     tokens: list[int] = field(init=False)  # prompt, then outputs
     logprobs: list[float] = field(default_factory=list)
     weight_versions: list[int] = field(default_factory=list)
+    reward: float | None = None
     finish_reason: FinishReason | None = None
-    num_pending: int = 0  # tokens drawn, or being drawn, on the device that `tokens` does not have yet
+    num_pending: int = 0  # results (tokens, or the reward) that are computed, or being computed, on the device
 
     max_tokens: int = 0  # prompt and output: with so many the request ends
     arrival: int = -1  # admission order and, from the other end, preemption order

@@ -30,7 +30,8 @@ PENDING = -1  # a token that only the device knows
 class LaunchedStep:
     """A step whose results are on their way: `tokens` and `logprobs` of `drawing`, and log-probs per scored chunk.
 
-    The tensors are the host's; they hold the results once `ready` has happened (at once where it is None).
+    The tensors are the host's; they hold the results once `ready` has happened (at once where it is None). Of a model
+    with a scalar head, values stand in the place of log-probs, and 0 or -1 (no number) in that of tokens.
     """
 
     weight_version: int
@@ -85,7 +86,8 @@ class Runner:
         self.group_requests = max(1, GROUP_ROWS // (shape.num_heads // shape.num_kv_heads))
         self.graphs = None
         self.max_running_requests = config.max_running_requests
-        self.cuda_graphs = self.on_gpu and cuda_graphs and model.ranks is None
+        self.has_scalar_head = model.config.head == "scalar"
+        self.cuda_graphs = self.on_gpu and cuda_graphs and model.ranks is None and not self.has_scalar_head
         self.take_kv_cache()
 
     def forget_graphs(self) -> None:
@@ -139,7 +141,7 @@ class Runner:
         """Takes part in a step of rank 0: the same calls of the model, in the same order."""
         self._put_pages(step.new_pages)
         _, slots, hidden = self._logits(step)
-        if len(step.drawing):
+        if len(step.drawing) and not self.has_scalar_head:
             tokens = torch.empty(len(step.drawing), dtype=torch.int64, device=self.device)
             self.model.ranks.broadcast(tokens)
             self.last_tokens.index_copy_(0, slots, tokens)
@@ -148,7 +150,7 @@ class Runner:
                 self.model.logits(states)
 
     def collect(self, step: LaunchedStep) -> tuple[list[Request], list[Request]]:
-        """Waits for the step, and appends to each request what it is due: a token, or log-probs of its tokens.
+        """Waits for the step, and gives each request what it is due: a token, log-probs of its tokens, or its reward.
 
         Returns the requests that got it, in the order of the batch, and those whose logits held no number to draw from.
         Requests that have ended since get nothing and are in neither.
@@ -159,10 +161,12 @@ class Runner:
         for request, token, logprob in zip(step.drawing, step.tokens.tolist(), step.logprobs.tolist(), strict=True):
             request.num_pending -= 1
             if request.finish_reason is None:
-                if token >= 0:
-                    request.append(token, logprob, step.weight_version)
-                else:
+                if token < 0:
                     broken.append(request)
+                elif request.kind == "reward":
+                    request.reward = logprob
+                else:
+                    request.append(token, logprob, step.weight_version)
         for chunk, logprobs in step.scored:
             del chunk.request.logprobs[chunk.start :]  # a preempted request starts over
             chunk.request.logprobs += logprobs.tolist()
@@ -292,6 +296,8 @@ class Runner:
         """Draws for each request; the tokens are pending then. Returns tokens and log-probs, host-bound."""
         if logits is None:
             return torch.empty(0, dtype=torch.int64), torch.empty(0)
+        if self.has_scalar_head:
+            return self._values(logits, drawing)
         tokens, logprobs = self.sampler.draw(logits, drawing)
         if self.model.ranks is not None:
             self.model.ranks.broadcast(tokens)
@@ -299,6 +305,13 @@ class Runner:
         for request in drawing:
             request.num_pending += 1
         return to_host(tokens), to_host(logprobs)
+
+    def _values(self, values: torch.Tensor, drawing: list[Request]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Like `_draw`, of a model with a scalar head: -1 for a value that is no number, else 0; and the values."""
+        values = values.squeeze(1)
+        for request in drawing:
+            request.num_pending += 1
+        return to_host(values.isfinite().long() - 1), to_host(values)
 
     def _scores(self, hidden: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         """Log-probs of the tokens that follow those of the chunk, from the hidden states of `_num_scored` rows."""

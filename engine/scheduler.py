@@ -38,7 +38,8 @@ class SchedulerConfig:
 class Chunk:
     """request.tokens[start : start + length] are computed in this step; their pages are in request.pages.
 
-    samples: the chunk ends at the last known token, so the next one is to be drawn. Never true of score requests.
+    samples: the chunk ends at the last known token, so the next one is to be drawn, or the reward to be read. Never
+        true of score requests.
     """
 
     request: Request
@@ -117,13 +118,13 @@ class Scheduler:
         config, num_tokens = self.config, len(request.tokens)
         if num_tokens == 0:
             raise ValueError(f"request {request.request_id} has no tokens")
-        if request.kind == "score":
+        if request.kind != "generate":
             longest = num_kv = num_tokens
         else:
             longest = num_tokens + 1
             num_kv = max(num_tokens, self._max_tokens(request) - 1)  # the last token that is drawn is never computed
         if longest > config.max_model_len:
-            drawn = "" if request.kind == "score" else " and the one to generate"
+            drawn = " and the one to generate" if request.kind == "generate" else ""
             raise ValueError(
                 f"request {request.request_id}: {num_tokens} tokens{drawn} exceed max_model_len={config.max_model_len}"
             )
@@ -168,7 +169,7 @@ class Scheduler:
                 # A page begins where the position is a multiple of page_size; elsewhere the request has its page.
                 if start % page_size == 0 and not self._take_pages(request, start + 1):
                     break
-                chunks.append(Chunk(request, start, 1, request.kind == "generate"))
+                chunks.append(Chunk(request, start, 1, request.kind != "score"))
                 continue
             if length < 1:
                 if request.kind == "score":
@@ -274,7 +275,7 @@ class Scheduler:
     @staticmethod
     def _chunk(request: Request, length: int) -> Chunk:
         start = request.num_computed
-        return Chunk(request, start, length, request.kind == "generate" and start + length == request.num_tokens)
+        return Chunk(request, start, length, request.kind != "score" and start + length == request.num_tokens)
 
     def _take_pages(self, request: Request, num_tokens: int) -> bool:
         """Gives a running request the pages of its first num_tokens tokens; False if it had to be preempted itself.
@@ -403,7 +404,7 @@ class Scheduler:
         request.num_cached = request.num_computed
         insort(self._running, request, key=_arrival)
         self._take_pages(request, request.num_computed + length)
-        if request.kind == "generate":
+        if request.kind != "score":
             self._num_matched_tokens += request.num_cached
             self._num_queried_tokens += len(request.tokens)
 

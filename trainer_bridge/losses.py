@@ -2,9 +2,9 @@
 
 A loss takes (logprobs fp32 [T], batch) and returns (loss fp32 [T], stats); from a model with a scalar head it gets
 values in the place of log-probabilities. The trainer multiplies by batch.weights and sums over the step, so a loss
-neither masks nor averages. Rows of weight 0 hold zeros, which every loss must map to finite numbers. A stat is a tensor
-[T]: the trainer reports its weighted mean over the step, or, where its name ends in `_max`, its maximum over the rows
-of non-zero weight. Options are keyword arguments, fixed with functools.partial.
+neither masks nor averages. Rows of weight 0 hold zeros, which every loss must map to finite numbers. A stat is a
+tensor [T]: the trainer reports its weighted mean over the step, or, where its name ends in `_max`, its maximum over the
+rows of non-zero weight. Options are keyword arguments, fixed with functools.partial.
 """
 
 import functools

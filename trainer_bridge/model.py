@@ -12,6 +12,7 @@ from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.rank_sum import gather_columns
 from lockstep.kernels.log_probs import VocabularyShard, log_probs
 from lockstep.kernels.rope import rope_cos_sin, rope_inv_freq
+from lockstep.kernels.scalar_head import scalar_head
 from lockstep.trainer_bridge.layer_spec import PackedSequences, block_spec
 from lockstep.trainer_bridge.parallel import ParallelSizes, Ranks
 from lockstep.trainer_bridge.tensor_parallel import sum_gradients, vocabulary_parallel_embedding
@@ -58,8 +59,23 @@ def transformer_config(
     )
 
 
+class ScalarHead(torch.nn.Module):
+    """In the place of Megatron's output layer: a value per row. Whole on every tensor-parallel rank."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.empty(1, config.hidden_size, dtype=config.params_dtype, device=device))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, H] -> fp32 [R]."""
+        return scalar_head(hidden, self.weight).squeeze(-1)
+
+
 class LockstepGPTModel(GPTModel):
     """GPTModel that takes packed sequences and returns the log-probability of each row's target, or one stage of it.
+
+    With a scalar head it returns the value of each row.
 
     Parameters have Megatron's names, which are the engine's, with layers numbered from 0 in each stage. Positions and
     the rotary table go to the layers inside PackedSequences; Megatron's rotary embedding and output layer are not
@@ -77,6 +93,7 @@ class LockstepGPTModel(GPTModel):
     ):
         """chunk: which of this rank's stages; see ParallelSizes.virtual_pipeline."""
         sizes, stage = ranks.sizes, ranks.stage(chunk)
+        self._head = model.head
         num_layers = model.num_layers // sizes.num_stages
         stage_layers = range(stage * num_layers, (stage + 1) * num_layers)
         super().__init__(
@@ -100,7 +117,10 @@ class LockstepGPTModel(GPTModel):
         self.register_buffer("rope_table", table.to(device), persistent=False)
 
     def setup_embeddings_and_output_layer(self) -> None:
-        """Nothing: Megatron's would copy a tied weight to the last stage's CUDA device. Each stage is given its own."""
+        """Gives the last stage a scalar head. Megatron's would copy a tied weight to the last stage's CUDA device; here
+        each stage is given its own."""
+        if self._head == "scalar" and self.post_process:
+            self.output_layer = ScalarHead(self.config)
 
     @property
     def tied_copy(self) -> torch.nn.Parameter | None:
@@ -147,6 +167,10 @@ class LockstepGPTModel(GPTModel):
             hidden, self.output_weight(), targets, temperature, True, shard=shard, gradient_parts=self._head_parts
         )
 
+    def values(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """fp32 [R]: a scalar head's values at some rows of hidden [T, 1, H]; the same on all tensor-parallel ranks."""
+        return self.output_layer(hidden.squeeze(1).index_select(0, rows))
+
     def forward(
         self,
         token_ids: torch.Tensor,
@@ -157,12 +181,16 @@ class LockstepGPTModel(GPTModel):
         temperature: float,
         received: torch.Tensor | None = None,
         embedding_weight: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
-        """The last stage: `log_probs`. Another stage: hidden states [T, 1, H] for the next.
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | torch.Tensor:
+        """The last stage: `log_probs`, or (`values`, None). Another stage: hidden states [T, 1, H] for the next.
 
         token_ids, positions: int64 [T]; cu_seqlens: int32 [B+1]; rows, targets: int64 [R]. received: the hidden states
         of the stage before. embedding_weight: see `embed`.
         """
         hidden = self.embed(token_ids, embedding_weight) if self.pre_process else received
         hidden = self.run_layers(hidden, positions, cu_seqlens)
-        return self.log_probs(hidden, rows, targets, temperature) if self.post_process else hidden
+        if not self.post_process:
+            return hidden
+        if self._head == "scalar":
+            return self.values(hidden, rows), None
+        return self.log_probs(hidden, rows, targets, temperature)

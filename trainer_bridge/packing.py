@@ -66,10 +66,10 @@ class PackedBatch:
     advantages: torch.Tensor
     old_logprobs: torch.Tensor
     ref_logprobs: torch.Tensor | None
-    lags: torch.Tensor | None
-    old_values: torch.Tensor | None
-    returns: torch.Tensor | None
     temperature: float
+    lags: torch.Tensor | None = None
+    old_values: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
     entropies: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "PackedBatch":

@@ -16,7 +16,8 @@ from lockstep.trainer_bridge.parallel import Ranks
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Packed tokens, and the rows and targets whose log-probabilities are wanted; on the host. See LockstepGPTModel."""
+    """Packed tokens, and the rows and targets whose log-probabilities (or values: no targets then) are wanted; on the
+    host. See LockstepGPTModel."""
 
     token_ids: torch.Tensor
     positions: torch.Tensor
@@ -65,7 +66,7 @@ class _Passes:
 
 
 class ScoringPasses(_Passes):
-    """Log-probabilities; `values[m]` on the last stage.
+    """Log-probabilities, or a scalar head's values; `values[m]` on the last stage.
 
     weights: per chunk, tensors that stand in for its parameters by name; None for the parameters.
     """
@@ -125,15 +126,19 @@ class TrainingPasses(_Passes):
         self._kept[stage, micro_batch] = hidden, output, head_gradient
         return None if model.post_process else output.detach()
 
-    def _total_loss(self, micro_batch: int, trained: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+    def _total_loss(self, micro_batch: int, trained: torch.Tensor, entropy: torch.Tensor | None) -> torch.Tensor:
+        """trained: log-probabilities or values of the micro-batch's rows."""
         rows = to_device(self.micro_batches[micro_batch].rows, self.device)
         batch = self._batches[micro_batch].to(self.device)
-        logprobs = torch.zeros_like(batch.weights).index_copy(0, rows, trained)
-        batch = replace(batch, entropies=torch.zeros_like(batch.weights).index_copy(0, rows, entropy))
-        per_token_loss, stats = self._loss(logprobs, batch)
+        outputs = torch.zeros_like(batch.weights).index_copy(0, rows, trained)
+        if entropy is not None:
+            batch = replace(batch, entropies=torch.zeros_like(batch.weights).index_copy(0, rows, entropy))
+        per_token_loss, stats = self._loss(outputs, batch)
         total = (per_token_loss * batch.weights).sum()
         with torch.no_grad():
-            parts = {"loss": total.detach(), "entropy": (entropy * batch.weights[rows]).sum()}
+            parts = {"loss": total.detach()}
+            if entropy is not None:
+                parts["entropy"] = (entropy * batch.weights[rows]).sum()
             for name, values in stats.items():
                 parts[name] = values[rows].max() if name.endswith("_max") else (values * batch.weights).sum()
         self.parts[micro_batch] = parts

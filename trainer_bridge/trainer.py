@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from lockstep.engine.checkpoint import fill_dummy, iterate_weights, save_hf
-from lockstep.engine.models.config import load_model_config
+from lockstep.engine.models.config import Head, ModelConfig, as_scalar_model, load_model_config
 from lockstep.engine.models.names import head_matrix_shapes
 from lockstep.engine.weights import checksum
 from lockstep.kernels import numerics
@@ -35,6 +35,8 @@ class TrainerConfig:
 
     model: an HF directory (config.json, safetensors).
     device, dtype: "cpu" with "float32", or "cuda" with "bfloat16" (with fp32 master weights) or "float32".
+    head: "lm"; or "scalar", for a critic or a reward model: `values` and no log-probabilities. A language model's
+        directory then gives all but the head, which starts as zeros.
     load_format: "auto" reads the directory's weights; "dummy" makes random ones from `seed`.
     reference_model: HF directory of the KL penalty's reference; None is `model`. Read when first asked for.
     optimizer: "adamw"; or "none", which keeps no optimizer state: `step` computes losses and gradients and changes
@@ -55,6 +57,7 @@ class TrainerConfig:
     model: str
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    head: Head = "lm"
     load_format: Literal["auto", "dummy"] = "auto"
     seed: int = 0
     reference_model: str | None = None
@@ -81,6 +84,7 @@ class TrainerConfig:
     def __post_init__(self):
         for field, known in (
             ("dtype", ("float32", "bfloat16")),
+            ("head", ("lm", "scalar")),
             ("load_format", ("auto", "dummy")),
             ("optimizer", ("adamw", "none")),
             ("lr_schedule", ("constant", "linear", "cosine")),
@@ -112,7 +116,7 @@ class TrainerConfig:
 class MegatronTrainer:
     """Trains one model. `step_count` is the number of updates made.
 
-    `logprobs` of any tokens are bit for bit those of an engine with the same weights.
+    `logprobs` of any tokens, and `values`, are bit for bit those of an engine with the same weights.
 
     Over several ranks, every rank makes the same calls with the same arguments, in the same order, and every rank gets
     the whole result; only `named_weights` and `local_layout` are of the rank itself, and send nothing.
@@ -122,11 +126,13 @@ class MegatronTrainer:
         self.config = config
         self.device = torch.device(config.device)
         self.dtype = getattr(torch, config.dtype)
-        self.model_config = load_model_config(config.model)
+        self.model_config = self._model_config()
         self.ranks = self._join_ranks()
         numerics.set_up(self.device)
         head_shapes = head_matrix_shapes(self.model_config)
         numerics.check_row_contract(self.device, self.dtype, self._matrix_shapes(), head_shapes)
+        if config.head == "scalar":
+            numerics.check_row_contract(self.device, torch.float32, {(1, self.model_config.hidden_size)})
         self.chunks = [
             LockstepGPTModel(self.model_config, self.device, self.dtype, self.ranks, chunk, config.recompute)
             for chunk in range(config.virtual_pipeline_parallel_size)
@@ -152,6 +158,14 @@ class MegatronTrainer:
     def model(self) -> LockstepGPTModel:
         """This rank's first model chunk; the only one without virtual pipeline stages."""
         return self.chunks[0]
+
+    def _model_config(self) -> ModelConfig:
+        held = load_model_config(self.config.model)
+        if self.config.head == "scalar":
+            return held.with_scalar_head()
+        if held.head == "scalar":
+            raise ValueError(f'{self.config.model} has a scalar head: TrainerConfig.head must be "scalar"')
+        return held
 
     def _join_ranks(self) -> Ranks:
         c = self.config
@@ -183,23 +197,44 @@ class MegatronTrainer:
         Raises ValueError for an unknown token id, an empty sequence, or one that is longer than
         max_tokens_per_micro_batch or than the model's positions.
         """
-        return self._score(sequences, temperature, None)
+        self._require_head("lm")
+        return self._logprobs(sequences, temperature, None)
+
+    def values(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The scalar head's value of each token, given those before it; a reward model's score is the last one.
+
+        Raises ValueError as `logprobs` does, and for a model without a scalar head.
+        """
+        self._require_head("scalar")
+        return self._score(sequences, 1.0, None)
 
     def reference_logprobs(
         self, sequences: Sequence[Sequence[int]], temperature: float = 1.0
     ) -> list[list[float | None]]:
         """`logprobs` of the reference model, whose weights are read at the first call and kept."""
+        self._require_head("lm")
         if self._reference_weights is None:
             path = self.config.reference_model or self.config.model
             if (reference_config := load_model_config(path)) != self.model_config:
                 raise ValueError(f"reference model {path} is {reference_config}, the trained one {self.model_config}")
             self._reference_weights = self._read_reference(path)
-        return self._score(sequences, temperature, self._reference_weights)
+        return self._logprobs(sequences, temperature, self._reference_weights)
+
+    def _logprobs(
+        self, sequences: Sequence[Sequence[int]], temperature: float, weights: list[dict[str, torch.Tensor]] | None
+    ) -> list[list[float | None]]:
+        return [[None, *logprobs] for logprobs in self._score(sequences, temperature, weights)]
+
+    def _require_head(self, head: Head) -> None:
+        if self.config.head != head:
+            lacking = "log-probabilities" if head == "lm" else "values"
+            raise ValueError(f'the model has no {lacking}: TrainerConfig.head is "{self.config.head}", not "{head}"')
 
     @torch.no_grad()
     def _score(
         self, sequences: Sequence[Sequence[int]], temperature: float, weights: list[dict[str, torch.Tensor]] | None
-    ) -> list[list[float | None]]:
+    ) -> list[list[float]]:
+        """What the head gives for each sequence: its tokens' values, or the log-probs of all but the first."""
         bins = first_fit([len(s) for s in sequences], self.config.max_tokens_per_micro_batch)
         micro_batches = [self._scoring_batch([sequences[i] for i in members], temperature) for members in bins]
         shares = deal(len(bins), self.ranks.sizes.data)
@@ -210,17 +245,20 @@ class MegatronTrainer:
         # All ranks know how many rows each micro-batch has.
         sizes = [sum(len(batch.rows) for batch in micro_batches[share]) for share in shares]
         values = self._share_values(own_values, sizes).cpu()
-        scores: list[list[float | None]] = [[] for _ in sequences]
+        scores: list[list[float]] = [[] for _ in sequences]
         order = [i for members in bins for i in members]
-        per_sequence = values.split([len(sequences[i]) - 1 for i in order]) if order else ()
+        not_scored = 1 if self.config.head == "lm" else 0
+        per_sequence = values.split([len(sequences[i]) - not_scored for i in order]) if order else ()
         for i, sequence_values in zip(order, per_sequence, strict=True):
-            scores[i] = [None, *sequence_values.tolist()]
+            scores[i] = sequence_values.tolist()
         return scores
 
     def _scoring_batch(self, sequences: Sequence[Sequence[int]], temperature: float) -> MicroBatch:
         token_ids = torch.tensor([token for sequence in sequences for token in sequence])
         positions, cu_seqlens = sequence_layout([len(sequence) for sequence in sequences])
         self._check_tokens(token_ids, positions)
+        if self.config.head == "scalar":
+            return MicroBatch(token_ids, positions, cu_seqlens, torch.arange(len(token_ids)), token_ids, temperature)
         # The row before each token that is not the first of its sequence predicts it.
         rows = (positions > 0).nonzero().squeeze(1) - 1
         return MicroBatch(token_ids, positions, cu_seqlens, rows, token_ids[rows + 1], temperature)
@@ -372,6 +410,8 @@ class MegatronTrainer:
         if dist.get_rank() == 0:
             source = Path(self.config.model)
             source_config = json.loads((source / "config.json").read_text())
+            if self.config.head == "scalar":
+                source_config = as_scalar_model(source_config)
             save_hf(path, source_config, self.whole_weights(), self.model_config, source_dir=source)
         else:
             for _ in self.whole_weights():
@@ -385,10 +425,17 @@ class MegatronTrainer:
         if config.load_format == "dummy":
             whole = self._dummy_weights()
         else:
-            whole = iterate_weights(config.model, self.model_config)
+            held = load_model_config(config.model)
+            whole = iterate_weights(config.model, held)
+            if held.head != self.model_config.head:
+                whole = self._with_new_head(whole)
         for parameter, part in local_parts(self.local_layout(), whole):
             self._parameters[parameter.name].copy_(part)
         self._refresh_tied_copy()
+
+    def _with_new_head(self, whole: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from ((name, tensor) for name, tensor in whole if name != _HEAD)
+        yield _HEAD, torch.zeros(1, self.model_config.hidden_size)
 
     def _dummy_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for parameter in self.local_layout():

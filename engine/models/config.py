@@ -2,16 +2,27 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lockstep.engine.models.families import FAMILIES
-from lockstep.engine.models.families.family import UnsupportedModelError, read_flag, read_size, unsupported
+from lockstep.engine.models.families.family import Family, UnsupportedModelError, read_flag, read_size, unsupported
 from lockstep.engine.models.families.latent import MLAConfig, with_mscale
 from lockstep.engine.models.moe import MoEConfig
 
-__all__ = ["MLAConfig", "MoEConfig", "ModelConfig", "UnsupportedModelError", "load_model_config", "parse_model_config"]
+__all__ = [
+    "Head",
+    "MLAConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "UnsupportedModelError",
+    "as_scalar_model",
+    "load_model_config",
+    "parse_model_config",
+]
+
+Head = Literal["lm", "scalar"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,8 @@ class ModelConfig:
     eos_token_ids: generation_config.json's where it names any, else config.json's.
     moe:           the layers whose MLP is a mixture of experts; None where all have one of ffn_hidden_size.
     mla:           multi-head latent attention; num_kv_heads is then 1, the latent, and head_dim its rotated elements.
+    head:          "lm", logits over the vocabulary; or "scalar", a number per token: a reward model's score, which is
+                   its last token's, or a critic's values. tie_word_embeddings is false then.
     """
 
     family: str
@@ -47,6 +60,12 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     moe: MoEConfig | None = None
     mla: MLAConfig | None = None
+    head: Head = "lm"
+
+    @property
+    def has_output_matrix(self) -> bool:
+        """Whether the logits have a matrix of their own."""
+        return self.head == "lm" and not self.tie_word_embeddings
 
     @property
     def has_q_lora(self) -> bool:
@@ -57,6 +76,21 @@ class ModelConfig:
     def kv_elements_per_token(self) -> int:
         """What the KV cache holds for a token in one layer."""
         return 2 * self.num_kv_heads * self.head_dim if self.mla is None else self.mla.row_width
+
+    def with_scalar_head(self) -> "ModelConfig":
+        return replace(self, head="scalar", tie_word_embeddings=False)
+
+
+def as_scalar_model(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the model with a scalar head and otherwise of the same shape."""
+    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return {**raw, "architectures": [architecture(FAMILIES[raw["model_type"]], "scalar")], **labels}
+
+
+def architecture(family: Family, head: Head) -> str:
+    """transformers' class."""
+    name = family.architecture
+    return name if head == "lm" else name.removesuffix("ForCausalLM") + "ForSequenceClassification"
 
 
 def load_model_config(path: str | Path) -> ModelConfig:
@@ -80,9 +114,7 @@ def parse_model_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | N
     if model_type not in FAMILIES:
         raise unsupported("model_type", model_type, f"known families are {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
-    architectures = raw.get("architectures")
-    if architectures and architectures != [family.architecture]:
-        raise unsupported("architectures", architectures, f"a {model_type} model must be a {family.architecture}")
+    head = _head(raw, family)
     raw = {**family.defaults, **raw}
     _refuse_unsupported_options(raw)
 
@@ -111,10 +143,25 @@ def parse_model_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | N
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         max_position_embeddings=read_size(raw, "max_position_embeddings"),
-        tie_word_embeddings=read_flag(raw, "tie_word_embeddings"),
+        tie_word_embeddings=head == "lm" and read_flag(raw, "tie_word_embeddings"),
         eos_token_ids=_token_ids(eos_token_id),
+        head=head,
         **family_fields,
     )
+
+
+def _head(raw: Mapping[str, Any], family: Family) -> Head:
+    architectures = raw.get("architectures")
+    if not architectures or architectures == [family.architecture]:
+        return "lm"
+    if architectures != [architecture(family, "scalar")]:
+        known = f"{family.architecture} or {architecture(family, 'scalar')}"
+        raise unsupported("architectures", architectures, f"a {family.model_type} model must be a {known}")
+    # transformers writes the labels, or nothing where there are two.
+    num_labels = raw.get("num_labels", len(raw.get("id2label") or ("LABEL_0", "LABEL_1")))
+    if num_labels != 1:
+        raise unsupported("num_labels", num_labels, "a reward model has one score")
+    return "scalar"
 
 
 def _kv_heads_and_head_dim(raw: Mapping[str, Any], num_heads: int) -> tuple[int, int]:

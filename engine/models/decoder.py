@@ -24,6 +24,7 @@ from lockstep.kernels.qk_norm_rope_store import qk_norm_rope_store
 from lockstep.kernels.rms_norm import add_rms_norm, rms_norm
 from lockstep.kernels.rope import rope_cos_sin, rope_inv_freq
 from lockstep.kernels.row_parallel_linear import row_parallel_linear
+from lockstep.kernels.scalar_head import scalar_head
 
 # linear_proj and linear_fc2, whose sum runs over what the ranks split: (x, weight, bias) -> y.
 RowLinear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -346,11 +347,8 @@ class Decoder(nn.Module):
         factory = {"device": torch.device(device), "dtype": dtype}
         self.embedding = _Embedding(self.local_config, **factory)
         self.decoder = _Layers(self.local_config, _row_linear(row_parallel_splits, ranks), **factory)
-        self.output_layer = (
-            None
-            if config.tie_word_embeddings
-            else _Weights(self.local_config.vocab_size, config.hidden_size, **factory)
-        )
+        output_rows = 1 if config.head == "scalar" else self.local_config.vocab_size
+        self.output_layer = None if config.tie_word_embeddings else _Weights(output_rows, config.hidden_size, **factory)
         inv_freq, attention_factor = rope_inv_freq(
             config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings
         )
@@ -381,7 +379,12 @@ class Decoder(nn.Module):
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Logits [N, V] of the hidden states [N, H] of `forward`, in the model's dtype. None on ranks other than 0."""
+        """Logits [N, V] of the hidden states [N, H] of `forward`, in the model's dtype. None on ranks other than 0.
+
+        Of a model with a scalar head its values fp32 [N, 1], on every rank.
+        """
+        if self.config.head == "scalar":
+            return scalar_head(hidden, self.output_layer.weight)
         head = self.embedding.word_embeddings if self.output_layer is None else self.output_layer
         logits = linear(hidden, head.weight, None)
         return logits if self.ranks is None else self.ranks.gather_columns(logits, self.config.vocab_size)

@@ -53,6 +53,7 @@ def dimensions(config: ModelConfig) -> dict[str, int]:
         "qkv": query + 2 * key_or_value,
         "ffn": config.ffn_hidden_size,
         "gate_up": 2 * config.ffn_hidden_size,
+        "scores": 1,
     }
     if config.moe is not None:
         sizes["experts"] = config.moe.num_experts

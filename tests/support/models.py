@@ -69,15 +69,19 @@ def make_hf_model(
     family: str,
     seed: int,
     tie: bool = False,
+    scalar_head: bool = False,
     max_shard_size: str | int = "1GB",
     **overrides: Any,
 ) -> transformers.PreTrainedModel:
     """Builds a tiny fp32 model, saves it to the directory `path` (in several files if larger than `max_shard_size`).
 
-    Returns the model, in eval mode. `overrides`: see `tiny_config`.
+    scalar_head: a reward model, with one label. Returns the model, in eval mode. `overrides`: see `tiny_config`.
     """
+    if scalar_head:
+        overrides["num_labels"] = 1
     config = tiny_config(family, tie_word_embeddings=tie, **overrides)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    auto_class = transformers.AutoModelForSequenceClassification if scalar_head else transformers.AutoModelForCausalLM
+    model = auto_class.from_config(config, dtype=torch.float32).eval()
     model.set_experts_implementation("eager")  # the others do not compute in fp64
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -19,7 +19,7 @@ class NameRule:
                vocabulary for vocabulary-parallel ones, of the input for row-parallel ones, None where every rank holds
                the whole. "qkv" is split between groups; "gate_up" has its two halves split separately.
     layers:    the layers that have it: "all", "dense" (those with one MLP), "moe" (those with experts).
-    when:      (ModelConfig field, value) that must hold for the parameter to exist; None if it always does.
+    when:      (ModelConfig attribute, value) that must hold for the parameter to exist; None if it always does.
     fp32:      held in fp32 whatever the model's dtype.
     hf_stacked: the name of all experts' tensors stacked and merged as this parameter is, which some files hold instead.
     """
@@ -30,7 +30,7 @@ class NameRule:
     kind: Literal["copy", "qkv", "gate_up"] = "copy"
     shard_dim: int | None = None
     layers: Literal["all", "dense", "moe"] = "all"
-    when: tuple[str, bool] | None = None
+    when: tuple[str, bool | str] | None = None
     fp32: bool = False
     hf_stacked: str | None = None
 
@@ -197,8 +197,9 @@ DENSE_DECODER_TABLE: tuple[NameRule, ...] = (
         ("lm_head.weight",),
         ("vocab", "hidden"),
         shard_dim=0,
-        when=("tie_word_embeddings", False),
+        when=("has_output_matrix", True),
     ),
+    NameRule("output_layer.weight", ("score.weight",), ("scores", "hidden"), when=("head", "scalar")),
 )
 
 # The experts of a layer are one tensor, stacked by index, in the engine and in the trainer: the kernel that multiplies
