@@ -47,8 +47,8 @@ def policy_loss(
 
     Stats: ratio, of the policy to what drew the token; clip_fraction; approx_kl, the k3 estimate of KL(old || new);
     logprob_diff_max, |logprob - old_logprob| over the tokens of this weight version, which is exactly 0 before the
-    update; reference_kl where it is penalised; where versions are known, lag and lag_max, and importance_weight where
-    there are such weights.
+    update; reference_kl where it is penalised; of tokens of earlier versions too, policy_shift_max, and
+    importance_weight where they are corrected.
 
     Raises ValueError when a KL penalty has no reference log-probabilities in the batch, an entropy bonus no entropies,
     or a correction no lags.
@@ -59,8 +59,8 @@ def policy_loss(
     if batch.lags is None:
         stats["logprob_diff_max"] = log_ratio.abs()
     else:
-        stats |= {"lag": batch.lags, "lag_max": batch.lags}
         stats["logprob_diff_max"] = torch.where(batch.lags > 0, 0.0, log_ratio.abs())
+        stats["policy_shift_max"] = log_ratio.abs()
     if off_policy != "none":
         _require(batch.lags, "an off-policy correction needs lags")
         old_logprobs = proximal_logprobs(logprobs, batch)
