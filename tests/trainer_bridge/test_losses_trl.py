@@ -22,29 +22,29 @@ MAX_TOKENS = 8
 def trl_loss(loss_type, level, epsilons, beta, entropy_coefficient, columns):
     """(loss, gradient) of GRPOTrainer._compute_loss for given log-probabilities [B, T] and mask."""
     trainer = object.__new__(grpo_trainer.GRPOTrainer)
-    trainer.__dict__ |= dict(
-        loss_type=loss_type,
-        importance_sampling_level=level,
-        epsilon_low=epsilons[0],
-        epsilon_high=epsilons[1],
-        beta=beta,
-        max_completion_length=MAX_TOKENS,
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        use_vllm=False,
-        vllm_importance_sampling_correction=False,
-        aux_loss_enabled=False,
-        current_gradient_accumulation_steps=1,
-        _entropy_bonus_enabled=entropy_coefficient != 0.0,
-        entropy_coef=entropy_coefficient,
-        use_adaptive_entropy=False,
-        args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
-        accelerator=SimpleNamespace(
+    trainer.__dict__ |= {
+        "loss_type": loss_type,
+        "importance_sampling_level": level,
+        "epsilon_low": epsilons[0],
+        "epsilon_high": epsilons[1],
+        "beta": beta,
+        "max_completion_length": MAX_TOKENS,
+        "top_entropy_quantile": 1.0,
+        "off_policy_mask_threshold": None,
+        "use_vllm": False,
+        "vllm_importance_sampling_correction": False,
+        "aux_loss_enabled": False,
+        "current_gradient_accumulation_steps": 1,
+        "_entropy_bonus_enabled": entropy_coefficient != 0.0,
+        "entropy_coef": entropy_coefficient,
+        "use_adaptive_entropy": False,
+        "args": SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
+        "accelerator": SimpleNamespace(
             num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x, device=torch.device("cpu")
         ),
-        model=SimpleNamespace(training=True),
-        _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
-    )
+        "model": SimpleNamespace(training=True),
+        "_metrics": {"train": defaultdict(list), "eval": defaultdict(list)},
+    }
     logprobs = columns["logprobs"].clone().requires_grad_()
     entropies = columns["entropies"]
     trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: (logprobs, entropies, None)
