@@ -38,7 +38,7 @@ def chunk_sums(a, b, c, d):
     """Of the four tiles of load_chunk: m = max(x), sum(exp(x - m)), sum(exp(x - m) * (x - m))."""
     largest = tl.max(tl.max(tl.maximum(tl.maximum(a, b), tl.maximum(c, d)), axis=1), axis=0)
     base = tl.where(largest > -float("inf"), largest, 0.0)
-    a, b, c, d = _difference(a, base), _difference(b, base), _difference(c, base), _difference(d, base)
+    a, b, c, d = difference_of(a, base), difference_of(b, base), difference_of(c, base), difference_of(d, base)
     exp_a, exp_b, exp_c, exp_d = tl.exp(a), tl.exp(b), tl.exp(c), tl.exp(d)
     total = (exp_a + exp_b) + (exp_c + exp_d)
     weighted = (exp_a * a + exp_b * b) + (exp_c * c + exp_d * d)
@@ -46,7 +46,7 @@ def chunk_sums(a, b, c, d):
 
 
 @triton.jit
-def _difference(x, base):
+def difference_of(x, base):
     # exp is 0 there already; -inf itself would make the entropy's 0 * -inf.
     return tl.where(x - base < -104.0, -104.0, x - base)
 
@@ -64,7 +64,7 @@ def fold_chunks(maxima, sums, weighted, chunks, num_chunks):
     chunk_sums = tl.load(sums + chunks, mask=inside, other=0.0)
     chunk_weighted = tl.load(weighted + chunks, mask=inside, other=0.0)
     largest = tl.max(chunk_maxima, axis=0)
-    shift = _difference(chunk_maxima, largest)
+    shift = difference_of(chunk_maxima, largest)
     scale = tl.exp(shift)
     total = chunk_sums * scale
     total_weighted = (chunk_weighted + chunk_sums * shift) * scale

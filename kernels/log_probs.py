@@ -10,7 +10,15 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from lockstep.kernels._cpu import exp32, inline_njit, log32, njit, parallel_rows
-from lockstep.kernels._vocab_chunks import BLOCKS, CHUNK, chunk_sums, fold_chunks, load_chunk, log_prob_of
+from lockstep.kernels._vocab_chunks import (
+    BLOCKS,
+    CHUNK,
+    chunk_sums,
+    difference_of,
+    fold_chunks,
+    load_chunk,
+    log_prob_of,
+)
 from lockstep.kernels.linear import linear
 from lockstep.kernels.noise import NOISE_LANES
 from lockstep.kernels.row_parallel_linear import tree_sum
@@ -86,15 +94,16 @@ def log_probs(
 
     hidden: [T, H], weight: [V, H], tokens: int64 [T] in [0, V) (else NaN). temperature: >= 0, 0 counts as 1 as in
     token_log_probs. Returns fp32 [T], and with_entropy also the entropy of softmax(logits / temperature) in nats, fp32
-    [T], without a gradient. chunk_rows: rows whose logits exist at a time; it changes no bit of the result, but the
+    [T], differentiable too. chunk_rows: rows whose logits exist at a time; it changes no bit of the result, but the
     weight's gradient is a sum over chunks in ascending order. The default depends on V and the device alone.
     shard: weight is a rank's part of the vocabulary. All its ranks make the same call and get the same values; the
     gradient of hidden is this rank's summand. gradient_parts: that gradient's sum over the rows of weight is cut into
     so many parts, which are added by tree_sum (see row_parallel_linear).
 
-    Backward: d logits = (onehot - softmax) * grad / temperature, rounded to the dtype of the logits, chunk by chunk,
-    deterministic. Each chunk's logits are made again, and their gradient takes their place, unless one chunk holds all
-    rows: then forward's are kept. The weight's gradient is accumulated in fp32.
+    Backward: d logits = ((onehot - p) * grad - p * (log p + entropy) * entropy_grad) / temperature, with p the softmax,
+    rounded to the dtype of the logits, chunk by chunk, deterministic. Each chunk's logits are made again, and their
+    gradient takes their place, unless one chunk holds all rows: then forward's are kept. The weight's gradient is
+    accumulated in fp32.
 
     Raises ValueError if shapes or dtypes are not these.
     """
@@ -120,7 +129,7 @@ def log_probs_reference(
     """log_probs and entropy in plain torch, any dtype, differentiable."""
     logprobs = torch.log_softmax(hidden @ weight.t() / (temperature or 1.0), dim=-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, tokens[:, None])[:, 0], entropy.detach()
+    return logprobs.gather(-1, tokens[:, None])[:, 0], entropy
 
 
 def check_logits(logits: torch.Tensor) -> None:
@@ -170,26 +179,24 @@ class _LogProbs(torch.autograd.Function):
         results, logits = _forward(hidden, weight, tokens, temperature, chunk_rows, shard)
         logits = logits if hidden.shape[0] <= chunk_rows else None
         own_tokens = tokens - shard.first_token
-        ctx.save_for_backward(hidden, weight, own_tokens, temperature, results.maxima, results.sums, logits)
+        ctx.save_for_backward(hidden, weight, own_tokens, temperature, *results[1:], logits)
         ctx.chunk_rows, ctx.gradient_parts = chunk_rows, gradient_parts
-        ctx.mark_non_differentiable(results.entropies)
         return results.logprobs, results.entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, _):
-        hidden, weight, tokens, temperature, maxima, sums, kept_logits = ctx.saved_tensors
+    def backward(ctx, grad, entropy_grad):
+        hidden, weight, tokens, temperature, entropies, maxima, sums, kept_logits = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        scale = grad / temperature
+        row_inputs = (tokens, temperature, maxima, sums, entropies, grad / temperature, entropy_grad / temperature)
         for start in range(0, hidden.shape[0], ctx.chunk_rows):
             chunk = slice(start, start + ctx.chunk_rows)
             logits = linear(hidden[chunk], weight) if kept_logits is None else kept_logits
             # Kept logits are not overwritten: the graph may be used again.
             logits_grad = logits if kept_logits is None else torch.empty_like(logits)
-            row_values = (values[chunk] for values in (tokens, temperature, maxima, sums, scale))
-            _write_gradient(logits_grad, logits, *row_values)
+            _write_gradient(logits_grad, logits, *(values[chunk] for values in row_inputs))
             if needs_hidden:
                 _write_product_in_parts(hidden_grad[chunk], logits_grad, weight, ctx.gradient_parts)
             if needs_weight:
@@ -227,14 +234,17 @@ def _write_gradient(
     temperature: torch.Tensor,
     maxima: torch.Tensor,
     sums: torch.Tensor,
+    entropies: torch.Tensor,
     scale: torch.Tensor,
+    entropy_scale: torch.Tensor,
 ) -> None:
-    """out[B, V] = (onehot(token) - softmax(logits / temperature)) * scale; out may be logits.
+    """out[B, V] = (onehot(token) - p) * scale - p * (log p + entropy) * entropy_scale; out may be logits.
 
-    Maxima and sums are those of the whole vocabulary. onehot is 0 where the token is not among these V.
+    p = softmax(logits / temperature); maxima, sums and entropies are those of the whole vocabulary. onehot is 0 where
+    the token is not among these V. Where entropy_scale is 0, the second term changes no bit.
     """
     implementation = _gradient_triton if logits.device.type == "cuda" else _gradient_cpu
-    implementation(out, logits, tokens, temperature, maxima, sums, scale)
+    implementation(out, logits, tokens, temperature, maxima, sums, entropies, scale, entropy_scale)
 
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
@@ -278,13 +288,16 @@ def _log_prob_rows(start, stop, logits, tokens, temperature, logprobs, entropies
 
 
 @njit
-def _gradient_rows(start, stop, out, logits, tokens, temperature, maxima, sums, scale):
+def _gradient_rows(start, stop, out, logits, tokens, temperature, maxima, sums, entropies, scale, entropy_scale):
     for row in range(start, stop):
         values, gradient = logits[row], out[row]
         divisor, largest = temperature[row], maxima[row]
-        factor = -scale[row] / sums[row]
+        factor, entropy_factor = -scale[row] / sums[row], -entropy_scale[row] / sums[row]
+        mean = log32(sums[row]) - entropies[row]  # of the differences, under p; log p + entropy = difference - mean
         for i in range(values.size):
-            gradient[i] = factor * exp32(values[i] / divisor - largest)
+            difference = values[i] / divisor - largest
+            difference = _LOWEST_EXPONENT if difference < _LOWEST_EXPONENT else difference
+            gradient[i] = (factor + entropy_factor * (difference - mean)) * exp32(difference)
         if 0 <= tokens[row] < values.size:
             gradient[tokens[row]] += scale[row]
 
@@ -342,7 +355,9 @@ def _fold_kernel(
 
 
 @triton.jit
-def _gradient_kernel(out, logits, tokens, temperature, maxima, sums, scale, vocab_size, TILE: tl.constexpr):
+def _gradient_kernel(
+    out, logits, tokens, temperature, maxima, sums, entropies, scale, entropy_scale, vocab_size, TILE: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
     mask = columns < vocab_size
@@ -350,9 +365,13 @@ def _gradient_kernel(out, logits, tokens, temperature, maxima, sums, scale, voca
     divisor = tl.load(temperature + row)
     if divisor != 1.0:
         x = tl.div_rn(x, divisor)
-    probability = tl.exp(x - tl.load(maxima + row)) * (1.0 / tl.load(sums + row))
+    difference = difference_of(x, tl.load(maxima + row))
+    total = tl.load(sums + row)
+    probability = tl.exp(difference) * (1.0 / total)
     onehot = tl.where(columns == tl.load(tokens + row), 1.0, 0.0)
+    mean = tl.log(total) - tl.load(entropies + row)
     gradient = (onehot - probability) * tl.load(scale + row)
+    gradient -= probability * (difference - mean) * tl.load(entropy_scale + row)
     tl.store(out + row * vocab_size + columns, gradient.to(out.dtype.element_ty), mask=mask)
 
 

@@ -13,6 +13,7 @@ from lockstep.recipes import sft
 from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.cluster.local import LocalCluster
 from lockstep.recipes.cluster.open_cluster import open_cluster
+from lockstep.recipes.learner import Learner
 from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
 from lockstep.rollout.evaluation import EvaluationConfig, evaluate
 from lockstep.rollout.rewards import RewardEngines, build_reward
@@ -20,9 +21,7 @@ from lockstep.rollout.sample import Sample
 from lockstep.rollout.tasks import TaskSplits
 from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.rollout.worker import RolloutConfig, RolloutWorker
-from lockstep.trainer_bridge import MegatronTrainer
-from lockstep.trainer_bridge.algorithms import Algorithm, AlgorithmConfig, build_algorithm
-from lockstep.trainer_bridge.packing import PackedBatch, TrainSequence, pack
+from lockstep.trainer_bridge.algorithms import AlgorithmConfig
 
 WARMUP = "sft"  # the folder of the warm-up's run in the run directory
 
@@ -62,7 +61,9 @@ def run(config: RLConfig) -> dict[str, Any]:
             run.start(cluster.trainer)
             if cluster.trainer.step_count > 0:
                 cluster.publish(version=cluster.trainer.step_count)
-            train(config, run, tasks, cluster, reward_engines)
+            with Learner(config, cluster.trainer, start) as learner:
+                run.restore(learner=learner)
+                train(config, run, tasks, cluster, learner, reward_engines)
             warmup = run.path / WARMUP
             return run.finish(cluster.trainer, earlier_runs=[warmup] if warmup.exists() else [])
 
@@ -88,7 +89,12 @@ def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
 
 
 def train(
-    config: RLConfig, run: TrainingRun, tasks: TaskSplits, cluster: LocalCluster, reward_engines: RewardEngines
+    config: RLConfig,
+    run: TrainingRun,
+    tasks: TaskSplits,
+    cluster: LocalCluster,
+    learner: Learner,
+    reward_engines: RewardEngines,
 ) -> None:
     """The loop. Weight version `s` is what the engine serves after step `s`; step `s` learns from version `s - 1`."""
     trainer, engine = cluster.trainer, cluster.engine
@@ -96,7 +102,6 @@ def train(
     reward = build_reward(config.reward, tasks.train, reward_engines)
     held_out_reward = build_reward(config.reward, tasks.held_out, reward_engines)
     worker = RolloutWorker(engine, tokenizer, tasks.train, reward, config.rollout, config.seed)
-    algorithm = build_algorithm(config.algorithm)
 
     def evaluate_if_due(step: int) -> None:
         if step % config.evaluate_every == 0 or step == config.steps:
@@ -109,39 +114,14 @@ def train(
         clock = Clock()
         groups = worker.groups(step)
         clock.lap("rollout")
-        stats = trainer.step(training_batches(config, algorithm, trainer, groups), algorithm.loss)
+        stats = learner.step(groups)
         clock.lap("train")
         cluster.publish(version=step)
         clock.lap("publish")
         run.directory.write_rollouts(step, [sample for group in groups for sample in group])
         run.record(step, step_metrics(groups, stats, clock))
         evaluate_if_due(step)
-        run.checkpoint_if_due(step, trainer)
-
-
-def training_batches(
-    config: RLConfig, algorithm: Algorithm, trainer: MegatronTrainer, groups: Sequence[Sequence[Sample]]
-) -> list[PackedBatch]:
-    """The groups with their advantages, and the reference's log-probs if the loss asks for them, as micro-batches."""
-    advantages = algorithm.advantages([[sample.reward for sample in group] for group in groups])
-    pairs = [pair for group, row in zip(groups, advantages, strict=True) for pair in zip(group, row, strict=True)]
-    temperature = config.rollout.temperature
-    tokens = [[*sample.prompt_ids, *sample.response_ids] for sample, _ in pairs]
-    references: Sequence[list[float | None] | None] = [None] * len(pairs)
-    if config.algorithm.kl_coefficient:
-        references = trainer.reference_logprobs(tokens, temperature)
-    sequences = [
-        TrainSequence(
-            token_ids=token_ids,
-            loss_mask=[False] * len(sample.prompt_ids) + [True] * len(sample.response_ids),
-            advantage=advantage,
-            logprobs=[None] * len(sample.prompt_ids) + list(sample.logprobs),
-            ref_logprobs=reference,
-        )
-        for (sample, advantage), token_ids, reference in zip(pairs, tokens, references, strict=True)
-    ]
-    budget = config.trainer.max_tokens_per_micro_batch
-    return pack(sequences, budget, config.algorithm.aggregation, temperature)
+        run.checkpoint_if_due(step, trainer=trainer, learner=learner)
 
 
 def step_metrics(groups: Sequence[Sequence[Sample]], stats: dict[str, float], clock: Clock) -> dict[str, float]:

@@ -12,16 +12,18 @@ from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.tasks import Problem, Task
 from lockstep.rollout.tokenizer import encode_response, load_tokenizer, render_prompt
 from lockstep.trainer_bridge import MegatronTrainer
+from lockstep.trainer_bridge.aggregation import Aggregation
 from lockstep.trainer_bridge.losses import sft_loss
 from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 
 @dataclass(frozen=True)
 class SFTConfig(TrainingRunConfig):
-    """examples_per_step: worked solutions in one update."""
+    """examples_per_step: worked solutions in one update. aggregation: how their tokens' losses become one."""
 
     name: str = "sft"
     examples_per_step: int = 32
+    aggregation: Aggregation = "token_mean"
 
 
 def run(config: SFTConfig) -> dict[str, Any]:
@@ -38,11 +40,12 @@ def run(config: SFTConfig) -> dict[str, Any]:
             started = time.perf_counter()
             examples = [order[step * config.examples_per_step + i] for i in range(config.examples_per_step)]
             sequences = [example_sequence(tokenizer, tasks.train, index) for index in examples]
-            stats = trainer.step(pack(sequences, config.trainer.max_tokens_per_micro_batch), sft_loss)
+            batches = pack(sequences, config.trainer.max_tokens_per_micro_batch, config.aggregation)
+            stats = trainer.step(batches, sft_loss)
             seconds = time.perf_counter() - started
             stats["learning_rate"] = stats.pop("lr")
             run.record(step, {**stats, "tokens_per_s": stats["tokens"] / seconds, "time/train": seconds})
-            run.checkpoint_if_due(step, trainer)
+            run.checkpoint_if_due(step, trainer=trainer)
         return run.finish(trainer)
 
 

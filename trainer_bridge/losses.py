@@ -7,11 +7,15 @@ tensor [T]: the trainer reports its weighted mean over the step, or, where its n
 rows of non-zero weight. Options are keyword arguments, fixed with functools.partial.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 
+from lockstep.trainer_bridge.kl import KL_ESTIMATORS, KlEstimator
+from lockstep.trainer_bridge.off_policy import OffPolicy, importance_weights, proximal_logprobs
 from lockstep.trainer_bridge.packing import PackedBatch
+from lockstep.trainer_bridge.surrogates import Surrogate, clipped
 
 Stats = dict[str, torch.Tensor]
 Loss = Callable[[torch.Tensor, PackedBatch], tuple[torch.Tensor, Stats]]
@@ -22,46 +26,83 @@ def sft_loss(logprobs: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, 
     return -logprobs, {"target_probability": logprobs.detach().exp()}
 
 
-def grpo_loss(
+def policy_loss(
     logprobs: torch.Tensor,
     batch: PackedBatch,
     *,
+    surrogate: Surrogate,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     kl_coefficient: float = 0.0,
+    kl_estimator: KlEstimator = "k3",
+    entropy_coefficient: float = 0.0,
+    off_policy: OffPolicy = "none",
+    off_policy_cap: float = 2.0,
 ) -> tuple[torch.Tensor, Stats]:
-    """The clipped policy-gradient surrogate of PPO and GRPO, with an optional KL penalty to a reference model.
+    """A surrogate, with what most algorithms may add to it.
 
-        ratio = exp(logprob - old_logprob)
-        loss  = -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + kl_coefficient * k3
-        k3    = exp(ref - logprob) - (ref - logprob) - 1
+        loss = weight * surrogate + kl_coefficient * kl(logprob - ref_logprob) - entropy_coefficient * entropy
 
-    Sources: clipping, Schulman et al. 2017 (arXiv 1707.06347), equation 7, with separate bounds as in DAPO (arXiv
-    2503.14476); the k3 estimator, Schulman 2020 (joschu.net/blog/kl-approx.html); both in GRPO, Shao et al. 2024
-    (arXiv 2402.03300), equations 3 and 4.
+    weight: 1, or the importance weight of a token that an earlier weight version drew (see off_policy.py).
 
-    Stats: ratio; clip_fraction (where the clipped branch is the smaller); approx_kl, the k3 estimate of KL(old || new);
-    logprob_diff_max, |logprob - old_logprob|, which is exactly 0 on policy; reference_kl where it is penalised.
+    Stats: ratio, of the policy to what drew the token; clip_fraction; approx_kl, the k3 estimate of KL(old || new);
+    logprob_diff_max, |logprob - old_logprob| over the tokens of this weight version, which is exactly 0 before the
+    update; reference_kl where it is penalised; of tokens of earlier versions too, policy_shift_max, and
+    importance_weight where they are corrected.
 
-    Raises ValueError when kl_coefficient is not 0 and the batch has no reference log-probabilities.
+    Raises ValueError when a KL penalty has no reference log-probabilities in the batch, an entropy bonus no entropies,
+    or a correction no lags.
     """
-    log_ratio = logprobs - batch.old_logprobs
-    ratio = log_ratio.exp()
-    unclipped = ratio * batch.advantages
-    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * batch.advantages
-    loss = -torch.minimum(unclipped, clipped)
-    stats = {
-        "ratio": ratio.detach(),
-        "clip_fraction": (clipped < unclipped).float(),
-        "approx_kl": (ratio - 1.0 - log_ratio).detach(),
-        "logprob_diff_max": log_ratio.detach().abs(),
-    }
+    old_logprobs, weight = batch.old_logprobs, None
+    log_ratio = (logprobs - old_logprobs).detach()
+    stats = {"ratio": log_ratio.exp(), "approx_kl": log_ratio.exp() - 1.0 - log_ratio}
+    if batch.lags is None:
+        stats["logprob_diff_max"] = log_ratio.abs()
+    else:
+        stats["logprob_diff_max"] = torch.where(batch.lags > 0, 0.0, log_ratio.abs())
+        stats["policy_shift_max"] = log_ratio.abs()
+    if off_policy != "none":
+        _require(batch.lags, "an off-policy correction needs lags")
+        old_logprobs = proximal_logprobs(logprobs, batch)
+        weight = stats["importance_weight"] = importance_weights(logprobs, batch, off_policy, off_policy_cap)
+    loss, is_clipped = surrogate(logprobs, old_logprobs, batch, clip_low, clip_high)
+    stats["clip_fraction"] = is_clipped.float()
+    if weight is not None:
+        loss = weight * loss
     if kl_coefficient != 0.0:
-        if batch.ref_logprobs is None:
-            raise ValueError("a KL penalty needs reference log-probabilities in the batch")
-        # Rows of weight 0 hold 0 in both tensors, so their difference is finite.
-        reference_log_ratio = batch.ref_logprobs - logprobs
-        k3 = reference_log_ratio.exp() - reference_log_ratio - 1.0
-        loss = loss + kl_coefficient * k3
-        stats["reference_kl"] = k3.detach()
+        _require(batch.ref_logprobs, "a KL penalty needs reference log-probabilities")
+        kl = KL_ESTIMATORS[kl_estimator](logprobs - batch.ref_logprobs)
+        loss = loss + kl_coefficient * kl
+        stats["reference_kl"] = kl.detach()
+    if entropy_coefficient != 0.0:
+        _require(batch.entropies, "an entropy bonus needs entropies")
+        loss = loss - entropy_coefficient * batch.entropies
     return loss, stats
+
+
+grpo_loss: Loss = functools.partial(policy_loss, surrogate=clipped)
+
+
+def value_loss(values: torch.Tensor, batch: PackedBatch, *, clip: float = 0.2) -> tuple[torch.Tensor, Stats]:
+    """max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) / 2: a critic's loss, of values [T] and returns R.
+
+    Source: the clipped value loss of PPO's reference implementation, as in Huang et al. 2022 ("The 37 Implementation
+    Details of Proximal Policy Optimization", 9), and in InstructGPT's critics.
+    Raises ValueError when the batch has no returns or no old values.
+    """
+    _require(batch.returns, "a critic's loss needs returns")
+    _require(batch.old_values, "a critic's loss needs the values before the update")
+    clipped_values = batch.old_values + (values - batch.old_values).clamp(-clip, clip)
+    free, bounded = (values - batch.returns).square(), (clipped_values - batch.returns).square()
+    stats = {
+        "value": values.detach(),
+        "return": batch.returns,
+        "value_error": free.detach(),
+        "value_clip_fraction": (bounded > free).float(),
+    }
+    return 0.5 * torch.maximum(free, bounded), stats
+
+
+def _require(tensor: torch.Tensor | None, what: str) -> None:
+    if tensor is None:
+        raise ValueError(f"{what} in the batch")

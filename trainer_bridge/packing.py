@@ -4,13 +4,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Literal
 
 import torch
 
 from lockstep.engine.transfer import to_device
+from lockstep.trainer_bridge.aggregation import Aggregation, StepCounts, token_weights
 
-Aggregation = Literal["token_mean", "sequence_mean"]
+# Per-token fields of TrainSequence that a loss may need, and their names in PackedBatch.
+_COLUMNS = {
+    "logprobs": "old_logprobs",
+    "ref_logprobs": "ref_logprobs",
+    "lags": "lags",
+    "values": "old_values",
+    "returns": "returns",
+}
 
 
 @dataclass(frozen=True)
@@ -18,16 +25,24 @@ class TrainSequence:
     """One sequence to learn from. All per-token fields have the length of token_ids.
 
     loss_mask: is this token a trained target; false for token 0, which nothing predicts.
-    advantage: of the whole sequence.
-    logprobs: the engine's log-probability of each token; read at trained tokens only. None: the loss reads none.
-    ref_logprobs: the reference model's, likewise.
+    advantage: of the whole sequence, or of each token.
+    group: the prompt's number, of which there are several samples; see aggregation.group_mean.
+
+    The rest is read at trained tokens only; None: the loss reads none.
+    logprobs, ref_logprobs: the engine's log-probability of each token, and the reference model's.
+    lags: how many weight versions before the one that is trained each token was drawn; None: with that one.
+    values: the critic's of the tokens before each token, before the update. returns: what they should have been.
     """
 
     token_ids: Sequence[int]
     loss_mask: Sequence[bool]
-    advantage: float = 0.0
+    advantage: float | Sequence[float] = 0.0
     logprobs: Sequence[float | None] | None = None
     ref_logprobs: Sequence[float | None] | None = None
+    lags: Sequence[int] | None = None
+    values: Sequence[float] | None = None
+    returns: Sequence[float] | None = None
+    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,9 +50,12 @@ class PackedBatch:
     """A micro-batch. Row t holds token t and all that belongs to the prediction of its successor, targets[t].
 
     token_ids, positions (in the own sequence), targets: int64 [T]; cu_seqlens: int32 [B+1].
-    weights: fp32 [T], the share of each prediction in the step's loss: they sum to 1 over all batches of a step, and
-    are 0 where the target is not trained on (a sequence's last row, whose target is 0, included).
-    advantages, old_logprobs, ref_logprobs: fp32 [T], 0 where weights are 0.
+    weights: fp32 [T], the share of each prediction in the step's loss (see aggregation.py), 0 where the target is not
+    trained on (a sequence's last row, whose target is 0, included).
+    advantages, old_logprobs, ref_logprobs, lags, old_values, returns: fp32 [T], 0 where weights are 0; what the
+    sequences lack is None, but for old_logprobs, which are 0 then.
+    entropies: fp32 [T], of the distributions that the targets are from, with a gradient. The trainer fills them in when
+    it calls the loss.
     """
 
     token_ids: torch.Tensor
@@ -49,6 +67,10 @@ class PackedBatch:
     old_logprobs: torch.Tensor
     ref_logprobs: torch.Tensor | None
     temperature: float
+    lags: torch.Tensor | None = None
+    old_values: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
+    entropies: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "PackedBatch":
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -94,64 +116,67 @@ def pack(
     max_tokens: int,
     aggregation: Aggregation = "token_mean",
     temperature: float = 1.0,
+    length: int | None = None,
 ) -> list[PackedBatch]:
     """Lays the sequences of one step into micro-batches.
 
-    token_mean: each trained token of the step has the same weight.
-    sequence_mean: each sequence with a trained token has the same weight, spread evenly over its trained tokens.
+    aggregation: a key of AGGREGATIONS, which gives the weights; length: for "constant_length".
 
     Raises ValueError for a sequence longer than max_tokens, per-token fields of another length than token_ids, a
-    trained token 0, a missing or non-finite log-probability of a trained token, a non-finite advantage,
-    log-probabilities given for some sequences only, or a step without any trained token.
+    trained token 0, a missing or non-finite value of a trained token, a field that some sequences have and others lack,
+    or a step without any trained token.
     """
     for index, sequence in enumerate(sequences):
         _check(index, sequence)
-    for name in ("logprobs", "ref_logprobs"):
+    for name in _COLUMNS:
         if len({getattr(sequence, name) is None for sequence in sequences}) > 1:
             raise ValueError(f"{name} are given for some sequences of the step and missing for others")
-
     trained_counts = [sum(map(bool, sequence.loss_mask)) for sequence in sequences]
-    num_trained_sequences = sum(count > 0 for count in trained_counts)
-    if num_trained_sequences == 0:
+    if not any(trained_counts):
         raise ValueError("no token of the step is trained on")
-    if aggregation == "token_mean":
-        token_weights = [1.0 / sum(trained_counts)] * len(sequences)
-    elif aggregation == "sequence_mean":
-        token_weights = [1.0 / (num_trained_sequences * max(count, 1)) for count in trained_counts]
-    else:
-        raise ValueError(f"unknown aggregation {aggregation!r}, known: token_mean, sequence_mean")
-
+    counts = StepCounts(trained_counts, [sequence.group for sequence in sequences], length)
+    weights = token_weights(aggregation, counts)
     bins = first_fit([len(sequence.token_ids) for sequence in sequences], max_tokens)
-    return [_pack_bin([(sequences[i], token_weights[i]) for i in members], temperature) for members in bins]
+    return [_pack_bin([(sequences[i], weights[i]) for i in members], temperature) for members in bins]
 
 
 def _check(index: int, sequence: TrainSequence) -> None:
-    for name in ("loss_mask", "logprobs", "ref_logprobs"):
-        values = getattr(sequence, name)
-        if values is not None and len(values) != len(sequence.token_ids):
-            raise ValueError(f"sequence {index}: {len(values)} {name} for {len(sequence.token_ids)} tokens")
-    if len(sequence.loss_mask) and sequence.loss_mask[0]:
+    num_tokens, mask = len(sequence.token_ids), sequence.loss_mask
+    columns = {"loss_mask": mask, "advantages": _per_token(sequence.advantage, num_tokens)}
+    columns |= {name: values for name in _COLUMNS if (values := getattr(sequence, name)) is not None}
+    for name, values in columns.items():
+        if len(values) != num_tokens:
+            raise ValueError(f"sequence {index}: {len(values)} {name} for {num_tokens} tokens")
+    if num_tokens and mask[0]:
         raise ValueError(f"sequence {index}: nothing predicts token 0, so its loss_mask must be false")
-    if not math.isfinite(sequence.advantage):
-        raise ValueError(f"sequence {index}: advantage is {sequence.advantage}")
-    for name in ("logprobs", "ref_logprobs"):
-        for t, value in enumerate(getattr(sequence, name) or ()):
-            if sequence.loss_mask[t] and (value is None or not math.isfinite(value)):
+    for name, values in columns.items():
+        for t, value in enumerate(values):
+            if mask[t] and (value is None or not math.isfinite(value)):
                 raise ValueError(f"sequence {index}: {name} of trained token {t} is {value}")
 
 
+def _per_token(value: float | Sequence[float], num_tokens: int) -> Sequence[float]:
+    return [value] * num_tokens if isinstance(value, int | float) else value
+
+
 def _pack_bin(members: list[tuple[TrainSequence, float]], temperature: float) -> PackedBatch:
-    token_ids, targets, weights, advantages, old_logprobs, ref_logprobs = [], [], [], [], [], []
+    token_ids, targets, weights, advantages = [], [], [], []
+    columns: dict[str, list[float]] = {name: [] for name in _COLUMNS.values()}
     for sequence, token_weight in members:
         # Token t+1 is predicted at row t; the last row predicts nothing.
         trained = [*map(bool, sequence.loss_mask[1:]), False]
+
+        def rows(values: Sequence[float | None], trained: list[bool] = trained) -> list[float]:
+            return [float(v) if t else 0.0 for t, v in zip(trained, [*values[1:], 0.0], strict=True)]
+
         token_ids += sequence.token_ids
         targets += [*sequence.token_ids[1:], 0]
         weights += [token_weight if t else 0.0 for t in trained]
-        advantages += [sequence.advantage if t else 0.0 for t in trained]
-        for rows, values in ((old_logprobs, sequence.logprobs), (ref_logprobs, sequence.ref_logprobs)):
-            shifted = [0.0] * len(trained) if values is None else [*values[1:], 0.0]
-            rows += [value if t else 0.0 for t, value in zip(trained, shifted, strict=True)]
+        advantages += rows(_per_token(sequence.advantage, len(trained)))
+        for name, column in _COLUMNS.items():
+            if (values := getattr(sequence, name)) is not None:
+                columns[column] += rows(values)
+    columns["old_logprobs"] = columns["old_logprobs"] or [0.0] * len(token_ids)
     positions, cu_seqlens = sequence_layout([len(sequence.token_ids) for sequence, _ in members])
     return PackedBatch(
         token_ids=torch.tensor(token_ids),
@@ -160,7 +185,6 @@ def _pack_bin(members: list[tuple[TrainSequence, float]], temperature: float) ->
         targets=torch.tensor(targets),
         weights=torch.tensor(weights),
         advantages=torch.tensor(advantages),
-        old_logprobs=torch.tensor(old_logprobs),
-        ref_logprobs=None if members[0][0].ref_logprobs is None else torch.tensor(ref_logprobs),
+        **{name: torch.tensor(column) if column else None for name, column in columns.items()},
         temperature=temperature,
     )

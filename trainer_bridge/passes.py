@@ -1,7 +1,7 @@
 """What a rank does with a micro-batch in its stages of the model: the work that `pipeline.run` orders."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -131,6 +131,8 @@ class TrainingPasses(_Passes):
         rows = to_device(self.micro_batches[micro_batch].rows, self.device)
         batch = self._batches[micro_batch].to(self.device)
         outputs = torch.zeros_like(batch.weights).index_copy(0, rows, trained)
+        if entropy is not None:
+            batch = replace(batch, entropies=torch.zeros_like(batch.weights).index_copy(0, rows, entropy))
         per_token_loss, stats = self._loss(outputs, batch)
         total = (per_token_loss * batch.weights).sum()
         with torch.no_grad():
@@ -190,12 +192,14 @@ def to_floats(parts: Mapping[int, Mapping[str, torch.Tensor]]) -> dict[int, dict
     return {m: {name: next(values) for name in part} for m, part in parts.items()}
 
 
-def fold_stats(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The micro-batches' parts, in their order: sums in fp32, or maxima where the name ends in `_max`."""
+def fold_stats(parts: Sequence[Mapping[str, float]], total_weight: float) -> dict[str, float]:
+    """Of the micro-batches' parts, in their order: the sum of the loss, weighted means of the others (fp32), or maxima
+    where the name ends in `_max`."""
     totals: dict[str, torch.Tensor] = {}
     for part in parts:
         for name, value in part.items():
             combine = torch.maximum if name.endswith("_max") else torch.add
             value = torch.tensor(value)
             totals[name] = combine(totals[name], value) if name in totals else value
-    return {name: total.item() for name, total in totals.items()}
+    sums = {name: total.item() for name, total in totals.items()}
+    return {n: s if n == "loss" or n.endswith("_max") else s / total_weight for n, s in sums.items()}

@@ -290,7 +290,7 @@ class MegatronTrainer:
     # Training --------------------------------------------------------------------------------------------------------
 
     def step(self, batches: Sequence[PackedBatch], loss: Loss) -> dict[str, float]:
-        """One update from all micro-batches of a step, whose weights sum to 1 (see packing.pack).
+        """One update from all micro-batches of a step (see packing.pack).
 
         Returns loss, grad_norm (before clipping), lr, tokens (forward), trained_tokens, entropy, and the stats of
         `loss`: weighted means, or maxima where the name ends in `_max`.
@@ -303,7 +303,8 @@ class MegatronTrainer:
         if trained_tokens == 0:
             raise ValueError(f"step {self.step_count}: no token of the step is trained on")
         try:
-            stats = fold_stats(self._backward([batch for batch in batches if batch.weights.any()], loss))
+            total_weight = sum(batch.weights.double().sum().item() for batch in batches)
+            stats = fold_stats(self._backward([batch for batch in batches if batch.weights.any()], loss), total_weight)
             for optimizer in self.optimizers:
                 optimizer.reduce_gradients()
             stats["grad_norm"] = self._grad_norm()

@@ -9,7 +9,7 @@ import torch
 
 from lockstep.recipes.bench.shapes import SHAPES
 
-Suite = Literal["cpu", "engine", "trainer", "kernels", "publish"]
+Suite = Literal["cpu", "engine", "trainer", "kernels", "publish", "algorithms"]
 DEFAULT_SHAPE = {"cpu": "small", "cuda": "qwen3-8b"}
 
 
@@ -18,13 +18,15 @@ class BenchConfig:
     """What is timed.
 
     suite: "cpu", the small workloads that a CPU can do (the default without a GPU); "engine", the workloads W1 to W5
-        (the default with one); "trainer", training steps; "kernels", one op at a time; "publish", weight
-        updates (its workloads are ways: copy, alias, cuda_ipc, and with two GPUs distributed).
+        (the default with one); "trainer", training steps; "kernels", one op at a time; "publish", weight updates (its
+        workloads are ways: copy, alias, cuda_ipc, and with two GPUs distributed); "algorithms", which trains with each
+        algorithm on the demo's task, from one warmed-up model.
     device: "cpu" or "cuda"; null is cuda where there is one.
     shape: an architecture with random weights: qwen3-8b (the default on a GPU), qwen3-1.7b, qwen3-0.6b, small (the
         default on a CPU). The trainer suite without a shape takes the first three.
-    model: a model directory to time instead, with its own weights (suites cpu and engine).
-    workloads: their names, such as [W1,W3]; null is all of the suite's.
+    model: a model directory to time instead, with its own weights (suites cpu and engine); of the algorithms suite,
+        the model to start from, where null makes the demo's warm-up first.
+    workloads: their names, such as [W1,W3] or [grpo,ppo]; null is all of the suite's.
     peer: runs the same workloads there too and gives the ratio: transformers, vllm, vllm-batch-invariant, sglang,
         sglang-deterministic. The package has to be installed.
     repeats: timed runs of each workload, after a warm-up; the median counts.

@@ -13,6 +13,7 @@ SUITES = {
     "trainer": "lockstep.recipes.bench.trainer_suite",
     "kernels": "lockstep.recipes.bench.kernels_suite",
     "publish": "lockstep.recipes.bench.publish_suite",
+    "algorithms": "lockstep.recipes.bench.algorithms_suite",
 }
 
 

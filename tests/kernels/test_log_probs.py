@@ -86,18 +86,53 @@ def test_trainer_and_engine_agree_to_the_bit(data):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_values_and_gradients_against_fp64(temperature, chunk_rows):
     hidden, weight, tokens = make_head(100, 24, 300)
-    grad = torch.randn(100, generator=torch.Generator().manual_seed(5))
+    grads = torch.randn(2, 100, generator=torch.Generator().manual_seed(5))
+    grads[0, ::7] = 0  # rows of which only the entropy is asked, or only the log-probability
+    grads[1, 3::7] = 0
     exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
     expected, expected_entropy = log_probs_reference(*exact, tokens, temperature)
-    expected.backward(grad.double())
+    torch.autograd.backward([expected, expected_entropy], list(grads.double()))
     ours = [hidden.requires_grad_(), weight.requires_grad_()]
     result, entropy = log_probs(*ours, tokens, temperature, with_entropy=True, chunk_rows=chunk_rows)
-    result.backward(grad)
-    assert not entropy.requires_grad
+    torch.autograd.backward([result, entropy], list(grads))
     torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=4e-6)
     torch.testing.assert_close(entropy.double(), expected_entropy, rtol=1e-6, atol=4e-6)
     for mine, theirs in zip(ours, exact, strict=True):
         torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-5, atol=4e-6)
+
+
+def test_an_entropy_that_is_not_used_changes_no_bit():
+    hidden, weight, tokens = make_head(64, 16, 200)
+    hidden.requires_grad_()
+    result, entropy = log_probs(hidden, weight, tokens, with_entropy=True)
+    alone = torch.autograd.grad(result.sum(), hidden, retain_graph=True)[0]
+    unweighted = torch.autograd.grad(result.sum() + 0.0 * entropy.sum(), hidden)[0]
+    assert torch.equal(alone, unweighted)
+
+
+def test_an_entropy_gradient_row_depends_on_its_own_row_only():
+    logits, tokens, temperature = make_rows(40, 700)
+    temperature = temperature.clamp(min=0.5)
+    rows = module._rows_cpu(logits, tokens, temperature)
+    scales = torch.linspace(-1, 2, 40), torch.linspace(2, -3, 40)
+    inputs = (logits, tokens, temperature, rows.maxima, rows.sums, rows.entropies, *scales)
+    whole, some = torch.empty_like(logits), torch.empty(7, 700)
+    chosen = torch.tensor([39, 3, 3, 17, 0, 5, 21])
+    module._gradient_cpu(whole, *inputs)
+    module._gradient_cpu(some, *(tensor[chosen] for tensor in inputs))
+    assert torch.equal(some, whole[chosen])
+
+
+def test_entropy_gradient_where_tokens_are_impossible():
+    logits, tokens, _ = make_rows(2, 50)
+    logits[:, 5:] = -torch.inf
+    rows = module._rows_cpu(logits, tokens.clamp(max=4), torch.ones(2))
+    inputs = (logits, tokens.clamp(max=4), torch.ones(2), rows.maxima, rows.sums, rows.entropies, *torch.ones(2, 2))
+    for implementation, device in ((module._gradient_cpu, "cpu"), (module._gradient_triton, DEVICE)):
+        out = torch.empty(2, 50, device=device)
+        implementation(out, *(tensor.to(device) for tensor in inputs))
+        assert (out[:, 5:] == 0).all()
+        assert out.isfinite().all()
 
 
 def test_backward_repeats_and_a_kept_graph_can_be_used_twice():
@@ -123,9 +158,9 @@ def test_kept_and_recomputed_logits_give_the_same_hidden_gradient():
 def test_ranks_that_share_a_vocabulary_have_the_bits_of_one(num_ranks):
     hidden, weight, tokens = make_head(50, 32, 600)
     whole = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
-    expected = log_probs(*whole, tokens, 0.7, gradient_parts=4)
+    expected, expected_entropies = log_probs(*whole, tokens, 0.7, True, gradient_parts=4)
     grad = torch.randn(50, generator=torch.Generator().manual_seed(1))
-    expected.backward(grad)
+    torch.autograd.backward([expected, expected_entropies], [grad, 0.1 * grad])
     all_logits = [linear(hidden, part) for part in weight.chunk(num_ranks)]
     hidden_grads, weight_grads = [], []
     for rank, part in enumerate(weight.chunk(num_ranks)):
@@ -136,15 +171,15 @@ def test_ranks_that_share_a_vocabulary_have_the_bits_of_one(num_ranks):
         shard = module.VocabularyShard(rank * 600 // num_ranks, 600, gather)
         own = [tensor.clone().requires_grad_() for tensor in (hidden, part)]
         values, entropies = log_probs(*own, tokens, 0.7, True, shard=shard, gradient_parts=4 // num_ranks)
-        values.backward(grad)
+        torch.autograd.backward([values, entropies], [grad, 0.1 * grad])
         assert torch.equal(values, expected)
-        assert torch.equal(entropies, log_probs(hidden, weight, tokens, 0.7, True)[1])
+        assert torch.equal(entropies, expected_entropies)
         hidden_grads.append(own[0].grad)
         weight_grads.append(own[1].grad)
     assert torch.equal(tree_sum(hidden_grads), whole[0].grad)
     assert torch.equal(torch.cat(weight_grads), whole[1].grad)
     exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
-    log_probs_reference(*exact, tokens, 0.7)[0].backward(grad.double())
+    torch.autograd.backward(log_probs_reference(*exact, tokens, 0.7), [grad.double(), 0.1 * grad.double()])
     torch.testing.assert_close(whole[0].grad.double(), exact[0].grad, rtol=1e-4, atol=1e-5)
 
 
@@ -155,13 +190,14 @@ def test_triton_gradient_of_a_token_elsewhere_has_no_one():
     ones = torch.ones(6, device=DEVICE)
     maxima, sums = logits.max(1).values, ones * 50
     out = torch.empty_like(logits)
-    module._gradient_triton(out, logits, tokens, ones, maxima, sums, ones)
+    inputs = (logits, tokens, ones, maxima, sums, ones, ones, 0 * ones)
+    module._gradient_triton(out, *inputs)
     softmax = (logits - maxima[:, None]).exp() / 50
     onehot = torch.zeros_like(logits)
     onehot[3, 5], onehot[5, 39] = 1, 1
     torch.testing.assert_close(out, onehot - softmax)
     by_cpu = torch.empty(6, 40)
-    module._gradient_cpu(by_cpu, *(t.cpu() for t in (logits, tokens, ones, maxima, sums, ones)))
+    module._gradient_cpu(by_cpu, *(tensor.cpu() for tensor in inputs))
     torch.testing.assert_close(by_cpu, out.cpu())
 
 
@@ -169,7 +205,8 @@ def test_triton_gradient_and_entropy_against_numba():
     logits, tokens, temperature = make_rows(6, 5000)
     temperature = temperature.clamp(min=0.5)
     rows = module._rows_cpu(logits, tokens, temperature)
-    inputs = (logits, tokens, temperature, rows.maxima, rows.sums, torch.linspace(-1, 2, 6))
+    scales = torch.linspace(-1, 2, 6), torch.linspace(3, -2, 6)
+    inputs = (logits, tokens, temperature, rows.maxima, rows.sums, rows.entropies, *scales)
     expected, actual = torch.empty_like(logits), torch.empty_like(logits, device=DEVICE)
     module._gradient_cpu(expected, *inputs)
     on_device = [tensor.to(DEVICE) for tensor in inputs]
@@ -183,7 +220,8 @@ def test_triton_gradient_may_take_the_place_of_the_logits():
     logits, tokens, temperature = make_rows(3, 5000)
     temperature = temperature.clamp(min=0.5)
     rows = module._rows_cpu(logits, tokens, temperature)
-    inputs = [tensor.to(DEVICE) for tensor in (logits, tokens, temperature, rows.maxima, rows.sums, torch.ones(3))]
+    row_inputs = (tokens, temperature, rows.maxima, rows.sums, rows.entropies, torch.ones(3), torch.ones(3))
+    inputs = [tensor.to(DEVICE) for tensor in (logits, *row_inputs)]
     expected = torch.empty_like(inputs[0])
     module._gradient_triton(expected, *inputs)
     module._gradient_triton(inputs[0], *inputs)
@@ -197,10 +235,11 @@ def test_bf16_gradients_repeat_and_match_fp64(chunk_rows):
     ours = [tensor.bfloat16().requires_grad_() for tensor in (hidden, weight)]
     exact = [tensor.detach().double().requires_grad_() for tensor in ours]
     grad = torch.randn(384, device="cuda")
-    log_probs_reference(*exact, tokens, 0.7)[0].backward(grad.double())
-    result = log_probs(*ours, tokens, 0.7, chunk_rows=chunk_rows)
-    first = torch.autograd.grad(result, ours, grad, retain_graph=True)
-    second = torch.autograd.grad(result, ours, grad)
+    grads = [grad, 0.3 * grad.flip(0)]
+    torch.autograd.backward(log_probs_reference(*exact, tokens, 0.7), [g.double() for g in grads])
+    result = log_probs(*ours, tokens, 0.7, True, chunk_rows)
+    first = torch.autograd.grad(result, ours, grads, retain_graph=True)
+    second = torch.autograd.grad(result, ours, grads)
     for a, b, tensor in zip(first, second, exact, strict=True):
         assert torch.equal(a, b)
         assert (a.double() - tensor.grad).norm() < 1e-2 * tensor.grad.norm()

@@ -1,0 +1,117 @@
+"""A step's groups of samples become an update: of the policy, and of the critic where the algorithm has one."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lockstep.engine import Engine, EngineConfig
+from lockstep.recipes.training_batches import BatchShape, all_tokens, critic_batches, policy_batches, scored_responses
+from lockstep.rollout.sample import Sample
+from lockstep.rollout.tokenizer import load_tokenizer
+from lockstep.trainer_bridge import MegatronTrainer
+from lockstep.trainer_bridge.algorithm_config import next_entropy_coefficient
+from lockstep.trainer_bridge.algorithms import build_algorithm
+from lockstep.trainer_bridge.losses import Loss
+from lockstep.trainer_bridge.responses import Grouped, ScoredResponse
+
+if TYPE_CHECKING:
+    from lockstep.recipes.rl import RLConfig
+
+
+class Learner:
+    """What a step does with its groups, and what that takes beside the trainer: a critic, a teacher.
+
+    `save` and `load` are of all that lasts longer than a step, but for the trainer itself. Use as a context manager.
+    """
+
+    def __init__(self, config: RLConfig, trainer: MegatronTrainer, model: str):
+        """model: the directory that the run starts from.
+
+        Raises ValueError for algorithm options that do not fit together, or a teacher with another vocabulary.
+        """
+        self.config = config
+        self.trainer = trainer
+        self.algorithm = build_algorithm(config.algorithm, config.rollout.max_tokens)
+        self.entropy_coefficient = config.algorithm.entropy_coefficient
+        if config.cluster.kind != "local" and (self.algorithm.critic or self.algorithm.needs_teacher):
+            raise ValueError(f"algorithm {config.algorithm.name} has a second model, which needs cluster.kind=local")
+        self.critic = self._build_critic(model) if self.algorithm.critic else None
+        self.teacher = self._open_teacher(model) if self.algorithm.needs_teacher else None
+        self._shape = BatchShape(
+            config.trainer.max_tokens_per_micro_batch, config.rollout.temperature, config.rollout.max_tokens
+        )  # fmt: skip
+
+    def __enter__(self) -> Learner:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.teacher is not None:
+            self.teacher.shutdown()
+
+    def step(self, groups: Grouped[Sample]) -> dict[str, float]:
+        """One update, from the groups that the algorithm keeps; from all, with advantages of 0, where it keeps none.
+
+        Returns the trainer's stats; the critic's begin with `critic_`.
+        """
+        kept = [group for group in groups if self.algorithm.keep_group([sample.reward for sample in group])]
+        groups = kept or groups
+        responses = self._scored(groups)
+        batches = policy_batches(self.algorithm, groups, responses, self.trainer.step_count, self._shape)
+        stats = self.trainer.step(batches, self._loss())
+        if self.critic is not None:
+            batches = critic_batches(self.algorithm, groups, responses, self._shape)
+            critic_stats = self.critic.step(batches, self.algorithm.critic.loss)
+            stats |= {f"critic_{name}": critic_stats[name] for name in ("loss", "grad_norm", "value", "value_error")}
+        if self.config.algorithm.entropy_target is not None:
+            stats["entropy_coefficient"] = self.entropy_coefficient
+            self.entropy_coefficient = next_entropy_coefficient(
+                self.entropy_coefficient, stats["entropy"], self.config.algorithm
+            )
+        return stats
+
+    def save(self, path: Path) -> None:
+        path.mkdir(parents=True)
+        (path / "state.json").write_text(json.dumps({"entropy_coefficient": self.entropy_coefficient}))
+        if self.critic is not None:
+            self.critic.save(path / "critic")
+
+    def load(self, path: Path) -> None:
+        self.entropy_coefficient = json.loads((path / "state.json").read_text())["entropy_coefficient"]
+        if self.critic is not None:
+            self.critic.load(path / "critic")
+
+    def _loss(self) -> Loss:
+        return functools.partial(self.algorithm.loss, entropy_coefficient=self.entropy_coefficient)
+
+    def _scored(self, groups: Grouped[Sample]) -> list[list[ScoredResponse]]:
+        """With what the reference, the teacher and the critic say of the samples' tokens, where the algorithm asks."""
+        tokens = [all_tokens(sample) for group in groups for sample in group]
+        temperature = self.config.rollout.temperature
+        reference = teacher = values = None
+        if self.algorithm.needs_reference:
+            reference = self.trainer.reference_logprobs(tokens, temperature)
+        if self.teacher is not None:
+            teacher = self.teacher.score(tokens, temperature)
+        if self.critic is not None:  # what comes before a token is what the row before it has seen
+            values = [[None, *row[:-1]] for row in self.critic.values(tokens)]
+        return scored_responses(groups, reference, teacher, values)
+
+    def _build_critic(self, model: str) -> MegatronTrainer:
+        options = self.config.algorithm
+        critic = replace(
+            self.config.trainer,
+            model=options.critic_model or model,
+            head="scalar",
+            learning_rate=options.critic_learning_rate,
+        )
+        return MegatronTrainer(critic)
+
+    def _open_teacher(self, model: str) -> Engine:
+        path, engine = self.config.algorithm.teacher_model, self.config.engine
+        if load_tokenizer(path).get_vocab() != load_tokenizer(model).get_vocab():
+            raise ValueError(f"teacher {path} has another vocabulary than {model}: it cannot score its tokens")
+        return Engine(EngineConfig(model=path, device=engine.device, dtype=engine.dtype))

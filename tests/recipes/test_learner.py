@@ -1,0 +1,157 @@
+"""From samples to updates: what lands in the batches, the critic, the teacher, and a learner that is resumed."""
+
+from dataclasses import replace
+
+import pytest
+
+from lockstep.engine import Engine, EngineConfig, SamplingParams
+from lockstep.recipes import rl
+from lockstep.recipes.cluster.config import ClusterConfig
+from lockstep.recipes.inputs import ModelSource, TaskConfig
+from lockstep.recipes.learner import Learner
+from lockstep.recipes.new_model import ModelShape
+from lockstep.recipes.training_batches import BatchShape, policy_batches, scored_responses
+from lockstep.recipes.training_run import START
+from lockstep.rollout.sample import Sample
+from lockstep.rollout.tasks import ReasoningGymConfig
+from lockstep.rollout.worker import RolloutConfig
+from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
+from lockstep.trainer_bridge.algorithms import AlgorithmConfig, build_algorithm
+
+CONFIG = rl.RLConfig(
+    seed=3,
+    model=ModelSource(shape=ModelShape(num_layers=1, hidden_size=32, num_heads=2, head_dim=16, ffn_hidden_size=64)),
+    task=TaskConfig(reasoning_gym=ReasoningGymConfig(dataset="chain_sum", train_size=100, held_out_size=20)),
+    trainer=TrainerConfig(model=START, learning_rate=1e-2, max_tokens_per_micro_batch=64),
+    engine=EngineConfig(model=START, kv_cache_tokens=4096),
+    rollout=RolloutConfig(max_tokens=12),
+)
+
+
+def sample(response_ids, logprobs, reward, versions=None, prompt_ids=(5, 6), finish_reason="stop", index=0):
+    return Sample(
+        problem_id="p",
+        step=1,
+        prompt_index=0,
+        sample_index=index,
+        seed=index,
+        prompt_ids=tuple(prompt_ids),
+        response_ids=tuple(response_ids),
+        logprobs=tuple(logprobs),
+        weight_versions=tuple(versions or [4] * len(response_ids)),
+        finish_reason=finish_reason,
+        text="",
+        reward=reward,
+        correct=reward > 0,
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "start"
+    return str(CONFIG.model.resolve(path, CONFIG.task.build().train, CONFIG.seed))
+
+
+@pytest.fixture(scope="module")
+def groups(model):
+    """Two groups of three samples from the engine."""
+    engine = Engine(replace(CONFIG.engine, model=model))
+    made = []
+    for prompt in ([7, 8, 9], [10, 11]):
+        params = [SamplingParams(max_tokens=3 + 4 * i, seed=i) for i in range(3)]
+        outputs = engine.generate([prompt] * 3, params)
+        made.append(
+            [
+                sample(o.token_ids, o.logprobs, float(i == 1), o.weight_versions, prompt, "length", i)
+                for i, o in enumerate(outputs)
+            ]
+        )
+    engine.shutdown()
+    return made
+
+
+def learner(model, **options):
+    config = replace(CONFIG, algorithm=AlgorithmConfig(**options))
+    return Learner(config, MegatronTrainer(replace(config.trainer, model=model)), model)
+
+
+SHAPE = BatchShape(max_tokens=64, temperature=0.5, max_response_tokens=12)
+
+
+def batches_of(samples, version, **options):
+    algorithm = build_algorithm(AlgorithmConfig(**options), SHAPE.max_response_tokens)
+    return policy_batches(algorithm, [samples], scored_responses([samples], None, None, None), version, SHAPE)
+
+
+def test_a_samples_tokens_land_on_the_rows_that_predict_them():
+    samples = [sample([1, 2], [-0.5, -1.5], 1.0, [3, 4]), sample([3], [-2.5], 0.0)]
+    (batch,) = batches_of(samples, version=4, name="rloo")
+    assert batch.temperature == 0.5
+    assert batch.token_ids.tolist() == [5, 6, 1, 2, 5, 6, 3]
+    assert (batch.weights > 0).tolist() == [False, True, True, False, False, True, False]
+    assert batch.advantages.tolist() == [0, 1, 1, 0, 0, -1, 0]
+    assert batch.old_logprobs.tolist() == [0, -0.5, -1.5, 0, 0, -2.5, 0]
+    assert batch.lags.tolist() == [0, 1, 0, 0, 0, 0, 0]
+    (batch,) = batches_of([samples[1], replace(samples[1], reward=1.0)], version=4, name="rloo")
+    assert batch.lags is None
+
+
+def test_responses_that_are_not_learned_from_are_left_out():
+    samples = [sample([1, 2], [-0.5, -1.5], 1.0), sample([3], [-2.5], 0.0)]
+    (batch,) = batches_of(samples, version=4, name="sft")
+    assert batch.token_ids.tolist() == [5, 6, 1, 2]
+    (batch,) = batches_of(samples[1:], version=4, name="sft")
+    assert batch.token_ids.tolist() == [5, 6, 3]
+    assert batch.advantages.count_nonzero() == 0
+
+
+def test_a_teacher_with_the_policys_weights_teaches_nothing(model, groups):
+    with learner(model, name="distillation", teacher_model=model) as student:
+        stats = student.step(groups)
+    assert stats["logprob_diff_max"] == 0.0
+    assert stats["grad_norm"] == 0.0
+
+
+def test_groups_of_equal_rewards_are_dropped(model, groups):
+    equal = [[replace(sample, reward=1.0) for sample in groups[0]], groups[1]]
+    with learner(model, name="dapo") as one:
+        stats = one.step(equal)
+        assert stats["trained_tokens"] == sum(len(sample.response_ids) for sample in groups[1])
+        assert one.step(equal[:1])["trained_tokens"] == sum(len(sample.response_ids) for sample in groups[0])
+
+
+def test_ppos_critic_learns_the_rewards(model, groups):
+    with learner(model, name="ppo", critic_learning_rate=1e-2, value_clip=10.0) as ppo:
+        stats = [ppo.step(groups) for _ in range(6)]
+    assert stats[0]["critic_value"] == 0.0  # a new head
+    assert stats[-1]["critic_value_error"] < 0.5 * stats[0]["critic_value_error"]
+
+
+def test_a_resumed_learner_goes_on_as_the_first(model, groups, tmp_path):
+    options = {"name": "ppo", "entropy_target": 100.0, "entropy_adjustment": 0.1, "critic_learning_rate": 1e-2}
+    with learner(model, **options) as first:
+        first.step(groups)
+        first.trainer.save(tmp_path / "trainer")
+        first.save(tmp_path / "learner")
+        undisturbed = first.step(groups)
+    assert undisturbed["entropy_coefficient"] == 0.1
+    with learner(model, **options) as second:
+        second.trainer.load(tmp_path / "trainer")
+        second.load(tmp_path / "learner")
+        assert second.step(groups) == undisturbed
+    assert second.trainer.weights_hash() == first.trainer.weights_hash()
+    assert second.critic.weights_hash() == first.critic.weights_hash()
+
+
+def test_an_entropy_bonus_raises_the_entropy(model, groups):
+    def entropy_after(coefficient):
+        with learner(model, name="grpo", entropy_coefficient=coefficient) as one:
+            return [one.step(groups)["entropy"] for _ in range(4)][-1]
+
+    assert entropy_after(1.0) > entropy_after(0.0)
+
+
+def test_a_second_model_needs_a_local_cluster(model):
+    config = replace(CONFIG, algorithm=AlgorithmConfig(name="ppo"), cluster=ClusterConfig(kind="ray"))
+    with pytest.raises(ValueError, match=r"ppo has a second model, which needs cluster\.kind=local"):
+        Learner(config, None, model)
