@@ -13,13 +13,17 @@ from lockstep.recipes import sft
 from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.cluster.local import LocalCluster
 from lockstep.recipes.cluster.open_cluster import open_cluster
+from lockstep.recipes.evaluate import evaluate_tasks
+from lockstep.recipes.inputs import TaskConfig
 from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
-from lockstep.rollout.evaluation import EvaluationConfig, evaluate
+from lockstep.rollout.environments import EnvironmentConfig
+from lockstep.rollout.environments.worker import build_worker
+from lockstep.rollout.evaluation import EvaluationConfig
 from lockstep.rollout.rewards import build_reward
 from lockstep.rollout.sample import Sample
 from lockstep.rollout.tasks import TaskSplits
 from lockstep.rollout.tokenizer import load_tokenizer
-from lockstep.rollout.worker import RolloutConfig, RolloutWorker
+from lockstep.rollout.worker import RolloutConfig
 from lockstep.trainer_bridge import MegatronTrainer
 from lockstep.trainer_bridge.algorithms import Algorithm, AlgorithmConfig, build_algorithm
 from lockstep.trainer_bridge.packing import PackedBatch, TrainSequence, pack
@@ -31,6 +35,8 @@ WARMUP = "sft"  # the folder of the warm-up's run in the run directory
 class RLConfig(TrainingRunConfig):
     """warmup: a supervised stage to start from, if its `steps` are not 0; its model, task and seed are this run's.
     reward: weights by name, see rollout/rewards.py; empty is the task's own verifier.
+    environment: what answers the model between its turns; by default nothing does, and a response is one turn.
+    evaluation_tasks: further data sets to evaluate on, by name, each like `task`.
     evaluate_every: steps between held-out evaluations.
     engine: its `model` is filled in by the run.
     cluster: where trainer and engines live; cluster=ray takes configs/cluster/ray.yaml.
@@ -39,10 +45,12 @@ class RLConfig(TrainingRunConfig):
     name: str = "rl"
     warmup: sft.SFTConfig = field(default_factory=lambda: sft.SFTConfig(steps=0))
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     reward: dict[str, float] = field(default_factory=dict)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(model=START))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation_tasks: dict[str, TaskConfig] = field(default_factory=dict)
     evaluate_every: int = 20
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
@@ -87,14 +95,17 @@ def train(config: RLConfig, run: TrainingRun, tasks: TaskSplits, cluster: LocalC
     """The loop. Weight version `s` is what the engine serves after step `s`; step `s` learns from version `s - 1`."""
     trainer, engine = cluster.trainer, cluster.engine
     tokenizer = load_tokenizer(engine.config.model)
-    reward, held_out_reward = build_reward(config.reward, tasks.train), build_reward(config.reward, tasks.held_out)
-    worker = RolloutWorker(engine, tokenizer, tasks.train, reward, config.rollout, config.seed)
+    reward = build_reward(config.reward, tasks.train)
+    held_out = {"": tasks.held_out, **{name: task.build().held_out for name, task in config.evaluation_tasks.items()}}
+    worker = build_worker(engine, tokenizer, tasks.train, reward, config.rollout, config.seed, config.environment)
     algorithm = build_algorithm(config.algorithm)
 
     def evaluate_if_due(step: int) -> None:
         if step % config.evaluate_every == 0 or step == config.steps:
-            result = evaluate(engine, tokenizer, tasks.held_out, held_out_reward, config.evaluation, config.seed)
-            run.record_evaluation(step, result)
+            results = evaluate_tasks(
+                engine, tokenizer, held_out, config.reward, config.evaluation, config.seed, config.environment
+            )
+            run.record_evaluation(step, results)
 
     if trainer.step_count == 0:
         evaluate_if_due(0)
@@ -126,7 +137,7 @@ def training_batches(
     sequences = [
         TrainSequence(
             token_ids=token_ids,
-            loss_mask=[False] * len(sample.prompt_ids) + [True] * len(sample.response_ids),
+            loss_mask=[False] * len(sample.prompt_ids) + list(sample.written),
             advantage=advantage,
             logprobs=[None] * len(sample.prompt_ids) + list(sample.logprobs),
             ref_logprobs=reference,
@@ -140,7 +151,7 @@ def training_batches(
 def step_metrics(groups: Sequence[Sequence[Sample]], stats: dict[str, float], clock: Clock) -> dict[str, float]:
     """What a step reports. `logprob_diff_max` is the largest |trainer - engine| over the step's generated tokens."""
     samples = [sample for group in groups for sample in group]
-    generated = sum(len(sample.response_ids) for sample in samples)
+    generated = sum(sum(sample.written) for sample in samples)
     return {
         "reward": sum(sample.reward for sample in samples) / len(samples),
         "train_accuracy": sum(sample.correct for sample in samples) / len(samples),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -98,9 +97,14 @@ class TrainingRun:
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
         self.sinks.record(step, self.stage, metrics)
 
-    def record_evaluation(self, step: int, result: EvalResult) -> None:
-        names = [field.name for field in dataclasses.fields(result) if field.name != "samples"]
-        self.sinks.record(step, "eval", {name: getattr(result, name) for name in names})
+    def record_evaluation(self, step: int, results: Mapping[str, EvalResult]) -> None:
+        """results: by data set; the names of its metrics follow its own, which is empty for the run's task."""
+        metrics = {
+            f"{task}/{name}" if task else name: value
+            for task, result in results.items()
+            for name, value in result.metrics().items()
+        }
+        self.sinks.record(step, "eval", metrics)
 
     def checkpoint_if_due(self, step: int, trainer: MegatronTrainer) -> None:
         """Every `checkpoint_every` steps, and at the last."""
