@@ -15,6 +15,7 @@ from lockstep.recipes.cluster.local import LocalCluster
 from lockstep.recipes.cluster.open_cluster import open_cluster
 from lockstep.recipes.evaluate import evaluate_tasks
 from lockstep.recipes.inputs import TaskConfig
+from lockstep.recipes.trace import Trace
 from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
 from lockstep.rollout.environments import EnvironmentConfig
 from lockstep.rollout.environments.worker import build_worker
@@ -102,15 +103,16 @@ def train(config: RLConfig, run: TrainingRun, tasks: TaskSplits, cluster: LocalC
 
     def evaluate_if_due(step: int) -> None:
         if step % config.evaluate_every == 0 or step == config.steps:
-            results = evaluate_tasks(
-                engine, tokenizer, held_out, config.reward, config.evaluation, config.seed, config.environment
-            )
+            with run.trace.span("evaluation", step=step):
+                results = evaluate_tasks(
+                    engine, tokenizer, held_out, config.reward, config.evaluation, config.seed, config.environment
+                )
             run.record_evaluation(step, results)
 
     if trainer.step_count == 0:
         evaluate_if_due(0)
     for step in range(trainer.step_count + 1, config.steps + 1):
-        clock = Clock()
+        clock = Clock(run.trace, step)
         groups = worker.groups(step)
         clock.lap("rollout")
         stats = trainer.step(training_batches(config, algorithm, trainer, groups), algorithm.loss)
@@ -166,12 +168,15 @@ def step_metrics(groups: Sequence[Sequence[Sample]], stats: dict[str, float], cl
 
 
 class Clock:
-    """Seconds of the parts of a step."""
+    """Seconds of the parts of a step, which the run's timeline shows too."""
 
-    def __init__(self):
+    def __init__(self, trace: Trace, step: int):
+        self.trace = trace
+        self.step = step
         self.laps: dict[str, float] = {}
         self.last = time.perf_counter()
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
+        self.trace.add(name, self.last, now, step=self.step)
         self.laps[name], self.last = now - self.last, now

@@ -38,7 +38,8 @@ def run(config: SFTConfig) -> dict[str, Any]:
             started = time.perf_counter()
             examples = [order[step * config.examples_per_step + i] for i in range(config.examples_per_step)]
             sequences = [example_sequence(tokenizer, tasks.train, index) for index in examples]
-            stats = trainer.step(pack(sequences, config.trainer.max_tokens_per_micro_batch), sft_loss)
+            with run.trace.span("train", step=step):
+                stats = trainer.step(pack(sequences, config.trainer.max_tokens_per_micro_batch), sft_loss)
             seconds = time.perf_counter() - started
             stats["learning_rate"] = stats.pop("lr")
             run.record(step, {**stats, "tokens_per_s": stats["tokens"] / seconds, "time/train": seconds})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,10 +17,12 @@ from lockstep.recipes.live import LiveView
 from lockstep.recipes.report import write_report
 from lockstep.recipes.run_directory import RunDirectory, read_config, read_metrics
 from lockstep.recipes.sinks import Sinks, open_sinks
+from lockstep.recipes.trace import Trace
 from lockstep.rollout.evaluation import EvalResult
 from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 
+TRACED = ("reward", "loss", "tokens_per_s", "staleness")  # metrics that the timeline draws as curves
 START = "the run's model"  # stands in trainer.model and engine.model until the run knows its model directory
 
 
@@ -75,6 +78,7 @@ class TrainingRun:
         stored = replace(config, runs_dir="", name="", run=None)  # a run may be moved or renamed
         self.directory = RunDirectory(config.directory, stored, keep_checkpoints=config.keep_checkpoints)
         self.path = self.directory.path
+        self.trace = Trace(self.path / "trace.json", stage)
         self.view: LiveView | None = None
         self.sinks: Sinks | None = None
 
@@ -84,6 +88,7 @@ class TrainingRun:
     def __exit__(self, *exception: object) -> None:
         if self.sinks is not None:
             self.sinks.close()
+        self.trace.close()
         self.directory.close()
 
     def start(self, trainer: MegatronTrainer) -> None:
@@ -96,6 +101,9 @@ class TrainingRun:
 
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
         self.sinks.record(step, self.stage, metrics)
+        for name in TRACED:
+            if name in metrics and math.isfinite(metrics[name]):
+                self.trace.counter(name, metrics[name])
 
     def record_evaluation(self, step: int, results: Mapping[str, EvalResult]) -> None:
         """results: by data set; the names of its metrics follow its own, which is empty for the run's task."""
@@ -109,7 +117,7 @@ class TrainingRun:
     def checkpoint_if_due(self, step: int, trainer: MegatronTrainer) -> None:
         """Every `checkpoint_every` steps, and at the last."""
         if step % self.config.checkpoint_every == 0 or step == self.config.steps:
-            with self.directory.checkpoint(step) as folder:
+            with self.trace.span("checkpoint", step=step), self.directory.checkpoint(step) as folder:
                 trainer.save(folder / "trainer")
 
     def finish(self, trainer: MegatronTrainer, earlier_runs: Sequence[Path] = ()) -> dict[str, Any]:
