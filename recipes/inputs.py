@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from transformers import PreTrainedTokenizerFast
+
 from lockstep.recipes.new_model import ModelShape, new_model
 from lockstep.rollout.tasks import (
     GuessNumberTaskConfig,
@@ -48,9 +50,12 @@ class ModelSource:
         if self.path is not None:
             return Path(self.path)
         if not directory.exists():
-            tokenizer = build_tokenizer(_texts(task), self.tokenizer)
-            new_model(directory, self.shape, seed, tokenizer)
+            new_model(directory, self.shape, seed, self.new_tokenizer(task))
         return directory
+
+    def new_tokenizer(self, task: Task) -> PreTrainedTokenizerFast:
+        """The tokenizer of a model that is made from nothing."""
+        return build_tokenizer(_texts(task), self.tokenizer)
 
 
 def _texts(task: Task) -> Iterator[str]:

@@ -15,6 +15,7 @@ from lockstep.recipes.cluster.local import LocalCluster
 from lockstep.recipes.cluster.open_cluster import open_cluster
 from lockstep.recipes.evaluate import evaluate_tasks
 from lockstep.recipes.inputs import TaskConfig
+from lockstep.recipes.plan import dry_run, rl_plan
 from lockstep.recipes.trace import Trace
 from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
 from lockstep.rollout.environments import EnvironmentConfig
@@ -59,6 +60,8 @@ class RLConfig(TrainingRunConfig):
 def run(config: RLConfig) -> dict[str, Any]:
     """Trains until `config.steps` updates are made; see `train` for a step."""
     config = resumed(config)
+    if config.dry_run:
+        return dry_run(rl_plan(config))
     with TrainingRun(config, "rl") as run:
         tasks = config.task.build()
         start = str(starting_model(config, tasks))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lockstep.recipes.plan import dry_run, sft_plan
 from lockstep.recipes.training_run import TrainingRun, TrainingRunConfig, resumed
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.tasks import Problem, Task
@@ -27,6 +28,8 @@ class SFTConfig(TrainingRunConfig):
 def run(config: SFTConfig) -> dict[str, Any]:
     """Trains until `config.steps` updates are made, and exports the model to the run's `model/`."""
     config = resumed(config)
+    if config.dry_run:
+        return dry_run(sft_plan(config))
     with TrainingRun(config, "sft") as run:
         tasks = config.task.build()
         model = config.model.resolve(run.path / "new_model", tasks.train, config.seed)

@@ -35,6 +35,7 @@ class TrainingRunConfig:
     num_threads: CPU threads; null takes the machine's. Part of the config, since gradients' last bits depend on it.
     trainer: its `model` is filled in by the run.
     sinks: beside metrics.jsonl: "wandb", "tensorboard".
+    dry_run: print the plan, with its arithmetic of memory and batches, and start nothing (also --dry-run).
     """
 
     name: str = "run"
@@ -49,6 +50,7 @@ class TrainingRunConfig:
     checkpoint_every: int = 20
     keep_checkpoints: int = 2
     sinks: tuple[str, ...] = ()
+    dry_run: bool = False
 
     @property
     def directory(self) -> Path:
