@@ -70,7 +70,7 @@ def rl_plan(config: RLConfig) -> Plan:
     plan.sections["The run"] = _run_rows(config, len(tasks.train), config.rollout.prompts_per_step, model)
     plan.sections["The run"].append(_evaluation_row(config))
     is_remote = config.cluster.kind == "ray"
-    num_ranks = config.trainer.tensor_parallel_size * config.trainer.pipeline_parallel_size
+    num_ranks = config.cluster.trainer_ranks
     trainer = trainer_memory(model, config.trainer, num_ranks)
     engine = engine_memory(model, config.engine, is_remote=is_remote)
     plan.sections[f"Memory of the trainer ({_ranks(num_ranks)})"] = _memory_rows(trainer)

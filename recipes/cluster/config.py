@@ -15,6 +15,8 @@ class ClusterConfig:
     The rest is for "ray":
     address: of a running cluster ("auto": the one this machine belongs to); null starts one on this machine.
     num_engines: the requests of a step are spread over so many engines.
+    trainer_ranks: processes of the trainer; what trainer.tensor_parallel_size and pipeline_parallel_size leave over
+        are data parallel.
     transport: how weights travel: "distributed" (NCCL between GPUs, gloo between CPUs) or "disk" (through
         `transport_directory`, which all machines share).
     engine_cpus, engine_gpus, trainer_cpus, trainer_gpus: what an actor reserves; fractions share.
@@ -28,6 +30,7 @@ class ClusterConfig:
     kind: Literal["local", "ray"] = "local"
     address: str | None = None
     num_engines: int = 1
+    trainer_ranks: int = 1
     transport: Literal["distributed", "disk"] = "distributed"
     transport_directory: str | None = None
     engine_cpus: float = 0.5
@@ -46,6 +49,10 @@ class ClusterConfig:
             raise ValueError(f"cluster.num_engines must be at least 1, got {self.num_engines}")
         if self.kind == "local" and self.num_engines != 1:
             raise ValueError(f"cluster.num_engines={self.num_engines} needs cluster.kind=ray (cluster=ray)")
+        if self.trainer_ranks < 1:
+            raise ValueError(f"cluster.trainer_ranks must be at least 1, got {self.trainer_ranks}")
+        if self.kind == "local" and self.trainer_ranks != 1:
+            raise ValueError(f"cluster.trainer_ranks={self.trainer_ranks} needs cluster.kind=ray (cluster=ray)")
         if self.transport == "disk" and self.transport_directory is None:
             raise ValueError("cluster.transport=disk needs cluster.transport_directory, which all machines share")
         for name in ("start_timeout_s", "step_timeout_s", "stall_timeout_s", "publish_timeout_s"):

@@ -43,6 +43,8 @@ class RayCluster:
     def __init__(
         self, config: ClusterConfig, trainer: TrainerConfig, engine: EngineConfig, seed: int, num_threads: int | None
     ):
+        if config.trainer_ranks != 1:
+            raise ValueError(f"cluster.trainer_ranks={config.trainer_ranks}: this version places one trainer process")
         self._config = config
         self._started_ray = not ray.is_initialized()
         if self._started_ray:
