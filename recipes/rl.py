@@ -161,6 +161,7 @@ def step_metrics(groups: Sequence[Sequence[Sample]], stats: dict[str, float], cl
         "reward": sum(sample.reward for sample in samples) / len(samples),
         "train_accuracy": sum(sample.correct for sample in samples) / len(samples),
         "response_length": generated / len(samples),
+        **({"turns": sum(len(s.turn_rewards) for s in samples) / len(samples)} if samples[0].turn_rewards else {}),
         "truncated": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
         "mixed_groups": sum(len({sample.reward for sample in group}) > 1 for group in groups) / len(groups),
         "learning_rate": stats["lr"],
