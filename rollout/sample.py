@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One scored response. `logprobs[t]` and `weight_versions[t]` belong to `response_ids[t]`."""
+    """One scored response. `logprobs[t]` and `weight_versions[t]` belong to `response_ids[t]`.
+
+    step, prompt_index, sample_index: the coordinates of the seed. `step` is the one whose turn the prompt was in the
+    order of the data; a filter or over-sampling may have moved the sample to another.
+    """
 
     problem_id: str
     step: int
@@ -30,6 +34,11 @@ class Sample:
     def record(self) -> dict[str, Any]:
         """A JSON-ready dict; floats keep every bit, since JSON writes the shortest decimal that reads back equal."""
         return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Sample:
+        """The sample of a record that may have been through JSON, where tuples are lists."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
 
 
 def derive_seed(run_seed: int, step: int, prompt_index: int, sample_index: int) -> int:
