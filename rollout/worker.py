@@ -72,7 +72,7 @@ class RolloutWorker:
         budgets = [min(left, max_new_tokens or left) for left in room]
         outputs = self.engine.generate(
             [[*group.prompt_ids, *response.response_ids] for group, response in growing],
-            [self._params(r.seed, budget) for (_, r), budget in zip(growing, budgets, strict=True)],
+            [self.sampling_params(r.seed, budget) for (_, r), budget in zip(growing, budgets, strict=True)],
         )
         for (_, response), output, left, budget in zip(growing, outputs, room, budgets, strict=True):
             response.append(output, is_last=budget == left)
@@ -100,7 +100,8 @@ class RolloutWorker:
         longest = min(self.config.max_tokens, self.max_model_len - len(group.prompt_ids))
         return max(1, longest - len(response.response_ids))
 
-    def _params(self, seed: int, max_tokens: int) -> SamplingParams:
+    def sampling_params(self, seed: int, max_tokens: int) -> SamplingParams:
+        """Of one response, or of its next max_tokens tokens."""
         config = self.config
         return SamplingParams(
             max_tokens=max_tokens,
