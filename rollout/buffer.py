@@ -110,10 +110,12 @@ class RolloutBuffer:
     def advance(self) -> None:
         """Generates for later steps, while one is made: one segment of each unfinished response.
 
-        At most max_staleness steps' candidates are begun, and none of the version now served can then be too old.
+        No more than the candidates of max_staleness steps are begun, so few that none will be too old. A synchronous
+        run generates nothing with weights that are about to change.
         """
-        self._begin_groups(self.config.max_staleness)
-        self._grow()
+        if self.config.max_staleness > 0:
+            self._begin_groups(self.config.max_staleness)
+            self._grow()
 
     def new_version(self) -> None:
         """The engine serves new weights."""
