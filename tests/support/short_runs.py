@@ -1,5 +1,10 @@
 """RL runs of seconds, and what it means that two runs are the same."""
 
+import itertools
+import os
+import pkgutil
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 from lockstep.engine import EngineConfig
@@ -8,6 +13,7 @@ from lockstep.recipes.inputs import ModelSource, TaskConfig
 from lockstep.recipes.new_model import ModelShape
 from lockstep.recipes.run_directory import read_metrics, rollout_steps
 from lockstep.recipes.training_run import START
+from lockstep.rollout.buffer import BufferConfig
 from lockstep.rollout.evaluation import EvaluationConfig
 from lockstep.rollout.tasks import ReasoningGymConfig
 from lockstep.rollout.worker import RolloutConfig
@@ -53,3 +59,29 @@ def assert_same_run(path: Path, results: dict, undisturbed: tuple[Path, dict]) -
     for step in rollout_steps(path):
         name = f"rollouts/step_{step:06d}.jsonl"
         assert (path / name).read_bytes() == (other_path / name).read_bytes()
+
+
+def stale_config(runs_dir: Path) -> rl.RLConfig:
+    """Without a warm-up, over-sampled, with responses that are interrupted by updates."""
+    return replace(
+        short_config(runs_dir),
+        num_threads=1,
+        warmup=sft.SFTConfig(steps=0),
+        buffer=BufferConfig(max_staleness=2, segment_tokens=4, over_sampling=1.5),
+        checkpoint_every=1,
+    )
+
+
+def run_and_die(config: rl.RLConfig, function: str, call: int) -> None:
+    """The run, in a process that is killed by that call, the first being 1, of "package.module:Class.function"."""
+    owner_name, _, name = function.replace(":", ".").rpartition(".")
+    owner, calls = pkgutil.resolve_name(owner_name), itertools.count(1)
+    original = getattr(owner, name)
+
+    def counted(*arguments, **options):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    setattr(owner, name, counted)
+    rl.run(config)
