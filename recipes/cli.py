@@ -37,6 +37,9 @@ STAGES: Mapping[str, Stage] = {
     "eval": Stage(
         "lockstep.recipes.evaluate:EvalConfig", "lockstep.recipes.evaluate:run", "accuracy on held-out tasks"
     ),
+    "replay": Stage(
+        "lockstep.recipes.replay:ReplayConfig", "lockstep.recipes.replay:main", "stored rollouts again, compared by bit"
+    ),
     "convert": Stage(
         "lockstep.recipes.convert:ConvertConfig", "lockstep.recipes.convert:run", "checkpoint to HF format"
     ),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from lockstep.recipes.cluster.open_cluster import open_cluster
 from lockstep.recipes.evaluate import evaluate_tasks
 from lockstep.recipes.inputs import TaskConfig
 from lockstep.recipes.plan import dry_run, rl_plan
-from lockstep.recipes.trace import Trace
+from lockstep.recipes.step_clock import StepClock
 from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
+from lockstep.rollout.buffer import KEEP_GROUP, BufferConfig, RolloutBuffer
 from lockstep.rollout.environments import EnvironmentConfig
 from lockstep.rollout.environments.worker import build_worker
 from lockstep.rollout.evaluation import EvaluationConfig
@@ -39,6 +40,7 @@ class RLConfig(TrainingRunConfig):
     reward: weights by name, see rollout/rewards.py; empty is the task's own verifier.
     environment: what answers the model between its turns; by default nothing does, and a response is one turn.
     evaluation_tasks: further data sets to evaluate on, by name, each like `task`.
+    buffer: max_staleness=0 generates, then trains; with more, generation runs ahead. See rollout/buffer.py.
     evaluate_every: steps between held-out evaluations.
     engine: its `model` is filled in by the run.
     cluster: where trainer and engines live; cluster=ray takes configs/cluster/ray.yaml.
@@ -48,6 +50,7 @@ class RLConfig(TrainingRunConfig):
     warmup: sft.SFTConfig = field(default_factory=lambda: sft.SFTConfig(steps=0))
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    buffer: BufferConfig = field(default_factory=BufferConfig)
     reward: dict[str, float] = field(default_factory=dict)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(model=START))
@@ -96,12 +99,16 @@ def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
 
 
 def train(config: RLConfig, run: TrainingRun, tasks: TaskSplits, cluster: LocalCluster) -> None:
-    """The loop. Weight version `s` is what the engine serves after step `s`; step `s` learns from version `s - 1`."""
+    """The loop. Weight version `s` is what the engine serves after step `s`; step `s` learns from the versions
+    `s - 1 - max_staleness` to `s - 1`, and while it is made the engine generates for later steps with version `s - 1`.
+    """
     trainer, engine = cluster.trainer, cluster.engine
     tokenizer = load_tokenizer(engine.config.model)
     reward = build_reward(config.reward, tasks.train)
     held_out = {"": tasks.held_out, **{name: task.build().held_out for name, task in config.evaluation_tasks.items()}}
     worker = build_worker(engine, tokenizer, tasks.train, reward, config.rollout, config.seed, config.environment)
+    buffer = RolloutBuffer(worker, config.buffer, KEEP_GROUP[config.buffer.keep])
+    run.restore(buffer=buffer)
     algorithm = build_algorithm(config.algorithm)
 
     def evaluate_if_due(step: int) -> None:
@@ -115,17 +122,23 @@ def train(config: RLConfig, run: TrainingRun, tasks: TaskSplits, cluster: LocalC
     if trainer.step_count == 0:
         evaluate_if_due(0)
     for step in range(trainer.step_count + 1, config.steps + 1):
-        clock = Clock(run.trace, step)
-        groups = worker.groups(step)
-        clock.lap("rollout")
-        stats = trainer.step(training_batches(config, algorithm, trainer, groups), algorithm.loss)
-        clock.lap("train")
-        cluster.publish(version=step)
-        clock.lap("publish")
+        clock = StepClock(run.trace, step)
+        groups = clock.rollout(partial(buffer.take, step))
+        learn = partial(learn_from, config, algorithm, trainer, groups)
+        stats = clock.side_by_side(learn, buffer.advance, overlap=cluster.overlaps)
+        clock.publish(partial(cluster.publish, version=step))
+        buffer.new_version()
         run.directory.write_rollouts(step, [sample for group in groups for sample in group])
-        run.record(step, step_metrics(groups, stats, clock))
+        run.record(step, step_metrics(step, groups, stats, buffer, clock))
         evaluate_if_due(step)
-        run.checkpoint_if_due(step, trainer)
+        run.checkpoint_if_due(step, trainer=trainer, buffer=buffer)
+
+
+def learn_from(
+    config: RLConfig, algorithm: Algorithm, trainer: MegatronTrainer, groups: Sequence[Sequence[Sample]]
+) -> dict[str, float]:
+    """The update from a step's groups: all that changes the trainer, here and in a replay."""
+    return trainer.step(training_batches(config, algorithm, trainer, groups), algorithm.loss)
 
 
 def training_batches(
@@ -153,10 +166,18 @@ def training_batches(
     return pack(sequences, budget, config.algorithm.aggregation, temperature)
 
 
-def step_metrics(groups: Sequence[Sequence[Sample]], stats: dict[str, float], clock: Clock) -> dict[str, float]:
-    """What a step reports. `logprob_diff_max` is the largest |trainer - engine| over the step's generated tokens."""
+def step_metrics(
+    step: int, groups: Sequence[Sequence[Sample]], stats: Mapping[str, float], buffer: RolloutBuffer, clock: StepClock
+) -> dict[str, float]:
+    """What a step reports.
+
+    logprob_diff_max: the largest |trainer - engine| over the step's generated tokens; of a step that learns from older
+    versions it is policy_shift_max, since the policy itself has moved. staleness: versions that a token is behind.
+    """
     samples = [sample for group in groups for sample in group]
     generated = sum(sum(sample.written) for sample in samples)
+    ages = [step - 1 - version for sample in samples for version in sample.weight_versions]
+    names = {"lr": "learning_rate"} | ({"logprob_diff_max": "policy_shift_max"} if any(ages) else {})
     return {
         "reward": sum(sample.reward for sample in samples) / len(samples),
         "train_accuracy": sum(sample.correct for sample in samples) / len(samples),
@@ -164,23 +185,11 @@ def step_metrics(groups: Sequence[Sequence[Sample]], stats: dict[str, float], cl
         **({"turns": sum(len(s.turn_rewards) for s in samples) / len(samples)} if samples[0].turn_rewards else {}),
         "truncated": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
         "mixed_groups": sum(len({sample.reward for sample in group}) > 1 for group in groups) / len(groups),
-        "learning_rate": stats["lr"],
-        **{name: value for name, value in stats.items() if name != "lr"},
-        "tokens_per_s": generated / clock.laps["rollout"],
-        **{f"time/{name}": seconds for name, seconds in clock.laps.items()},
+        "staleness": sum(ages) / len(ages),
+        "staleness_max": max(ages),
+        "dropped_groups": buffer.num_dropped,
+        "too_old_groups": buffer.num_too_old,
+        **{names.get(name, name): value for name, value in stats.items()},
+        "tokens_per_s": buffer.num_tokens / clock.rollout_s,
+        **{f"time/{name}": seconds for name, seconds in clock.times().items()},
     }
-
-
-class Clock:
-    """Seconds of the parts of a step, which the run's timeline shows too."""
-
-    def __init__(self, trace: Trace, step: int):
-        self.trace = trace
-        self.step = step
-        self.laps: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.trace.add(name, self.last, now, step=self.step)
-        self.laps[name], self.last = now - self.last, now

@@ -46,7 +46,7 @@ def run(config: SFTConfig) -> dict[str, Any]:
             seconds = time.perf_counter() - started
             stats["learning_rate"] = stats.pop("lr")
             run.record(step, {**stats, "tokens_per_s": stats["tokens"] / seconds, "time/train": seconds})
-            run.checkpoint_if_due(step, trainer)
+            run.checkpoint_if_due(step, trainer=trainer)
         return run.finish(trainer)
 
 

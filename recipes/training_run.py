@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from omegaconf import OmegaConf
 
@@ -24,6 +24,14 @@ from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 
 TRACED = ("reward", "loss", "tokens_per_s", "staleness")  # metrics that the timeline draws as curves
 START = "the run's model"  # stands in trainer.model and engine.model until the run knows its model directory
+
+
+class CheckpointPart(Protocol):
+    """What a checkpoint holds something of: a trainer, the rollout buffer."""
+
+    def save(self, path: Path) -> Any: ...
+
+    def load(self, path: Path) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -95,11 +103,16 @@ class TrainingRun:
 
     def start(self, trainer: MegatronTrainer) -> None:
         """Opens the live view and the sinks. Brings the trainer to the newest checkpoint, if there is one."""
-        checkpoint = self.directory.resume_checkpoint
-        if checkpoint is not None:
-            trainer.load(checkpoint / "trainer")
+        self.restore(trainer=trainer)
         self.view = LiveView(self.stage, self.config.steps, trainer.step_count)
         self.sinks = open_sinks(self.config.sinks, self.directory, self.config, self.view)
+
+    def restore(self, **parts: CheckpointPart) -> None:
+        """Gives parts what they saved under their names in the newest checkpoint; without one, nothing."""
+        checkpoint = self.directory.resume_checkpoint
+        if checkpoint is not None:
+            for name, part in parts.items():
+                part.load(checkpoint / name)
 
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
         self.sinks.record(step, self.stage, metrics)
@@ -116,11 +129,12 @@ class TrainingRun:
         }
         self.sinks.record(step, "eval", metrics)
 
-    def checkpoint_if_due(self, step: int, trainer: MegatronTrainer) -> None:
-        """Every `checkpoint_every` steps, and at the last."""
+    def checkpoint_if_due(self, step: int, **parts: CheckpointPart) -> None:
+        """Every `checkpoint_every` steps, and at the last: all parts that decide how the run goes on."""
         if step % self.config.checkpoint_every == 0 or step == self.config.steps:
             with self.trace.span("checkpoint", step=step), self.directory.checkpoint(step) as folder:
-                trainer.save(folder / "trainer")
+                for name, part in parts.items():
+                    part.save(folder / name)
 
     def finish(self, trainer: MegatronTrainer, earlier_runs: Sequence[Path] = ()) -> dict[str, Any]:
         """Exports the model, records its hash, writes the report, and prints the summary, which it returns.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +12,9 @@ from typing import Any
 @dataclass(frozen=True)
 class Sample:
     """One scored response. `logprobs[t]` and `weight_versions[t]` belong to `response_ids[t]`.
+
+    step, prompt_index, sample_index: the coordinates of the seed. `step` is the one whose turn the prompt was in the
+    order of the data; a filter or over-sampling may have moved the sample to another.
 
     Of an episode of several turns, the response is all that follows the first prompt. The tokens that the policy did
     not write have no log-prob, and `response_mask` is false there; None: it wrote them all. Turn k is the k-th run of
@@ -44,6 +47,11 @@ class Sample:
     def record(self) -> dict[str, Any]:
         """A JSON-ready dict; floats keep every bit, since JSON writes the shortest decimal that reads back equal."""
         return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Sample:
+        """The sample of a record that may have been through JSON, where tuples are lists."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
 
 
 def derive_seed(run_seed: int, step: int, prompt_index: int, sample_index: int) -> int:

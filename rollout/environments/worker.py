@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lockstep.engine.models.config import load_model_config
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig, environment_factory
 from lockstep.rollout.environments.chat_turns import ChatTurns
 from lockstep.rollout.environments.environment import Limits
 from lockstep.rollout.environments.episode import Episode, play
 from lockstep.rollout.environments.tool_calls import TOOL_CALL_FORMATS
+from lockstep.rollout.group import Group, Response
 from lockstep.rollout.rewards import Reward
-from lockstep.rollout.sample import Sample, derive_seed
-from lockstep.rollout.tasks import Problem, Task
+from lockstep.rollout.sample import Sample
+from lockstep.rollout.tasks import Task
 from lockstep.rollout.worker import RolloutConfig, RolloutWorker
 
 
@@ -38,44 +38,43 @@ class EpisodeWorker(RolloutWorker):
         self.new_environment = environment_factory(environment)
         self.find_tool_calls = TOOL_CALL_FORMATS[environment.tool_format]
         self.chat = ChatTurns(tokenizer)
-        longest = engine.config.max_model_len or load_model_config(engine.config.model).max_position_embeddings
         self.limits = Limits(
             max_turns=environment.max_turns,
             max_tokens=config.max_tokens,
-            max_episode_tokens=min(environment.max_episode_tokens or longest, longest),
+            max_episode_tokens=min(environment.max_episode_tokens or self.max_model_len, self.max_model_len),
         )
 
-    def sample(
-        self, problems: Sequence[Problem], prompt_indices: Sequence[int], step: int, samples_per_prompt: int
-    ) -> list[Sample]:
-        """`samples_per_prompt` scored episodes about each problem, those of one problem in a row."""
-        coordinates = [(i, j) for i in range(len(problems)) for j in range(samples_per_prompt)]
-        seeds = [derive_seed(self.seed, step, prompt_indices[i], j) for i, j in coordinates]
-        episodes = [
-            Episode(
-                self.new_environment(),
-                problems[i],
-                self.chat,
-                self.limits,
-                self._params(seed),
-                self.find_tool_calls,
-            )
-            for (i, _), seed in zip(coordinates, seeds, strict=True)
-        ]
-        play(self.engine, episodes)
-        return [
-            self._score_episode(episode, step, prompt_indices[i], j)
-            for (i, j), episode in zip(coordinates, episodes, strict=True)
-        ]
+    def extend(self, groups: Sequence[Group], max_new_tokens: int | None = None) -> int:
+        """Plays the episodes of the groups to their ends and scores them. Returns the number of drawn tokens.
 
-    def _score_episode(self, episode: Episode, step: int, prompt_index: int, sample_index: int) -> Sample:
+        Raises ValueError for max_new_tokens: an environment's state is not kept from one update to the next.
+        """
+        if max_new_tokens is not None:
+            raise ValueError(f"buffer.segment_tokens={max_new_tokens}: episodes of several turns are not interrupted")
+        unfinished = [group for group in groups if group.samples is None]
+        played = {group.prompt_index: [self._episode(group, r.seed) for r in group.responses] for group in unfinished}
+        play(self.engine, [episode for episodes in played.values() for episode in episodes])
+        for group in unfinished:
+            episodes = played[group.prompt_index]
+            group.samples = [self._score_episode(e, group, number) for number, e in enumerate(episodes)]
+            group.responses = [
+                Response(s.seed, list(s.response_ids), list(s.logprobs), list(s.weight_versions), s.finish_reason)
+                for s in group.samples
+            ]
+        return sum(sum(sample.written) for group in unfinished for sample in group.samples)
+
+    def _episode(self, group: Group, seed: int) -> Episode:
+        sampling = self.sampling_params(seed, self.config.max_tokens)
+        return Episode(self.new_environment(), group.problem, self.chat, self.limits, sampling, self.find_tool_calls)
+
+    def _score_episode(self, episode: Episode, group: Group, sample_index: int) -> Sample:
         problem, text, transcript = episode.problem, episode.last_text, episode.transcript
         *earlier, last = episode.turn_rewards
         turn_rewards = (*earlier, last + self.reward(problem, text))
         return Sample(
             problem_id=problem.problem_id,
-            step=step,
-            prompt_index=prompt_index,
+            step=group.step,
+            prompt_index=group.prompt_index,
             sample_index=sample_index,
             seed=episode.sampling.seed,
             prompt_ids=tuple(transcript.prompt_ids),

@@ -22,8 +22,15 @@ ECHO = EnvironmentConfig(kind="user_environments.Echo", options={"num_turns": 2}
 class EndsOften(EpisodeWorker):
     """A random model seldom draws the end token: any of these ends a turn as well."""
 
-    def _params(self, seed):
-        return replace(super()._params(seed), stop_token_ids=tuple(range(25)))
+    def sampling_params(self, seed, max_tokens):
+        return replace(super().sampling_params(seed, max_tokens), stop_token_ids=tuple(range(25)))
+
+
+def play_step(worker):
+    """The groups of step 1."""
+    groups = [worker.begin_at(position) for position in (2, 3)]
+    assert worker.extend(groups) == sum(sum(sample.written) for group in groups for sample in group.samples)
+    return [group.samples for group in groups]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,7 @@ def test_an_update_learns_from_the_written_tokens_with_the_engines_log_probs(par
     path, tokenizer, task, engine = parts
     rollout = RolloutConfig(prompts_per_step=2, samples_per_prompt=4, max_tokens=12)
     worker = EndsOften(engine, tokenizer, task, lambda problem, text: len(text) / 10, rollout, 7, ECHO)
-    groups = worker.groups(1)
+    groups = play_step(worker)
     samples = [sample for group in groups for sample in group]
     assert {len(sample.turn_rewards) for sample in samples} == {1, 2}
     for sample in samples:
@@ -56,7 +63,7 @@ def test_an_update_learns_from_the_written_tokens_with_the_engines_log_probs(par
         assert sum(sample.turn_rewards) == sample.reward
         played = 0.25 * (len(sample.turn_rewards) - (sample.finish_reason == "length"))
         assert sample.reward == pytest.approx(played + len(sample.text) / 10)
-    assert worker.groups(1) == groups
+    assert play_step(worker) == groups
 
     trainer = MegatronTrainer(TrainerConfig(model=path, learning_rate=1e-3))
     config = RLConfig(rollout=rollout)
