@@ -85,7 +85,7 @@ def _print_samples(console: Console, name: str, result: EvalResult, tokenizer, c
     for sample in result.samples[:count]:
         mark = "[green]correct[/]" if sample.correct else "[red]wrong[/]"
         console.print(f"{name} {sample.problem_id} {mark} ({sum(sample.written)} tokens)")
-        console.print(tokenizer.decode([*sample.prompt_ids, *sample.response_ids]), markup=False)
+        console.print(tokenizer.decode([*sample.prompt_ids, *sample.response_ids]), markup=False, soft_wrap=True)
 
 
 def _table(metrics: Mapping[str, Mapping[str, Any]]) -> Table:

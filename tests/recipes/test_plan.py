@@ -17,7 +17,8 @@ from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer
 from lockstep.rollout.worker import RolloutConfig
 from lockstep.trainer_bridge import TrainerConfig
 
-RECIPES = sorted(path.stem for path in (Path(cli.__file__).parents[1] / "configs" / "recipe").glob("*.yaml"))
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted(path.stem for path in (ROOT / "configs" / "recipe").glob("*.yaml"))
 
 
 def small_config(runs_dir: Path, **changes) -> rl.RLConfig:
@@ -117,9 +118,9 @@ def big_model(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_composes_and_has_a_plan(recipe, big_model, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    page = Path(cli.__file__).parents[1] / "docs" / "recipes" / f"{recipe}.md"
+    page = ROOT / "docs" / "recipes" / f"{recipe}.md"
     assert f"recipe={recipe}" in page.read_text()
-    text = (Path(cli.__file__).parents[1] / "configs" / "recipe" / f"{recipe}.yaml").read_text()
+    text = (ROOT / "configs" / "recipe" / f"{recipe}.yaml").read_text()
     model = [f"model.path={big_model}"] if "model.path=" in text else []
     cli.main(["rl", f"recipe={recipe}", *model, "--dry-run"])
     shown = capsys.readouterr().out
