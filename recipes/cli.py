@@ -40,6 +40,9 @@ STAGES: Mapping[str, Stage] = {
     "eval": Stage(
         "lockstep.recipes.evaluate:EvalConfig", "lockstep.recipes.evaluate:run", "accuracy on held-out tasks"
     ),
+    "replay": Stage(
+        "lockstep.recipes.replay:ReplayConfig", "lockstep.recipes.replay:main", "stored rollouts again, compared by bit"
+    ),
     "convert": Stage(
         "lockstep.recipes.convert:ConvertConfig", "lockstep.recipes.convert:run", "checkpoint to HF format"
     ),
@@ -59,6 +62,7 @@ Usage: lockstep $stage [KEY=VALUE ...]
 $$CONFIG
 == Groups (GROUP=OPTION takes configs/GROUP/OPTION.yaml; --config-dir DIR adds your own) ==
 $$APP_CONFIG_GROUPS
+--dry-run prints a training stage's plan.
 --cfg job prints the composed config, --info says where it comes from, --hydra-help lists the other flags.
 """
 
@@ -80,7 +84,8 @@ def main(argv: list[str] | None = None, stages: Mapping[str, Stage] = STAGES) ->
     elif {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments):
         _fail("--multirun is not supported: a run directory holds one run, so start one run per setting")
     else:
-        _run_stage(arguments[0], stages[arguments[0]], arguments[1:])
+        overrides = ["dry_run=true" if argument == "--dry-run" else argument for argument in arguments[1:]]
+        _run_stage(arguments[0], stages[arguments[0]], overrides)
 
 
 def _run_stage(name: str, stage: Stage, overrides: list[str]) -> None:
@@ -213,6 +218,7 @@ def _print_help(stages: Mapping[str, Stage]) -> None:
         "",
         "lockstep STAGE --help     the stage's config, with every key and its default",
         "lockstep STAGE --cfg job  the config that these overrides give, without running it",
+        "lockstep rl --dry-run     the plan of a run, with its arithmetic of memory and batches (sft too)",
         "lockstep --version        the version",
         "",
         "HYDRA_FULL_ERROR=1 in the environment gives tracebacks in place of one-line errors.",

@@ -1,55 +1,109 @@
-"""`lockstep eval`: the accuracy of an HF directory on a task's held-out problems, with a digest of every bit."""
+"""`lockstep eval`: an HF directory's accuracy on held-out problems of several data sets, with a digest of every bit."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from lockstep.engine import Engine, EngineConfig
 from lockstep.recipes import launch
 from lockstep.recipes.inputs import TaskConfig
-from lockstep.rollout.evaluation import EvaluationConfig, evaluate
+from lockstep.recipes.metrics import format_value, title_of
+from lockstep.rollout.environments import EnvironmentConfig
+from lockstep.rollout.evaluation import EvalResult, EvaluationConfig, evaluate
 from lockstep.rollout.rewards import RewardEngines, build_reward
+from lockstep.rollout.tasks import Task
 from lockstep.rollout.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """engine.model is the directory to evaluate. reward: empty is the task's own verifier. show: responses to print."""
+    """engine.model is the directory to evaluate. reward: empty is the task's own verifier.
+
+    tasks: data sets by name, each like `task`; without any, `task` alone. show: responses to print of each.
+    output: a JSON file for the results.
+    """
 
     engine: EngineConfig
     task: TaskConfig = field(default_factory=TaskConfig)
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
     reward: Any = field(default_factory=dict)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: int = 0
     num_threads: int | None = None
     show: int = 3
+    output: str | None = None
 
 
-def run(config: EvalConfig) -> dict[str, Any]:
-    """Prints accuracy and the digest, which is the same for any engine settings and batch size."""
+def run(config: EvalConfig) -> dict[str, dict[str, Any]]:
+    """Prints and returns each data set's metrics. The digests are the same for any engine settings and batch size."""
     launch.set_up_process(config.seed, config.num_threads)
-    task = config.task.build().held_out
+    tasks = {name: task.build().held_out for name, task in config.tasks.items()}
+    if not tasks:
+        task = config.task.build().held_out
+        tasks = {task.name: task}
     engine = Engine(config.engine)
     tokenizer = load_tokenizer(config.engine.model)
     with RewardEngines() as reward_engines:
-        reward = build_reward(config.reward, task, reward_engines)
-        result = evaluate(engine, tokenizer, task, reward, config.evaluation, config.seed)
+        results = evaluate_tasks(
+            engine, tokenizer, tasks, config.reward, reward_engines, config.evaluation, config.seed, config.environment
+        )
+    engine.shutdown()
     console = Console(highlight=False)
-    for sample in result.samples[: config.show]:
-        mark = "[green]correct[/]" if sample.correct else "[red]wrong[/]"
-        console.print(f"{sample.problem_id} {mark} ({len(sample.response_ids)} tokens)")
-        console.print(tokenizer.decode(sample.prompt_ids) + sample.text, markup=False)
-    summary = {
-        "accuracy": result.accuracy,
-        "reward": result.reward,
-        "samples": len(result.samples),
-        "mean_response_tokens": result.mean_response_tokens,
-        "truncated": result.truncated,
-        "digest": result.digest,
+    for name, result in results.items():
+        _print_samples(console, name, result, tokenizer, config.show)
+    metrics = {name: {**result.metrics(), "samples": len(result.samples)} for name, result in results.items()}
+    console.print(_table(metrics))
+    if config.output is not None:
+        _write_json(Path(config.output), {"model": config.engine.model, "seed": config.seed, "tasks": metrics})
+    return metrics
+
+
+def evaluate_tasks(
+    engine: Engine,
+    tokenizer,
+    tasks: Mapping[str, Task],
+    reward: Any,
+    reward_engines: RewardEngines,
+    config: EvaluationConfig,
+    seed: int,
+    environment: EnvironmentConfig,
+) -> dict[str, EvalResult]:
+    """Each task's result, with the reward that its own verifier gives where the reward asks for one."""
+    return {
+        name: evaluate(engine, tokenizer, task, build_reward(reward, task, reward_engines), config, seed, environment)
+        for name, task in tasks.items()
     }
-    for name, value in summary.items():
-        console.print(f"{name}: {value}", markup=False)
-    return summary
+
+
+def _print_samples(console: Console, name: str, result: EvalResult, tokenizer, count: int) -> None:
+    for sample in result.samples[:count]:
+        mark = "[green]correct[/]" if sample.correct else "[red]wrong[/]"
+        console.print(f"{name} {sample.problem_id} {mark} ({sum(sample.written)} tokens)")
+        console.print(tokenizer.decode([*sample.prompt_ids, *sample.response_ids]), markup=False, soft_wrap=True)
+
+
+def _table(metrics: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A column for each data set: digests are long, and there are few sets."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for name in metrics:
+        table.add_column(name, justify="right", overflow="fold")
+    for metric in next(iter(metrics.values())):
+        values = [task[metric] for task in metrics.values()]
+        shown = [value if isinstance(value, str) else format_value(metric, value) for value in values]
+        table.add_row(title_of(metric), *shown)
+    return table
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.rename(path)

@@ -7,8 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from transformers import PreTrainedTokenizerFast
+
 from lockstep.recipes.new_model import ModelShape, new_model
-from lockstep.rollout.tasks import LocalFilesConfig, ReasoningGymConfig, Task, TaskSplits, build_task
+from lockstep.rollout.tasks import (
+    GuessNumberTaskConfig,
+    LocalFilesConfig,
+    ReasoningGymConfig,
+    Task,
+    TaskSplits,
+    build_task,
+)
 from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer
 
 TOKENIZER_TRAINING_PROBLEMS = 2000
@@ -18,9 +27,10 @@ TOKENIZER_TRAINING_PROBLEMS = 2000
 class TaskConfig:
     """The problems to learn from. `kind` chooses which of the other fields counts: a key of rollout.tasks.TASKS."""
 
-    kind: Literal["reasoning_gym", "local_files"] = "reasoning_gym"
+    kind: Literal["reasoning_gym", "local_files", "guess_number"] = "reasoning_gym"
     reasoning_gym: ReasoningGymConfig = field(default_factory=ReasoningGymConfig)
     local_files: LocalFilesConfig = field(default_factory=LocalFilesConfig)
+    guess_number: GuessNumberTaskConfig = field(default_factory=GuessNumberTaskConfig)
 
     def build(self) -> TaskSplits:
         """Raises as `build_task` does."""
@@ -40,9 +50,12 @@ class ModelSource:
         if self.path is not None:
             return Path(self.path)
         if not directory.exists():
-            tokenizer = build_tokenizer(_texts(task), self.tokenizer)
-            new_model(directory, self.shape, seed, tokenizer)
+            new_model(directory, self.shape, seed, self.new_tokenizer(task))
         return directory
+
+    def new_tokenizer(self, task: Task) -> PreTrainedTokenizerFast:
+        """The tokenizer of a model that is made from nothing."""
+        return build_tokenizer(_texts(task), self.tokenizer)
 
 
 def _texts(task: Task) -> Iterator[str]:

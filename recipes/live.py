@@ -10,8 +10,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from lockstep.recipes.metrics import METRICS, format_value, in_order, title_of
+from lockstep.recipes.metrics import TIME_PREFIX, format_value, in_order, known_name, title_of
 
 SPARK_LEVELS = "▁▂▃▄▅▆▇█"
 TREND_WIDTH = 32
@@ -78,14 +79,16 @@ class LiveView:
         table.add_column("metric")
         table.add_column("now", justify="right", min_width=10)
         table.add_column("trend")
-        known = [name for name in self._history if name.rpartition(": ")[2] in METRICS]
+        known = [name for name in self._history if known_name(name.rpartition(": ")[2])]
         for name in in_order(known):
             metric = name.rpartition(": ")[2]
             values = self._history[name]
             table.add_row(
                 name.replace(metric, title_of(metric)), format_value(metric, values[-1]), sparkline(values, TREND_WIDTH)
             )
-        return Group(self._progress, table)
+        times = in_order(name for name in self._history if name.startswith(TIME_PREFIX))
+        parts = [f"{title_of(name)} {format_value(name, self._history[name][-1])}" for name in times]
+        return Group(self._progress, table, Text("  ".join(parts), style="dim"))
 
     def _print_line(self, line: str) -> None:
         print(line, file=self.console.file, flush=True)

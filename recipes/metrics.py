@@ -15,9 +15,11 @@ METRICS: Mapping[str, Metric] = {
     "loss": Metric("loss", ".4f"),
     "reward": Metric("reward", ".3f"),
     "accuracy": Metric("held-out accuracy", ".1%"),
+    "pass@k": Metric("held-out pass@k", ".1%"),
     "train_accuracy": Metric("accuracy of the rollouts", ".1%"),
     "mixed_groups": Metric("groups with unequal rewards", ".1%"),
     "response_length": Metric("response length (tokens)", ".1f"),
+    "turns": Metric("turns of an episode", ".2f"),
     "truncated": Metric("truncated responses", ".1%"),
     "entropy": Metric("entropy (nats)", ".3f"),
     "kl": Metric("KL to the reference (nats)", ".2e"),
@@ -26,14 +28,27 @@ METRICS: Mapping[str, Metric] = {
     "learning_rate": Metric("learning rate", ".2e"),
     "staleness": Metric("staleness (versions)", ".2f"),
     "tokens_per_s": Metric("tokens/s", ",.0f"),
+    "acceptance": Metric("accepted draft tokens", ".1%"),
     "logprob_diff_max": Metric("max |trainer − engine| log-prob", ".1e"),  # noqa: RUF001
 }
 TIME_PREFIX = "time/"  # seconds of the step spent in one part: time/rollout, time/train, time/publish, time/evaluate
 
 
+def known_name(name: str) -> str | None:
+    """The name in METRICS of a metric: its own, that of its last part (`gcd/accuracy`), or pass@k; None: unknown."""
+    last = name.rpartition("/")[2]
+    last = "pass@k" if last.startswith("pass@") else last
+    return last if last in METRICS and not name.startswith(TIME_PREFIX) else None
+
+
 def title_of(name: str) -> str:
     """What people read for a metric's name."""
-    return METRICS[name].title if name in METRICS else name.removeprefix(TIME_PREFIX).replace("_", " ")
+    known = known_name(name)
+    if known is None:
+        return name.removeprefix(TIME_PREFIX).replace("_", " ")
+    data_set, _, last = name.rpartition("/")
+    title = METRICS[known].title.replace("pass@k", last)
+    return f"{title}, {data_set}" if data_set else title
 
 
 def format_value(name: str, value: float) -> str:
@@ -44,11 +59,13 @@ def format_value(name: str, value: float) -> str:
         return "0 (exact)"
     if name.startswith(TIME_PREFIX):
         return f"{value:.2f} s"
-    return format(value, METRICS[name].format if name in METRICS else ".4g")
+    known = known_name(name)
+    return format(value, ".4g" if known is None else METRICS[known].format)
 
 
 def in_order(names: Iterable[str]) -> list[str]:
     """The names, known ones first and in METRICS' order, then the others, then times."""
     names = set(names)
-    others = sorted(names - METRICS.keys(), key=lambda name: (name.startswith(TIME_PREFIX), name))
-    return [name for name in METRICS if name in names] + others
+    places = {name: place for place, name in enumerate(METRICS)}
+    last = len(places)
+    return sorted(names, key=lambda name: (places.get(known_name(name), last + name.startswith(TIME_PREFIX)), name))

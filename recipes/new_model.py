@@ -31,10 +31,25 @@ def new_model(path: Path, shape: ModelShape, seed: int, tokenizer: PreTrainedTok
 
     The directory appears whole or not at all. Raises ValueError if no vocabulary size is known.
     """
+    config = new_config(shape, tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(config).float()
+    unfinished = path.with_name(path.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(unfinished)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(unfinished)
+    unfinished.rename(path)
+
+
+def new_config(shape: ModelShape, tokenizer: PreTrainedTokenizerFast | None) -> Qwen3Config:
+    """The config of a new model. Raises ValueError if no vocabulary size is known."""
     vocab_size = shape.vocab_size or (len(tokenizer) if tokenizer is not None else None)
     if vocab_size is None:
         raise ValueError("a new model needs shape.vocab_size or a tokenizer")
-    config = Qwen3Config(
+    return Qwen3Config(
         vocab_size=vocab_size,
         hidden_size=shape.hidden_size,
         num_hidden_layers=shape.num_layers,
@@ -49,13 +64,3 @@ def new_model(path: Path, shape: ModelShape, seed: int, tokenizer: PreTrainedTok
         eos_token_id=tokenizer.eos_token_id if tokenizer is not None else None,
         pad_token_id=tokenizer.pad_token_id if tokenizer is not None else None,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config).float()
-    unfinished = path.with_name(path.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(unfinished)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(unfinished)
-    unfinished.rename(path)

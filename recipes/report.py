@@ -16,11 +16,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from lockstep.recipes.metrics import METRICS, TIME_PREFIX, format_value, in_order, title_of
+from lockstep.recipes.metrics import METRICS, TIME_PREFIX, format_value, in_order, known_name, title_of
 from lockstep.recipes.report_page import PAGE
 from lockstep.recipes.run_directory import read_config, read_metrics, read_rollouts, rollout_steps
 
-PLOTTED = ("reward", "accuracy", "loss", "response_length", "entropy", "grad_norm", "kl", "logprob_diff_max")
+PLOTTED = (
+    "reward",
+    "accuracy",
+    "pass@k",
+    "loss",
+    "response_length",
+    "turns",
+    "entropy",
+    "grad_norm",
+    "kl",
+    "staleness",
+    "acceptance",
+    "logprob_diff_max",
+)
 COLOURS = ("#2f6fed", "#e07a1f", "#2a9d63", "#b04ac4", "#c2a200", "#5a6b7b")
 PLOT_STYLE = {
     "svg.fonttype": "none",  # text stays text: smaller, sharp and searchable
@@ -79,6 +92,7 @@ def write_report(
     page = environment.from_string(PAGE).render(
         name=run_dir.resolve().name,
         stages=" + ".join(dict.fromkeys(str(record["stage"]) for record in plotted)) or "no records yet",
+        has_trace=(run_dir / "trace.json").exists(),
         cards=summary_cards(records, hash_file.read_text().strip() if hash_file.exists() else None),
         plots=_plots(plotted),
         sampled_steps=[
@@ -136,7 +150,8 @@ def _plots(records: Sequence[Record]) -> list[str]:
     stages = list(dict.fromkeys(record["stage"] for record in records))
     plots = []
     with matplotlib.rc_context(PLOT_STYLE):
-        for name in PLOTTED:
+        names = in_order({name for record in records for name in record})
+        for name in sorted((n for n in names if known_name(n) in PLOTTED), key=lambda n: PLOTTED.index(known_name(n))):
             for stage in stages:
                 points = [
                     (record["step"], record[name]) for record in records if record["stage"] == stage and name in record
@@ -165,7 +180,8 @@ def _plot_metric(name: str, stage: str, points: Sequence[tuple[int, float]]) -> 
     )
     if not few:
         axes.plot(steps, _smoothed(values), color=COLOURS[0], linewidth=2.0)
-    if name in METRICS and METRICS[name].format.endswith("%"):
+    known = known_name(name)
+    if known is not None and METRICS[known].format.endswith("%"):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     if name == "logprob_diff_max" and max(values) == 0.0:
         axes.set_ylim(-1e-7, 1e-7)
@@ -221,22 +237,19 @@ def _first_samples(rows: Iterable[Record], count: int) -> list[Record]:
 
 
 def _sample_view(row: Record, decode: Callable[[Sequence[int]], str] | None) -> dict[str, Any]:
-    """One sample as the page shows it; each token with its log-prob and how improbable it was (0 to 1)."""
+    """One sample as the page shows it."""
     versions = row.get("weight_versions") or [None] * len(row["response_ids"])
-    tokens = []
-    for position, (token_id, logprob, version) in enumerate(
-        zip(row["response_ids"], row["logprobs"], versions, strict=True)
-    ):
-        probability = math.exp(min(0.0, float(logprob)))
-        hint = f"token {position}: id {token_id}\nlog-prob {float(logprob):.6f} (p = {probability:.2%})"
-        tokens.append(
-            {
-                "text": decode([token_id]) if decode else str(token_id),
-                "hint": hint if version is None else f"{hint}\nweight version {version}",
-                "surprise": f"{1 - probability:.3f}",
-            }
+    written = row.get("response_mask") or [True] * len(row["response_ids"])
+    tokens = [
+        {
+            "text": decode([token_id]) if decode else str(token_id),
+            **(_drawn(position, token_id, logprob, version) if drawn else _given(position, token_id)),
+        }
+        for position, (token_id, logprob, version, drawn) in enumerate(
+            zip(row["response_ids"], row["logprobs"], versions, written, strict=True)
         )
-    total = sum(float(logprob) for logprob in row["logprobs"])
+    ]
+    total = sum(float(logprob) for logprob, drawn in zip(row["logprobs"], written, strict=True) if drawn)
     return {
         "prompt": decode(row["prompt_ids"]) if decode else " ".join(map(str, row["prompt_ids"])),
         "text": row.get("text", ""),
@@ -248,12 +261,27 @@ def _sample_view(row: Record, decode: Callable[[Sequence[int]], str] | None) -> 
             "prompt": row.get("prompt_index"),
             "sample": row.get("sample_index"),
             "problem": row.get("problem_id"),
-            "tokens": len(tokens),
+            "tokens": sum(written),
+            "rewards of the turns": ", ".join(f"{reward:.3g}" for reward in row.get("turn_rewards") or []) or None,
             "log-prob": f"{total:.3f}",
             "ended by": row.get("finish_reason"),
             "seed": row.get("seed"),
         },
     }
+
+
+def _drawn(position: int, token_id: int, logprob: float, version: int | None) -> dict[str, Any]:
+    """What is said of a token that the policy drew: its log-prob, and how improbable it was (0 to 1)."""
+    probability = math.exp(min(0.0, float(logprob)))
+    hint = f"token {position}: id {token_id}\nlog-prob {float(logprob):.6f} (p = {probability:.2%})"
+    return {
+        "hint": hint if version is None else f"{hint}\nweight version {version}",
+        "surprise": f"{1 - probability:.3f}",
+    }
+
+
+def _given(position: int, token_id: int) -> dict[str, Any]:
+    return {"hint": f"token {position}: id {token_id}\nnot written by the policy", "surprise": None}
 
 
 def _last_values(records: Sequence[Record]) -> list[tuple[str, str, str, int]]:

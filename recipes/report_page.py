@@ -40,6 +40,7 @@ summary .snippet { flex: 1; overflow: hidden; text-overflow: ellipsis; white-spa
   background: var(--paper); border-radius: 7px; }
 pre.config { background: #fff; border: 1px solid var(--line); border-radius: 10px; }
 .tokens span { background: rgba(224, 122, 31, calc(var(--s) * 0.75)); border-radius: 3px; padding: 1px 0; }
+.tokens .given { background: none; color: var(--soft); font-style: italic; }
 .tokens.ids span { margin-right: 5px; padding: 1px 3px; }
 .tokens span:hover { outline: 1.5px solid #2f6fed; }
 .scale { display: inline-block; width: 90px; height: 10px; vertical-align: middle;
@@ -54,7 +55,8 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; }
 <body>
 <main>
 <h1>{{ name }}</h1>
-<div class="sub">Lockstep run · {{ stages }}</div>
+<div class="sub">Lockstep run · {{ stages }}{% if has_trace %} · the timeline is trace.json beside this file:
+open it in ui.perfetto.dev{% endif %}</div>
 
 <section class="cards">
 {% for card in cards %}
@@ -78,7 +80,8 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; }
 {% if sampled_steps %}
 <h2>Samples</h2>
 <div class="sub">Each token is shaded by how improbable it was under the weights that drew it:
-p = 1 <span class="scale"></span> p = 0. Point at a token for its log-prob.</div>
+p = 1 <span class="scale"></span> p = 0. Point at a token for its log-prob. What the policy read in
+between, and did not write, is grey.</div>
 {% for step, samples in sampled_steps %}
 <h3>Step {{ step }}</h3>
 {% for sample in samples %}
@@ -95,7 +98,11 @@ p = 1 <span class="scale"></span> p = 0. Point at a token for its log-prob.</div
 {% endif %}
 <div class="tokens{{ ' ids' if sample.as_ids }}">
 {%- for token in sample.tokens -%}
+{%- if token.surprise is none -%}
+<span class="given" title="{{ token.hint }}">{{ token.text }}</span>
+{%- else -%}
 <span style="--s:{{ token.surprise }}" title="{{ token.hint }}">{{ token.text }}</span>
+{%- endif -%}
 {%- endfor -%}
 </div>
 <div class="facts">

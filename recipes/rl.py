@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,21 @@ from lockstep.recipes import sft
 from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.cluster.local import LocalCluster
 from lockstep.recipes.cluster.open_cluster import open_cluster
+from lockstep.recipes.evaluate import evaluate_tasks
+from lockstep.recipes.inputs import TaskConfig
 from lockstep.recipes.learner import Learner
+from lockstep.recipes.plan import dry_run, rl_plan
+from lockstep.recipes.step_clock import StepClock
 from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
-from lockstep.rollout.evaluation import EvaluationConfig, evaluate
+from lockstep.rollout.buffer import KEEP_GROUP, BufferConfig, RolloutBuffer
+from lockstep.rollout.environments import EnvironmentConfig
+from lockstep.rollout.environments.worker import build_worker
+from lockstep.rollout.evaluation import EvaluationConfig
 from lockstep.rollout.rewards import RewardEngines, build_reward
 from lockstep.rollout.sample import Sample
 from lockstep.rollout.tasks import TaskSplits
 from lockstep.rollout.tokenizer import load_tokenizer
-from lockstep.rollout.worker import RolloutConfig, RolloutWorker
+from lockstep.rollout.worker import RolloutConfig
 from lockstep.trainer_bridge.algorithms import AlgorithmConfig
 
 WARMUP = "sft"  # the folder of the warm-up's run in the run directory
@@ -31,6 +38,9 @@ class RLConfig(TrainingRunConfig):
     """warmup: a supervised stage to start from, if its `steps` are not 0; its model, task and seed are this run's.
     reward: weights or options by name, see rollout/rewards/mixture.py, or one function's path; empty is the task's own
         verifier.
+    environment: what answers the model between its turns; by default nothing does, and a response is one turn.
+    evaluation_tasks: further data sets to evaluate on, by name, each like `task`.
+    buffer: max_staleness=0 generates, then trains; with more, generation runs ahead. See rollout/buffer.py.
     evaluate_every: steps between held-out evaluations.
     engine: its `model` is filled in by the run.
     cluster: where trainer and engines live; cluster=ray takes configs/cluster/ray.yaml.
@@ -39,10 +49,13 @@ class RLConfig(TrainingRunConfig):
     name: str = "rl"
     warmup: sft.SFTConfig = field(default_factory=lambda: sft.SFTConfig(steps=0))
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    buffer: BufferConfig = field(default_factory=BufferConfig)
     reward: Any = field(default_factory=dict)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(model=START))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation_tasks: dict[str, TaskConfig] = field(default_factory=dict)
     evaluate_every: int = 20
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
@@ -50,6 +63,8 @@ class RLConfig(TrainingRunConfig):
 def run(config: RLConfig) -> dict[str, Any]:
     """Trains until `config.steps` updates are made; see `train` for a step."""
     config = resumed(config)
+    if config.dry_run:
+        return dry_run(rl_plan(config))
     with TrainingRun(config, "rl") as run:
         tasks = config.task.build()
         start = str(starting_model(config, tasks))
@@ -96,58 +111,70 @@ def train(
     learner: Learner,
     reward_engines: RewardEngines,
 ) -> None:
-    """The loop. Weight version `s` is what the engine serves after step `s`; step `s` learns from version `s - 1`."""
+    """The loop. Weight version `s` is what the engine serves after step `s`; step `s` learns from the versions
+    `s - 1 - max_staleness` to `s - 1`, and while it is made the engine generates for later steps with version `s - 1`.
+    """
     trainer, engine = cluster.trainer, cluster.engine
     tokenizer = load_tokenizer(engine.config.model)
     reward = build_reward(config.reward, tasks.train, reward_engines)
-    held_out_reward = build_reward(config.reward, tasks.held_out, reward_engines)
-    worker = RolloutWorker(engine, tokenizer, tasks.train, reward, config.rollout, config.seed)
+    held_out = {"": tasks.held_out, **{name: task.build().held_out for name, task in config.evaluation_tasks.items()}}
+    worker = build_worker(engine, tokenizer, tasks.train, reward, config.rollout, config.seed, config.environment)
+    buffer = RolloutBuffer(worker, config.buffer, KEEP_GROUP[config.buffer.keep])
+    run.restore(buffer=buffer)
 
     def evaluate_if_due(step: int) -> None:
         if step % config.evaluate_every == 0 or step == config.steps:
-            result = evaluate(engine, tokenizer, tasks.held_out, held_out_reward, config.evaluation, config.seed)
-            run.record_evaluation(step, result)
+            with run.trace.span("evaluation", step=step):
+                results = evaluate_tasks(
+                    engine,
+                    tokenizer,
+                    held_out,
+                    config.reward,
+                    reward_engines,
+                    config.evaluation,
+                    config.seed,
+                    config.environment,
+                )
+            run.record_evaluation(step, results)
 
     if trainer.step_count == 0:
         evaluate_if_due(0)
     for step in range(trainer.step_count + 1, config.steps + 1):
-        clock = Clock()
-        groups = worker.groups(step)
-        clock.lap("rollout")
-        stats = learner.step(groups)
-        clock.lap("train")
-        cluster.publish(version=step)
-        clock.lap("publish")
+        clock = StepClock(run.trace, step)
+        groups = clock.rollout(partial(buffer.take, step))
+        stats = clock.side_by_side(partial(learner.step, groups), buffer.advance, overlap=cluster.overlaps)
+        clock.publish(partial(cluster.publish, version=step))
+        buffer.new_version()
         run.directory.write_rollouts(step, [sample for group in groups for sample in group])
-        run.record(step, step_metrics(groups, stats, clock))
+        run.record(step, step_metrics(step, groups, stats, buffer, clock))
         evaluate_if_due(step)
-        run.checkpoint_if_due(step, trainer=trainer, learner=learner)
+        run.checkpoint_if_due(step, trainer=trainer, learner=learner, buffer=buffer)
 
 
-def step_metrics(groups: Sequence[Sequence[Sample]], stats: dict[str, float], clock: Clock) -> dict[str, float]:
-    """What a step reports. `logprob_diff_max` is the largest |trainer - engine| over the step's generated tokens."""
+def step_metrics(
+    step: int, groups: Sequence[Sequence[Sample]], stats: Mapping[str, float], buffer: RolloutBuffer, clock: StepClock
+) -> dict[str, float]:
+    """What a step reports.
+
+    logprob_diff_max: the largest |trainer - engine| over the tokens that the current weights drew; policy_shift_max:
+    over all, also those of older versions, from which the policy has moved. staleness: versions that a token is behind.
+    """
     samples = [sample for group in groups for sample in group]
-    generated = sum(len(sample.response_ids) for sample in samples)
+    generated = sum(sum(sample.written) for sample in samples)
+    ages = [step - 1 - version for sample in samples for version in sample.weight_versions]
     return {
         "reward": sum(sample.reward for sample in samples) / len(samples),
         "train_accuracy": sum(sample.correct for sample in samples) / len(samples),
         "response_length": generated / len(samples),
+        **({"turns": sum(len(s.turn_rewards) for s in samples) / len(samples)} if samples[0].turn_rewards else {}),
         "truncated": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
         "mixed_groups": sum(len({sample.reward for sample in group}) > 1 for group in groups) / len(groups),
+        "staleness": sum(ages) / len(ages),
+        "staleness_max": max(ages),
+        "dropped_groups": buffer.num_dropped,
+        "too_old_groups": buffer.num_too_old,
         "learning_rate": stats["lr"],
         **{name: value for name, value in stats.items() if name != "lr"},
-        "tokens_per_s": generated / clock.laps["rollout"],
-        **{f"time/{name}": seconds for name, seconds in clock.laps.items()},
+        "tokens_per_s": buffer.num_tokens / clock.rollout_s,
+        **{f"time/{name}": seconds for name, seconds in clock.times().items()},
     }
-
-
-class Clock:
-    """Seconds of the parts of a step."""
-
-    def __init__(self):
-        self.laps: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name], self.last = now - self.last, now

@@ -10,7 +10,8 @@
         run.lock                      held by the process that writes the run
 
 Files and checkpoints are written under another name, synced and renamed, so a name that exists is complete. Only
-metrics.jsonl grows in place; opening the directory repairs its last line.
+metrics.jsonl grows in place; opening the directory repairs its last line. Rollouts and checkpoints that were changed
+since are refused by name: when a run is resumed, and where they are read.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from typing import IO, Any
 import yaml
 
 from lockstep.engine.checkpoint import flush_to_disk
+from lockstep.recipes import content_hashes
 from lockstep.recipes.config_schema import to_plain
 
 TEMPORARY = ".tmp-"
@@ -49,7 +51,8 @@ class RunDirectory:
         may_differ: patterns (fnmatch) of dotted config keys that may differ from the run that is resumed.
         keep_checkpoints: how many of the newest checkpoints stay; 0 keeps all.
     Raises:
-        ValueError: another process runs here; or the directory holds something else, or a run with another config.
+        ValueError: another process runs here; or the directory holds something else, or a run with another config, or
+            a rollout file or newest checkpoint that was changed since it was written.
     """
 
     def __init__(
@@ -99,7 +102,7 @@ class RunDirectory:
         return None if step is None else self.checkpoint_path(step)
 
     def checkpoint_path(self, step: int) -> Path:
-        return self.path / "checkpoints" / _step_name(step)
+        return checkpoint_path(self.path, step)
 
     def rollouts_path(self, step: int) -> Path:
         return self.path / "rollouts" / f"{_step_name(step)}.jsonl"
@@ -113,8 +116,12 @@ class RunDirectory:
     def write_rollouts(self, step: int, samples: Iterable[Any]) -> Path:
         """Write the step's samples (mappings or dataclass instances), one a line, in place of an earlier file."""
         target = self.rollouts_path(step)
+        text = "".join(_json_line(_fields(sample)) for sample in samples)
+        # First the hash: rollouts that are there have theirs.
+        with _atomic_file(target.with_suffix(content_hashes.SUFFIX)) as file:
+            file.write(content_hashes.hash_line(text.encode(), target.name))
         with _atomic_file(target) as file:
-            file.writelines(_json_line(_fields(sample)) for sample in samples)
+            file.write(text)
         return target
 
     @contextlib.contextmanager
@@ -131,6 +138,7 @@ class RunDirectory:
         temporary.mkdir()
         try:
             yield temporary
+            content_hashes.write_folder_list(temporary)
             _sync_tree(temporary)
             temporary.rename(target)
         except BaseException:
@@ -154,9 +162,14 @@ class RunDirectory:
         self._point_to_latest()
         self._drop_old_checkpoints()
         last_step = -1 if self.resume_step is None else self.resume_step
-        for step in rollout_steps(self.path):
-            if step > last_step:
-                self.rollouts_path(step).unlink()
+        rollouts = self.path / "rollouts"
+        for file in rollouts.glob("step_*"):
+            if _step_of(file) > last_step:
+                file.unlink()
+        for step in _steps(rollouts.glob("step_*")):
+            content_hashes.check_file(self.rollouts_path(step))
+        if self.resume_checkpoint is not None:
+            content_hashes.check_folder(self.resume_checkpoint)
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():
             kept = [record for record in _read_lines(metrics) if record["step"] <= last_step]
@@ -190,8 +203,9 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def read_rollouts(path: str | os.PathLike[str], step: int) -> list[dict[str, Any]]:
-    """The samples of one step of the run at path."""
+    """The samples of one step of the run at path. Raises ValueError for a file without its content's hash."""
     file = Path(path) / "rollouts" / f"{_step_name(step)}.jsonl"
+    content_hashes.check_file(file)
     with open(file, encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
@@ -206,8 +220,17 @@ def checkpoint_steps(path: str | os.PathLike[str]) -> list[int]:
     return _steps((Path(path) / "checkpoints").glob("step_*"))
 
 
+def checkpoint_path(path: str | os.PathLike[str], step: int) -> Path:
+    """Folder of a step's checkpoint in the run at path."""
+    return Path(path) / "checkpoints" / _step_name(step)
+
+
 def _steps(paths: Iterable[Path]) -> list[int]:
-    return sorted(int(path.stem.removeprefix("step_")) for path in paths)
+    return sorted({_step_of(path) for path in paths})
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
 
 
 def _step_name(step: int) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lockstep.recipes.plan import dry_run, sft_plan
 from lockstep.recipes.training_run import TrainingRun, TrainingRunConfig, resumed
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.tasks import Problem, Task
@@ -29,6 +30,8 @@ class SFTConfig(TrainingRunConfig):
 def run(config: SFTConfig) -> dict[str, Any]:
     """Trains until `config.steps` updates are made, and exports the model to the run's `model/`."""
     config = resumed(config)
+    if config.dry_run:
+        return dry_run(sft_plan(config))
     with TrainingRun(config, "sft") as run:
         tasks = config.task.build()
         model = config.model.resolve(run.path / "new_model", tasks.train, config.seed)
@@ -41,7 +44,8 @@ def run(config: SFTConfig) -> dict[str, Any]:
             examples = [order[step * config.examples_per_step + i] for i in range(config.examples_per_step)]
             sequences = [example_sequence(tokenizer, tasks.train, index) for index in examples]
             batches = pack(sequences, config.trainer.max_tokens_per_micro_batch, config.aggregation)
-            stats = trainer.step(batches, sft_loss)
+            with run.trace.span("train", step=step):
+                stats = trainer.step(batches, sft_loss)
             seconds = time.perf_counter() - started
             stats["learning_rate"] = stats.pop("lr")
             run.record(step, {**stats, "tokens_per_s": stats["tokens"] / seconds, "time/train": seconds})

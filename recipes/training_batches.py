@@ -29,7 +29,7 @@ def all_tokens(sample: Sample) -> list[int]:
 
 def written(sample: Sample) -> list[bool]:
     """Which of `all_tokens` the policy wrote."""
-    return [False] * len(sample.prompt_ids) + [True] * len(sample.response_ids)
+    return [False] * len(sample.prompt_ids) + list(sample.written)
 
 
 def scored_responses(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,10 +17,12 @@ from lockstep.recipes.live import LiveView
 from lockstep.recipes.report import write_report
 from lockstep.recipes.run_directory import RunDirectory, read_config, read_metrics
 from lockstep.recipes.sinks import Sinks, open_sinks
+from lockstep.recipes.trace import Trace
 from lockstep.rollout.evaluation import EvalResult
 from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 
+TRACED = ("reward", "loss", "tokens_per_s", "staleness")  # metrics that the timeline draws as curves
 START = "the run's model"  # stands in trainer.model and engine.model until the run knows its model directory
 
 
@@ -41,6 +43,7 @@ class TrainingRunConfig:
     num_threads: CPU threads; null takes the machine's. Part of the config, since gradients' last bits depend on it.
     trainer: its `model` is filled in by the run.
     sinks: beside metrics.jsonl: "wandb", "tensorboard".
+    dry_run: print the plan, with its arithmetic of memory and batches, and start nothing (also --dry-run).
     """
 
     name: str = "run"
@@ -55,6 +58,7 @@ class TrainingRunConfig:
     checkpoint_every: int = 20
     keep_checkpoints: int = 2
     sinks: tuple[str, ...] = ()
+    dry_run: bool = False
 
     @property
     def directory(self) -> Path:
@@ -84,6 +88,7 @@ class TrainingRun:
         stored = replace(config, runs_dir="", name="", run=None)  # a run may be moved or renamed
         self.directory = RunDirectory(config.directory, stored, keep_checkpoints=config.keep_checkpoints)
         self.path = self.directory.path
+        self.trace = Trace(self.path / "trace.json", stage)
         self.view: LiveView | None = None
         self.sinks: Sinks | None = None
 
@@ -93,6 +98,7 @@ class TrainingRun:
     def __exit__(self, *exception: object) -> None:
         if self.sinks is not None:
             self.sinks.close()
+        self.trace.close()
         self.directory.close()
 
     def start(self, trainer: MegatronTrainer) -> None:
@@ -110,15 +116,23 @@ class TrainingRun:
 
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
         self.sinks.record(step, self.stage, metrics)
+        for name in TRACED:
+            if name in metrics and math.isfinite(metrics[name]):
+                self.trace.counter(name, metrics[name])
 
-    def record_evaluation(self, step: int, result: EvalResult) -> None:
-        names = [field.name for field in dataclasses.fields(result) if field.name != "samples"]
-        self.sinks.record(step, "eval", {name: getattr(result, name) for name in names})
+    def record_evaluation(self, step: int, results: Mapping[str, EvalResult]) -> None:
+        """results: by data set; the names of its metrics follow its own, which is empty for the run's task."""
+        metrics = {
+            f"{task}/{name}" if task else name: value
+            for task, result in results.items()
+            for name, value in result.metrics().items()
+        }
+        self.sinks.record(step, "eval", metrics)
 
     def checkpoint_if_due(self, step: int, **parts: CheckpointPart) -> None:
         """Every `checkpoint_every` steps, and at the last: all parts that decide how the run goes on."""
         if step % self.config.checkpoint_every == 0 or step == self.config.steps:
-            with self.directory.checkpoint(step) as folder:
+            with self.trace.span("checkpoint", step=step), self.directory.checkpoint(step) as folder:
                 for name, part in parts.items():
                     part.save(folder / name)
 

@@ -1,59 +1,118 @@
-"""Held-out evaluation: accuracy, and a digest that must not depend on how the engine was set up."""
+"""Held-out evaluation: mean@k, pass@k, and a digest that must not depend on how the engine was set up."""
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lockstep.engine import Engine
+from lockstep.rollout.environments import EnvironmentConfig
+from lockstep.rollout.environments.worker import build_worker
 from lockstep.rollout.rewards import Reward
 from lockstep.rollout.sample import Sample, digest
 from lockstep.rollout.tasks import Task
-from lockstep.rollout.worker import RolloutConfig, RolloutWorker
+from lockstep.rollout.worker import RolloutConfig
 
 EVALUATION_STEP = -1  # the `step` coordinate of evaluation samples, so that their seeds meet no training seed
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is evaluated. Temperature 0 decodes greedily; above it, accuracy is the mean over the samples (mean@k)."""
+    """What is evaluated. Temperature 0 decodes greedily; above it, accuracy is the mean over the samples (mean@k).
+
+    pass_at: the k of pass@k, the chance that one of k samples of a problem is right; from 1 to samples_per_problem.
+    """
 
     num_problems: int = 128
     samples_per_problem: int = 1
     max_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
+    pass_at: tuple[int, ...] = ()
 
     def __post_init__(self):
         for field in ("num_problems", "samples_per_problem", "max_tokens"):
             if getattr(self, field) < 1:
                 raise ValueError(f"evaluation.{field} must be at least 1, got {getattr(self, field)}")
+        for k in self.pass_at:
+            if not 1 <= k <= self.samples_per_problem:
+                raise ValueError(
+                    f"evaluation.pass_at: pass@{k} needs evaluation.samples_per_problem >= {k} >= 1, "
+                    f"got {self.samples_per_problem}"
+                )
 
 
 @dataclass(frozen=True)
 class EvalResult:
+    """accuracy: mean@k. standard_error: of the accuracy, over problems. truncated: share that ran out of tokens."""
+
     accuracy: float
+    standard_error: float
+    pass_at: dict[int, float]
     reward: float
     mean_response_tokens: float
-    truncated: float  # share of responses that ran into max_tokens
+    truncated: float
     digest: str
     samples: list[Sample]
 
+    def metrics(self) -> dict[str, float | str]:
+        """All but the samples, by name."""
+        return {
+            "accuracy": self.accuracy,
+            "standard_error": self.standard_error,
+            **{f"pass@{k}": value for k, value in self.pass_at.items()},
+            "reward": self.reward,
+            "mean_response_tokens": self.mean_response_tokens,
+            "truncated": self.truncated,
+            "digest": self.digest,
+        }
 
-def evaluate(engine: Engine, tokenizer, task: Task, reward: Reward, config: EvaluationConfig, seed: int) -> EvalResult:
+
+def evaluate(
+    engine: Engine,
+    tokenizer,
+    task: Task,
+    reward: Reward,
+    config: EvaluationConfig,
+    seed: int,
+    environment: EnvironmentConfig = EnvironmentConfig(),  # noqa: B008  frozen
+) -> EvalResult:
     """Answers the first `num_problems` problems of a task (all, if it has fewer) and scores them."""
     sampling = replace(
         RolloutConfig(), max_tokens=config.max_tokens, temperature=config.temperature, top_p=config.top_p
     )
-    worker = RolloutWorker(engine, tokenizer, task, reward, sampling, seed)
+    worker = build_worker(engine, tokenizer, task, reward, sampling, seed, environment)
     indices = range(min(config.num_problems, len(task)))
     problems = [task.problem(index) for index in indices]
-    samples = worker.sample(problems, indices, EVALUATION_STEP, config.samples_per_problem)
-    count = len(samples)
+    size = config.samples_per_problem
+    samples = worker.sample(problems, indices, EVALUATION_STEP, size)
+    num_correct = [
+        sum(sample.correct for sample in samples[start : start + size]) for start in range(0, len(samples), size)
+    ]
     return EvalResult(
-        accuracy=sum(sample.correct for sample in samples) / count,
-        reward=sum(sample.reward for sample in samples) / count,
-        mean_response_tokens=sum(len(sample.response_ids) for sample in samples) / count,
-        truncated=sum(sample.finish_reason == "length" for sample in samples) / count,
+        accuracy=sum(num_correct) / len(samples),
+        standard_error=_standard_error([correct / size for correct in num_correct]),
+        pass_at={k: statistics.fmean(pass_at_k(size, correct, k) for correct in num_correct) for k in config.pass_at},
+        reward=sum(sample.reward for sample in samples) / len(samples),
+        mean_response_tokens=sum(sum(sample.written) for sample in samples) / len(samples),
+        truncated=sum(sample.finish_reason == "length" for sample in samples) / len(samples),
         digest=digest(samples),
         samples=samples,
     )
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """The unbiased estimate of the chance that one of k samples is right: 1 - C(n - c, k) / C(n, k).
+
+    Chen et al. 2021, "Evaluating Large Language Models Trained on Code", equation 1.
+    """
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def _standard_error(problem_means: Sequence[float]) -> float:
+    """Of the mean over problems, which are the independent draws; a problem's samples are not."""
+    if len(problem_means) < 2:
+        return 0.0
+    return statistics.stdev(problem_means) / math.sqrt(len(problem_means))

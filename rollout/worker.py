@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lockstep.engine import Engine, RequestOutput, SamplingParams
+from lockstep.engine import Engine, SamplingParams
+from lockstep.engine.models.config import load_model_config
+from lockstep.rollout.group import Group, Response
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.rewards import Completion, Reward, correct_reward
 from lockstep.rollout.sample import Sample, derive_seed
@@ -32,7 +34,7 @@ class RolloutConfig:
 
 
 class RolloutWorker:
-    """Generates and scores the groups of a step; the same step always gives the same groups for the same weights."""
+    """Generates and scores groups; the same coordinates always give the same samples for the same weights."""
 
     def __init__(self, engine: Engine, tokenizer, task: Task, reward: Reward, config: RolloutConfig, seed: int):
         self.engine = engine
@@ -43,70 +45,79 @@ class RolloutWorker:
         self.config = config
         self.seed = seed
         self.order = ProblemOrder(len(task), seed)
+        self.max_model_len = (
+            engine.config.max_model_len or load_model_config(engine.config.model).max_position_embeddings
+        )
 
-    def groups(self, step: int) -> list[list[Sample]]:
-        """The groups of training step `step`: the `prompts_per_step` problems of the order that are its turn."""
-        first = step * self.config.prompts_per_step
-        positions = range(first, first + self.config.prompts_per_step)
-        problems = [self.task.problem(self.order[position]) for position in positions]
-        samples = self.sample(problems, positions, step, self.config.samples_per_prompt)
-        size = self.config.samples_per_prompt
-        return [samples[start : start + size] for start in range(0, len(samples), size)]
+    def begin_at(self, position: int) -> Group:
+        """The group of training's prompt number `position`; each step has `prompts_per_step` of them, in order."""
+        problem = self.task.problem(self.order[position])
+        step = position // self.config.prompts_per_step
+        return self.begin(problem, position, step, self.config.samples_per_prompt)
+
+    def begin(self, problem: Problem, prompt_index: int, step: int, num_samples: int) -> Group:
+        """A group of which nothing is generated yet."""
+        seeds = [derive_seed(self.seed, step, prompt_index, sample_index) for sample_index in range(num_samples)]
+        prompt_ids = tuple(render_prompt(self.tokenizer, problem.messages))
+        return Group(problem, step, prompt_index, prompt_ids, [Response(seed) for seed in seeds])
+
+    def extend(self, groups: Sequence[Group], max_new_tokens: int | None = None) -> int:
+        """Generates on: each response by so many tokens (None: to its end); scores the groups whose last has ended.
+
+        Where a response was interrupted does not change its tokens: a draw is a function of its coordinates and the
+        weights. Returns the number of new tokens.
+        """
+        growing = [(g, r) for g in groups for r in g.responses if r.finish_reason is None]
+        room = [self._room(group, response) for group, response in growing]
+        budgets = [min(left, max_new_tokens or left) for left in room]
+        outputs = self.engine.generate(
+            [[*group.prompt_ids, *response.response_ids] for group, response in growing],
+            [self.sampling_params(r.seed, budget) for (_, r), budget in zip(growing, budgets, strict=True)],
+        )
+        for (_, response), output, left, budget in zip(growing, outputs, room, budgets, strict=True):
+            response.append(output, is_last=budget == left)
+        self.score([group for group in groups if group.samples is None and group.has_ended])
+        return sum(len(output.token_ids) for output in outputs)
 
     def sample(
         self, problems: Sequence[Problem], prompt_indices: Sequence[int], step: int, samples_per_prompt: int
     ) -> list[Sample]:
         """`samples_per_prompt` scored responses to each problem, those of one problem in a row."""
-        coordinates = [(i, j) for i in range(len(problems)) for j in range(samples_per_prompt)]
-        seeds = [derive_seed(self.seed, step, prompt_indices[i], j) for i, j in coordinates]
-        prompts = [render_prompt(self.tokenizer, problem.messages) for problem in problems]
-        outputs = self.engine.generate([prompts[i] for i, _ in coordinates], [self._params(seed) for seed in seeds])
-        rewards = self.reward(
-            [
-                Completion(problems[i], output.text, len(output.token_ids))
-                for (i, _), output in zip(coordinates, outputs, strict=True)
-            ]
-        )
-        return [
-            self._sample(problems[i], step, prompt_indices[i], j, seed, output, reward)
-            for (i, j), seed, output, reward in zip(coordinates, seeds, outputs, rewards, strict=True)
-        ]
+        pairs = zip(problems, prompt_indices, strict=True)
+        groups = [self.begin(problem, index, step, samples_per_prompt) for problem, index in pairs]
+        self.extend(groups)
+        return [sample for group in groups for sample in group.samples]
 
-    def _params(self, seed: int) -> SamplingParams:
+    def score(self, groups: Sequence[Group]) -> None:
+        """Makes the samples of groups that have ended; they are judged together."""
+        texts = [
+            [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in group.responses]
+            for group in groups
+        ]
+        completions = [
+            Completion(group.problem, text, len(response.response_ids))
+            for group, group_texts in zip(groups, texts, strict=True)
+            for response, text in zip(group.responses, group_texts, strict=True)
+        ]
+        rewards = iter(self.reward(completions))
+        for group, group_texts in zip(groups, texts, strict=True):
+            correct = [self.correct(group.problem, text) == 1.0 for text in group_texts]
+            group.score(group_texts, [next(rewards) for _ in group_texts], correct)
+
+    def _room(self, group: Group, response: Response) -> int:
+        """Tokens that the response may still have. At least 1: the engine names a prompt that is too long."""
+        longest = min(self.config.max_tokens, self.max_model_len - len(group.prompt_ids))
+        return max(1, longest - len(response.response_ids))
+
+    def sampling_params(self, seed: int, max_tokens: int) -> SamplingParams:
+        """Of one response, or of its next max_tokens tokens."""
         config = self.config
         return SamplingParams(
-            max_tokens=config.max_tokens,
+            max_tokens=max_tokens,
             temperature=config.temperature,
             top_p=config.top_p,
             top_k=config.top_k,
             min_p=config.min_p,
             seed=seed,
             stop_token_ids=(self.tokenizer.eos_token_id,),
-        )
-
-    def _sample(
-        self,
-        problem: Problem,
-        step: int,
-        prompt_index: int,
-        sample_index: int,
-        seed: int,
-        output: RequestOutput,
-        reward: float,
-    ) -> Sample:
-        text = output.text
-        return Sample(
-            problem_id=problem.problem_id,
-            step=step,
-            prompt_index=prompt_index,
-            sample_index=sample_index,
-            seed=seed,
-            prompt_ids=tuple(output.prompt_ids),
-            response_ids=tuple(output.token_ids),
-            logprobs=tuple(output.logprobs),
-            weight_versions=tuple(output.weight_versions),
-            finish_reason=output.finish_reason,
-            text=text,
-            reward=reward,
-            correct=self.correct(problem, text) == 1.0,
         )

@@ -9,7 +9,12 @@ from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig, publish
 
 
 class LocalCluster:
-    """`trainer`, `engine`, and `publish` between them. Use as a context manager."""
+    """`trainer`, `engine`, and `publish` between them. Use as a context manager.
+
+    overlaps: whether the trainer can make a step while the engine generates; here they share the device.
+    """
+
+    overlaps = False
 
     def __init__(self, trainer: TrainerConfig, engine: EngineConfig):
         self.trainer = MegatronTrainer(trainer)

@@ -35,6 +35,8 @@ _ENVIRONMENT = {"MKL_CBWR": "AUTO,STRICT", "TOKENIZERS_PARALLELISM": "false"}
 class RayCluster:
     """`trainer`, `engine` and `publish`, as LocalCluster has them. Use as a context manager."""
 
+    overlaps = False
+
     def __init__(
         self, config: ClusterConfig, trainer: TrainerConfig, engine: EngineConfig, seed: int, num_threads: int | None
     ):

@@ -3,18 +3,29 @@
 from collections.abc import Callable
 from typing import Any
 
+from lockstep.rollout.tasks.guess_number_task import GuessNumberTaskConfig, build_guess_number
 from lockstep.rollout.tasks.local_files import LocalFilesConfig, build_local_files
 from lockstep.rollout.tasks.problem import Problem, Task, TaskSplits
 from lockstep.rollout.tasks.reasoning_gym_task import ReasoningGymConfig, build_reasoning_gym
 
-__all__ = ["TASKS", "LocalFilesConfig", "Problem", "ReasoningGymConfig", "Task", "TaskSplits", "build_task"]
+__all__ = [
+    "TASKS",
+    "GuessNumberTaskConfig",
+    "LocalFilesConfig",
+    "Problem",
+    "ReasoningGymConfig",
+    "Task",
+    "TaskSplits",
+    "build_task",
+]
 
-TaskConfig = ReasoningGymConfig | LocalFilesConfig
+TaskConfig = ReasoningGymConfig | LocalFilesConfig | GuessNumberTaskConfig
 
 # kind -> (its config, what builds its splits)
 TASKS: dict[str, tuple[type, Callable[[Any], TaskSplits]]] = {
     "reasoning_gym": (ReasoningGymConfig, build_reasoning_gym),
     "local_files": (LocalFilesConfig, build_local_files),
+    "guess_number": (GuessNumberTaskConfig, build_guess_number),
 }
 
 

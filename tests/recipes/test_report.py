@@ -149,3 +149,26 @@ def test_only_an_exact_zero_is_called_exact(differences, value, good):
     records = [{"step": i, "stage": "rl", "logprob_diff_max": difference} for i, difference in enumerate(differences)]
     card = summary_cards(records, None)[0]
     assert (card.value, card.good) == (value, good)
+
+
+def test_what_the_policy_did_not_write_has_no_probability(tmp_path):
+    episode = {**sample(1, 0), "response_ids": [3, 8, 9, 4], "logprobs": [-0.5, None, None, -2.0]}
+    episode |= {"weight_versions": [1] * 4, "response_mask": [True, False, False, True], "turn_rewards": [0.25, 1.0]}
+    with RunDirectory(tmp_path / "run", {"steps": 1}) as run:
+        run.record_metrics(1, "rl", {"reward": 1.25})
+        run.record_metrics(1, "eval", {"accuracy": 0.5, "pass@4": 0.75, "gcd/accuracy": 0.25})
+        run.write_rollouts(1, [episode])
+    page = write_report(tmp_path / "run").read_text()
+    structure = parse(page)
+    assert [hint.endswith("not written by the policy") for hint in structure.hints] == [False, True, True, False]
+    assert page.count('class="given"') == 2
+    text = " ".join(structure.text)
+    for shown in (
+        "rewards of the turns 0.25, 1",
+        "log-prob -2.500",
+        "held-out pass@4",
+        "held-out accuracy, gcd",
+        "25.0%",
+    ):
+        assert shown in text
+    assert structure.tags.count("svg") == 4  # reward, and three of the evaluation

@@ -229,7 +229,9 @@ def test_a_kill_at_any_point_leaves_a_directory_that_resumes_to_the_same_end(tmp
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # the data of a killed process needs no syncing
     whole_run(tmp_path / "whole")
     whole = contents(tmp_path / "whole")
-    assert len(whole) == 4 + 2 + 3  # rollouts; the checkpoint and its pointer; config, metrics, hash
+    assert (
+        len(whole) == 2 * 4 + 3 + 3
+    )  # rollouts, hashed; the checkpoint, its hashes, its pointer; config, metrics, hash
     for crash_at in range(1, 1000):
         path = tmp_path / str(crash_at)
         status = run_in_child(path, crash_at)
@@ -240,3 +242,35 @@ def test_a_kill_at_any_point_leaves_a_directory_that_resumes_to_the_same_end(tmp
         whole_run(path)
         assert contents(path) == whole, f"killed at change {crash_at}"
     assert crash_at > 40
+
+
+def append(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "message"),
+    [
+        (append, "rollouts/step_000002.jsonl", "was changed"),
+        (Path.unlink, "rollouts/step_000002.jsonl", "is missing"),
+        (Path.unlink, "rollouts/step_000002.sha256", "is missing"),
+        (append, "checkpoints/step_000004/shard/weights", "was changed"),
+        (Path.unlink, "checkpoints/step_000004/shard/weights", "is missing"),
+        (Path.touch, "checkpoints/step_000004/shard/more", "was added"),
+        (Path.unlink, "checkpoints/step_000004/SHA256SUMS", "is missing"),
+    ],
+)
+def test_a_tampered_file_is_named_when_the_run_is_resumed(tmp_path, change, name, message):
+    with RunDirectory(tmp_path, CONFIG) as run:
+        train_to(run, 4)
+    change(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} {message}"):
+        RunDirectory(tmp_path, CONFIG)
+
+
+def test_a_tampered_rollout_file_is_named_where_it_is_read(tmp_path):
+    with RunDirectory(tmp_path, CONFIG) as run:
+        train_to(run, 1)
+        append(run.rollouts_path(1))
+        with pytest.raises(ValueError, match=r"step_000001\.jsonl was changed"):
+            read_rollouts(tmp_path, 1)

@@ -12,62 +12,21 @@ from pathlib import Path
 import pytest
 import user_rewards
 import yaml
+from short_runs import STEPS, Killed, assert_same_run, short_config
 
 from lockstep.engine import EngineConfig
 from lockstep.recipes import convert, evaluate, rl, sft
 from lockstep.recipes.config_schema import to_plain
-from lockstep.recipes.inputs import ModelSource, TaskConfig
-from lockstep.recipes.new_model import ModelShape
 from lockstep.recipes.run_directory import checkpoint_steps, read_metrics, rollout_steps
-from lockstep.recipes.training_run import START, TrainingRun
+from lockstep.recipes.training_run import TrainingRun
 from lockstep.rollout.evaluation import EvaluationConfig
-from lockstep.rollout.tasks import ReasoningGymConfig
-from lockstep.rollout.worker import RolloutConfig
-from lockstep.trainer_bridge import TrainerConfig
 from lockstep.trainer_bridge.algorithms import AlgorithmConfig
-
-STEPS = 4
-
-
-def short_config(runs_dir: Path) -> rl.RLConfig:
-    trainer = TrainerConfig(model=START, learning_rate=1e-2, max_tokens_per_micro_batch=512)
-    return rl.RLConfig(
-        name="short",
-        runs_dir=str(runs_dir),
-        seed=3,
-        model=ModelSource(shape=ModelShape(num_layers=2, hidden_size=32, head_dim=16, ffn_hidden_size=64)),
-        task=TaskConfig(reasoning_gym=ReasoningGymConfig(dataset="chain_sum", train_size=500, held_out_size=20)),
-        trainer=trainer,
-        engine=EngineConfig(model=START, kv_cache_tokens=4096),
-        warmup=sft.SFTConfig(steps=3, examples_per_step=8, checkpoint_every=2, trainer=trainer),
-        rollout=RolloutConfig(prompts_per_step=3, samples_per_prompt=4, max_tokens=12),
-        reward={"format": 1.0, "user_rewards.length_reward": 0.1},
-        evaluation=EvaluationConfig(num_problems=8, max_tokens=12),
-        evaluate_every=2,
-        steps=STEPS,
-        checkpoint_every=2,
-    )
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     runs_dir = tmp_path_factory.mktemp("undisturbed")
     return runs_dir / "short", rl.run(short_config(runs_dir))
-
-
-def without_times(records: list[dict]) -> list[dict]:
-    timed = ("time/", "tokens_per_s")
-    return [{key: value for key, value in record.items() if not key.startswith(timed)} for record in records]
-
-
-def assert_same_run(path: Path, results: dict, undisturbed: tuple[Path, dict]) -> None:
-    other_path, other_results = undisturbed
-    assert results["weights_hash"] == other_results["weights_hash"]
-    assert without_times(read_metrics(path)) == without_times(read_metrics(other_path))
-    assert rollout_steps(path) == rollout_steps(other_path) == list(range(1, STEPS + 1))
-    for step in rollout_steps(path):
-        name = f"rollouts/step_{step:06d}.jsonl"
-        assert (path / name).read_bytes() == (other_path / name).read_bytes()
 
 
 def test_two_runs_with_one_seed_are_the_same_run(undisturbed, tmp_path):
@@ -77,10 +36,6 @@ def test_two_runs_with_one_seed_are_the_same_run(undisturbed, tmp_path):
 def test_another_seed_is_another_run(undisturbed, tmp_path):
     results = rl.run(replace(short_config(tmp_path), seed=4))
     assert results["weights_hash"] != undisturbed[1]["weights_hash"]
-
-
-class Killed(BaseException):
-    """Stands in for a kill: nothing catches it."""
 
 
 @pytest.mark.parametrize("stage", ["sft", "rl"])
@@ -167,7 +122,7 @@ def test_the_evaluation_digest_does_not_depend_on_the_engine_settings(undisturbe
         )
         for setting in settings
     ]
-    assert len({summary["digest"] for summary in summaries}) == 1
+    assert len({summary["chain_sum"]["digest"] for summary in summaries}) == 1
 
 
 def test_a_checkpoint_converts_to_the_exported_weights(undisturbed, tmp_path):

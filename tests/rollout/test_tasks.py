@@ -161,7 +161,7 @@ def test_bad_reasoning_gym_configs_are_named(config, message):
 
 
 def test_only_task_configs_build_tasks():
-    assert set(TASKS) == {"reasoning_gym", "local_files"}
+    assert set(TASKS) == {"reasoning_gym", "local_files", "guess_number"}
     with pytest.raises(TypeError, match="dict is not a task config"):
         build_task({})
 

@@ -1,0 +1,57 @@
+"""SHA-256 beside what a run writes, in the format of `sha256sum`, so that later changes are detected and named."""
+
+import hashlib
+from pathlib import Path
+
+SUFFIX = ".sha256"
+FOLDER_LIST = "SHA256SUMS"
+
+
+def hash_line(content: bytes, name: str) -> str:
+    """What a hash file says of a file of this name and content."""
+    return _line(hashlib.sha256(content).hexdigest(), name)
+
+
+def check_file(path: Path) -> None:
+    """Raises ValueError that names the file unless its content is that of the hash file beside it."""
+    recorded = path.with_suffix(SUFFIX)
+    for file in (path, recorded):
+        if not file.exists():
+            raise ValueError(f"{file} is missing")
+    if recorded.read_text(encoding="utf-8") != _line(_hash_of(path), path.name):
+        raise ValueError(f"{path} was changed after it was written: it does not have the hash in {recorded.name}")
+
+
+def write_folder_list(folder: Path) -> None:
+    """Lists the hashes of all files below the folder, in the folder."""
+    lines = [_line(digest, name) for name, digest in _hashes(folder).items()]
+    (folder / FOLDER_LIST).write_text("".join(lines), encoding="utf-8")
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ValueError that names a file below the folder which is not as it was listed."""
+    recorded = folder / FOLDER_LIST
+    if not recorded.exists():
+        raise ValueError(f"{recorded} is missing")
+    lines = recorded.read_text(encoding="utf-8").splitlines()
+    listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    present = _hashes(folder)
+    for name in sorted(listed.keys() | present.keys()):
+        if listed.get(name) != present.get(name):
+            what = "is missing" if name not in present else "was added" if name not in listed else "was changed"
+            raise ValueError(f"{folder / name} {what} after {FOLDER_LIST} was written")
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """By path below the folder; of the list itself none."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / FOLDER_LIST)
+    return {file.relative_to(folder).as_posix(): _hash_of(file) for file in files}
+
+
+def _hash_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _line(digest: str, name: str) -> str:
+    return f"{digest}  {name}\n"

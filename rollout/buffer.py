@@ -1,0 +1,185 @@
+"""The groups between the engine and the trainer: which are begun, how far they are, and which a step trains on.
+
+Time is counted, not measured, so that an asynchronous run is as reproducible as a synchronous one: while version v is
+served and the trainer makes step v + 1, each unfinished response grows by `segment_tokens` tokens. So the version of
+every token follows from the config and the data, whatever the speed, the number or the batching of the engines.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lockstep.rollout.group import Group
+from lockstep.rollout.sample import Sample
+from lockstep.rollout.worker import RolloutWorker
+
+KeepGroup = Callable[[Sequence[Sample]], bool]
+
+# name -> which scored groups are trained on
+KEEP_GROUP: dict[str, KeepGroup] = {
+    "all": lambda samples: True,
+    "mixed": lambda samples: len({sample.reward for sample in samples}) > 1,  # equal rewards teach nothing
+}
+
+
+class StalenessError(AssertionError):
+    """A group was about to be trained on with tokens of weights that are too old, or too new to be true."""
+
+
+@dataclass(frozen=True)
+class BufferConfig:
+    """How far generation may run ahead of training.
+
+    max_staleness: step s trains on tokens of the weight versions s - 1 - max_staleness to s - 1. 0 is synchronous:
+        generate, then train. With 1 or more the engine generates for later steps while the trainer makes this one.
+    segment_tokens: by how much a response grows while one step is made; null: to its end. An unfinished response goes
+        on under the next version, so it has tokens of several. About the longest response / max_staleness is a start.
+    unfinished: what an update does to a response that has not ended. "recompute": its prefix is computed anew under the
+        new weights, and it goes on; "abort": it begins again, so that every response is of one version.
+    over_sampling: groups begun for each one that a step trains on. Above 1, a step does not wait for the slowest, and
+        has spare ones where `keep` drops some; what is too old for the next step is thrown away.
+    keep: a key of KEEP_GROUP. "mixed" drops groups whose samples have equal rewards, and generates others.
+    max_dropped: groups that `keep` may drop for one step, in multiples of prompts_per_step, before that is an error.
+    """
+
+    max_staleness: int = 0
+    segment_tokens: int | None = None
+    unfinished: Literal["recompute", "abort"] = "recompute"
+    over_sampling: float = 1.0
+    keep: str = "all"
+    max_dropped: int = 20
+
+    def __post_init__(self):
+        if self.max_staleness < 0:
+            raise ValueError(f"buffer.max_staleness must be at least 0, got {self.max_staleness}")
+        if self.segment_tokens is not None and self.segment_tokens < 1:
+            raise ValueError(f"buffer.segment_tokens must be at least 1, got {self.segment_tokens}")
+        if not 1.0 <= self.over_sampling < math.inf:
+            raise ValueError(f"buffer.over_sampling must be at least 1, got {self.over_sampling}")
+        if self.keep not in KEEP_GROUP:
+            raise ValueError(f"unknown buffer.keep {self.keep!r}; there are: {', '.join(KEEP_GROUP)}")
+        if self.unfinished == "keep":
+            raise ValueError(
+                'buffer.unfinished="keep": KV of several weight versions can be rebuilt neither after a kill nor by '
+                'a replay; "recompute" goes on with the same tokens and the KV of the new weights'
+            )
+        if self.unfinished not in ("recompute", "abort"):
+            raise ValueError(f'buffer.unfinished must be "recompute" or "abort", got {self.unfinished!r}')
+
+
+class RolloutBuffer:
+    """Groups in the order of the data, from their first token until a step takes them. Bounded: see `advance`.
+
+    Step s trains on the first complete ones of the first `num_candidates` groups, all of them without over-sampling:
+    in the order of the data, since in the order of completion short responses would be trained on first.
+    """
+
+    def __init__(self, worker: RolloutWorker, config: BufferConfig, keep_group: KeepGroup):
+        self.worker = worker
+        self.config = config
+        self.keep_group = keep_group
+        self.prompts_per_step = worker.config.prompts_per_step
+        self.num_candidates = math.ceil(self.prompts_per_step * config.over_sampling)
+        self.groups: list[Group] = []
+        self.position = self.prompts_per_step  # of the next prompt; those of step s begin at s * prompts_per_step
+        self.num_tokens = 0  # generated, and the next two: groups thrown away; all since the last `take`
+        self.num_dropped = 0
+        self.num_too_old = 0
+
+    def take(self, step: int) -> list[list[Sample]]:
+        """The groups that step `step` trains on. Generates with the weights now served until they are complete.
+
+        Raises ValueError where `keep` drops nearly everything, StalenessError (a defect) for a group out of bounds.
+        """
+        self.num_tokens = self.num_dropped = self.num_too_old = 0
+        self._begin_groups(self.config.max_staleness + 1)
+        while len(taken := self._complete_candidates()) < self.prompts_per_step:
+            self._check_dropped(step)
+            self._grow()
+            self._begin_groups(self.config.max_staleness + 1)
+        for group in taken:
+            self._check_versions(group, step)
+        self._leave(taken, step)
+        return [group.samples for group in taken]
+
+    def advance(self) -> None:
+        """Generates for later steps, while one is made: one segment of each unfinished response.
+
+        No more than the candidates of max_staleness steps are begun, so few that none will be too old. A synchronous
+        run generates nothing with weights that are about to change.
+        """
+        if self.config.max_staleness > 0:
+            self._begin_groups(self.config.max_staleness)
+            self._grow()
+
+    def new_version(self) -> None:
+        """The engine serves new weights."""
+        if self.config.unfinished == "abort":
+            for group in self.groups:
+                for response in group.responses:
+                    if response.finish_reason is None:
+                        response.restart()
+
+    def save(self, path: Path) -> None:
+        """Writes all that decides what will be generated and taken; `load` takes it up."""
+        state = {"position": self.position, "groups": [group.progress() for group in self.groups]}
+        path.write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
+
+    def load(self, path: Path) -> None:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        self.position = state["position"]
+        self.groups = []
+        for progress in state["groups"]:
+            group = self.worker.begin_at(progress["prompt_index"])
+            group.restore(progress)
+            self.groups.append(group)
+
+    def _begin_groups(self, num_steps: int) -> None:
+        while len(self.groups) < num_steps * self.num_candidates:
+            self.groups.append(self.worker.begin_at(self.position))
+            self.position += 1
+
+    def _grow(self) -> None:
+        """One segment of each unfinished response; groups that are then complete and not to be kept go."""
+        unfinished = [group for group in self.groups if group.samples is None]
+        if not unfinished:
+            return
+        self.num_tokens += self.worker.extend(unfinished, self.config.segment_tokens)
+        dropped = [g for g in unfinished if g.samples is not None and not self.keep_group(g.samples)]
+        self.num_dropped += len(dropped)
+        self.groups = [group for group in self.groups if group not in dropped]
+
+    def _complete_candidates(self) -> list[Group]:
+        candidates = self.groups[: self.num_candidates]
+        return [group for group in candidates if group.samples is not None][: self.prompts_per_step]
+
+    def _leave(self, taken: Sequence[Group], step: int) -> None:
+        """Without those that were taken, and those that are too old for the next step."""
+        oldest_useful = step - self.config.max_staleness
+        rest = [group for group in self.groups if group not in taken]
+        self.groups = [group for group in rest if group.oldest_version(otherwise=step) >= oldest_useful]
+        self.num_too_old = len(rest) - len(self.groups)
+
+    def _check_dropped(self, step: int) -> None:
+        if self.num_dropped > self.config.max_dropped * self.prompts_per_step:
+            raise ValueError(
+                f"step {step}: buffer.keep={self.config.keep} dropped {self.num_dropped} groups, more than "
+                f"buffer.max_dropped={self.config.max_dropped} times prompts_per_step={self.prompts_per_step}: "
+                "are nearly all rewards of a group equal?"
+            )
+
+    def _check_versions(self, group: Group, step: int) -> None:
+        """The staleness bound, in the run itself."""
+        versions = [version for response in group.responses for version in response.weight_versions]
+        low, high = step - 1 - self.config.max_staleness, step - 1
+        if min(versions) < low or max(versions) > high:
+            raise StalenessError(
+                f"step {step}: the group of prompt {group.prompt_index} ({group.problem.problem_id}) has tokens of "
+                f"weight versions {min(versions)} to {max(versions)}; max_staleness={self.config.max_staleness} "
+                f"allows {low} to {high}"
+            )

@@ -1,0 +1,107 @@
+"""Episodes as training samples: what the policy wrote, and it alone, is learned from with the engine's log-probs."""
+
+from dataclasses import replace
+
+import pytest
+from models import make_hf_model
+
+from lockstep.engine import Engine, EngineConfig
+from lockstep.recipes.rl import RLConfig, training_batches
+from lockstep.rollout.environments import EnvironmentConfig, environment_factory
+from lockstep.rollout.environments.worker import EpisodeWorker, build_worker
+from lockstep.rollout.evaluation import EvaluationConfig, evaluate
+from lockstep.rollout.tasks import ReasoningGymConfig, build_task
+from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer
+from lockstep.rollout.worker import RolloutConfig, RolloutWorker
+from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
+from lockstep.trainer_bridge.algorithms import build_algorithm
+
+ECHO = EnvironmentConfig(kind="user_environments.Echo", options={"num_turns": 2})
+
+
+class EndsOften(EpisodeWorker):
+    """A random model seldom draws the end token: any of these ends a turn as well."""
+
+    def sampling_params(self, seed, max_tokens):
+        return replace(super().sampling_params(seed, max_tokens), stop_token_ids=tuple(range(25)))
+
+
+def play_step(worker):
+    """The groups of step 1."""
+    groups = [worker.begin_at(position) for position in (2, 3)]
+    assert worker.extend(groups) == sum(sum(sample.written) for group in groups for sample in group.samples)
+    return [group.samples for group in groups]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("model"))
+    task = build_task(ReasoningGymConfig("chain_sum", train_size=40, held_out_size=4)).train
+    tokenizer = build_tokenizer([task.problem(i).question for i in range(20)], TokenizerConfig(vocab_size=280))
+    make_hf_model(
+        path,
+        "qwen3",
+        seed=2,
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        max_position_embeddings=512,
+    )
+    tokenizer.save_pretrained(path)
+    return path, tokenizer, task, Engine(EngineConfig(model=path, kv_cache_tokens=8192))
+
+
+def test_an_update_learns_from_the_written_tokens_with_the_engines_log_probs(parts):
+    path, tokenizer, task, engine = parts
+    rollout = RolloutConfig(prompts_per_step=2, samples_per_prompt=4, max_tokens=12)
+    worker = EndsOften(engine, tokenizer, task, lambda problem, text: len(text) / 10, rollout, 7, ECHO)
+    groups = play_step(worker)
+    samples = [sample for group in groups for sample in group]
+    assert {len(sample.turn_rewards) for sample in samples} == {1, 2}
+    for sample in samples:
+        assert len(sample.response_ids) == len(sample.logprobs) == len(sample.response_mask)
+        assert [lp is None for lp in sample.logprobs] == [not w for w in sample.response_mask]
+        assert sum(sample.turn_rewards) == sample.reward
+        played = 0.25 * (len(sample.turn_rewards) - (sample.finish_reason == "length"))
+        assert sample.reward == pytest.approx(played + len(sample.text) / 10)
+    assert play_step(worker) == groups
+
+    trainer = MegatronTrainer(TrainerConfig(model=path, learning_rate=1e-3))
+    config = RLConfig(rollout=rollout)
+    algorithm = build_algorithm(config.algorithm)
+    stats = trainer.step(training_batches(config, algorithm, trainer, groups), algorithm.loss)
+    assert stats["logprob_diff_max"] == 0.0
+    assert stats["trained_tokens"] == sum(sum(sample.response_mask) for sample in samples)
+    assert stats["trained_tokens"] < sum(len(sample.response_ids) for sample in samples)
+
+
+def test_evaluation_plays_the_environment(parts):
+    _, tokenizer, task, engine = parts
+    config = EvaluationConfig(num_problems=3, samples_per_problem=2, max_tokens=8, temperature=1.0)
+    environment = EnvironmentConfig(kind="calculator")
+    result = evaluate(engine, tokenizer, task, lambda problem, text: 0.0, config, 0, environment)
+    assert all(sample.response_mask is not None for sample in result.samples)
+    assert b'"name": "calculator"' in tokenizer.decode(result.samples[0].prompt_ids).encode()
+    again = evaluate(engine, tokenizer, task, lambda problem, text: 0.0, config, 0, environment)
+    assert result.digest == again.digest
+
+
+def test_the_kind_chooses_the_worker(parts):
+    _, tokenizer, task, engine = parts
+    arguments = (engine, tokenizer, task, None, RolloutConfig(), 0)
+    assert type(build_worker(*arguments, EnvironmentConfig())) is RolloutWorker
+    assert type(build_worker(*arguments, ECHO)) is EpisodeWorker
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"kind": "chess"}, "no environment.kind 'chess'; there are: single_turn, calculator, guess_number"),
+        ({"kind": "user_environments.Chess"}, "cannot find the environment"),
+        ({"max_turns": 0}, "max_turns must be at least 1"),
+        ({"tool_format": "xml"}, "no environment.tool_format 'xml'; known: hermes"),
+        ({"kind": "calculator", "options": {"a": 1}}, "options are for your own"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(change, error):
+    with pytest.raises(ValueError, match=error):
+        environment_factory(EnvironmentConfig(**change))
