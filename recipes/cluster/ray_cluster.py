@@ -40,8 +40,6 @@ class EngineFailedError(RuntimeError):
 class RayCluster:
     """`trainer`, `engine` and `publish`, as LocalCluster has them. Use as a context manager."""
 
-    overlaps = False
-
     def __init__(
         self, config: ClusterConfig, trainer: TrainerConfig, engine: EngineConfig, seed: int, num_threads: int | None
     ):
@@ -66,16 +64,30 @@ class RayCluster:
         self.trainer.wait_until_ready()
         self.engine.wait_until_ready()
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether the trainer can make a step while the engines generate: unless they share devices."""
+        return not self._config.colocate
+
     def publish(self, version: int) -> dict[str, Any]:
         """Brings all engines to the trainer's weights. An engine that fails at it is replaced."""
         started = time.perf_counter()
         self._version = version
+        self.trainer.is_ahead = False
         report = self._publish_to(range(self._config.num_engines))
         self.engine.wake()
         return {**report, "version": version, "publish_s": time.perf_counter() - started}
 
     def _publish_to(self, engines: Sequence[int]) -> dict[str, Any]:
-        """Sends the current version to these engines, until all have it. Nothing is sent for version 0."""
+        """Sends the current version to these engines, until all have it. Nothing is sent for version 0.
+
+        Raises RuntimeError for an engine that was replaced while a step was made: its version's weights are gone.
+        """
+        if self._version > 0 and self.trainer.is_ahead:
+            raise RuntimeError(
+                f"an engine was lost while the trainer went on from version {self._version}, which no one can send any "
+                "more; resume the run from its last checkpoint"
+            )
         lacking = list(engines)
         report: dict[str, Any] = {}
         while lacking and self._version > 0:
@@ -153,6 +165,7 @@ class RemoteTrainer:
         options = start(TrainerActor, bundle, config.trainer_cpus, config.trainer_gpus)
         self.actor = options.remote(trainer, seed, num_threads)
         self.step_count = 0
+        self.is_ahead = False  # it makes, or has made, a step that is not published
 
     def wait_until_ready(self) -> None:
         self.weights_hash()
@@ -166,6 +179,7 @@ class RemoteTrainer:
     def step(self, batches, loss) -> dict[str, float]:
         if self._cluster.colocate:
             self._engines.sleep()  # until the weights of this step are published
+        self.is_ahead = True
         return self._call("step", batches, loss)
 
     def save(self, path, metadata=None) -> None:
