@@ -70,16 +70,19 @@ def run(config: ReplayConfig) -> dict[str, Any]:
     launch.set_up_process(run_config.seed, run_config.num_threads)
     start = str(rl.starting_model(run_config, run_config.task.build()))
     trainer, engine = replace(run_config.trainer, model=start), replace(run_config.engine, model=start)
-    with open_cluster(config.cluster, trainer, engine, run_config.seed, run_config.num_threads) as cluster:
-        with Learner(run_config, cluster.trainer, start) as learner, RewardEngines() as reward_engines:
-            replay = Replay(run_config, cluster, learner, reward_engines)
-            for version in replay.versions(steps):
-                replay.reach(version)
-                replay.generate_with(version, steps)
-            hash_file = Path(config.run) / "weights.sha256"
-            if config.step == "all" and hash_file.exists():
-                replay.reach(steps[-1])
-                replay.compare_weights(hash_file.read_text().strip())
+    with (
+        open_cluster(config.cluster, trainer, engine, run_config.seed, run_config.num_threads) as cluster,
+        Learner(run_config, cluster.trainer, start) as learner,
+        RewardEngines() as reward_engines,
+    ):
+        replay = Replay(run_config, cluster, learner, reward_engines)
+        for version in replay.versions(steps):
+            replay.reach(version)
+            replay.generate_with(version, steps)
+        hash_file = Path(config.run) / "weights.sha256"
+        if config.step == "all" and hash_file.exists():
+            replay.reach(steps[-1])
+            replay.compare_weights(hash_file.read_text().strip())
     return replay.report(steps)
 
 

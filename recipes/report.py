@@ -34,6 +34,7 @@ PLOTTED = (
     "acceptance",
     "logprob_diff_max",
 )
+ENGINE_TIMES = ("time/rollout", "time/wait_for_trainer")  # the other line of recipes/step_clock.py
 COLOURS = ("#2f6fed", "#e07a1f", "#2a9d63", "#b04ac4", "#c2a200", "#5a6b7b")
 PLOT_STYLE = {
     "svg.fonttype": "none",  # text stays text: smaller, sharp and searchable
@@ -136,7 +137,7 @@ def summary_cards(records: Sequence[Record], weights_hash: str | None) -> list[C
     elif losses := _values(records, "loss"):
         cards.append(Card("Loss", f"{losses[0]:.3f} → {losses[-1]:.3f}", f"lowest {min(losses):.3f}"))
     if records:
-        times = [float(value) for record in records for name, value in record.items() if name.startswith(TIME_PREFIX)]
+        times = [float(value) for record in records for name, value in record.items() if _is_part(name)]
         cards.append(Card("Steps", f"{max(record['step'] for record in records):,}", _duration(sum(times))))
     if speeds := _values(records, "tokens_per_s"):
         cards.append(Card("Tokens/s", f"{statistics.median(speeds):,.0f}", f"median; best {max(speeds):,.0f}"))
@@ -159,7 +160,7 @@ def _plots(records: Sequence[Record]) -> list[str]:
                 if points:
                     plots.append(_plot_metric(name, stage, points))
         for stage in stages:
-            timed = [r for r in records if r["stage"] == stage and any(name.startswith(TIME_PREFIX) for name in r)]
+            timed = [r for r in records if r["stage"] == stage and any(map(_is_part, r))]
             if timed:
                 plots.append(_plot_time(stage, timed))
     return plots
@@ -191,7 +192,7 @@ def _plot_metric(name: str, stage: str, points: Sequence[tuple[int, float]]) -> 
 
 def _plot_time(stage: str, records: Sequence[Record]) -> str:
     figure, axes = _new_plot(f"seconds per step  ·  {stage}")
-    names = in_order({name for record in records for name in record if name.startswith(TIME_PREFIX)})
+    names = in_order({name for record in records for name in record if _is_part(name)})
     steps = [record["step"] for record in records]
     parts = [[float(record.get(name, 0.0)) for record in records] for name in names]
     bottoms = [0.0] * len(steps)
@@ -202,6 +203,11 @@ def _plot_time(stage: str, records: Sequence[Record]) -> str:
     axes.set_ylim(0, max(bottoms) * 1.25 or 1.0)
     axes.legend(loc="upper left", ncols=4, frameon=False, fontsize=8.5, handlelength=1.0, columnspacing=1.2)
     return _svg(figure)
+
+
+def _is_part(name: str) -> bool:
+    """Whether it is one of the times that make up a step: what the engine does beside the trainer is not."""
+    return name.startswith(TIME_PREFIX) and name not in ENGINE_TIMES
 
 
 def _new_plot(title: str) -> tuple[Figure, Axes]:

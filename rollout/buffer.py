@@ -18,12 +18,12 @@ from lockstep.rollout.group import Group
 from lockstep.rollout.sample import Sample
 from lockstep.rollout.worker import RolloutWorker
 
-KeepGroup = Callable[[Sequence[Sample]], bool]
+KeepGroup = Callable[[Sequence[float]], bool]
 
-# name -> which scored groups are trained on
+# name -> whether a group with these rewards is trained on
 KEEP_GROUP: dict[str, KeepGroup] = {
-    "all": lambda samples: True,
-    "mixed": lambda samples: len({sample.reward for sample in samples}) > 1,  # equal rewards teach nothing
+    "all": lambda rewards: True,
+    "mixed": lambda rewards: len(set(rewards)) > 1,  # equal rewards teach nothing
 }
 
 
@@ -150,7 +150,8 @@ class RolloutBuffer:
         if not unfinished:
             return
         self.num_tokens += self.worker.extend(unfinished, self.config.segment_tokens)
-        dropped = [g for g in unfinished if g.samples is not None and not self.keep_group(g.samples)]
+        scored = [group for group in unfinished if group.samples is not None]
+        dropped = [group for group in scored if not self.keep_group([sample.reward for sample in group.samples])]
         self.num_dropped += len(dropped)
         self.groups = [group for group in self.groups if group not in dropped]
 
@@ -162,7 +163,7 @@ class RolloutBuffer:
         """Without those that were taken, and those that are too old for the next step."""
         oldest_useful = step - self.config.max_staleness
         rest = [group for group in self.groups if group not in taken]
-        self.groups = [group for group in rest if group.oldest_version(otherwise=step) >= oldest_useful]
+        self.groups = [group for group in rest if min(group.weight_versions, default=step) >= oldest_useful]
         self.num_too_old = len(rest) - len(self.groups)
 
     def _check_dropped(self, step: int) -> None:
@@ -175,7 +176,7 @@ class RolloutBuffer:
 
     def _check_versions(self, group: Group, step: int) -> None:
         """The staleness bound, in the run itself."""
-        versions = [version for response in group.responses for version in response.weight_versions]
+        versions = group.weight_versions
         low, high = step - 1 - self.config.max_staleness, step - 1
         if min(versions) < low or max(versions) > high:
             raise StalenessError(

@@ -52,9 +52,11 @@ class Group:
     def has_ended(self) -> bool:
         return all(response.finish_reason is not None for response in self.responses)
 
-    def oldest_version(self, otherwise: int) -> int:
-        """The oldest weight version that a token was drawn with; `otherwise` before the first token."""
-        return min((v for response in self.responses for v in response.weight_versions), default=otherwise)
+    @property
+    def weight_versions(self) -> list[int]:
+        """Of all tokens drawn so far."""
+        parts = self.responses if self.samples is None else self.samples
+        return [version for part in parts for version in part.weight_versions]
 
     def score(self, texts: Sequence[str], rewards: Sequence[float], correct: Sequence[bool]) -> None:
         """Makes the samples of responses that have all ended."""
@@ -81,15 +83,13 @@ class Group:
 
     def progress(self) -> dict[str, Any]:
         """A JSON-ready dict of what the coordinates do not give; floats keep every bit."""
-        samples = self.samples and [sample.record() for sample in self.samples]
-        return {
-            "prompt_index": self.prompt_index,
-            "responses": [asdict(response) for response in self.responses],
-            "samples": samples,
-        }
+        if self.samples is not None:
+            return {"prompt_index": self.prompt_index, "samples": [sample.record() for sample in self.samples]}
+        return {"prompt_index": self.prompt_index, "responses": [asdict(response) for response in self.responses]}
 
     def restore(self, progress: dict[str, Any]) -> None:
         """Takes up what `progress` gave for a group of the same coordinates."""
-        self.responses = [Response(**response) for response in progress["responses"]]
-        if progress["samples"] is not None:
+        if "samples" in progress:
             self.samples = [Sample.from_record(record) for record in progress["samples"]]
+        else:
+            self.responses = [Response(**response) for response in progress["responses"]]

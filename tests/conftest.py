@@ -22,7 +22,7 @@ def pytest_addoption(parser):
         default="qwen3-0.6b",
         help="model of the GPU tests: qwen3-0.6b, qwen3-1.7b, qwen3-8b, deepseek-mla; small also runs on a CPU",
     )
-    parser.addoption("--kills", type=int, default=2, help="runs that test_kills.py kills at random moments")
+    parser.addoption("--kills", type=int, default=1, help="runs that test_kills.py kills at random moments")
 
 
 def pytest_collection_modifyitems(config, items):

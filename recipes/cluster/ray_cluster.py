@@ -35,8 +35,6 @@ _ENVIRONMENT = {"MKL_CBWR": "AUTO,STRICT", "TOKENIZERS_PARALLELISM": "false"}
 class RayCluster:
     """`trainer`, `engine` and `publish`, as LocalCluster has them. Use as a context manager."""
 
-    overlaps = False
-
     def __init__(
         self, config: ClusterConfig, trainer: TrainerConfig, engine: EngineConfig, seed: int, num_threads: int | None
     ):
@@ -66,10 +64,16 @@ class RayCluster:
             self.close()
             raise
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether the trainer can make a step while the engines generate: unless they share devices."""
+        return not self._config.colocate
+
     def publish(self, version: int) -> dict[str, Any]:
         """Brings all engines to the trainer's weights. An engine that fails at it is replaced."""
         started = time.perf_counter()
         self._version = version
+        self.trainer.is_ahead = False
         report = self._publish_to(range(self._config.num_engines))
         self.engine.wake()
         return {**report, "version": version, "publish_s": time.perf_counter() - started}
@@ -77,8 +81,14 @@ class RayCluster:
     def _publish_to(self, engines: Sequence[int]) -> dict[str, Any]:
         """Brings these engines to the current version: none serves it before all have received it.
 
-        An engine that fails is replaced, and sent it again. Nothing is sent for version 0.
+        An engine that fails is replaced, and sent it again. Nothing is sent for version 0. Raises RuntimeError for an
+        engine that was replaced while a step was made: its version's weights are gone.
         """
+        if self._version > 0 and self.trainer.is_ahead:
+            raise RuntimeError(
+                f"an engine was lost while the trainer went on from version {self._version}, which no one can send any "
+                "more; resume the run from its last checkpoint"
+            )
         report: dict[str, Any] = {}
         received: set[int] = set()
         lacking = list(engines) if self._version > 0 else []

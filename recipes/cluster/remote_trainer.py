@@ -34,6 +34,7 @@ class RemoteTrainer:
     ):
         self.config = config
         self.step_count = 0
+        self.is_ahead = False  # it makes, or has made, a step that is not published
         self._cluster = cluster
         self._engines = engines
         num_ranks = cluster.trainer_ranks
@@ -66,6 +67,7 @@ class RemoteTrainer:
     def step(self, batches, loss) -> dict[str, float]:
         if self._cluster.colocate:
             self._engines.sleep()  # until the weights of this step are published
+        self.is_ahead = True
         return self._call("step", batches, loss)
 
     def save(self, path, metadata=None) -> None:

@@ -69,7 +69,8 @@ def run_dir(tmp_path):
     with RunDirectory(tmp_path / "demo", {"model": EVIL, "steps": 3}) as run:
         run.record_metrics(0, "eval", {"accuracy": 0.125})
         for step in range(1, 6):
-            times = {"time/rollout": 0.5, "time/train": 0.25}
+            trainer = {"time/wait_for_rollouts": 0.5, "time/train": 0.25}
+            times = {**trainer, "time/rollout": 0.5, "time/wait_for_trainer": 0.25}
             run.record_metrics(
                 step, "rl", {"reward": step / 5, "logprob_diff_max": 0.0, "tokens_per_s": 1000.0, **times}
             )

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from lockstep.engine import RequestOutput
-from lockstep.rollout.buffer import BufferConfig, RolloutBuffer, StalenessError
+from lockstep.rollout.buffer import KEEP_GROUP, BufferConfig, RolloutBuffer, StalenessError
 from lockstep.rollout.group import Group, Response
 from lockstep.rollout.tasks import Problem
 from lockstep.rollout.worker import RolloutConfig
@@ -55,8 +55,7 @@ def output(tokens: list[int], versions: list[int], reason: str) -> RequestOutput
 
 
 def make_buffer(config: BufferConfig, equal_rewards: float = 0.0) -> RolloutBuffer:
-    keep = (lambda samples: samples[0].reward != samples[1].reward) if config.keep == "mixed" else lambda samples: True
-    return RolloutBuffer(FakeWorker(equal_rewards), config, keep)
+    return RolloutBuffer(FakeWorker(equal_rewards), config, KEEP_GROUP[config.keep])
 
 
 def make_step(buffer: RolloutBuffer, step: int) -> list:
@@ -139,7 +138,8 @@ def test_a_group_out_of_bounds_is_an_error_that_names_it(version, found):
     buffer = make_buffer(BufferConfig(max_staleness=1))
     for step in range(1, 4):
         make_step(buffer, step)
-    buffer.groups[0].responses[1].weight_versions[0] = version
+    samples = buffer.groups[0].samples
+    samples[1] = replace(samples[1], weight_versions=(version, *samples[1].weight_versions[1:]))
     with pytest.raises(StalenessError, match=rf"step 4: the group of prompt 12 \(p12\).* {found};.*allows 2 to 3"):
         buffer.take(4)
 

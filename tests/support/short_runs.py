@@ -69,6 +69,7 @@ def stale_config(runs_dir: Path) -> rl.RLConfig:
         warmup=sft.SFTConfig(steps=0),
         buffer=BufferConfig(max_staleness=2, segment_tokens=4, over_sampling=1.5),
         checkpoint_every=1,
+        keep_checkpoints=0,
     )
 
 
