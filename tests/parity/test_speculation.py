@@ -58,10 +58,10 @@ def random_workload(rng):
     """Prompts that share prefixes or are the same, and repeat themselves; most answers are drawn from few tokens."""
     prefixes = [[rng.randrange(1, VOCAB) for _ in range(rng.randint(3, 24))] for _ in range(2)]
     workload = []
-    for _ in range(rng.randint(2, 7)):
+    for _ in range(rng.randint(2, 5)):
         prompt = list(rng.choice(prefixes)) * rng.choice([1, 1, 2])
         prompt += [rng.randrange(1, VOCAB) for _ in range(rng.choice([0, 0, 1, 5]))]
-        params = replace(random_params(rng), max_tokens=rng.randint(1, 24))
+        params = replace(random_params(rng), max_tokens=rng.randint(1, 18))
         if rng.random() < 0.5:
             params = replace(params, temperature=0.2, logit_bias=None)
         if rng.random() < 0.3:
