@@ -29,6 +29,9 @@ class RandomDrafter:
     def finished(self, request):
         pass
 
+    def stats(self):
+        return {}
+
 
 class KnowingDrafter(RandomDrafter):
     """Knows the true continuations, and tells each of their tokens with some probability, else garbage.
