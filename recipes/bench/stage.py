@@ -12,6 +12,7 @@ SUITES = {
     "engine": "lockstep.recipes.bench.engine_suite",
     "trainer": "lockstep.recipes.bench.trainer_suite",
     "kernels": "lockstep.recipes.bench.kernels_suite",
+    "speculation": "lockstep.recipes.bench.speculation_suite",
 }
 
 
