@@ -238,9 +238,6 @@ BAD_CONFIGS = {
         {"draft_model": "x", "num_draft_tokens": 2, "tp_size": 2, "row_parallel_splits": 2},
         "ngram",
     ),
-        {"draft_model": "x", "num_draft_tokens": 2, "tp_size": 2, "row_parallel_splits": 2},
-        "ngram",
-    ),
 }
 
 
