@@ -74,7 +74,7 @@ class EagleDrafter:
         config = draft.config
         self._cache_shape = (num_pages, page_size, config.num_kv_heads, config.head_dim, weight.dtype, weight.device)
         self.version = 0
-        self.take_kv_cache()
+        self.kv_cache: tuple[torch.Tensor, ...] = ()  # until the runner takes memory for both caches
 
     # What the engine asks ----------------------------------------------------------------------------------------
 
