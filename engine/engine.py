@@ -20,6 +20,7 @@ from lockstep.engine.radix_cache import RadixCache
 from lockstep.engine.request import Request, RequestOutput, SamplingParams
 from lockstep.engine.runner import LaunchedStep, Runner
 from lockstep.engine.scheduler import Scheduler
+from lockstep.engine.speculation.build import check_speculation, load_draft_model, new_eagle, new_speculation
 from lockstep.engine.tensor_parallel import LeadingRunner, LeadingWeights, start_workers
 from lockstep.engine.workers import RankError, Workers
 from lockstep.kernels.content_hash import content_hashes
@@ -51,6 +52,12 @@ class EngineConfig:
         each holds all experts, which takes more memory and saves an exchange per layer. It changes no bit either.
     rank_timeout_s: how long one of them may keep the others waiting before the engine gives it up.
     rank_start_timeout_s: how long they may take to start and to read their weights.
+    draft_model: what drafts tokens ahead: "ngram" (copies from the request's text and its group's), or the directory
+        of an EAGLE-3 model in the format of SGLang and vLLM. None: nothing does. It changes no bit of any output.
+    num_draft_tokens: drafts per request and step, 1 to 8.
+    draft_max_requests: the most requests that decode together with drafts. None: as many as were measured to be faster
+        with them, by batch size.
+    draft_min_accepted: a request of whose drafts fewer than this are accepted per step goes on without for a while.
     """
 
     model: str
@@ -75,6 +82,8 @@ class EngineConfig:
     rank_start_timeout_s: float = 900.0
     draft_model: str | None = None
     num_draft_tokens: int = 0
+    draft_max_requests: int | None = None
+    draft_min_accepted: float = 0.25
 
     def __post_init__(self):
         for field in ("page_size", "max_running_requests", "max_prefill_tokens"):
@@ -92,8 +101,7 @@ class EngineConfig:
         for field in ("rank_timeout_s", "rank_start_timeout_s"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"EngineConfig.{field} must be positive, got {getattr(self, field)}")
-        if self.draft_model is not None or self.num_draft_tokens:
-            raise ValueError("EngineConfig.draft_model, num_draft_tokens: this version does not speculate")
+        check_speculation(self)
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,8 @@ class Engine:
         self.workers: Workers | None = start_workers(config, self.model_config) if config.tp_size > 1 else None
         try:
             self.model = build_model(config, self.model_config, device, self.workers and self.workers.group)
-            num_pages = num_kv_pages(config, sizes, self.model, device)
+            draft = load_draft_model(config, self.model)
+            num_pages = num_kv_pages(config, sizes, self.model, device, draft.config.kv_elements if draft else 0)
             if self.workers is not None:
                 with self.workers.watched():
                     num_pages = self.workers.meet(num_pages)
@@ -143,6 +152,7 @@ class Engine:
         self.pool = PagePool(num_pages)
         self.cache = RadixCache(self.pool, sizes.page_size)
         self.scheduler = Scheduler(sizes, self.pool, self.cache)
+        eagle = new_eagle(config, draft, sizes, num_pages)
         runner = Runner if self.workers is None else partial(LeadingRunner, self.workers)
         self.runner = runner(
             self.model,
@@ -152,7 +162,10 @@ class Engine:
             getattr(torch, config.dtype),
             config.cuda_graphs,
             config.group_prefixes,
+            drafter=eagle,
+            num_draft_tokens=config.num_draft_tokens,
         )
+        self.speculation = new_speculation(config, eagle, self.model_config.vocab_size)
         self.overlaps = config.overlap and device.type == "cuda"
         self.in_flight: LaunchedStep | None = None
         self.rewarded: list[Request] = []  # they end once their pages are in the cache, for others with their prefix
@@ -274,19 +287,26 @@ class Engine:
         started = time.perf_counter()
         self.num_steps += 1
         self.editing = [request for request in self.editing if request.finish_reason is None]
-        overlaps = self.overlaps and not self.editing
+        speculates = self.speculation is not None and self.speculation.is_due(self.scheduler.running)
+        overlaps = self.overlaps and not self.editing and not speculates
         results = [] if overlaps else self._drain()
+        if speculates:
+            self.speculation.propose(self.scheduler.running)
+        num_generated = self.generated_tokens
         if self.aliased is not None:
             self.aliased.check_current(self.weight_version)
         batch = self.scheduler.schedule()
-        launched = self.runner.launch(batch, self.weight_version) if batch.chunks else None
+        launched = self.runner.launch(batch, self.weight_version, speculates) if batch.chunks else None
         due, self.in_flight = (self.in_flight, launched) if overlaps else (launched, None)
         try:
             results += self._collect(due)
         finally:
             self.scheduler.commit(batch)
             self._end_rewarded()
-        self.busy_s += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.busy_s += seconds
+        if self.speculation is not None:
+            self.speculation.record_step(batch, speculates, self.generated_tokens - num_generated, seconds)
         return results
 
     def abort(self, request: Request) -> None:
@@ -317,6 +337,8 @@ class Engine:
             text=text,
             num_cached_tokens=request.num_cached,
             num_preemptions=request.num_preemptions,
+            num_draft_tokens=request.num_drafted,
+            num_accepted_tokens=request.num_accepted,
         )
 
     # Weights ---------------------------------------------------------------------------------------------------------
@@ -368,6 +390,8 @@ class Engine:
         self._drain()
         for name, tensor in staged.items():
             self.weight_targets[name].data = tensor
+        if self.runner.follower is not None:
+            self.runner.follower.drafter.draft.share_embedding(self.model.embedding.word_embeddings.weight)
         self.runner.forget_graphs()
         self.aliased = weights.AliasedWeights(staged, num_changes)
         self._set_version(version, "recompute")
@@ -399,6 +423,22 @@ class Engine:
     def end_updates(self) -> None:
         """Frees the memory of `begin_update`."""
         self.update_buffers = None
+
+    def update_draft(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Replaces the draft model's weights in place, between two steps; no output changes by a bit.
+
+        named_tensors: all of `eagle3.expand`, and "token_map", the target's ids of the draft's vocabulary. version:
+        larger than stats()["draft_version"]. Raises ValueError that names the tensor, or says that the version is old,
+        or that there is no draft model; the old draft then serves on.
+        """
+        self._check_running()
+        if self.runner.follower is None:
+            raise ValueError(f"update_draft: this engine has no draft model, draft_model={self.config.draft_model!r}")
+        drafter = self.runner.follower.drafter
+        drafter.check_version(version)
+        staged = weights.stage(named_tensors, drafter.update_targets())
+        self._drain()
+        drafter.update(staged, version)
 
     def _check_update(self, version: int, inflight: str) -> None:
         self._check_running()
@@ -506,7 +546,7 @@ class Engine:
             "busy_s": self.busy_s,
             "tokens_per_s": self.generated_tokens / self.busy_s if self.busy_s else 0.0,
             "free_pages": self.pool.num_free,
-            "accepted_draft_tokens": 0,
+            **(self.speculation.stats() if self.speculation is not None else {"accepted_draft_tokens": 0}),
         }
 
     def shutdown(self) -> None:
@@ -599,15 +639,18 @@ class Engine:
     def _collect(self, launched: LaunchedStep | None) -> list[Request]:
         if launched is None:
             return []
-        results, broken = self.runner.collect(launched)
-        for request in results:
+        collected = self.runner.collect(launched)
+        for request in collected.served:
             self._finish_if_done(request)
-        for request in broken:
+        if collected.verified:
+            self.speculation.record(collected.verified)
+        for request in collected.broken:
             self.scheduler.finish(request, "abort")
-        if broken:
-            where = f"request {broken[0].request_id}, position {len(broken[0].tokens)}"
+        if collected.broken:
+            first = collected.broken[0]
+            where = f"request {first.request_id}, position {len(first.tokens)}"
             raise FloatingPointError(f"{where}: the logits hold no number to draw from; are the weights finite?")
-        return results
+        return collected.served
 
     def _finish_if_done(self, request: Request) -> None:
         if request.kind == "reward":
@@ -616,18 +659,31 @@ class Engine:
         reason = self._score_end(request) if request.kind == "score" else self._generation_end(request)
         if reason is not None:
             self.scheduler.finish(request, reason)
+            if self.speculation is not None and request.kind == "generate":
+                self.speculation.drafter.finished(request)
 
     def _score_end(self, request: Request) -> str | None:
         return "stop" if len(request.logprobs) == len(request.tokens) - 1 else None
 
     def _generation_end(self, request: Request) -> str | None:
-        self.generated_tokens += 1
-        params, token = request.params, request.tokens[-1]
+        """Why the request ends with one of its new tokens, if it does; those after that one are forgotten."""
+        for num_tokens in range(request.num_judged + 1, len(request.tokens) + 1):
+            self.generated_tokens += 1
+            reason = self._end_at(request, num_tokens)
+            if reason is not None:
+                request.cut(num_tokens)
+                return reason
+        request.num_judged = len(request.tokens)
+        return None
+
+    def _end_at(self, request: Request, num_tokens: int) -> str | None:
+        """Why the request ends with the last of its first num_tokens tokens; asked once for each token, in order."""
+        params, token = request.params, request.tokens[num_tokens - 1]
         if token in params.stop_token_ids or (not params.ignore_eos and token in self.model_config.eos_token_ids):
             return "stop"
         if request.detokenizer is not None and request.detokenizer.append(token):
             return "stop"
-        if len(request.logprobs) >= params.max_tokens or len(request.tokens) >= self.max_model_len:
+        if num_tokens - request.num_prompt >= params.max_tokens or num_tokens >= self.max_model_len:
             return "length"
         return None
 

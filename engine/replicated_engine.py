@@ -138,6 +138,7 @@ class ReplicatedEngine:
             **total,
             "weight_version": self.weight_version,
             "cache_hit_rate": total["cached_tokens"] / max(1, total["queried_tokens"]),
+            **_mean_rates(total),
             "replicas": replicas,
         }
 
@@ -171,6 +172,14 @@ class ReplicatedEngine:
     def _call(engine: Engine, method: Callable[..., Any], *arguments: Any) -> Any:
         with _current(engine.config.device):
             return method(*arguments)
+
+
+def _mean_rates(total: dict[str, Any]) -> dict[str, float]:
+    """What a sum over the replicas does not give, where they speculate."""
+    if "verify_steps" not in total:
+        return {}
+    steps, accepted = total["verify_steps"], total["accepted_draft_tokens"]
+    return {"tokens_per_verify_step": 1 + accepted / steps if steps else 0.0}
 
 
 def _tokens_to_come(request: Request) -> int:

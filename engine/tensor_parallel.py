@@ -13,8 +13,7 @@ from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.rank_group import RankGroup
 from lockstep.engine.rank_step import RankStep
 from lockstep.engine.rank_weights import RankWeights
-from lockstep.engine.request import Request
-from lockstep.engine.runner import LaunchedStep, Runner
+from lockstep.engine.runner import Collected, LaunchedStep, Runner
 from lockstep.engine.scheduler import StepBatch
 from lockstep.engine.workers import Workers
 
@@ -38,15 +37,15 @@ def start_workers(config: EngineConfig, model_config: ModelConfig) -> Workers:
 class LeadingRunner(Runner):
     """Rank 0's: the other ranks take part in its steps."""
 
-    def __init__(self, workers: Workers, *arguments: Any) -> None:
-        super().__init__(*arguments, announce=workers.step)
+    def __init__(self, workers: Workers, *arguments: Any, **speculation: Any) -> None:
+        super().__init__(*arguments, announce=workers.step, **speculation)
         self.workers = workers
 
-    def launch(self, batch: StepBatch, weight_version: int) -> LaunchedStep:
+    def launch(self, batch: StepBatch, weight_version: int, chains: bool = False) -> LaunchedStep:
         with self.workers.watched():
-            return super().launch(batch, weight_version)
+            return super().launch(batch, weight_version, chains)
 
-    def collect(self, step: LaunchedStep) -> tuple[list[Request], list[Request]]:
+    def collect(self, step: LaunchedStep) -> Collected:
         if step.ready is not None:
             with self.workers.watched():
                 self.workers.wait_for(step.ready)

@@ -94,7 +94,7 @@ def attention_packed(
         )
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _PackedAttention.apply(q, k, v, cu_seqlens, scale, window)
-    return _packed_forward(q, k, v, cu_seqlens, scale, window, with_lse=False)[0]
+    return packed_forward(q, k, v, cu_seqlens, scale, window, with_lse=False)[0]
 
 
 def attention_reference(
@@ -131,7 +131,7 @@ def _check(
         raise ValueError(f"attention: scale and window must be positive, got {scale=} {window=}")
 
 
-def _packed_forward(
+def packed_forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -140,6 +140,7 @@ def _packed_forward(
     window: int | None,
     with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(`attention_packed`'s output, its log-sum-exp fp32 [H, T] if asked for), without autograd."""
     # Sequence b owns the pages from cu_seqlens[b] // page_size + b on: enough for it, known without reading lengths.
     (num_tokens, num_kv_heads, head_dim), device = k.shape, k.device
     page_size = PACKED_PAGE_SIZE[device.type]
@@ -157,19 +158,33 @@ def _packed_forward(
     return forward(q, k_cache, v_cache, page_table, cu_seqlens, lengths, scale, window, with_lse)
 
 
+def packed_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+    window: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv) from what `packed_forward` gave, or from an output and log-sum-exp over more keys than these."""
+    if attention_flash_backward.takes(q):
+        backward = attention_flash_backward.attention_backward
+    else:
+        backward = _backward_triton if q.device.type == "cuda" else _backward_cpu
+    return backward(grad_out, q, k, v, out, lse, cu_seqlens, scale, window)
+
+
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens, scale, window):
-        out, lse = _packed_forward(q, k, v, cu_seqlens, scale, window, with_lse=True)
-        ctx.save_for_backward(q, k, v, cu_seqlens, out, lse)
+        out, lse = packed_forward(q, k, v, cu_seqlens, scale, window, with_lse=True)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
         ctx.scale, ctx.window = scale, window
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
-        if attention_flash_backward.takes(q):
-            backward = attention_flash_backward.attention_backward
-        else:
-            backward = _backward_triton if q.device.type == "cuda" else _backward_cpu
-        return *backward(grad_out, q, k, v, out, lse, cu_seqlens, ctx.scale, ctx.window), None, None, None
+        return *packed_backward(grad_out, *ctx.saved_tensors, ctx.scale, ctx.window), None, None, None

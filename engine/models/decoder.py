@@ -53,6 +53,7 @@ class AttentionPart:
     cu_seqlens_q: int32 [B + 1], the rows of request b are cu_seqlens_q[b] to cu_seqlens_q[b + 1] of the part's.
     kv_lens:      int32 [B], tokens of request b in the cache once this step's are stored.
     plans:        per attention window of the model, how to cut the work (decode on a GPU); missing: not planned.
+    max_queries:  the most rows of a request, where they are few; None: any number.
     """
 
     num_rows: int
@@ -60,6 +61,7 @@ class AttentionPart:
     cu_seqlens_q: torch.Tensor
     kv_lens: torch.Tensor
     plans: dict[int | None, AttentionPlan] = field(default_factory=dict)
+    max_queries: int | None = None
 
 
 @dataclass(frozen=True)
@@ -391,16 +393,33 @@ class Decoder(nn.Module):
         token_ids, positions: int64 [T]. last_context: the last layer's, if not all hidden states are wanted; those of
         its `rows` are returned.
         """
+        return self.forward_with_aux(token_ids, positions, context, (), last_context)[0]
+
+    def forward_with_aux(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        context: AttentionContext,
+        aux_layers: tuple[int, ...],
+        last_context: AttentionContext | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what `forward` gives, to the bit; aux [T, A * H], the hidden states of all rows that enter A layers).
+
+        aux_layers: ascending, from 0. The states lie side by side in that order.
+        """
         hidden = self._embed(token_ids)
         residual = None
         cos_sin = self.rope_cos_sin
-        *layers, last_layer = zip(self.decoder.layers, context.kv_caches, strict=True)
-        for layer, kv_cache in layers:
-            hidden, residual = layer(hidden, residual, positions, cos_sin, kv_cache, context)
-        layer, kv_cache = last_layer
-        hidden, residual = layer(hidden, residual, positions, cos_sin, kv_cache, last_context or context)
+        aux = hidden.new_empty(len(hidden), len(aux_layers), self.config.hidden_size)
+        last = self.config.num_layers - 1
+        for number, (layer, kv_cache) in enumerate(zip(self.decoder.layers, context.kv_caches, strict=True)):
+            if number in aux_layers:
+                entering = aux[:, aux_layers.index(number)]
+                entering.copy_(hidden) if residual is None else torch.add(hidden, residual, out=entering)
+            own_context = (last_context or context) if number == last else context
+            hidden, residual = layer(hidden, residual, positions, cos_sin, kv_cache, own_context)
         hidden, _ = add_rms_norm(hidden, residual, self.decoder.final_layernorm.weight, self.config.rms_norm_eps)
-        return hidden
+        return hidden, aux.flatten(1)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """Logits [N, V] of the hidden states [N, H] of `forward`, in the model's dtype. None on ranks other than 0.

@@ -9,7 +9,7 @@ import torch
 
 from lockstep.recipes.bench.shapes import SHAPES
 
-Suite = Literal["cpu", "engine", "trainer", "kernels", "publish", "algorithms"]
+Suite = Literal["cpu", "engine", "trainer", "kernels", "publish", "algorithms", "speculation"]
 DEFAULT_SHAPE = {"cpu": "small", "cuda": "qwen3-8b"}
 
 
@@ -20,7 +20,7 @@ class BenchConfig:
     suite: "cpu", the small workloads that a CPU can do (the default without a GPU); "engine", the workloads W1 to W5
         (the default with one); "trainer", training steps; "kernels", one op at a time; "publish", weight updates (its
         workloads are ways: copy, alias, cuda_ipc, and with two GPUs distributed); "algorithms", which trains with each
-        algorithm on the demo's task, from one warmed-up model.
+        algorithm on the demo's task, from one warmed-up model; "speculation", one request with drafts and without.
     device: "cpu" or "cuda"; null is cuda where there is one.
     shape: an architecture with random weights: qwen3-8b (the default on a GPU), qwen3-1.7b, qwen3-0.6b, small (the
         default on a CPU). The trainer suite without a shape takes the first three.
@@ -33,6 +33,7 @@ class BenchConfig:
     scale: multiplies the sizes of the workloads, for a quick look.
     engine: further fields of EngineConfig, such as {cuda_graphs: false}.
     profile: of the engine suite: also trace steady decoding at batch 64, for the GPU's idle share and a picture.
+    num_draft_tokens, acceptance: of the speculation suite: drafts per step, and the probability that one is accepted.
     timeout_s: of one engine's or one trainer's process.
     output: the folder of the results, bench_SUITE.json and .md; pictures go to `images`.
     """
@@ -47,6 +48,8 @@ class BenchConfig:
     scale: float = 1.0
     engine: dict[str, Any] = field(default_factory=dict)
     profile: bool = False
+    num_draft_tokens: int = 4
+    acceptance: float = 0.7
     timeout_s: float = 3600.0
     output: str = "docs/results"
     images: str = "docs/images"
@@ -57,6 +60,8 @@ class BenchConfig:
                 f"bench: repeats, scale and timeout_s must be positive, got {self.repeats}, {self.scale}, "
                 f"{self.timeout_s}"
             )
+        if not 0 <= self.acceptance <= 1:
+            raise ValueError(f"bench: acceptance must be in [0, 1], got {self.acceptance}")
         if self.shape is not None and self.shape not in SHAPES:
             raise ValueError(f"bench: unknown shape {self.shape!r}; known: {', '.join(SHAPES)}")
         if self.shape is not None and self.model is not None:

@@ -14,6 +14,7 @@ SUITES = {
     "kernels": "lockstep.recipes.bench.kernels_suite",
     "publish": "lockstep.recipes.bench.publish_suite",
     "algorithms": "lockstep.recipes.bench.algorithms_suite",
+    "speculation": "lockstep.recipes.bench.speculation_suite",
 }
 
 

@@ -232,7 +232,12 @@ BAD_CONFIGS = {
     "ep_size": ({"ep_size": 2}, r"ep_size=2 must be 1 .* or tp_size=1 \(they share them\)"),
     "row_parallel_splits": ({"row_parallel_splits": 3}, "power of two, got 3"),
     "rank_timeout_s": ({"rank_timeout_s": 0}, "rank_timeout_s must be positive"),
-    "draft_model": ({"draft_model": "x"}, "does not speculate"),
+    "draft_model": ({"draft_model": "x"}, "a draft_model needs num_draft_tokens"),
+    "num_draft_tokens": ({"draft_model": "ngram", "num_draft_tokens": 9}, "num_draft_tokens must be 1 to 8, got 9"),
+    "draft_model of ranks": (
+        {"draft_model": "x", "num_draft_tokens": 2, "tp_size": 2, "row_parallel_splits": 2},
+        "ngram",
+    ),
 }
 
 

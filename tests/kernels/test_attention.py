@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.kernels import attention_cpu, attention_triton
-from lockstep.kernels.attention import _packed_forward, attention, attention_packed, attention_reference
+from lockstep.kernels.attention import attention, attention_packed, attention_reference, packed_forward
 from lockstep.kernels.attention_decode_triton import decode_forward
 from lockstep.kernels.attention_plan import Groups, num_attention_items, plan_attention
 from lockstep.kernels.attention_triton import SPLIT
@@ -488,7 +488,7 @@ def test_planned_attention_gives_the_same_bits(batch, page_size, grouped):
 @pytest.mark.parametrize("window", [None, 50])
 def test_triton_gradients(window):
     def gradients(grad_out, q, k, v, cu_seqlens, scale, window):
-        out, lse = _packed_forward(q, k, v, cu_seqlens, scale, window, with_lse=True)
+        out, lse = packed_forward(q, k, v, cu_seqlens, scale, window, with_lse=True)
         return triton_backward(grad_out, q, k, v, out, lse, cu_seqlens, scale, window)
 
     _check_gradients(Sequences([70, 1, 9], 4, 2, 24), window, gradients)

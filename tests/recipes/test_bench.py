@@ -302,6 +302,16 @@ def test_an_update_that_brings_other_weights_is_no_result():
         _timed(pair, 1)
 
 
+def test_the_speculation_suite(tiny, tmp_path):
+    run(BenchConfig(suite="speculation", num_draft_tokens=3, acceptance=1.0, **{**tiny, "scale": 0.06}))
+    result, _ = read(tmp_path, "speculation_small")
+    plain, draft, free = result["tables"]["Speculation"]
+    assert plain["ratio"] == plain["tokens_per_step"] == 1.0
+    assert draft["tokens_per_step"] > 3.2, "a step without drafts, then three true ones and a draw a step"
+    assert free["tokens_per_step"] > 3.6
+    assert draft["draft_ms"] == pytest.approx(draft["step_ms"] - free["step_ms"])
+
+
 def test_the_kernels_suite(tiny, tmp_path):
     run(BenchConfig(suite="kernels", **tiny))
     result, text = read(tmp_path, "kernels_small")
