@@ -1,0 +1,88 @@
+"""Training-time test against loops over single rows, learning, and resuming to the bit."""
+
+import math
+
+import pytest
+import torch
+from drafts import SlowDraft, make_draft, target_config
+from safetensors.torch import load_file
+
+from lockstep.engine.draft_checkpoint import save_draft
+from lockstep.trainer_bridge import draft_trainer
+from lockstep.trainer_bridge.draft_batch import DraftSequence
+from lockstep.trainer_bridge.draft_trainer import DraftTrainer, DraftTrainerConfig
+
+TARGET = target_config(hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=48)
+TEMPERATURE = 0.7
+
+
+def sequences(count=4, seed=0, hidden=32):
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for number in range(count):
+        length = [9, 3, 14, 2][number % 4]
+        states = torch.randn(length - 1, 4 * hidden, generator=generator)
+        mask = [False, *(torch.rand(length - 1, generator=generator) < 0.8).tolist()]
+        tokens = torch.randint(0, TARGET.vocab_size, (length,), generator=generator).tolist()
+        made.append(DraftSequence(tokens, mask, states[:, : 3 * hidden], states[:, 3 * hidden :]))
+    return made
+
+
+def head_weight(seed=9):
+    return torch.randn(TARGET.vocab_size, 32, generator=torch.Generator().manual_seed(seed)) * 0.3
+
+
+def make_trainer(options=None, **config):
+    config = {"num_steps": 5, "temperature": TEMPERATURE, "learning_rate": 3e-3, **config}
+    return DraftTrainer(DraftTrainerConfig(**config), make_draft(TARGET, **(options or {})), head_weight())
+
+
+def slow_acceptance(p, q):
+    total = 0.0
+    for i in range(len(q)):
+        total = total + 1 / (sum(max(p[j] / p[i], q[j] / q[i]) for j in range(len(q))) + (1 - sum(p)) / p[i])
+    return total
+
+
+def slow_loss(trainer, batch, tmp_path):
+    """The loss row by row in fp64, each chain with a list of the keys and values that it has seen."""
+    save_draft(tmp_path / "slow", trainer.draft)
+    tensors = {name: t.double() for name, t in load_file(tmp_path / "slow" / "model.safetensors").items()}
+    slow = SlowDraft(tensors, trainer.draft.config, trainer.draft._embedding_weight[0].double())
+    num_steps, token_map = trainer.config.num_steps, trainer.draft.token_map
+    losses, counts = [0.0] * num_steps, [0] * num_steps
+    for sequence in batch:
+        n = len(sequence.token_ids)
+        earlier = []
+        for t in range(n - 1):
+            g, seen = slow.combine(sequence.aux[t].double().chunk(3)), list(earlier)
+            for step in range(num_steps):
+                if t + 1 + step >= n:
+                    break
+                logits, g, key_value = slow.row(g, sequence.token_ids[t + 1 + step], t + step, seen)
+                seen.append(key_value)
+                if step == 0:
+                    earlier.append(key_value)
+                if t + 2 + step >= n or not sequence.loss_mask[t + 2 + step]:
+                    continue
+                counts[step] += 1
+                target = head_weight().double() @ sequence.last[t + 1 + step].double() / TEMPERATURE
+                if int(target.argmax()) not in token_map.tolist():
+                    continue
+                p, q = target.softmax(0)[token_map], (logits / TEMPERATURE).softmax(0)
+                if trainer.config.loss == "acceptance":
+                    losses[step] -= math.log(slow_acceptance(p.tolist(), q.tolist()))
+                else:
+                    losses[step] -= float((p / p.sum() * q.log()).sum())
+    return sum(0.8**step * losses[step] / max(1, counts[step]) for step in range(num_steps))
+
+
+@pytest.mark.parametrize("options", [{}, {"norm_aux": True, "norm_output": True}], ids=["3", "3.1"])
+@pytest.mark.parametrize("loss", ["soft_cross_entropy", "acceptance"])
+@pytest.mark.parametrize("max_tokens", [64, 14])
+def test_loss_equals_loops(options, loss, max_tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(draft_trainer, "ROWS_AT_ONCE", 3)
+    trainer = make_trainer(options, loss=loss, max_tokens_per_micro_batch=max_tokens)
+    batch = sequences()
+    expected = slow_loss(trainer, batch, tmp_path)
+    assert trainer.step(batch)["loss"] == pytest.approx(expected, abs=1e-5)
