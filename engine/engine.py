@@ -19,6 +19,7 @@ from lockstep.engine.radix_cache import RadixCache
 from lockstep.engine.request import Request, RequestOutput, SamplingParams
 from lockstep.engine.runner import LaunchedStep, Runner
 from lockstep.engine.scheduler import Scheduler
+from lockstep.engine.speculation.build import check_speculation, new_speculation
 from lockstep.engine.tensor_parallel import LeadingRunner, LeadingWeights, start_workers
 from lockstep.engine.workers import RankError, Workers
 
@@ -47,6 +48,12 @@ class EngineConfig:
         Decode steps are then not captured in graphs.
     rank_timeout_s: how long one of them may keep the others waiting before the engine gives it up.
     rank_start_timeout_s: how long they may take to start and to read their weights.
+    draft_model: what drafts tokens ahead: "ngram" (copies from the request's text and its group's), or the directory
+        of an EAGLE-3 model in the format of SGLang and vLLM. None: nothing does. It changes no bit of any output.
+    num_draft_tokens: drafts per request and step, 1 to 8.
+    draft_max_requests: the most requests that decode together with drafts. None: as many as were measured to be faster
+        with them, by batch size.
+    draft_min_accepted: a request of whose drafts fewer than this are accepted per step goes on without for a while.
     """
 
     model: str
@@ -71,6 +78,8 @@ class EngineConfig:
     rank_start_timeout_s: float = 900.0
     draft_model: str | None = None
     num_draft_tokens: int = 0
+    draft_max_requests: int | None = None
+    draft_min_accepted: float = 0.25
 
     def __post_init__(self):
         for field in ("page_size", "max_running_requests", "max_prefill_tokens"):
@@ -90,8 +99,7 @@ class EngineConfig:
                 raise ValueError(f"EngineConfig.{field} must be positive, got {getattr(self, field)}")
         if self.ep_size != 1:
             raise ValueError(f"EngineConfig.ep_size: this version does not split experts, got {self.ep_size}")
-        if self.draft_model is not None or self.num_draft_tokens:
-            raise ValueError("EngineConfig.draft_model, num_draft_tokens: this version does not speculate")
+        check_speculation(self)
 
 
 @dataclass(frozen=True)
@@ -149,6 +157,7 @@ class Engine:
             config.cuda_graphs,
             config.group_prefixes,
         )
+        self.speculation = new_speculation(config, self.model_config.vocab_size)
         self.overlaps = config.overlap and device.type == "cuda"
         self.in_flight: LaunchedStep | None = None
         self.editing: list[Request] = []  # requests whose draws depend on their earlier tokens: they do not overlap
@@ -258,8 +267,12 @@ class Engine:
         started = time.perf_counter()
         self.num_steps += 1
         self.editing = [request for request in self.editing if request.finish_reason is None]
-        overlaps = self.overlaps and not self.editing
+        speculates = self.speculation is not None and self.speculation.is_due(self.scheduler.running)
+        overlaps = self.overlaps and not self.editing and not speculates
         results = [] if overlaps else self._drain()
+        if speculates:
+            self.speculation.propose(self.scheduler.running)
+        num_generated = self.generated_tokens
         if self.aliased is not None:
             self.aliased.check_current(self.weight_version)
         batch = self.scheduler.schedule()
@@ -269,7 +282,10 @@ class Engine:
             results += self._collect(due)
         finally:
             self.scheduler.commit(batch)
-        self.busy_s += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.busy_s += seconds
+        if self.speculation is not None:
+            self.speculation.record_step(batch, speculates, self.generated_tokens - num_generated, seconds)
         return results
 
     def abort(self, request: Request) -> None:
@@ -300,6 +316,8 @@ class Engine:
             text=text,
             num_cached_tokens=request.num_cached,
             num_preemptions=request.num_preemptions,
+            num_draft_tokens=request.num_drafted,
+            num_accepted_tokens=request.num_accepted,
         )
 
     # Weights ---------------------------------------------------------------------------------------------------------
@@ -482,7 +500,7 @@ class Engine:
             "busy_s": self.busy_s,
             "tokens_per_s": self.generated_tokens / self.busy_s if self.busy_s else 0.0,
             "free_pages": self.pool.num_free,
-            "accepted_draft_tokens": 0,
+            **(self.speculation.stats() if self.speculation is not None else {"accepted_draft_tokens": 0}),
         }
 
     def shutdown(self) -> None:
@@ -560,32 +578,48 @@ class Engine:
     def _collect(self, launched: LaunchedStep | None) -> list[Request]:
         if launched is None:
             return []
-        results, broken = self.runner.collect(launched)
-        for request in results:
+        collected = self.runner.collect(launched)
+        for request in collected.served:
             self._finish_if_done(request)
-        for request in broken:
+        if collected.verified:
+            self.speculation.record(collected.verified)
+        for request in collected.broken:
             self.scheduler.finish(request, "abort")
-        if broken:
-            where = f"request {broken[0].request_id}, position {len(broken[0].tokens)}"
+        if collected.broken:
+            first = collected.broken[0]
+            where = f"request {first.request_id}, position {len(first.tokens)}"
             raise FloatingPointError(f"{where}: the logits hold no number to draw from; are the weights finite?")
-        return results
+        return collected.served
 
     def _finish_if_done(self, request: Request) -> None:
         reason = self._score_end(request) if request.kind == "score" else self._generation_end(request)
         if reason is not None:
             self.scheduler.finish(request, reason)
+            if self.speculation is not None and request.kind == "generate":
+                self.speculation.drafter.finished(request)
 
     def _score_end(self, request: Request) -> str | None:
         return "stop" if len(request.logprobs) == len(request.tokens) - 1 else None
 
     def _generation_end(self, request: Request) -> str | None:
-        self.generated_tokens += 1
-        params, token = request.params, request.tokens[-1]
+        """Why the request ends with one of its new tokens, if it does; those after that one are forgotten."""
+        for num_tokens in range(request.num_judged + 1, len(request.tokens) + 1):
+            self.generated_tokens += 1
+            reason = self._end_at(request, num_tokens)
+            if reason is not None:
+                request.cut(num_tokens)
+                return reason
+        request.num_judged = len(request.tokens)
+        return None
+
+    def _end_at(self, request: Request, num_tokens: int) -> str | None:
+        """Why the request ends with the last of its first num_tokens tokens; asked once for each token, in order."""
+        params, token = request.params, request.tokens[num_tokens - 1]
         if token in params.stop_token_ids or (not params.ignore_eos and token in self.model_config.eos_token_ids):
             return "stop"
         if request.detokenizer is not None and request.detokenizer.append(token):
             return "stop"
-        if len(request.logprobs) >= params.max_tokens or len(request.tokens) >= self.max_model_len:
+        if num_tokens - request.num_prompt >= params.max_tokens or num_tokens >= self.max_model_len:
             return "length"
         return None
 

@@ -111,6 +111,7 @@ class RequestOutput:
     """A sample. token_ids, logprobs and weight_versions have one entry per generated token.
 
     finish_reason is None where the request is still at work. num_cached_tokens: see Request.num_cached.
+    num_draft_tokens: tokens that were drafted for it, of which num_accepted_tokens are in its output.
     """
 
     request_id: int
@@ -124,6 +125,8 @@ class RequestOutput:
     text: str | None
     num_cached_tokens: int
     num_preemptions: int
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -131,9 +134,9 @@ class Request:
     """One sample in the making, or one sequence to score. Compared and hashed by identity.
 
     The engine writes tokens, logprobs and weight_versions (through `append`). The runner counts in `num_pending` what
-    it has launched and not collected. The scheduler writes everything below that. The runner may keep a copy of `pages`
-    in its page table: it copies the entries from num_pages_synced on and sets num_pages_synced to their number; the
-    scheduler lowers it where it replaces pages.
+    it has launched and not collected. Speculation writes the next six, the scheduler everything below those. The runner
+    may keep a copy of `pages` in its page table: it copies the entries from num_pages_synced on and sets
+    num_pages_synced to their number; the scheduler lowers it where it replaces pages.
     """
 
     request_id: int
@@ -150,6 +153,13 @@ class Request:
     finish_reason: FinishReason | None = None
     num_pending: int = 0  # tokens drawn, or being drawn, on the device that `tokens` does not have yet
 
+    drafts: list[int] = field(default_factory=list)  # guesses at the next tokens, for the next step to verify
+    drafter_state: Any = None
+    num_drafted: int = 0
+    num_accepted: int = 0
+    recent_accepted: float = 1.0  # drafts accepted per step, a running mean
+    drafts_resume_at: int = 0  # with so many tokens the request may speculate again
+
     max_tokens: int = 0  # prompt and output: with so many the request ends
     arrival: int = -1  # admission order and, from the other end, preemption order
     slot: int | None = None  # row in the runner's arrays; None: waiting or finished
@@ -161,9 +171,11 @@ class Request:
     num_preemptions: int = 0
     cache_handle: CacheHandle | None = None
     detokenizer: Detokenizer | None = None  # of a request with stop strings
+    num_judged: int = field(init=False)  # leading tokens that were looked at for the request's end
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt_ids)
+        self.num_judged = len(self.tokens)
 
     @property
     def num_prompt(self) -> int:
@@ -182,3 +194,8 @@ class Request:
         self.tokens.append(token)
         self.logprobs.append(logprob)
         self.weight_versions.append(weight_version)
+
+    def cut(self, num_tokens: int) -> None:
+        """Forgets the outputs after the first num_tokens tokens, prompt included."""
+        num_outputs = num_tokens - len(self.prompt_ids)
+        del self.tokens[num_tokens:], self.logprobs[num_outputs:], self.weight_versions[num_outputs:]

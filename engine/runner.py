@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from lockstep.engine.rank_step import RankStep
 from lockstep.engine.request import Request
 from lockstep.engine.sampler import Sampler
 from lockstep.engine.scheduler import Chunk, SchedulerConfig, StepBatch
+from lockstep.engine.speculation.verification import Verified, num_valid, rows_to_draw
 from lockstep.engine.transfer import to_device, to_host
 from lockstep.kernels.attention_plan import GROUP_ROWS, Groups, num_attention_items, plan_attention
 from lockstep.kernels.attention_triton import KV_TILE
@@ -30,16 +32,33 @@ PENDING = -1  # a token that only the device knows
 class LaunchedStep:
     """A step whose results are on their way: `tokens` and `logprobs` of `drawing`, and log-probs per scored chunk.
 
+    A request of `drawing` has as many tokens as `drafts`, and one more.
+
     The tensors are the host's; they hold the results once `ready` has happened (at once where it is None).
     """
 
     weight_version: int
     requests: list[Request]
     drawing: list[Request]
+    drafts: list[Sequence[int]]
     tokens: torch.Tensor
     logprobs: torch.Tensor
     scored: list[tuple[Chunk, torch.Tensor]]
     ready: torch.cuda.Event | None
+
+
+class Collected(NamedTuple):
+    """What the requests of a step got.
+
+    served:   those that got what they were due, in the order of the batch.
+    broken:   those whose logits held no number to draw from.
+    verified: those of which drafts were verified.
+    Requests that had ended before get nothing and are in none.
+    """
+
+    served: list[Request]
+    broken: list[Request]
+    verified: list[Verified]
 
 
 class Runner:
@@ -117,22 +136,23 @@ class Runner:
             chunks = [chunks[index] for index in order]
         num_decodes = sum([chunk.length == 1 for chunk in chunks]) if self.on_gpu else 0
         drawing = [chunk.request for chunk in chunks if chunk.samples]
+        drafts = [chunk.drafts for chunk in chunks if chunk.samples]
         rows = _rows(chunks, batch.num_tokens)
         if self.graphs is not None and len(drawing) == len(chunks) == num_decodes and self._fits_a_plan(rows):
             logits, slots = self.graphs.run(rows, self._groups(rows))
-            tokens, logprobs = self._draw(logits, drawing, slots)
+            tokens, logprobs = self._draw(logits, drawing, drafts, slots)
             scored = []
         else:
             step = _rank_step(rows, chunks, num_decodes, new_pages)
             if self.announce is not None:
                 self.announce(step)
-            tokens, logprobs, scored = self._launch_eagerly(step, chunks, drawing)
+            tokens, logprobs, scored = self._launch_eagerly(step, chunks, drawing, drafts)
         ready = None
         if self.on_gpu:
             ready = torch.cuda.Event()
             ready.record()
         requests = [chunk.request for chunk in batch.chunks if chunk.samples or chunk.request.kind == "score"]
-        return LaunchedStep(weight_version, requests, drawing, tokens, logprobs, scored, ready)
+        return LaunchedStep(weight_version, requests, drawing, drafts, tokens, logprobs, scored, ready)
 
     @torch.inference_mode()
     def follow(self, step: RankStep) -> None:
@@ -147,34 +167,40 @@ class Runner:
             for states in hidden[first:end].split(SCORED_ROWS_AT_ONCE):
                 self.model.logits(states)
 
-    def collect(self, step: LaunchedStep) -> tuple[list[Request], list[Request]]:
-        """Waits for the step, and appends to each request what it is due: a token, or log-probs of its tokens.
-
-        Returns the requests that got it, in the order of the batch, and those whose logits held no number to draw from.
-        Requests that have ended since get nothing and are in neither.
-        """
+    def collect(self, step: LaunchedStep) -> Collected:
+        """Waits for the step, and appends to each request what it is due: tokens, or log-probs of its tokens."""
         if step.ready is not None:
             step.ready.synchronize()
-        broken = []
-        for request, token, logprob in zip(step.drawing, step.tokens.tolist(), step.logprobs.tolist(), strict=True):
+        tokens, logprobs = step.tokens.tolist(), step.logprobs.tolist()
+        broken, verified = [], []
+        first = 0
+        for request, drafts in zip(step.drawing, step.drafts, strict=True):
+            rows = range(first, first + 1 + len(drafts))
+            first = rows.stop
             request.num_pending -= 1
-            if request.finish_reason is None:
-                if token >= 0:
-                    request.append(token, logprob, step.weight_version)
-                else:
-                    broken.append(request)
-        for chunk, logprobs in step.scored:
+            if request.finish_reason is not None:
+                continue
+            if drafts:
+                verified.append(Verified(request, len(drafts), len(request.logprobs)))
+                rows = rows[: num_valid(tokens[first - len(rows) : first], drafts)]
+            elif tokens[rows.start] < 0:
+                rows = rows[:0]
+            if not rows:
+                broken.append(request)
+            for row in rows:
+                request.append(tokens[row], logprobs[row], step.weight_version)
+        for chunk, scores in step.scored:
             del chunk.request.logprobs[chunk.start :]  # a preempted request starts over
-            chunk.request.logprobs += logprobs.tolist()
+            chunk.request.logprobs += scores.tolist()
         served = [r for r in step.requests if r.finish_reason is None and r not in broken]
-        return served, broken
+        return Collected(served, broken, verified)
 
     def _launch_eagerly(
-        self, step: RankStep, chunks: Sequence[Chunk], drawing: list[Request]
+        self, step: RankStep, chunks: Sequence[Chunk], drawing: list[Request], drafts: list[Sequence[int]]
     ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[Chunk, torch.Tensor]]]:
         """(tokens and log-probs drawn, log-probs of each scored chunk), host-bound."""
         logits, slots, hidden = self._logits(step)
-        tokens, logprobs = self._draw(logits, drawing, slots)
+        tokens, logprobs = self._draw(logits, drawing, drafts, slots)
         scored = [chunk for chunk in chunks if chunk.request.kind == "score"]
         scores = [
             (chunk, to_host(self._scores(hidden[first:end], chunk)))
@@ -287,12 +313,20 @@ class Runner:
             self.page_table.view(-1).index_copy_(0, place, page.to(torch.int32))
 
     def _draw(
-        self, logits: torch.Tensor | None, drawing: list[Request], slots: torch.Tensor
+        self,
+        logits: torch.Tensor | None,
+        drawing: list[Request],
+        drafts: list[Sequence[int]],
+        slots: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draws for each request; the tokens are pending then. Returns tokens and log-probs, host-bound."""
+        """Draws for each request; the tokens are pending then. Returns tokens and log-probs, host-bound.
+
+        Of several rows of a request, whichever is last in `last_tokens` will not be read: no step follows unseen.
+        """
         if logits is None:
             return torch.empty(0, dtype=torch.int64), torch.empty(0)
-        tokens, logprobs = self.sampler.draw(logits, drawing)
+        rows = rows_to_draw(drawing, drafts) if any(drafts) else (drawing,)
+        tokens, logprobs = self.sampler.draw(logits, *rows)
         if self.model.ranks is not None:
             self.model.ranks.broadcast(tokens)
         self.last_tokens.index_copy_(0, slots, tokens)
@@ -335,10 +369,18 @@ def _rank_step(rows: np.ndarray, chunks: Sequence[Chunk], num_decodes: int, new_
     return RankStep(
         rows=rows,
         prefills=np.array([[chunk.request.slot for chunk in prefills], lengths, kv_lens], np.int64),
-        drawing=ends[[chunk.samples for chunk in chunks]] - 1,
+        drawing=_drawing_rows(chunks, ends),
         scored=np.array(scored, np.int64).reshape(-1, 2).T,
         new_pages=new_pages,
     )
+
+
+def _drawing_rows(chunks: Sequence[Chunk], ends: np.ndarray) -> np.ndarray:
+    """The last row of each chunk that samples, or with drafts the last 1 + len(drafts)."""
+    if not any(chunk.drafts for chunk in chunks):
+        return ends[[chunk.samples for chunk in chunks]] - 1
+    sampled = [(chunk, end) for chunk, end in zip(chunks, ends.tolist(), strict=True) if chunk.samples]
+    return np.concatenate([np.arange(end - 1 - len(chunk.drafts), end) for chunk, end in sampled])
 
 
 def _num_scored(chunk: Chunk) -> int:
@@ -359,6 +401,7 @@ def _rows(chunks: Sequence[Chunk], num_rows: int) -> np.ndarray:
             tokens.append(PENDING)
         else:
             tokens += chunk.request.tokens[chunk.start : chunk.start + chunk.length]
+            tokens += chunk.drafts
     lengths = np.array([chunk.length for chunk in chunks])
     begins = np.cumsum(lengths) - lengths
     rows = np.empty((3, num_rows), np.int64)

@@ -28,8 +28,12 @@ class Sampler:
         self.truncates = np.zeros(num_slots, bool)
         self.edits_logits = np.zeros(num_slots, bool)
 
-    def draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(
+        self, logits: torch.Tensor, requests: Sequence[Request], drafted: Sequence[Sequence[int]] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """logits: [B, V], one row per request. Returns the tokens drawn, int64 [B], and their log-probs, fp32 [B].
+
+        drafted: per row, what to draw as if the request's tokens went on with; a request may then have several rows.
 
         A row whose logits hold no number to draw from gets token -1.
 
@@ -38,6 +42,8 @@ class Sampler:
         """
         slots = np.array([self._slot(request) for request in requests])
         positions = [request.num_tokens for request in requests]
+        if drafted is not None:
+            positions = [position + len(tokens) for position, tokens in zip(positions, drafted, strict=True)]
         integers = np.stack((positions, self.seed[slots], self.top_k[slots]))
         reals = np.stack((self.temperature[slots], self.top_p[slots], self.min_p[slots]))
         sent = self._send(np.concatenate((integers.view(np.float32).ravel(), reals.ravel())))  # in one copy
@@ -47,7 +53,7 @@ class Sampler:
         edited_rows = np.flatnonzero(self.edits_logits[slots])
         if len(edited_rows) == 0:
             return sample_with_log_probs(logits, *parameters, truncates=bool(self.truncates[slots].any()))
-        tokens = sample(self._edited(logits, requests, edited_rows), *parameters)
+        tokens = sample(self._edited(logits, requests, edited_rows, drafted), *parameters)
         return tokens, token_log_probs(logits, tokens, temperature)
 
     def _slot(self, request: Request) -> int:
@@ -64,9 +70,18 @@ class Sampler:
             self.edits_logits[slot] = params.edits_logits
         return slot
 
-    def _edited(self, logits: torch.Tensor, requests: Sequence[Request], rows: np.ndarray) -> torch.Tensor:
+    def _edited(
+        self,
+        logits: torch.Tensor,
+        requests: Sequence[Request],
+        rows: np.ndarray,
+        drafted: Sequence[Sequence[int]] | None,
+    ) -> torch.Tensor:
         """The logits with penalties and biases, in fp32; the given ones stay, since the log-probs need them."""
         edited = [requests[row] for row in rows]
+        outputs = [request.output_ids for request in edited]
+        if drafted is not None:
+            outputs = [[*output, *drafted[row]] for output, row in zip(outputs, rows, strict=True)]
         params = [request.params for request in edited]
         biases = [param.logit_bias or {} for param in params]
         bias_values = [value for bias in biases for value in bias.values()]
@@ -75,7 +90,7 @@ class Sampler:
             logits,
             self._send(rows),
             Ragged.from_lists([request.prompt_ids for request in edited]).to(self.device),
-            Ragged.from_lists([request.output_ids for request in edited]).to(self.device),
+            Ragged.from_lists(outputs).to(self.device),
             torch.tensor([param.repetition_penalty for param in params], device=self.device),
             torch.tensor([param.presence_penalty for param in params], device=self.device),
             torch.tensor([param.frequency_penalty for param in params], device=self.device),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
@@ -39,12 +40,14 @@ class Chunk:
     """request.tokens[start : start + length] are computed in this step; their pages are in request.pages.
 
     samples: the chunk ends at the last known token, so the next one is to be drawn. Never true of score requests.
+    drafts: the last len(drafts) of them are not the request's, but guesses at what follows, each to be drawn after too.
     """
 
     request: Request
     start: int
     length: int
     samples: bool
+    drafts: Sequence[int] = ()
 
 
 class StepBatch(NamedTuple):
@@ -82,6 +85,9 @@ class Scheduler:
     pending. A batch whose launch failed is simply not committed: nothing has advanced, and the next schedule() names it
     again.
 
+    A request's drafts are computed behind its last token, where there are pages for them: nothing is preempted for
+    drafts. The tokens of such a step are collected before commit, which finds in them how many of its rows count.
+
     Order. Requests are admitted in order of arrival, run (prefill chunks, pages) in order of arrival, and are
     preempted in the reverse order, so the oldest request always advances and no request starves. The one exception is
     a held request: if an older running request is about to compute pages that a waiting one needs, the waiting one is
@@ -107,6 +113,11 @@ class Scheduler:
         self._num_computed_tokens = 0
         self._num_matched_tokens = 0
         self._num_queried_tokens = 0
+
+    @property
+    def running(self) -> Sequence[Request]:
+        """In order of arrival; not to be changed."""
+        return self._running
 
     @property
     def has_work(self) -> bool:
@@ -168,7 +179,10 @@ class Scheduler:
                 # A page begins where the position is a multiple of page_size; elsewhere the request has its page.
                 if start % page_size == 0 and not self._take_pages(request, start + 1):
                     break
-                chunks.append(Chunk(request, start, 1, request.kind == "generate"))
+                if request.drafts:
+                    chunks.append(self._verifying_chunk(request))
+                else:
+                    chunks.append(Chunk(request, start, 1, request.kind == "generate"))
                 continue
             if length < 1:
                 if request.kind == "score":
@@ -196,7 +210,9 @@ class Scheduler:
             request = chunk.request
             if request.finish_reason is not None:
                 continue
-            end = request.num_computed = chunk.start + chunk.length
+            # After a chunk with drafts, the last of the known tokens was drawn and not computed.
+            end = len(request.tokens) - 1 if chunk.drafts else chunk.start + chunk.length
+            request.num_computed = end
             if end % page_size and chunk.length == 1:
                 continue
             assert request.slot is not None, f"request {request.request_id} left between schedule and commit"
@@ -275,6 +291,17 @@ class Scheduler:
     def _chunk(request: Request, length: int) -> Chunk:
         start = request.num_computed
         return Chunk(request, start, length, request.kind == "generate" and start + length == request.num_tokens)
+
+    def _verifying_chunk(self, request: Request) -> Chunk:
+        """A chunk of the newest token and the drafts after it, as many as there are pages for."""
+        start, drafts = request.num_computed, request.drafts
+        request.drafts = []
+        needed = self._num_pages(start + 1 + len(drafts)) - len(request.pages)
+        if needed > self._pool.num_free:
+            self._cache.evict(needed - self._pool.num_free)
+        request.pages += self._pool.take(max(0, min(needed, self._pool.num_free)))
+        drafts = drafts[: len(request.pages) * self.config.page_size - start - 1]
+        return Chunk(request, start, 1 + len(drafts), True, drafts)
 
     def _take_pages(self, request: Request, num_tokens: int) -> bool:
         """Gives a running request the pages of its first num_tokens tokens; False if it had to be preempted itself.
@@ -429,3 +456,4 @@ class Scheduler:
         request.pages = []
         request.num_pages_synced = 0
         request.num_computed = 0
+        request.drafts = []

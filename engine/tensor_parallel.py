@@ -13,8 +13,7 @@ from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.rank_group import RankGroup
 from lockstep.engine.rank_step import RankStep
 from lockstep.engine.rank_weights import RankWeights
-from lockstep.engine.request import Request
-from lockstep.engine.runner import LaunchedStep, Runner
+from lockstep.engine.runner import Collected, LaunchedStep, Runner
 from lockstep.engine.scheduler import StepBatch
 from lockstep.engine.workers import Workers
 
@@ -46,7 +45,7 @@ class LeadingRunner(Runner):
         with self.workers.watched():
             return super().launch(batch, weight_version)
 
-    def collect(self, step: LaunchedStep) -> tuple[list[Request], list[Request]]:
+    def collect(self, step: LaunchedStep) -> Collected:
         if step.ready is not None:
             with self.workers.watched():
                 self.workers.wait_for(step.ready)

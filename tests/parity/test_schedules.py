@@ -4,6 +4,7 @@ import random
 
 import pytest
 from models import make_hf_model
+from random_params import random_params
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 
@@ -11,22 +12,6 @@ NUM_REQUESTS = 20
 SCHEDULES_PER_BATCH = 20
 NUM_BATCHES = {"qwen3": 5, "mistral": 5, "qwen3_moe": 1, "deepseek_v3": 1}  # of each model: 240 schedules
 VOCAB = 131
-
-
-def random_params(rng: random.Random) -> SamplingParams:
-    return SamplingParams(
-        max_tokens=rng.randint(1, 40),
-        temperature=rng.choice([0.0, 0.7, 1.0, 1.0, 1.5]),
-        top_p=rng.choice([1.0, 1.0, 0.9]),
-        top_k=rng.choice([-1, -1, 20]),
-        min_p=rng.choice([0.0, 0.0, 0.02]),
-        repetition_penalty=rng.choice([1.0, 1.0, 1.2]),
-        presence_penalty=rng.choice([0.0, 0.0, 0.5]),
-        frequency_penalty=rng.choice([0.0, 0.0, 0.3]),
-        logit_bias=rng.choice([None, None, {5: 3.0, 7: -4.0}]),
-        seed=rng.randrange(2**40),
-        ignore_eos=rng.random() < 0.5,
-    )
 
 
 def random_workload(rng: random.Random) -> list[tuple[list[int], SamplingParams]]:
