@@ -153,6 +153,8 @@ class Request:
     finish_reason: FinishReason | None = None
     num_pending: int = 0  # tokens drawn, or being drawn, on the device that `tokens` does not have yet
 
+    states: list[Any] | None = None  # captured hidden states, see engine.capture; None: it is not captured
+
     drafts: list[int] = field(default_factory=list)  # guesses at the next tokens, for the next step to verify
     drafter_state: Any = None
     num_drafted: int = 0

@@ -27,6 +27,9 @@ MAX_ATTENTION_ITEMS = 8192  # bounds the workspace of planned attention; larger 
 SCORED_ROWS_AT_ONCE = 1024  # bounds the logits of scoring at [1024, vocab]
 PENDING = -1  # a token that only the device knows
 
+# Is told of each step's chunks, whose rows lie end to end in: hidden states [T, H], aux states [T, A * H].
+Observer = Callable[[Sequence[Chunk], torch.Tensor, torch.Tensor], None]
+
 
 @dataclass(frozen=True)
 class LaunchedStep:
@@ -105,7 +108,14 @@ class Runner:
         self.graphs = None
         self.max_running_requests = config.max_running_requests
         self.cuda_graphs = self.on_gpu and cuda_graphs and model.ranks is None
+        self.aux_layers: tuple[int, ...] = ()
+        self.observer: Observer | None = None
         self.take_kv_cache()
+
+    def observe(self, aux_layers: tuple[int, ...], observer: Observer | None) -> None:
+        """From the next step on the observer is told of the hidden states of all rows; None: nobody is."""
+        self.aux_layers, self.observer = aux_layers, observer
+        self.forget_graphs()
 
     def forget_graphs(self) -> None:
         """Graphs are captured anew at their next use: the tensors that they read were replaced."""
@@ -139,7 +149,9 @@ class Runner:
         drafts = [chunk.drafts for chunk in chunks if chunk.samples]
         rows = _rows(chunks, batch.num_tokens)
         if self.graphs is not None and len(drawing) == len(chunks) == num_decodes and self._fits_a_plan(rows):
-            logits, slots = self.graphs.run(rows, self._groups(rows))
+            (logits, *states), slots = self.graphs.run(rows, self._groups(rows))
+            if self.observer is not None:
+                self.observer(chunks, *states)
             tokens, logprobs = self._draw(logits, drawing, drafts, slots)
             scored = []
         else:
@@ -158,7 +170,7 @@ class Runner:
     def follow(self, step: RankStep) -> None:
         """Takes part in a step of rank 0: the same calls of the model, in the same order."""
         self._put_pages(step.new_pages)
-        _, slots, hidden = self._logits(step)
+        _, slots, hidden, _ = self._logits(step)
         if len(step.drawing):
             tokens = torch.empty(len(step.drawing), dtype=torch.int64, device=self.device)
             self.model.ranks.broadcast(tokens)
@@ -199,7 +211,9 @@ class Runner:
         self, step: RankStep, chunks: Sequence[Chunk], drawing: list[Request], drafts: list[Sequence[int]]
     ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[Chunk, torch.Tensor]]]:
         """(tokens and log-probs drawn, log-probs of each scored chunk), host-bound."""
-        logits, slots, hidden = self._logits(step)
+        logits, slots, hidden, aux = self._logits(step)
+        if self.observer is not None:
+            self.observer(chunks, hidden, aux)
         tokens, logprobs = self._draw(logits, drawing, drafts, slots)
         scored = [chunk for chunk in chunks if chunk.request.kind == "score"]
         scores = [
@@ -208,19 +222,20 @@ class Runner:
         ]
         return tokens, logprobs, scores
 
-    def _logits(self, step: RankStep) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """(logits to draw from if any, the slots of their rows, hidden states: of all rows if any is scored)."""
+    def _logits(self, step: RankStep) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(logits to draw from if any, the slots of their rows, hidden states: of all rows if they are scored or
+        observed, aux states of all rows)."""
         # Scoring wants all hidden states, otherwise only those that tokens are drawn from are.
-        is_scored = step.scored.size > 0
-        hidden, slots = self._forward(step, None if is_scored else step.drawing)
+        wants_all = step.scored.size > 0 or self.observer is not None
+        hidden, slots, aux = self._forward(step, None if wants_all else step.drawing)
         drawing_hidden = hidden
-        if is_scored and len(step.drawing):
+        if wants_all and len(step.drawing):
             drawing_rows = self._send(step.drawing)
             drawing_hidden, slots = hidden[drawing_rows], slots[drawing_rows]
-        return self.model.logits(drawing_hidden) if len(step.drawing) else None, slots, hidden
+        return self.model.logits(drawing_hidden) if len(step.drawing) else None, slots, hidden, aux
 
-    def _forward(self, step: RankStep, wanted: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(hidden states [R, H], slots [R]) of the `wanted` rows, or of all."""
+    def _forward(self, step: RankStep, wanted: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(hidden states [R, H], slots [R]) of the `wanted` rows, or of all, and aux states [T, A * H] of all."""
         rows, num_decodes = step.rows, step.num_decodes
         slots, lengths, kv_lens = step.prefills
         num_rows, num_prefills = rows.shape[1], len(slots)
@@ -250,14 +265,21 @@ class Runner:
             part = self._decode_part(last_requests, positions[wanted_rows], planned=planned)
             last_context = AttentionContext(self.kv_caches, kv_slots, (part,), wanted_rows)
         context = AttentionContext(self.kv_caches, kv_slots, tuple(parts))
-        return self.model(token_ids, positions, context, last_context), last_requests
+        hidden, aux = self.model.forward_with_aux(token_ids, positions, context, self.aux_layers, last_context)
+        return hidden, last_requests, aux
 
-    def _decode_logits(self, rows: torch.Tensor, groups: Groups | None) -> torch.Tensor:
-        """Logits [B, V] of a decode step. rows: int64 [3, B], tokens, requests (-1: padding) and positions."""
+    def _decode_logits(self, rows: torch.Tensor, groups: Groups | None) -> tuple[torch.Tensor, ...]:
+        """Logits [B, V] of a decode step, and where they are observed its hidden and its aux states.
+
+        rows: int64 [3, B], tokens, requests (-1: padding) and positions.
+        """
         tokens, requests, positions = rows
         token_ids, kv_slots = self._step_inputs(tokens, requests, positions)
         part = self._decode_part(requests, positions, groups)
-        return self.model.logits(self.model(token_ids, positions, AttentionContext(self.kv_caches, kv_slots, (part,))))
+        context = AttentionContext(self.kv_caches, kv_slots, (part,))
+        hidden, aux = self.model.forward_with_aux(token_ids, positions, context, self.aux_layers)
+        logits = self.model.logits(hidden)
+        return (logits,) if self.observer is None else (logits, hidden, aux)
 
     def _step_inputs(
         self, tokens: torch.Tensor, requests: torch.Tensor, positions: torch.Tensor
