@@ -34,6 +34,9 @@ class Stage:
 STAGES: Mapping[str, Stage] = {
     "sft": Stage("lockstep.recipes.sft:SFTConfig", "lockstep.recipes.sft:run", "supervised fine-tuning"),
     "rl": Stage("lockstep.recipes.rl:RLConfig", "lockstep.recipes.rl:run", "reinforcement learning from rewards"),
+    "draft": Stage(
+        "lockstep.recipes.draft:DraftConfig", "lockstep.recipes.draft:run", "an EAGLE-3 draft for a model, offline"
+    ),
     "eval": Stage(
         "lockstep.recipes.evaluate:EvalConfig", "lockstep.recipes.evaluate:run", "accuracy on held-out tasks"
     ),

@@ -20,7 +20,18 @@ from lockstep.recipes.metrics import METRICS, TIME_PREFIX, format_value, in_orde
 from lockstep.recipes.report_page import PAGE
 from lockstep.recipes.run_directory import read_config, read_metrics, read_rollouts, rollout_steps
 
-PLOTTED = ("reward", "accuracy", "loss", "response_length", "entropy", "grad_norm", "kl", "logprob_diff_max")
+PLOTTED = (
+    "reward",
+    "accuracy",
+    "loss",
+    "response_length",
+    "entropy",
+    "grad_norm",
+    "kl",
+    "logprob_diff_max",
+    "tokens_per_step",
+    "acceptance_0",
+)
 COLOURS = ("#2f6fed", "#e07a1f", "#2a9d63", "#b04ac4", "#c2a200", "#5a6b7b")
 PLOT_STYLE = {
     "svg.fonttype": "none",  # text stays text: smaller, sharp and searchable

@@ -1,13 +1,8 @@
-"""Trains an EAGLE-3 draft with training-time test: it learns on its own earlier outputs, as it will draft.
-
-Unrolled step 0 is given the target's states; step i + 1 is given what step i put out at the same row, one token later,
-and sees in attention what a chain of that length would see (kernels.chain_attention). All steps are trained together.
-"""
+"""Trains an EAGLE-3 draft with training-time test: all unrolled steps together, see unrolled_draft.py."""
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,15 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from lockstep.engine.checkpoint import CheckpointError, flush_to_disk
 from lockstep.engine.models.eagle3 import Eagle3Draft
 from lockstep.engine.weights import checksum
-from lockstep.kernels.chain_attention import chain_attention
-from lockstep.kernels.linear import linear
-from lockstep.kernels.rope import apply_rope
-from lockstep.trainer_bridge.draft_batch import DraftBatch, DraftSequence, check_sequence, pack_drafts
-from lockstep.trainer_bridge.draft_loss import LOSSES, log_acceptance
+from lockstep.trainer_bridge.draft_batch import DraftBatch, DraftSequence
+from lockstep.trainer_bridge.draft_loss import LOSSES
 from lockstep.trainer_bridge.grad_norm import gradient_norm
 from lockstep.trainer_bridge.optimizer import LrSchedule, MasterAdamW, learning_rate
-
-ROWS_AT_ONCE = 1024  # bounds the logits, which are made again in the backward pass
+from lockstep.trainer_bridge.unrolled_draft import Targets, UnrolledDraft, row_chunks
 
 
 @dataclass(frozen=True)
@@ -67,16 +58,6 @@ class DraftTrainerConfig:
             raise ValueError(f"DraftTrainerConfig.lr_schedule={self.lr_schedule!r} needs total_steps")
 
 
-@dataclass(frozen=True)
-class _Targets:
-    """Of N rows of the target: logits of the draft's tokens [N, draft vocabulary], log-sum-exp of all logits over the
-    temperature fp32 [N], and whether the draft has the likeliest token, bool [N]."""
-
-    logits: torch.Tensor
-    lse: torch.Tensor
-    covered: torch.Tensor
-
-
 class DraftTrainer:
     """Trains `draft` in place (in bf16 with fp32 master weights), on its device; deterministic.
 
@@ -86,11 +67,10 @@ class DraftTrainer:
     def __init__(self, config: DraftTrainerConfig, draft: Eagle3Draft, head_weight: torch.Tensor):
         self.config = config
         self.draft = draft.requires_grad_(True)
-        self.head_weight = head_weight.detach()
         self.device = draft.token_map.device
         c = config
-        self.names, parameters = zip(*draft.named_parameters(), strict=True)
-        self.optimizer = MasterAdamW(parameters, (c.adam_beta1, c.adam_beta2), c.adam_epsilon, c.weight_decay)
+        self.unrolled = UnrolledDraft(draft, head_weight, c.num_steps, c.temperature, c.max_tokens_per_micro_batch)
+        self.optimizer = MasterAdamW(draft.parameters(), (c.adam_beta1, c.adam_beta2), c.adam_epsilon, c.weight_decay)
         self.step_count = 0
 
     # Training --------------------------------------------------------------------------------------------------------
@@ -103,7 +83,7 @@ class DraftTrainer:
         draft), tokens, trained_tokens. Raises ValueError if nothing can be trained, and FloatingPointError for a
         non-finite loss or gradient; the weights are as before then.
         """
-        batches = self._pack(sequences)
+        batches = self.unrolled.pack(sequences)
         counts = [sum(len(batch.trained[step]) for batch in batches) for step in range(self.config.num_steps)]
         if not counts[0]:
             raise ValueError("no token of the draft's step is trained on")
@@ -111,7 +91,7 @@ class DraftTrainer:
         covered = torch.zeros((), device=self.device)
         try:
             for batch in batches:
-                targets = self._targets(batch)
+                targets = self.unrolled.targets(batch)
                 covered += targets.covered.sum()
                 batch_losses = self._losses(batch, targets, counts)
                 torch.stack(batch_losses).sum().backward()
@@ -144,116 +124,22 @@ class DraftTrainer:
             "trained_tokens": counts[0],
         }
 
-    @torch.no_grad()
-    def evaluate(self, sequences: Sequence[DraftSequence], draft_temperature: float = 1.0) -> dict[str, float]:
-        """Acceptance under the engine's rule, with the draft's logits divided by draft_temperature.
-
-        acceptance_i is the mean, over trained tokens, of the probability that the chain's token i would be accepted
-        after i accepted ones: for i = 0 just what speculation does, for later i along the given tokens.
-        tokens_per_step = 1 + sum over i of the product of the acceptances up to i.
-        """
-        batches = self._pack(sequences)
-        sums = torch.zeros(self.config.num_steps, dtype=torch.float64, device=self.device)
-        for batch in batches:
-            targets = self._targets(batch)
-            for step, normed in enumerate(self._unroll(batch)):
-                for rows, numbers in self._row_chunks(batch, step):
-                    log_p, log_q = self._log_probs(normed[rows], targets, numbers, draft_temperature)
-                    sums[step] += log_acceptance(log_p, log_q).exp().double().sum()
-        counts = [sum(len(batch.trained[step]) for batch in batches) for step in range(self.config.num_steps)]
-        if not counts[0]:
-            raise ValueError("no token of the sequences can be drafted")
-        acceptances = [total / max(1, count) for total, count in zip(sums.tolist(), counts, strict=True)]
-        expected, reached = 1.0, 1.0
-        for acceptance in acceptances:
-            reached *= acceptance
-            expected += reached
-        named = {f"acceptance_{step}": acceptance for step, acceptance in enumerate(acceptances)}
-        return {**named, "tokens_per_step": expected}
-
-    def tune_temperature(
-        self, sequences: Sequence[DraftSequence], candidates: Sequence[float] = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25)
-    ) -> float:
-        """The candidate under which the most tokens per step are expected. Any is exact: it changes the speed alone."""
-        return max(candidates, key=lambda candidate: self.evaluate(sequences, candidate)["tokens_per_step"])
-
-    def _pack(self, sequences: Sequence[DraftSequence]) -> list[DraftBatch]:
-        for sequence in sequences:
-            check_sequence(sequence, self.draft.config)
-        return pack_drafts(sequences, self.config.max_tokens_per_micro_batch, self.config.num_steps, self.device)
-
-    def _losses(self, batch: DraftBatch, targets: _Targets, counts: Sequence[int]) -> list[torch.Tensor]:
+    def _losses(self, batch: DraftBatch, targets: Targets, counts: Sequence[int]) -> list[torch.Tensor]:
         """Of each unrolled step: the weighted share of this batch."""
         losses = []
-        for step, normed in enumerate(self._unroll(batch)):
+        for step, normed in enumerate(self.unrolled.steps(batch)):
             share = self.config.step_decay**step / max(1, counts[step])
             parts = [normed.new_zeros((), dtype=torch.float32)]
-            for rows, numbers in self._row_chunks(batch, step):
-                parts.append(checkpoint(self._chunk_loss, normed[rows], targets, numbers, use_reentrant=False))
+            for rows, numbers in row_chunks(batch, step):
+                # The logits are made again in the backward pass; nothing is drawn there.
+                options = {"use_reentrant": False, "preserve_rng_state": False}
+                parts.append(checkpoint(self._chunk_loss, normed[rows], targets, numbers, **options))
             losses.append(share * torch.stack(parts).sum())
         return losses
 
-    def _chunk_loss(self, normed: torch.Tensor, targets: _Targets, numbers: torch.Tensor) -> torch.Tensor:
-        losses = LOSSES[self.config.loss](*self._log_probs(normed, targets, numbers))
+    def _chunk_loss(self, normed: torch.Tensor, targets: Targets, numbers: torch.Tensor) -> torch.Tensor:
+        losses = LOSSES[self.config.loss](*self.unrolled.log_probs(normed, targets, numbers))
         return losses.where(targets.covered[numbers], 0.0).sum()
-
-    def _row_chunks(self, batch: DraftBatch, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(rows, numbers of their targets), a bounded number at a time."""
-        if len(batch.trained[step]):
-            yield from zip(
-                batch.trained[step].split(ROWS_AT_ONCE), batch.targets[step].split(ROWS_AT_ONCE), strict=True
-            )
-
-    def _log_probs(
-        self, normed: torch.Tensor, targets: _Targets, numbers: torch.Tensor, draft_temperature: float = 1.0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(log p, log q) [R, draft vocabulary] in fp32 of rows and of their targets."""
-        temperature = self.config.temperature
-        log_q = (self.draft.logits(normed).float() / (temperature * draft_temperature)).log_softmax(-1)
-        log_p = targets.logits[numbers].float() / temperature - targets.lse[numbers, None]
-        return log_p, log_q
-
-    @torch.no_grad()
-    def _targets(self, batch: DraftBatch) -> _Targets:
-        token_map = self.draft.token_map
-        is_drafted = torch.zeros(len(self.head_weight), dtype=torch.bool, device=self.device)
-        is_drafted[token_map] = True
-        parts = []
-        for rows in batch.target_rows.split(ROWS_AT_ONCE):
-            logits = linear(batch.last[rows], self.head_weight)
-            lse = (logits.float() / self.config.temperature).logsumexp(-1)
-            parts.append((logits[:, token_map], lse, is_drafted[logits.argmax(-1)]))
-        return _Targets(*(torch.cat(part) for part in zip(*parts, strict=True)))
-
-    def _unroll(self, batch: DraftBatch) -> Iterator[torch.Tensor]:
-        """The rows' normed states [T, H], step by step."""
-        last_position = self.draft.config.max_position_embeddings - 1
-        keys: list[torch.Tensor] = []
-        values: list[torch.Tensor] = []
-        g = self.draft.combine(batch.aux)
-        for step, token_ids in enumerate(batch.token_ids):
-            # Only rows that are not trained would be past the end.
-            positions = (batch.positions + step).clamp(max=last_position)
-            attend = partial(self._attend, positions=positions, keys=keys, values=values, cu_seqlens=batch.cu_seqlens)
-            normed, g = self.draft.layer(g, token_ids, attend)
-            yield normed
-
-    def _attend(
-        self,
-        qkv: torch.Tensor,
-        positions: torch.Tensor,
-        keys: list[torch.Tensor],
-        values: list[torch.Tensor],
-        cu_seqlens: torch.Tensor,
-    ) -> torch.Tensor:
-        """The attention of the next step of all chains; appends its keys and values."""
-        config, table = self.draft.config, self.draft.rope_cos_sin
-        by_group = qkv.view(len(qkv), config.num_kv_heads, -1, config.head_dim)
-        q = by_group[:, :, :-2].reshape(len(qkv), config.num_heads, config.head_dim)
-        keys.append(apply_rope(by_group[:, :, -2], table, positions))
-        values.append(by_group[:, :, -1].contiguous())
-        out = chain_attention(apply_rope(q, table, positions), keys, values, cu_seqlens, config.head_dim**-0.5)
-        return out.flatten(1)
 
     # Weights and checkpoints -----------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import torch
 
 from lockstep.recipes.bench.shapes import SHAPES
 
-Suite = Literal["cpu", "engine", "trainer", "kernels"]
+Suite = Literal["cpu", "engine", "trainer", "draft", "kernels"]
 DEFAULT_SHAPE = {"cpu": "small", "cuda": "qwen3-8b"}
 
 
@@ -18,7 +18,8 @@ class BenchConfig:
     """What is timed.
 
     suite: "cpu", the small workloads that a CPU can do (the default without a GPU); "engine", the workloads W1 to W5
-        (the default with one); "trainer", training steps; "kernels", one op at a time.
+        (the default with one); "trainer", training steps; "draft", those of an EAGLE-3 draft; "kernels", one op at a
+        time.
     device: "cpu" or "cuda"; null is cuda where there is one.
     shape: an architecture with random weights: qwen3-8b (the default on a GPU), qwen3-1.7b, qwen3-0.6b, small (the
         default on a CPU). The trainer suite without a shape takes the first three.

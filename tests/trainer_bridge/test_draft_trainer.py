@@ -8,7 +8,7 @@ from drafts import SlowDraft, make_draft, target_config
 from safetensors.torch import load_file
 
 from lockstep.engine.draft_checkpoint import save_draft
-from lockstep.trainer_bridge import draft_trainer
+from lockstep.trainer_bridge import unrolled_draft
 from lockstep.trainer_bridge.draft_batch import DraftSequence
 from lockstep.trainer_bridge.draft_trainer import DraftTrainer, DraftTrainerConfig
 
@@ -81,8 +81,78 @@ def slow_loss(trainer, batch, tmp_path):
 @pytest.mark.parametrize("loss", ["soft_cross_entropy", "acceptance"])
 @pytest.mark.parametrize("max_tokens", [64, 14])
 def test_loss_equals_loops(options, loss, max_tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(draft_trainer, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(unrolled_draft, "ROWS_AT_ONCE", 3)
     trainer = make_trainer(options, loss=loss, max_tokens_per_micro_batch=max_tokens)
     batch = sequences()
     expected = slow_loss(trainer, batch, tmp_path)
     assert trainer.step(batch)["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["soft_cross_entropy", "acceptance"])
+def test_training_lowers_the_loss_and_raises_acceptance(loss):
+    trainer = make_trainer(loss=loss, num_steps=3)
+    batch = sequences()
+    before = trainer.unrolled.evaluate(batch)
+    losses = [trainer.step(batch)["loss"] for _ in range(30)]
+    after = trainer.unrolled.evaluate(batch)
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(after[f"acceptance_{step}"] > before[f"acceptance_{step}"] for step in range(3))
+    product = [after["acceptance_0"], after["acceptance_0"] * after["acceptance_1"]]
+    product.append(product[1] * after["acceptance_2"])
+    assert after["tokens_per_step"] == pytest.approx(1 + sum(product))
+
+
+def test_the_tuned_temperature_is_the_best_candidate():
+    trainer = make_trainer(num_steps=2)
+    with torch.no_grad():
+        trainer.draft.output_layer.weight.mul_(2.0)
+    candidates = (0.5, 1.0, 2.0)
+    scores = {c: trainer.unrolled.evaluate(sequences(), c)["tokens_per_step"] for c in candidates}
+    assert trainer.unrolled.tune_temperature(sequences(), candidates) == max(candidates, key=scores.get)
+
+
+def test_a_run_that_was_resumed_ends_with_the_same_bits(tmp_path):
+    def steps(trainer, numbers):
+        for number in numbers:
+            trainer.step(sequences(seed=number))
+        return trainer.weights_hash()
+
+    whole = steps(make_trainer(), range(4))
+    first = make_trainer()
+    steps(first, range(2))
+    first.save(tmp_path / "trainer")
+    again = make_trainer()
+    again.load(tmp_path / "trainer")
+    assert again.step_count == 2
+    assert steps(again, range(2, 4)) == whole
+    assert steps(make_trainer(), range(3)) != whole
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
+    trainer = make_trainer()
+    trainer.save(tmp_path / "trainer")
+    tensors = load_file(tmp_path / "trainer")
+    del tensors["exp_avg/fc.weight"]
+    save_file(tensors, tmp_path / "trainer", metadata={"step_count": "0"})
+    with pytest.raises(CheckpointError, match="only one side has exp_avg/fc.weight"):
+        trainer.load(tmp_path / "trainer")
+
+
+def test_what_cannot_be_trained_is_refused():
+    trainer = make_trainer()
+    (good, *_) = sequences()
+    short = DraftSequence(good.token_ids, good.loss_mask, good.aux[:-1], good.last)
+    with pytest.raises(ValueError, match=r"draft sequence of 9 tokens: aux is \(7, 96\), not \(8, 96\)"):
+        trainer.step([short])
+    untrained = DraftSequence(good.token_ids, [False] * 9, good.aux, good.last)
+    with pytest.raises(ValueError, match="no token of the draft's step is trained on"):
+        trainer.step([untrained])
+    with pytest.raises(ValueError, match="loss must be one of soft_cross_entropy, acceptance"):
+        DraftTrainerConfig(loss="hinge")
+
+
+def test_frequent_tokens():
+    counts = torch.tensor([3, 0, 7, 3, 1, 3])
+    assert frequent_tokens(counts, 3).tolist() == [0, 2, 3]
+    with pytest.raises(ValueError, match="7 tokens out of 6"):
+        frequent_tokens(counts, 7)
