@@ -30,7 +30,6 @@ def path(tmp_path_factory):
 
 
 def text_file(tmp_path, path):
-    """What the target itself writes, as token ids would be too easy to mistake: as text."""
     file = tmp_path / "texts.txt"
     words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and"]
     file.write_text("\n".join(" ".join(words[(i + j) % 10] for j in range(6)) for i in range(12)))
@@ -83,6 +82,11 @@ def test_sources_that_do_not_serve_are_refused(changes, message, tmp_path, path,
         draft.run(make_config(tmp_path, path, **changes))
 
 
+def sample_of(output, step):
+    prompt, response = tuple(output.prompt_ids), tuple(output.token_ids)
+    return Sample("p", step, 0, 0, 0, prompt, response, tuple(output.logprobs), (), "length", "", 0.0, False)
+
+
 def rollout(engine, step):
     prompts = [[5 + i, 6, 7] for i in range(4) for _ in range(4)]
     params = [SamplingParams(max_tokens=12, seed=100 * step + i, ignore_eos=True) for i in range(16)]
@@ -101,7 +105,10 @@ def make_stage(tmp_path, path, published, **changes):
     if not start.exists():
         save_draft(start, new_draft(engine, [DraftText(tuple(range(320)), 0)], 200, seed=3))
     config = DraftStageConfig(start=str(start), sequences_per_update=4, held_out_every=3, trainer=TRAINER)
-    publish = lambda named, version: published.append((version, {name: weight.clone() for name, weight in named}))
+
+    def publish(named, version):
+        published.append((version, {name: weight.clone() for name, weight in named}))
+
     return engine, DraftStage(replace(config, **changes), engine, publish)
 
 
@@ -120,9 +127,8 @@ def test_online_it_learns_from_rollouts_publishes_what_is_no_worse_and_resumes(t
         better = m["draft/tokens_per_step"] >= m["draft/tokens_per_step_served"]
         assert bool(m["draft/published"]) == better
     assert metrics[0]["draft/published"] == 1.0
-    assert [version for version, _ in published] == [
-        s for s, m in zip((1, 2, 3), metrics, strict=True) if m["draft/published"]
-    ]
+    versions = [step for step, m in zip((1, 2, 3), metrics, strict=True) if m["draft/published"]]
+    assert [version for version, _ in published] == versions
     assert all(torch.equal(published[-1][1][name], p) for name, p in stage.served.named_parameters())
 
     again_published = []
