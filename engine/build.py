@@ -13,6 +13,7 @@ from lockstep.engine.models.names import expand, head_matrix_shapes
 from lockstep.engine.models.sharding import check_divides, parameter_shards
 from lockstep.engine.rank_group import RankGroup
 from lockstep.engine.scheduler import SchedulerConfig
+from lockstep.engine.speculation.build import has_draft_model
 from lockstep.kernels import numerics
 
 if TYPE_CHECKING:
@@ -82,14 +83,24 @@ def scheduler_config(config: EngineConfig, model_config: ModelConfig) -> Schedul
         page_size=config.page_size or PAGE_SIZE[torch.device(config.device).type],
         max_model_len=longest,
         enable_prefix_cache=config.enable_prefix_cache,
+        num_chain_tokens=config.num_draft_tokens if has_draft_model(config) else 0,
     )
 
 
-def num_kv_pages(config: EngineConfig, sizes: SchedulerConfig, model: Decoder, device: torch.device) -> int:
-    """Pages of KV that this rank has memory for, its weights being there."""
+def num_kv_pages(
+    config: EngineConfig,
+    sizes: SchedulerConfig,
+    model: Decoder,
+    device: torch.device,
+    draft_elements_per_token: int = 0,
+) -> int:
+    """Pages of KV that this rank has memory for, its weights being there.
+
+    draft_elements_per_token: of a draft model's keys and values, which lie in the same pages.
+    """
     local, page_size = model.local_config, sizes.page_size
     itemsize = getattr(torch, config.dtype).itemsize
-    page_bytes = local.num_layers * local.kv_elements_per_token * page_size * itemsize
+    page_bytes = (local.num_layers * local.kv_elements_per_token + draft_elements_per_token) * page_size * itemsize
     if config.kv_cache_tokens is not None:
         if config.kv_cache_tokens < page_size:
             raise ValueError(f"kv_cache_tokens={config.kv_cache_tokens} is less than a page of {page_size}")

@@ -8,7 +8,8 @@ import torch
 from lockstep.engine.prefix_groups import PrefixGroups
 from lockstep.kernels.attention_plan import Groups
 
-Forward = Callable[[torch.Tensor, Groups | None], tuple[torch.Tensor, ...]]
+Outputs = tuple[torch.Tensor, ...]
+Forward = Callable[[torch.Tensor, Groups | None], Outputs]
 
 
 def bucket_sizes(max_rows: int) -> list[int]:
@@ -19,8 +20,7 @@ def bucket_sizes(max_rows: int) -> list[int]:
 
 
 class DecodeGraphs:
-    """Replays `forward` (int64 rows [3, B], groups or None -> tensors of B rows each) for any number of rows up to
-    max_rows.
+    """Replays `forward` (int64 rows [3, B], groups or None -> tensors of B rows) for any number of rows up to max_rows.
 
     A step of n rows runs the graph of the next bucket, whose other rows are padding (slot -1). Graphs, with and without
     groups, are captured at first use and share one memory pool, so outputs hold until the next replay. They read
@@ -32,10 +32,10 @@ class DecodeGraphs:
         self._device = device
         self._buckets = bucket_sizes(max_rows)
         self._pool = torch.cuda.graph_pool_handle()
-        self._captured: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor, tuple[torch.Tensor, ...]]] = {}
+        self._captured: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor, Outputs]] = {}
 
-    def run(self, rows: np.ndarray, groups: PrefixGroups | None) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-        """(outputs of n rows each, slots [n]) of the rows [3, n] (tokens, slots, positions); until the next run."""
+    def run(self, rows: np.ndarray, groups: PrefixGroups | None) -> tuple[Outputs, torch.Tensor]:
+        """(outputs [n, ...], slots [n]) of the rows [3, n] (tokens, slots, positions); both hold until the next run."""
         num_rows = rows.shape[1]
         bucket = next(size for size in self._buckets if size >= num_rows)
         key = (bucket, groups is not None)
@@ -46,9 +46,7 @@ class DecodeGraphs:
         graph.replay()
         return tuple(output[:num_rows] for output in outputs), inputs[bucket : bucket + num_rows]
 
-    def _capture(
-        self, bucket: int, grouped: bool
-    ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, tuple[torch.Tensor, ...]]:
+    def _capture(self, bucket: int, grouped: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, Outputs]:
         no_rows = np.empty((3, 0), np.int64)
         no_groups = PrefixGroups(np.empty(0, np.int64), []) if grouped else None
         inputs = _packed(no_rows, no_groups, bucket).to(self._device)
@@ -58,7 +56,7 @@ class DecodeGraphs:
             outputs = self._run(inputs, bucket, grouped)
         return graph, inputs, outputs
 
-    def _run(self, inputs: torch.Tensor, bucket: int, grouped: bool) -> tuple[torch.Tensor, ...]:
+    def _run(self, inputs: torch.Tensor, bucket: int, grouped: bool) -> Outputs:
         rows = inputs[: 3 * bucket].view(3, bucket)
         groups = None
         if grouped:

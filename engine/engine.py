@@ -20,7 +20,7 @@ from lockstep.engine.radix_cache import RadixCache
 from lockstep.engine.request import Request, RequestOutput, SamplingParams
 from lockstep.engine.runner import LaunchedStep, Runner
 from lockstep.engine.scheduler import Scheduler
-from lockstep.engine.speculation.build import check_speculation, new_speculation
+from lockstep.engine.speculation.build import check_speculation, load_draft_model, new_eagle, new_speculation
 from lockstep.engine.tensor_parallel import LeadingRunner, LeadingWeights, start_workers
 from lockstep.engine.workers import RankError, Workers
 
@@ -133,7 +133,8 @@ class Engine:
         self.workers: Workers | None = start_workers(config, self.model_config) if config.tp_size > 1 else None
         try:
             self.model = build_model(config, self.model_config, device, self.workers and self.workers.group)
-            num_pages = num_kv_pages(config, sizes, self.model, device)
+            draft = load_draft_model(config, self.model)
+            num_pages = num_kv_pages(config, sizes, self.model, device, draft.config.kv_elements if draft else 0)
             if self.workers is not None:
                 with self.workers.watched():
                     num_pages = self.workers.meet(num_pages)
@@ -148,6 +149,7 @@ class Engine:
         self.pool = PagePool(num_pages)
         self.cache = RadixCache(self.pool, sizes.page_size)
         self.scheduler = Scheduler(sizes, self.pool, self.cache)
+        eagle = new_eagle(config, draft, sizes, num_pages)
         runner = Runner if self.workers is None else partial(LeadingRunner, self.workers)
         self.runner = runner(
             self.model,
@@ -157,9 +159,11 @@ class Engine:
             getattr(torch, config.dtype),
             config.cuda_graphs,
             config.group_prefixes,
+            drafter=eagle,
+            num_draft_tokens=config.num_draft_tokens,
         )
         self.capture: Capture | None = None
-        self.speculation = new_speculation(config, self.model_config.vocab_size)
+        self.speculation = new_speculation(config, eagle, self.model_config.vocab_size)
         self.overlaps = config.overlap and device.type == "cuda"
         self.in_flight: LaunchedStep | None = None
         self.editing: list[Request] = []  # requests whose draws depend on their earlier tokens: they do not overlap
@@ -280,7 +284,7 @@ class Engine:
         if self.aliased is not None:
             self.aliased.check_current(self.weight_version)
         batch = self.scheduler.schedule()
-        launched = self.runner.launch(batch, self.weight_version) if batch.chunks else None
+        launched = self.runner.launch(batch, self.weight_version, speculates) if batch.chunks else None
         due, self.in_flight = (self.in_flight, launched) if overlaps else (launched, None)
         try:
             results += self._collect(due)
@@ -350,7 +354,7 @@ class Engine:
         self._check_idle("stop_capture")
         self._drain()
         self.capture = None
-        self.runner.observe((), None)
+        self.runner.stop_observing()
 
     def _check_idle(self, what: str) -> None:
         if self.scheduler.has_work:
@@ -396,6 +400,8 @@ class Engine:
         self._drain()
         for name, tensor in staged.items():
             self.weight_targets[name].data = tensor
+        if self.runner.follower is not None:
+            self.runner.follower.drafter.draft.share_embedding(self.model.embedding.word_embeddings.weight)
         self.runner.forget_graphs()
         self.aliased = weights.AliasedWeights(staged, num_changes)
         self._set_version(version, "recompute")
@@ -423,6 +429,22 @@ class Engine:
     def end_updates(self) -> None:
         """Frees the memory of `begin_update`."""
         self.update_buffers = None
+
+    def update_draft(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Replaces the draft model's weights in place, between two steps; no output changes by a bit.
+
+        named_tensors: all of `eagle3.expand`, and "token_map", the target's ids of the draft's vocabulary. version:
+        larger than stats()["draft_version"]. Raises ValueError that names the tensor, or says that the version is old,
+        or that there is no draft model; the old draft then serves on.
+        """
+        self._check_running()
+        if self.runner.follower is None:
+            raise ValueError(f"update_draft: this engine has no draft model, draft_model={self.config.draft_model!r}")
+        drafter = self.runner.follower.drafter
+        drafter.check_version(version)
+        staged = weights.stage(named_tensors, drafter.update_targets())
+        self._drain()
+        drafter.update(staged, version)
 
     def _require_one_rank(self, method: str) -> None:
         if self.rank_weights is not None:

@@ -9,13 +9,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lockstep.engine.decode_graphs import DecodeGraphs
+from lockstep.engine.decode_graphs import DecodeGraphs, bucket_sizes
 from lockstep.engine.models.decoder import AttentionContext, AttentionPart, Decoder, new_layer_caches
 from lockstep.engine.prefix_groups import PrefixGroups, find_groups, order_by_prefix
 from lockstep.engine.rank_step import RankStep
 from lockstep.engine.request import Request
 from lockstep.engine.sampler import Sampler
 from lockstep.engine.scheduler import Chunk, SchedulerConfig, StepBatch
+from lockstep.engine.speculation.draft_runner import DraftRunner, TargetStep
+from lockstep.engine.speculation.eagle import Chain, EagleDrafter
+from lockstep.engine.speculation.step_graphs import StepGraphs
+from lockstep.engine.speculation.step_rows import MAX_VERIFY_ITEMS, StepSize, pack, unpack
 from lockstep.engine.speculation.verification import Verified, num_valid, rows_to_draw
 from lockstep.engine.transfer import to_device, to_host
 from lockstep.kernels.attention_plan import GROUP_ROWS, Groups, num_attention_items, plan_attention
@@ -25,6 +29,7 @@ from lockstep.kernels.step_inputs import step_inputs
 
 MAX_ATTENTION_ITEMS = 8192  # bounds the workspace of planned attention; larger steps go without a plan
 SCORED_ROWS_AT_ONCE = 1024  # bounds the logits of scoring at [1024, vocab]
+MAX_VERIFY_GRAPH_REQUESTS = 64  # larger steps that verify drafts are not worth the memory of a graph
 PENDING = -1  # a token that only the device knows
 
 # Is told of each step's chunks, whose rows lie end to end in: hidden states [T, H], aux states [T, A * H].
@@ -35,7 +40,7 @@ Observer = Callable[[Sequence[Chunk], torch.Tensor, torch.Tensor], None]
 class LaunchedStep:
     """A step whose results are on their way: `tokens` and `logprobs` of `drawing`, and log-probs per scored chunk.
 
-    A request of `drawing` has as many tokens as `drafts`, and one more.
+    A request of `drawing` has as many tokens as `drafts`, and one more. chains [B, k]: drafts for its next step.
 
     The tensors are the host's; they hold the results once `ready` has happened (at once where it is None).
     """
@@ -47,6 +52,7 @@ class LaunchedStep:
     tokens: torch.Tensor
     logprobs: torch.Tensor
     scored: list[tuple[Chunk, torch.Tensor]]
+    chains: torch.Tensor | None
     ready: torch.cuda.Event | None
 
 
@@ -84,6 +90,8 @@ class Runner:
         cuda_graphs: bool = True,
         group_prefixes: bool = True,
         announce: Callable[[RankStep], None] | None = None,
+        drafter: EagleDrafter | None = None,
+        num_draft_tokens: int = 0,
     ):
         self.model = model
         self.announce = announce
@@ -107,36 +115,59 @@ class Runner:
         self.group_requests = max(1, GROUP_ROWS // (shape.num_heads // shape.num_kv_heads))
         self.graphs = None
         self.max_running_requests = config.max_running_requests
+        self.follower = drafter and DraftRunner(drafter, self.page_table, self.last_tokens)
+        self.aux_layers = drafter.draft.config.aux_layers if drafter else ()
+        self.max_queries = 1 + num_draft_tokens
+        self.verify_graphs = None
         self.cuda_graphs = self.on_gpu and cuda_graphs and model.ranks is None
-        self.aux_layers: tuple[int, ...] = ()
         self.observer: Observer | None = None
         self.take_kv_cache()
 
-    def observe(self, aux_layers: tuple[int, ...], observer: Observer | None) -> None:
-        """From the next step on the observer is told of the hidden states of all rows; None: nobody is."""
+    def observe(self, aux_layers: tuple[int, ...], observer: Observer) -> None:
+        """From the next step on the observer is told of the hidden states of all rows.
+
+        Raises ValueError for other aux layers than those that a draft model reads here.
+        """
+        if self.follower is not None and aux_layers != self.aux_layers:
+            raise ValueError(f"aux_layers={aux_layers}, but the engine's draft model reads {self.aux_layers}")
         self.aux_layers, self.observer = aux_layers, observer
+        self.forget_graphs()
+
+    def stop_observing(self) -> None:
+        self.aux_layers, self.observer = self.aux_layers if self.follower is not None else (), None
         self.forget_graphs()
 
     def forget_graphs(self) -> None:
         """Graphs are captured anew at their next use: the tensors that they read were replaced."""
         if self.cuda_graphs:
             self.graphs = DecodeGraphs(self._decode_logits, self.max_running_requests, self.device)
+            self.verify_graphs = StepGraphs(self._verify_logits)
+            if self.follower is not None:
+                self.follower.forget_graphs()
 
     def take_kv_cache(self) -> None:
         """Memory for the cache, at first and after `free_kv_cache`."""
         self.kv_caches = new_layer_caches(*self.cache_shape)
+        if self.follower is not None:
+            self.follower.drafter.take_kv_cache()
         self.forget_graphs()
 
     def free_kv_cache(self) -> None:
         """Gives the cache's memory back to the device, until `take_kv_cache`."""
         self.kv_caches = []
+        if self.follower is not None:
+            self.follower.drafter.free_kv_cache()
+            self.follower.graphs = None
         if self.on_gpu:
-            self.graphs = None  # they hold memory of their own, and the addresses of the old cache
+            self.graphs = self.verify_graphs = None  # they hold memory of their own, and addresses of the old cache
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def launch(self, batch: StepBatch, weight_version: int) -> LaunchedStep:
-        """Starts the computation of the batch; `collect` gives its requests what they are due."""
+    def launch(self, batch: StepBatch, weight_version: int, chains: bool = False) -> LaunchedStep:
+        """Starts the computation of the batch; `collect` gives its requests what they are due.
+
+        chains: and drafts for their next step, where there is a draft model.
+        """
         # On a GPU decodes and prefills take different attention kernels, so each kind's rows lie together.
         chunks = sorted(batch.chunks, key=_is_prefill) if self.on_gpu else batch.chunks
         new_pages = self._new_pages(chunks)
@@ -148,23 +179,35 @@ class Runner:
         drawing = [chunk.request for chunk in chunks if chunk.samples]
         drafts = [chunk.drafts for chunk in chunks if chunk.samples]
         rows = _rows(chunks, batch.num_tokens)
+        scored = []
         if self.graphs is not None and len(drawing) == len(chunks) == num_decodes and self._fits_a_plan(rows):
-            (logits, *states), slots = self.graphs.run(rows, self._groups(rows))
+            (logits, aux, hidden), slots = self.graphs.run(rows, self._groups(rows))
             if self.observer is not None:
-                self.observer(chunks, *states)
+                self.observer(chunks, hidden, aux)
             tokens, logprobs = self._draw(logits, drawing, drafts, slots)
-            scored = []
+            drafted = self._follow_graph(rows, chunks, aux, tokens, chains)
+        elif self.verify_graphs is not None and (size := self._verify_size(chunks, num_decodes)) is not None:
+            packed = pack(rows, drawing, [chunk.length for chunk in chunks], self.page_size, size)
+            logits, aux, hidden, slots = self.verify_graphs.run(size, (packed,), lambda: (self._no_rows(size),))
+            num_rows = rows.shape[1]
+            if self.observer is not None:
+                self.observer(chunks, hidden[:num_rows], aux[:num_rows])
+            tokens, logprobs = self._draw(logits[:num_rows], drawing, drafts, slots[:num_rows])
+            drafted = self._follow_graph(rows, chunks, aux[:num_rows], tokens, chains)
         else:
             step = _rank_step(rows, chunks, num_decodes, new_pages)
             if self.announce is not None:
                 self.announce(step)
-            tokens, logprobs, scored = self._launch_eagerly(step, chunks, drawing, drafts)
+            tokens, logprobs, scored, drafted = self._launch_eagerly(step, chunks, drawing, drafts, chains)
+        # In the order in which the device makes them.
+        tokens, logprobs = to_host(tokens), to_host(logprobs)
+        drafted = None if drafted is None else to_host(drafted)
         ready = None
         if self.on_gpu:
             ready = torch.cuda.Event()
             ready.record()
         requests = [chunk.request for chunk in batch.chunks if chunk.samples or chunk.request.kind == "score"]
-        return LaunchedStep(weight_version, requests, drawing, drafts, tokens, logprobs, scored, ready)
+        return LaunchedStep(weight_version, requests, drawing, drafts, tokens, logprobs, scored, drafted, ready)
 
     @torch.inference_mode()
     def follow(self, step: RankStep) -> None:
@@ -185,8 +228,9 @@ class Runner:
             step.ready.synchronize()
         tokens, logprobs = step.tokens.tolist(), step.logprobs.tolist()
         broken, verified = [], []
+        chains = [] if step.chains is None else step.chains.tolist()
         first = 0
-        for request, drafts in zip(step.drawing, step.drafts, strict=True):
+        for place, (request, drafts) in enumerate(zip(step.drawing, step.drafts, strict=True)):
             rows = range(first, first + 1 + len(drafts))
             first = rows.stop
             request.num_pending -= 1
@@ -201,6 +245,8 @@ class Runner:
                 broken.append(request)
             for row in rows:
                 request.append(tokens[row], logprobs[row], step.weight_version)
+            if chains:
+                request.drafter_state = Chain(len(request.tokens), chains[place])
         for chunk, scores in step.scored:
             del chunk.request.logprobs[chunk.start :]  # a preempted request starts over
             chunk.request.logprobs += scores.tolist()
@@ -208,34 +254,44 @@ class Runner:
         return Collected(served, broken, verified)
 
     def _launch_eagerly(
-        self, step: RankStep, chunks: Sequence[Chunk], drawing: list[Request], drafts: list[Sequence[int]]
-    ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[Chunk, torch.Tensor]]]:
-        """(tokens and log-probs drawn, log-probs of each scored chunk), host-bound."""
-        logits, slots, hidden, aux = self._logits(step)
+        self,
+        step: RankStep,
+        chunks: Sequence[Chunk],
+        drawing: list[Request],
+        drafts: list[Sequence[int]],
+        chains: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[Chunk, torch.Tensor]], torch.Tensor | None]:
+        """(tokens and log-probs drawn; log-probs of each scored chunk, host-bound; drafts for the next step)."""
+        logits, slots, hidden, computed = self._logits(step)
         if self.observer is not None:
-            self.observer(chunks, hidden, aux)
+            self.observer(chunks, hidden, computed.aux)
         tokens, logprobs = self._draw(logits, drawing, drafts, slots)
         scored = [chunk for chunk in chunks if chunk.request.kind == "score"]
         scores = [
             (chunk, to_host(self._scores(hidden[first:end], chunk)))
             for chunk, (first, end) in zip(scored, step.scored.T, strict=True)
         ]
-        return tokens, logprobs, scores
+        drafted = None
+        if self.follower is not None:
+            drafted = self.follower.follow(computed, chunks, step.drawing, tokens, chains)
+        return tokens, logprobs, scores, drafted
 
-    def _logits(self, step: RankStep) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(logits to draw from if any, the slots of their rows, hidden states: of all rows if they are scored or
-        observed, aux states of all rows)."""
+    def _logits(self, step: RankStep) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, TargetStep]:
+        """(logits to draw from if any, the slots of their rows, hidden states, what else was computed).
+
+        The hidden states are of all rows if any is scored or they are observed.
+        """
         # Scoring wants all hidden states, otherwise only those that tokens are drawn from are.
         wants_all = step.scored.size > 0 or self.observer is not None
-        hidden, slots, aux = self._forward(step, None if wants_all else step.drawing)
+        hidden, slots, computed = self._forward(step, None if wants_all else step.drawing)
         drawing_hidden = hidden
         if wants_all and len(step.drawing):
             drawing_rows = self._send(step.drawing)
             drawing_hidden, slots = hidden[drawing_rows], slots[drawing_rows]
-        return self.model.logits(drawing_hidden) if len(step.drawing) else None, slots, hidden, aux
+        return self.model.logits(drawing_hidden) if len(step.drawing) else None, slots, hidden, computed
 
-    def _forward(self, step: RankStep, wanted: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(hidden states [R, H], slots [R]) of the `wanted` rows, or of all, and aux states [T, A * H] of all."""
+    def _forward(self, step: RankStep, wanted: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor, TargetStep]:
+        """(hidden states [R, H], slots [R]) of the `wanted` rows, or of all; and what a draft needs of all."""
         rows, num_decodes = step.rows, step.num_decodes
         slots, lengths, kv_lens = step.prefills
         num_rows, num_prefills = rows.shape[1], len(slots)
@@ -266,10 +322,55 @@ class Runner:
             last_context = AttentionContext(self.kv_caches, kv_slots, (part,), wanted_rows)
         context = AttentionContext(self.kv_caches, kv_slots, tuple(parts))
         hidden, aux = self.model.forward_with_aux(token_ids, positions, context, self.aux_layers, last_context)
-        return hidden, last_requests, aux
+        return hidden, last_requests, TargetStep(aux, token_ids, requests, positions, kv_slots, context.parts)
+
+    def _follow_graph(
+        self, rows: np.ndarray, chunks: Sequence[Chunk], aux: torch.Tensor, draws: torch.Tensor, chains: bool
+    ) -> torch.Tensor | None:
+        """The draft's part after a step that was a graph. Drafts for the next one, if it `chains`."""
+        if self.follower is None:
+            return None
+        lengths = [chunk.length for chunk in chunks]
+        size = StepSize(self._bucket(len(chunks)), 1 if rows.shape[1] == len(chunks) else self.max_queries)
+        packed = pack(rows, [chunk.request for chunk in chunks], lengths, self.page_size, size)
+        drafted = self.follower.follow_graph(packed, size, aux, draws, chains)
+        return None if drafted is None else drafted[: len(chunks)]
+
+    def _verify_size(self, chunks: Sequence[Chunk], num_decodes: int) -> StepSize | None:
+        """The graph for a step in which all rows are drawn from and some are drafts; None where there is none."""
+        if num_decodes == len(chunks) or len(chunks) > MAX_VERIFY_GRAPH_REQUESTS:
+            return None
+        if not all(chunk.samples and chunk.length == 1 + len(chunk.drafts) for chunk in chunks):
+            return None
+        if num_attention_items([chunk.start + chunk.length for chunk in chunks]) > MAX_VERIFY_ITEMS:
+            return None
+        return StepSize(self._bucket(len(chunks)), self.max_queries)
+
+    def _bucket(self, num_requests: int) -> int:
+        return next(size for size in bucket_sizes(self.max_running_requests) if size >= num_requests)
+
+    def _no_rows(self, size: StepSize) -> torch.Tensor:
+        return pack(np.zeros((3, 0), np.int64), [], [], self.page_size, size).to(self.device)
+
+    def _verify_logits(self, size: StepSize, packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(logits [R, V], aux [R, A * H], hidden [R, H], slots [R]) of a step that verifies drafts."""
+        step = unpack(packed, size)
+        tokens, requests, positions = step.rows
+        token_ids, kv_slots = self._step_inputs(tokens, requests, positions)
+        plans = {
+            window: plan_attention(
+                step.kv_lens, step.cu_seqlens_q, self.num_kv_heads, MAX_VERIFY_ITEMS, size.rows_per_request, window
+            )
+            for window in self.windows
+        }
+        pages = self.page_table.index_select(0, step.slots.clamp(min=0))
+        part = AttentionPart(size.rows, pages, step.cu_seqlens_q, step.kv_lens, plans, size.rows_per_request)
+        context = AttentionContext(self.kv_caches, kv_slots, (part,))
+        hidden, aux = self.model.forward_with_aux(token_ids, positions, context, self.aux_layers)
+        return self.model.logits(hidden), aux, hidden, requests
 
     def _decode_logits(self, rows: torch.Tensor, groups: Groups | None) -> tuple[torch.Tensor, ...]:
-        """Logits [B, V] of a decode step, and where they are observed its hidden and its aux states.
+        """(logits [B, V], aux [B, A * H], hidden [B, H]) of a decode step.
 
         rows: int64 [3, B], tokens, requests (-1: padding) and positions.
         """
@@ -278,8 +379,7 @@ class Runner:
         part = self._decode_part(requests, positions, groups)
         context = AttentionContext(self.kv_caches, kv_slots, (part,))
         hidden, aux = self.model.forward_with_aux(token_ids, positions, context, self.aux_layers)
-        logits = self.model.logits(hidden)
-        return (logits,) if self.observer is None else (logits, hidden, aux)
+        return self.model.logits(hidden), aux, hidden
 
     def _step_inputs(
         self, tokens: torch.Tensor, requests: torch.Tensor, positions: torch.Tensor
@@ -298,7 +398,7 @@ class Runner:
             for window in (self.windows if planned else ())
         }
         page_table = self.page_table.index_select(0, requests.clamp(min=0))
-        return AttentionPart(len(requests), page_table, cu_seqlens_q, kv_lens, plans)
+        return AttentionPart(len(requests), page_table, cu_seqlens_q, kv_lens, plans, 1 if planned else None)
 
     def _fits_a_plan(self, rows: np.ndarray) -> bool:
         return num_attention_items(rows[2] + 1) <= MAX_ATTENTION_ITEMS
@@ -341,7 +441,7 @@ class Runner:
         drafts: list[Sequence[int]],
         slots: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draws for each request; the tokens are pending then. Returns tokens and log-probs, host-bound.
+        """Draws for each request; the tokens are pending then. Returns tokens and log-probs.
 
         Of several rows of a request, whichever is last in `last_tokens` will not be read: no step follows unseen.
         """
@@ -354,7 +454,7 @@ class Runner:
         self.last_tokens.index_copy_(0, slots, tokens)
         for request in drawing:
             request.num_pending += 1
-        return to_host(tokens), to_host(logprobs)
+        return tokens, logprobs
 
     def _scores(self, hidden: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         """Log-probs of the tokens that follow those of the chunk, from the hidden states of `_num_scored` rows."""

@@ -21,13 +21,17 @@ _arrival = attrgetter("arrival")
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """max_prefill_tokens: prompt tokens computed in one step; running decodes (one token each) come on top of it."""
+    """max_prefill_tokens: prompt tokens computed in one step; running decodes (one token each) come on top of it.
+
+    num_chain_tokens: tokens that a draft model goes on by behind a decode; there are pages for them if any are free.
+    """
 
     max_running_requests: int
     max_prefill_tokens: int
     page_size: int
     max_model_len: int
     enable_prefix_cache: bool = True
+    num_chain_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_running_requests", "max_prefill_tokens", "page_size", "max_model_len"):
@@ -179,8 +183,8 @@ class Scheduler:
                 # A page begins where the position is a multiple of page_size; elsewhere the request has its page.
                 if start % page_size == 0 and not self._take_pages(request, start + 1):
                     break
-                if request.drafts:
-                    chunks.append(self._verifying_chunk(request))
+                if request.drafts or self.config.num_chain_tokens:
+                    chunks.append(self._speculating_chunk(request))
                 else:
                     chunks.append(Chunk(request, start, 1, request.kind == "generate"))
                 continue
@@ -292,16 +296,17 @@ class Scheduler:
         start = request.num_computed
         return Chunk(request, start, length, request.kind == "generate" and start + length == request.num_tokens)
 
-    def _verifying_chunk(self, request: Request) -> Chunk:
-        """A chunk of the newest token and the drafts after it, as many as there are pages for."""
+    def _speculating_chunk(self, request: Request) -> Chunk:
+        """A decode with the drafts behind the newest token, as many as there are pages for."""
         start, drafts = request.num_computed, request.drafts
         request.drafts = []
-        needed = self._num_pages(start + 1 + len(drafts)) - len(request.pages)
+        wanted = min(start + 1 + len(drafts) + self.config.num_chain_tokens, request.max_tokens)
+        needed = self._num_pages(wanted) - len(request.pages)
         if needed > self._pool.num_free:
             self._cache.evict(needed - self._pool.num_free)
         request.pages += self._pool.take(max(0, min(needed, self._pool.num_free)))
         drafts = drafts[: len(request.pages) * self.config.page_size - start - 1]
-        return Chunk(request, start, 1 + len(drafts), True, drafts)
+        return Chunk(request, start, 1 + len(drafts), request.kind == "generate", drafts)
 
     def _take_pages(self, request: Request, num_tokens: int) -> bool:
         """Gives a running request the pages of its first num_tokens tokens; False if it had to be preempted itself.

@@ -37,13 +37,13 @@ def start_workers(config: EngineConfig, model_config: ModelConfig) -> Workers:
 class LeadingRunner(Runner):
     """Rank 0's: the other ranks take part in its steps."""
 
-    def __init__(self, workers: Workers, *arguments: Any) -> None:
-        super().__init__(*arguments, announce=workers.step)
+    def __init__(self, workers: Workers, *arguments: Any, **speculation: Any) -> None:
+        super().__init__(*arguments, announce=workers.step, **speculation)
         self.workers = workers
 
-    def launch(self, batch: StepBatch, weight_version: int) -> LaunchedStep:
+    def launch(self, batch: StepBatch, weight_version: int, chains: bool = False) -> LaunchedStep:
         with self.workers.watched():
-            return super().launch(batch, weight_version)
+            return super().launch(batch, weight_version, chains)
 
     def collect(self, step: LaunchedStep) -> Collected:
         if step.ready is not None:

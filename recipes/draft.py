@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.engine.capture import Capture, CaptureConfig, CapturedSequence
 from lockstep.engine.draft_checkpoint import load_draft, save_draft
 from lockstep.engine.models.eagle3 import Eagle3Config, Eagle3Draft, initialize
+from lockstep.engine.speculation.speculation import MAX_DRAFT_TOKENS
 from lockstep.recipes.draft_texts import DraftText, read_texts
 from lockstep.recipes.report import write_report
 from lockstep.recipes.run_directory import read_metrics
@@ -72,7 +73,7 @@ class DraftConfig:
 
 
 def run(config: DraftConfig) -> dict[str, Any]:
-    """Trains until `config.steps` updates are made, and exports the draft to `draft` in the run directory."""
+    """Trains until `config.steps` updates are made, exports the draft to `draft` in the run directory, and tries it."""
     config = resumed(config)
     with TrainingRun(config, "draft") as run:
         engine = Engine(config.engine)
@@ -85,7 +86,10 @@ def run(config: DraftConfig) -> dict[str, Any]:
         run.start(trainer)
         held_out_sequences = with_states(engine, capture, held_out)
         train(config, run, engine, capture, trainer, texts, held_out_sequences)
-        return _finish(run, trainer, held_out_sequences)
+        export, temperature = _export(run, trainer, held_out_sequences)
+        engine.shutdown()
+        run.record(config.steps, verified_acceptance(config, export, held_out))
+        return _finish(run, trainer, export, temperature)
 
 
 def train(
@@ -172,18 +176,52 @@ def _split(texts: list[DraftText], config: DraftConfig) -> tuple[list[DraftText]
     return shuffled[:num_held_out], shuffled[num_held_out:]
 
 
-def _finish(run: TrainingRun, trainer: DraftTrainer, held_out: Sequence[DraftSequence]) -> dict[str, Any]:
-    """Exports the draft at its best temperature, records its hash, and writes the report."""
+def verified_acceptance(config: DraftConfig, export: Path, held_out: Sequence[DraftText]) -> dict[str, float]:
+    """What speculation makes of the draft: the held-out prompts (the first half of a text without one) are completed
+    with it. Tokens per verify step, and the share of the drafts at each place that was accepted."""
+    num_draft_tokens = min(MAX_DRAFT_TOKENS, config.trainer.num_steps)
+    always = {"draft_max_requests": config.engine.max_running_requests, "draft_min_accepted": 0.0}
+    settings = {"draft_model": str(export), "num_draft_tokens": num_draft_tokens, **always}
+    engine = Engine(replace(config.engine, **settings))
+    prompts = [list(text.token_ids[: text.num_prompt or len(text.token_ids) // 2]) for text in held_out]
+    params = [
+        SamplingParams(
+            max_tokens=len(text.token_ids) - len(prompt),
+            temperature=config.trainer.temperature,
+            seed=config.seed + index,
+        )
+        for index, (text, prompt) in enumerate(zip(held_out, prompts, strict=True))
+    ]
+    engine.generate(prompts, params)
+    stats = engine.stats()
+    engine.shutdown()
+    places = range(1, num_draft_tokens + 1)
+    shares = {n: stats[f"accepted_at_{n}"] / stats[f"drafted_at_{n}"] for n in places if stats[f"drafted_at_{n}"]}
+    return {
+        "verified_tokens_per_step": stats["tokens_per_verify_step"],
+        **{f"verified_acceptance_{n - 1}": share for n, share in shares.items()},
+    }
+
+
+def _export(run: TrainingRun, trainer: DraftTrainer, held_out: Sequence[DraftSequence]) -> tuple[Path, float]:
+    """Writes the draft at its best temperature, which is returned too."""
     temperature = trainer.unrolled.tune_temperature(held_out)
     export = run.path / "draft"
     shutil.rmtree(export, ignore_errors=True)
     save_draft(export, trainer.draft, temperature)
+    return export, temperature
+
+
+def _finish(run: TrainingRun, trainer: DraftTrainer, export: Path, temperature: float) -> dict[str, Any]:
+    """Records the weights' hash, writes the report, and prints the summary, which it returns."""
     digest = trainer.weights_hash()
     run.directory.write_weights_hash(digest)
-    evaluations = [record for record in read_metrics(run.path) if record["stage"] == "draft_eval"]
+    records = read_metrics(run.path)
+    evaluations = [record["tokens_per_step"] for record in records if record["stage"] == "draft_eval"]
     results = {
-        "tokens_per_step_before": evaluations[0]["tokens_per_step"],
-        "tokens_per_step_after": evaluations[-1]["tokens_per_step"],
+        "tokens_per_step_before": evaluations[0],
+        "tokens_per_step_after": evaluations[-1],
+        "verified_tokens_per_step": records[-1]["verified_tokens_per_step"],
         "draft_temperature": temperature,
         "weights_hash": digest,
         "draft": str(export),

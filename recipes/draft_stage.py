@@ -28,7 +28,7 @@ from lockstep.trainer_bridge.draft_batch import DraftSequence
 from lockstep.trainer_bridge.draft_trainer import DraftTrainer, DraftTrainerConfig
 from lockstep.trainer_bridge.unrolled_draft import UnrolledDraft
 
-# Gives an engine new draft weights, in place and with a version.
+# Gives an engine new draft weights, in place and with a version: Engine.update_draft, where it serves an EAGLE-3 draft.
 Publish = Callable[[Iterable[tuple[str, torch.Tensor]], int], None]
 
 
@@ -58,7 +58,7 @@ class DraftStageConfig:
 
 
 class DraftStage:
-    """publish: None trains and judges drafts without an engine that serves them."""
+    """engine: captures the states. publish: None trains and judges drafts which nothing serves."""
 
     def __init__(self, config: DraftStageConfig, engine: Engine, publish: Publish | None = None):
         self.config = config
@@ -130,7 +130,7 @@ class DraftStage:
     @torch.no_grad()
     def _serve(self, version: int) -> None:
         served = dict(self.served.named_parameters())
-        for name, weight in self.trainer.named_weights():
+        for name, weight in self.trainer.draft.named_parameters():
             served[name].copy_(weight)
         self.version = version
         if self.publish is not None:
@@ -153,5 +153,5 @@ class DraftStage:
             for name, parameter in self.served.named_parameters():
                 parameter.copy_(file.get_tensor(name))
             self.version = int(file.metadata()["version"])
-        if self.publish is not None:
-            self.publish(self.served.named_parameters(), self.version)
+        if self.publish is not None and self.version > 0:
+            self.publish([*self.served.named_parameters(), ("token_map", self.served.token_map)], self.version)

@@ -144,10 +144,11 @@ class DraftTrainer:
     # Weights and checkpoints -----------------------------------------------------------------------------------------
 
     def named_weights(self, draft_temperature: float = 1.0) -> Iterator[tuple[str, torch.Tensor]]:
-        """What an engine serves: the draft's parameters, the head divided by the temperature."""
+        """What `Engine.update_draft` takes: parameters, the head divided by the temperature, and the vocabulary."""
         for name, parameter in self.draft.named_parameters():
             weight = parameter.detach()
             yield name, weight / draft_temperature if name == "output_layer.weight" else weight
+        yield "token_map", self.draft.token_map
 
     def weights_hash(self) -> str:
         return checksum((name, parameter.detach()) for name, parameter in self.draft.named_parameters())

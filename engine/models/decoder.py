@@ -51,6 +51,7 @@ class AttentionPart:
     cu_seqlens_q: int32 [B + 1], the rows of request b are cu_seqlens_q[b] to cu_seqlens_q[b + 1] of the part's.
     kv_lens:      int32 [B], tokens of request b in the cache once this step's are stored.
     plans:        per attention window of the model, how to cut the work (decode on a GPU); missing: not planned.
+    max_queries:  the most rows of a request, where they are few; None: any number.
     """
 
     num_rows: int
@@ -58,6 +59,7 @@ class AttentionPart:
     cu_seqlens_q: torch.Tensor
     kv_lens: torch.Tensor
     plans: dict[int | None, AttentionPlan] = field(default_factory=dict)
+    max_queries: int | None = None
 
 
 @dataclass(frozen=True)

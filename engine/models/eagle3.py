@@ -92,6 +92,11 @@ class Eagle3Config:
         return self.num_heads * self.head_dim
 
     @property
+    def kv_elements(self) -> int:
+        """Of a token's key and value."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    @property
     def qkv_size(self) -> int:
         return self.query_size + 2 * self.num_kv_heads * self.head_dim
 
@@ -159,7 +164,7 @@ class Eagle3Draft(nn.Module):
                 f"{[config.vocab_size, config.hidden_size]}"
             )
         self.config = config
-        self._embedding_weight = (embedding_weight.detach(),)  # in a tuple it is no parameter of this module
+        self.share_embedding(embedding_weight)
         device = embedding_weight.device
         for entry in expand(config):
             if not entry.megatron.startswith("aux_norms."):
@@ -174,6 +179,10 @@ class Eagle3Draft(nn.Module):
         self.register_buffer("rope_cos_sin", cos_sin.to(device), persistent=False)
         proposable = torch.arange(config.draft_vocab_size, device=device)
         self.register_buffer("token_map", proposable, persistent=False)
+
+    def share_embedding(self, weight: torch.Tensor) -> None:
+        """Reads the target's embedding there from now on."""
+        self._embedding_weight = (weight.detach(),)  # in a tuple it is no parameter of this module
 
     def set_vocabulary(self, token_ids: torch.Tensor) -> None:
         """The target's ids of the draft's tokens: int64 [draft_vocab_size], ascending. In place. Raises ValueError."""

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
+from lockstep.engine.draft_checkpoint import load_draft, load_draft_config
+from lockstep.engine.models.decoder import Decoder
+from lockstep.engine.models.eagle3 import Eagle3Draft, initialize
+from lockstep.engine.scheduler import SchedulerConfig
+from lockstep.engine.speculation.drafter import Drafter
+from lockstep.engine.speculation.eagle import EagleDrafter
 from lockstep.engine.speculation.ngram import NgramDrafter
 from lockstep.engine.speculation.policy import PolicyConfig, SpeculationPolicy
 from lockstep.engine.speculation.speculation import MAX_DRAFT_TOKENS, Speculation
 
 if TYPE_CHECKING:
     from lockstep.engine.engine import EngineConfig
+
+NGRAM = "ngram"
 
 
 def check_speculation(config: EngineConfig) -> None:
@@ -24,13 +34,39 @@ def check_speculation(config: EngineConfig) -> None:
             f"EngineConfig.num_draft_tokens must be 1 to {MAX_DRAFT_TOKENS}, got {config.num_draft_tokens}"
         )
     PolicyConfig(config.draft_max_requests, config.draft_min_accepted)
-    if config.tp_size > 1 and config.draft_model not in (None, "ngram"):
-        raise ValueError(f'EngineConfig.tp_size={config.tp_size} speculates with draft_model="ngram" only')
+    if config.tp_size > 1 and has_draft_model(config):
+        raise ValueError(f'EngineConfig.tp_size={config.tp_size} speculates with draft_model="{NGRAM}" only')
 
 
-def new_speculation(config: EngineConfig, vocab_size: int) -> Speculation | None:
-    """The engine's speculation; None where it has no draft model."""
+def has_draft_model(config: EngineConfig) -> bool:
+    return config.draft_model not in (None, NGRAM)
+
+
+def load_draft_model(config: EngineConfig, model: Decoder) -> Eagle3Draft | None:
+    """The EAGLE-3 model of the config, with the target's dtype, on its device; None where there is none."""
+    if not has_draft_model(config):
+        return None
+    dtype, embedding = getattr(torch, config.dtype), model.embedding.word_embeddings.weight
+    if config.load_format != "dummy":
+        return load_draft(config.draft_model, model.config, embedding, dtype)
+    draft = Eagle3Draft(load_draft_config(config.draft_model, model.config), embedding, dtype)
+    initialize(draft, config.seed)
+    return draft
+
+
+def new_eagle(
+    config: EngineConfig, draft: Eagle3Draft | None, sizes: SchedulerConfig, num_pages: int
+) -> EagleDrafter | None:
+    """The drafter of a draft model, with its KV cache."""
+    if draft is None:
+        return None
+    return EagleDrafter(draft, config.num_draft_tokens, num_pages, sizes.page_size, sizes.max_model_len)
+
+
+def new_speculation(config: EngineConfig, eagle: EagleDrafter | None, vocab_size: int) -> Speculation | None:
+    """The engine's speculation; None where the config has none."""
     if config.draft_model is None:
         return None
+    drafter: Drafter = eagle or NgramDrafter()
     policy = SpeculationPolicy(PolicyConfig(config.draft_max_requests, config.draft_min_accepted))
-    return Speculation(NgramDrafter(), policy, config.num_draft_tokens, vocab_size)
+    return Speculation(drafter, policy, config.num_draft_tokens, vocab_size)

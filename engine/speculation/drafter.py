@@ -13,5 +13,8 @@ class Drafter(Protocol):
     def propose(self, request: Request, num_tokens: int) -> list[int]:
         """Up to num_tokens guesses at the tokens that follow `request.tokens`; none where it has no idea."""
 
+    def stats(self) -> dict[str, int]:
+        """What `Engine.stats` is to hold of it."""
+
     def finished(self, request: Request) -> None:
         """The request has ended by itself: its text may help with other samples of the same prompt."""

@@ -67,6 +67,9 @@ class NgramDrafter:
     def finished(self, request: Request) -> None:
         self._group(request).add(request.tokens, request.num_prompt)
 
+    def stats(self) -> dict[str, int]:
+        return {}
+
     def _group(self, request: Request) -> _Index:
         prompt = tuple(request.prompt_ids)
         group = self._groups.get(prompt)

@@ -73,6 +73,7 @@ class Speculation:
         return {
             "draft_tokens": sum(self.drafted_at),
             "accepted_draft_tokens": accepted,
+            **self.drafter.stats(),
             "verify_steps": steps,
             "tokens_per_verify_step": 1 + accepted / steps if steps else 0.0,
             **{f"drafted_at_{place}": count for place, count in enumerate(self.drafted_at, 1)},

@@ -5,10 +5,12 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from drafts import make_draft
 from models import make_hf_model
 from random_params import random_params
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
+from lockstep.engine.draft_checkpoint import save_draft
 from lockstep.engine.speculation import ngram
 
 FAMILIES = ("qwen3", "mistral", "deepseek_v3")
@@ -28,6 +30,9 @@ class RandomDrafter:
 
     def finished(self, request):
         pass
+
+    def stats(self):
+        return {}
 
 
 class KnowingDrafter(RandomDrafter):
@@ -72,16 +77,22 @@ def random_workload(rng):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Paths of random models, each with an engine that serves one request at a time, without cache or drafts."""
+    """Random models, as (path, path of a random EAGLE-3 draft, engine without drafts that serves one request a time)."""
     models = []
     for index in range(MODELS):
         path = str(tmp_path_factory.mktemp("model"))
-        make_hf_model(path, FAMILIES[index % len(FAMILIES)], seed=index, num_hidden_layers=2)
-        models.append((path, Engine(EngineConfig(model=path, max_running_requests=1, enable_prefix_cache=False))))
+        make_hf_model(path, FAMILIES[index % len(FAMILIES)], seed=index)
+        plain = Engine(EngineConfig(model=path, max_running_requests=1, enable_prefix_cache=False))
+        save_draft(f"{path}/draft", random_draft(plain, seed=index))
+        models.append((path, f"{path}/draft", plain))
     return models
 
 
-def speculating_engine(path, rng):
+def random_draft(engine, seed):
+    return make_draft(engine.model_config, draft_vocab_size=70, seed=seed, num_heads=2, num_kv_heads=1, head_dim=8)
+
+
+def speculating_engine(path, draft_model, rng):
     engine = Engine(
         EngineConfig(
             model=path,
@@ -91,7 +102,7 @@ def speculating_engine(path, rng):
             kv_cache_tokens=rng.choice([96, 112, 160, 4096]),
             max_model_len=80,
             enable_prefix_cache=rng.random() < 0.7,
-            draft_model="ngram",
+            draft_model=draft_model,
             num_draft_tokens=rng.randint(1, 8),
             draft_max_requests=rng.choice([None, 0, 2, 8, 8, 8]),
             draft_min_accepted=rng.choice([0.0, 0.0, 0.25]),
@@ -101,17 +112,30 @@ def speculating_engine(path, rng):
     return engine
 
 
+def swap_draft(engine, is_eagle, requests, rng, truth):
+    if is_eagle:
+        draft = random_draft(engine, seed=rng.randrange(99))
+        tensors = {**dict(draft.named_parameters()), "token_map": draft.token_map}
+        engine.update_draft(tensors.items(), engine.stats()["draft_version"] + 1)
+        return
+    engine.speculation.drafter = random_drafter(rng, truth)
+    for request in requests:
+        request.drafter_state = None
+
+
 def check_case(model, rng):
     """One random case; returns what happened in it."""
-    path, plain = model
+    path, draft_path, plain = model
     workload = random_workload(rng)
     expected = [plain.generate([prompt], params)[0] for prompt, params in workload]
     truth = {
         (tuple(prompt), params.seed): output.token_ids
         for (prompt, params), output in zip(workload, expected, strict=True)
     }
-    engine = speculating_engine(path, rng)
-    engine.speculation.drafter = random_drafter(rng, truth)
+    is_eagle = rng.random() < 0.25
+    engine = speculating_engine(path, draft_path if is_eagle else "ngram", rng)
+    if not is_eagle:
+        engine.speculation.drafter = random_drafter(rng, truth)
     requests = []
     while len(requests) < len(workload) or any(request.finish_reason is None for request in requests):
         for prompt, params in workload[len(requests) : len(requests) + rng.randint(0 if requests else 1, 3)]:
@@ -119,9 +143,7 @@ def check_case(model, rng):
         if engine.scheduler.has_work:
             engine.step()
         if rng.random() < 0.1:  # another draft in the middle of the requests
-            engine.speculation.drafter = random_drafter(rng, truth)
-            for request in requests:
-                request.drafter_state = None
+            swap_draft(engine, is_eagle, requests, rng, truth)
         if rng.random() < 0.05:
             engine._drain()
             engine.scheduler.preempt_all()
@@ -154,7 +176,7 @@ def test_no_draft_changes_a_token_or_a_log_prob(models, index):
 
 def test_a_true_draft_is_accepted_whole(models):
     """Otherwise the test above could pass without a single chain having been accepted to its end."""
-    path, plain = models[0]
+    path, _, plain = models[0]
     params = SamplingParams(max_tokens=21, seed=5, ignore_eos=True, frequency_penalty=0.5)
     prompt = [3, 5, 8]
     truth = {(tuple(prompt), 5): plain.generate([prompt], params)[0].token_ids}

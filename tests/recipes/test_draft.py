@@ -56,6 +56,7 @@ def make_config(tmp_path, path, **changes):
 def test_a_run_learns_exports_and_resumes_to_the_bit(tmp_path, path):
     result = draft.run(make_config(tmp_path, path))
     assert result["tokens_per_step_after"] > result["tokens_per_step_before"]
+    assert 1.0 <= result["verified_tokens_per_step"] <= 4.0
     engine = Engine(EngineConfig(model=path))
     exported = load_draft(result["draft"], engine.model_config, engine.model.embedding.word_embeddings.weight)
     assert exported.config.draft_vocab_size == 100

@@ -1,0 +1,211 @@
+"""Drafts by an EAGLE-3 model: it follows every step of the target, and goes on from there by a chain of its own.
+
+Row t of the target's text is a row of the draft's too, with the target's states at t and the token at t + 1. The draft
+computes these rows in each step of the target, whatever that does, so its keys and values lie in the same pages at the
+same positions: prefix hits, preemption and updates of the weights need nothing more. (The last row of a page was
+computed before a token which another text that shares the page may not share. That costs that text a little of its
+draft's accuracy, and no more.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from lockstep.engine import weights
+from lockstep.engine.models.decoder import AttentionPart
+from lockstep.engine.models.eagle3 import Eagle3Draft
+from lockstep.engine.request import Request
+from lockstep.engine.speculation.step_rows import MAX_VERIFY_ITEMS
+from lockstep.kernels.attention import attention
+from lockstep.kernels.attention_plan import AttentionPlan, plan_attention
+from lockstep.kernels.kv_cache import new_kv_cache
+from lockstep.kernels.noise import gumbel_noise
+from lockstep.kernels.qk_norm_rope_store import qk_norm_rope_store
+
+MAX_CHAIN_ITEMS = 8192  # bounds the workspace of attention for one row per request
+
+# Requests (slots [B]) and their newest positions [B] -> the part of a step that has one row for each.
+DecodePart = Callable[[torch.Tensor, torch.Tensor], AttentionPart]
+
+
+class Chain(NamedTuple):
+    """Drafts for what follows a request's first num_tokens tokens."""
+
+    num_tokens: int
+    drafts: list[int]
+
+
+@dataclass(frozen=True)
+class DrawnRows:
+    """The D rows of a step that were drawn from, of B requests. On the device, int64 but for the temperatures.
+
+    tokens, positions, draws: [D], what the rows computed, where, and what was drawn after them.
+    first:        [B], the first row of each request; the others follow it.
+    num_drafts:   [B], how many do.
+    slots:        [B], the requests' rows in the page table; -1 for padding.
+    limits:       [B], the tokens that the requests have pages for.
+    seeds, temperatures: [B], of the requests' draws; fp32 the latter.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    draws: torch.Tensor
+    first: torch.Tensor
+    num_drafts: torch.Tensor
+    slots: torch.Tensor
+    limits: torch.Tensor
+    seeds: torch.Tensor
+    temperatures: torch.Tensor
+
+
+class EagleDrafter:
+    """Owns the draft model and its KV cache. The runner lets it follow each step and brings its drafts to the host."""
+
+    def __init__(self, draft: Eagle3Draft, num_tokens: int, num_pages: int, page_size: int, max_model_len: int):
+        self.draft = draft
+        self.num_tokens = num_tokens
+        self.page_size = page_size
+        self.max_position = max_model_len - 1
+        weight = draft.fc.weight
+        config = draft.config
+        self._cache_shape = (num_pages, page_size, config.num_kv_heads, config.head_dim, weight.dtype, weight.device)
+        self.version = 0
+        self.take_kv_cache()
+
+    # What the engine asks ----------------------------------------------------------------------------------------
+
+    def propose(self, request: Request, num_tokens: int) -> list[int]:
+        """The chain that the last step left, if it goes on from the request's newest token."""
+        chain, request.drafter_state = request.drafter_state, None
+        if chain is None or chain.num_tokens != len(request.tokens):
+            return []
+        return chain.drafts[:num_tokens]
+
+    def finished(self, request: Request) -> None:
+        """Nothing is learned from it."""
+
+    def check_version(self, version: int) -> None:
+        if version <= self.version:
+            raise ValueError(f"draft version must grow: {version} after {self.version}")
+
+    def update_targets(self) -> dict[str, torch.Tensor]:
+        """What an update of the draft replaces."""
+        return {**dict(self.draft.named_parameters()), "token_map": self.draft.token_map}
+
+    def update(self, tensors: Mapping[str, torch.Tensor], version: int) -> None:
+        """Writes staged tensors in place. Raises ValueError for a vocabulary that is none, before anything else."""
+        self.draft.set_vocabulary(tensors["token_map"])
+        weights.copy_in_place(tensors, self.update_targets())
+        self.version = version
+
+    def stats(self) -> dict[str, int]:
+        return {"draft_version": self.version}
+
+    def take_kv_cache(self) -> None:
+        self.kv_cache = new_kv_cache(*self._cache_shape)
+
+    def free_kv_cache(self) -> None:
+        self.kv_cache = ()
+
+    # What follows a step of the target -----------------------------------------------------------------------------
+
+    def follow(
+        self,
+        aux: torch.Tensor,
+        next_tokens: torch.Tensor,
+        positions: torch.Tensor,
+        kv_slots: torch.Tensor,
+        parts: tuple[AttentionPart, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The draft's rows of a step: (normed, feedback) [T, H] of `Eagle3Draft.layer`.
+
+        aux [T, 3H]; next_tokens int64 [T], the token after each row; the rest as in the target's step.
+        """
+        attend = self._attend(positions, kv_slots, parts)
+        return self.draft.layer(self.draft.combine(aux), next_tokens, attend)
+
+    def chain(
+        self,
+        normed: torch.Tensor,
+        feedback: torch.Tensor,
+        rows: DrawnRows,
+        page_table: torch.Tensor,
+        decode_part: DecodePart,
+    ) -> torch.Tensor:
+        """Drafts [B, num_tokens] for the positions after each request's newest token. normed, feedback: the D rows'."""
+        last = rows.first + self._num_accepted(rows)
+        normed, feedback, position = normed[last], feedback[last], rows.positions[last]
+        drafts = []
+        for step in range(self.num_tokens):
+            if step > 0:
+                position = position + 1
+                at = position.clamp(max=self.max_position)
+                part = decode_part(rows.slots, at)
+                attend = self._attend(at, self._kv_slots(rows, position, page_table), (part,))
+                normed, feedback = self.draft.layer(feedback, drafts[-1], attend)
+            drafts.append(self._draw(normed, rows, position + 2))
+        return torch.stack(drafts, dim=1)
+
+    def _num_accepted(self, rows: DrawnRows) -> torch.Tensor:
+        """[B], as `verification.num_valid` counts them on the host, less one."""
+        place = torch.arange(self.num_tokens, device=rows.first.device)
+        drawn = rows.first[:, None] + place
+        is_draft = place < rows.num_drafts[:, None]
+        drafted = (drawn + 1).clamp(max=len(rows.tokens) - 1)
+        drawn = drawn.clamp(max=len(rows.tokens) - 1)
+        holds = is_draft & (rows.draws[drawn] == rows.tokens[drafted])
+        return holds.to(torch.int64).cumprod(1).sum(1)
+
+    def _draw(self, normed: torch.Tensor, rows: DrawnRows, positions: torch.Tensor) -> torch.Tensor:
+        """The target's rule over the draft's tokens, with the noise of their ids in the target's vocabulary."""
+        scores = self.draft.logits(normed).float()
+        noise = gumbel_noise(rows.seeds, positions, self.draft.config.vocab_size)[:, self.draft.token_map]
+        is_greedy = rows.temperatures == 0
+        noisy = scores / torch.where(is_greedy, 1.0, rows.temperatures)[:, None] + noise
+        return self.draft.target_ids(torch.where(is_greedy[:, None], scores, noisy).argmax(-1))
+
+    def _kv_slots(self, rows: DrawnRows, position: torch.Tensor, page_table: torch.Tensor) -> torch.Tensor:
+        """Where the keys of a position go: nowhere (-1) behind the pages that the request has."""
+        page = position.clamp(max=self.max_position) // self.page_size
+        slots = page_table[rows.slots.clamp(min=0), page].long() * self.page_size + position % self.page_size
+        return torch.where((position < rows.limits) & (rows.slots >= 0), slots, -1)
+
+    def _attend(
+        self, positions: torch.Tensor, kv_slots: torch.Tensor, parts: tuple[AttentionPart, ...]
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        k_cache, v_cache = self.kv_cache
+        config = self.draft.config
+
+        def attend(qkv: torch.Tensor) -> torch.Tensor:
+            q = qk_norm_rope_store(
+                qkv, None, None, config.rms_norm_eps, self.draft.rope_cos_sin, positions, k_cache, v_cache, kv_slots
+            )
+            outs = [
+                attention(
+                    part_q,
+                    k_cache,
+                    v_cache,
+                    part.page_table,
+                    part.cu_seqlens_q,
+                    part.kv_lens,
+                    config.head_dim**-0.5,
+                    plan=self._plan(part),
+                )
+                for part_q, part in zip(q.split([part.num_rows for part in parts]), parts, strict=True)
+            ]
+            out = outs[0] if len(outs) == 1 else torch.cat(outs)
+            return out.view(-1, config.query_size)
+
+        return attend
+
+    def _plan(self, part: AttentionPart) -> AttentionPlan | None:
+        """Not the target's, whose KV heads and windows may be others."""
+        if part.max_queries is None or part.kv_lens.device.type == "cpu":
+            return None
+        max_items = MAX_CHAIN_ITEMS if part.max_queries == 1 else MAX_VERIFY_ITEMS
+        num_kv_heads = self.draft.config.num_kv_heads
+        return plan_attention(part.kv_lens, part.cu_seqlens_q, num_kv_heads, max_items, part.max_queries)
