@@ -88,7 +88,7 @@ def run(config: DraftConfig) -> dict[str, Any]:
         train(config, run, engine, capture, trainer, texts, held_out_sequences)
         export, temperature = _export(run, trainer, held_out_sequences)
         engine.shutdown()
-        run.record(config.steps, verified_acceptance(config, export, held_out))
+        run.sinks.record(config.steps, "draft_verified", verified_acceptance(config, export, held_out))
         return _finish(run, trainer, export, temperature)
 
 
@@ -184,13 +184,10 @@ def verified_acceptance(config: DraftConfig, export: Path, held_out: Sequence[Dr
     settings = {"draft_model": str(export), "num_draft_tokens": num_draft_tokens, **always}
     engine = Engine(replace(config.engine, **settings))
     prompts = [list(text.token_ids[: text.num_prompt or len(text.token_ids) // 2]) for text in held_out]
+    lengths = [len(text.token_ids) - len(prompt) for text, prompt in zip(held_out, prompts, strict=True)]
     params = [
-        SamplingParams(
-            max_tokens=len(text.token_ids) - len(prompt),
-            temperature=config.trainer.temperature,
-            seed=config.seed + index,
-        )
-        for index, (text, prompt) in enumerate(zip(held_out, prompts, strict=True))
+        SamplingParams(max_tokens=length, temperature=config.trainer.temperature, seed=config.seed + index)
+        for index, length in enumerate(lengths)
     ]
     engine.generate(prompts, params)
     stats = engine.stats()
