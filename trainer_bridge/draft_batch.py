@@ -53,11 +53,9 @@ def check_sequence(sequence: DraftSequence, config: Eagle3Config) -> None:
     if num_tokens < 2 or len(sequence.loss_mask) != num_tokens:
         raise ValueError(f"a draft sequence of {num_tokens} tokens and {len(sequence.loss_mask)} loss_mask entries")
     for name, width in (("aux", len(config.aux_layers) * hidden), ("last", hidden)):
-        shape = tuple(getattr(sequence, name).shape)
-        if shape != (num_tokens - 1, width):
-            raise ValueError(
-                f"a draft sequence of {num_tokens} tokens: {name} is {shape}, not {[num_tokens - 1, width]}"
-            )
+        shape, expected = tuple(getattr(sequence, name).shape), (num_tokens - 1, width)
+        if shape != expected:
+            raise ValueError(f"a draft sequence of {num_tokens} tokens: {name} is {shape}, not {expected}")
     if num_tokens > config.max_position_embeddings:
         raise ValueError(f"a draft sequence of {num_tokens} tokens, the draft has {config.max_position_embeddings}")
 
