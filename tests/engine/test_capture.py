@@ -31,6 +31,9 @@ class HalfRight:
     def finished(self, request):
         pass
 
+    def stats(self):
+        return {}
+
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
