@@ -12,6 +12,7 @@ import torch
 
 from lockstep.engine import weights
 from lockstep.engine.build import build_model, check_parallel, num_kv_pages, rank_device, scheduler_config
+from lockstep.engine.capture import Capture, CaptureConfig
 from lockstep.engine.detokenizer import Detokenizer
 from lockstep.engine.laps import Laps
 from lockstep.engine.models.config import load_model_config
@@ -165,6 +166,7 @@ class Engine:
             drafter=eagle,
             num_draft_tokens=config.num_draft_tokens,
         )
+        self.capture: Capture | None = None
         self.speculation = new_speculation(config, eagle, self.model_config.vocab_size)
         self.overlaps = config.overlap and device.type == "cuda"
         self.in_flight: LaunchedStep | None = None
@@ -270,6 +272,8 @@ class Engine:
     def queue(self, requests: Sequence[Request]) -> None:
         """Adds requests of `prepare`, of this engine or of another of the same config."""
         for request in requests:
+            if self.capture is not None:
+                self.capture.choose(request)
             if request.params.stop:
                 request.detokenizer = Detokenizer(self.tokenizer, request.params.stop)
             if request.params.edits_logits:
@@ -340,6 +344,38 @@ class Engine:
             num_draft_tokens=request.num_drafted,
             num_accepted_tokens=request.num_accepted,
         )
+
+    # Hidden states ---------------------------------------------------------------------------------------------------
+
+    def start_capture(self, config: CaptureConfig) -> Capture:
+        """Keeps hidden states of requests that are queued from now on; `Capture.take` gives them. See engine.capture.
+
+        Raises ValueError for layers that the model does not have and with tp_size over 1, and RuntimeError while
+        requests are at work.
+        """
+        self._check_running()
+        self._check_idle("start_capture")
+        if self.config.tp_size > 1:
+            raise ValueError(f"EngineConfig.tp_size={self.config.tp_size}: hidden states are captured with 1 so far")
+        if not all(0 <= layer < self.model_config.num_layers for layer in config.aux_layers):
+            raise ValueError(
+                f"aux_layers={config.aux_layers}: the model has layers 0 to {self.model_config.num_layers - 1}"
+            )
+        self._drain()
+        self.capture = Capture(config)
+        self.runner.observe(config.aux_layers, self.capture.record)
+        return self.capture
+
+    def stop_capture(self) -> None:
+        """Raises RuntimeError while requests are at work."""
+        self._check_idle("stop_capture")
+        self._drain()
+        self.capture = None
+        self.runner.stop_observing()
+
+    def _check_idle(self, what: str) -> None:
+        if self.scheduler.has_work:
+            raise RuntimeError(f"{what}: the engine has unfinished requests; finish or abort them first")
 
     # Weights ---------------------------------------------------------------------------------------------------------
 
@@ -546,6 +582,7 @@ class Engine:
             "busy_s": self.busy_s,
             "tokens_per_s": self.generated_tokens / self.busy_s if self.busy_s else 0.0,
             "free_pages": self.pool.num_free,
+            **(self.capture.stats() if self.capture is not None else {}),
             **(self.speculation.stats() if self.speculation is not None else {"accepted_draft_tokens": 0}),
         }
 
@@ -659,6 +696,8 @@ class Engine:
         reason = self._score_end(request) if request.kind == "score" else self._generation_end(request)
         if reason is not None:
             self.scheduler.finish(request, reason)
+            if self.capture is not None:
+                self.capture.finished(request)
             if self.speculation is not None and request.kind == "generate":
                 self.speculation.drafter.finished(request)
 

@@ -154,6 +154,8 @@ class Request:
     finish_reason: FinishReason | None = None
     num_pending: int = 0  # results (tokens, or the reward) that are computed, or being computed, on the device
 
+    states: list[Any] | None = None  # captured hidden states, see engine.capture; None: it is not captured
+
     drafts: list[int] = field(default_factory=list)  # guesses at the next tokens, for the next step to verify
     drafter_state: Any = None
     num_drafted: int = 0

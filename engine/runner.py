@@ -32,6 +32,9 @@ SCORED_ROWS_AT_ONCE = 1024  # bounds the logits of scoring at [1024, vocab]
 MAX_VERIFY_GRAPH_REQUESTS = 64  # larger steps that verify drafts are not worth the memory of a graph
 PENDING = -1  # a token that only the device knows
 
+# Is told of each step's chunks, whose rows lie end to end in: hidden states [T, H], aux states [T, A * H].
+Observer = Callable[[Sequence[Chunk], torch.Tensor, torch.Tensor], None]
+
 
 @dataclass(frozen=True)
 class LaunchedStep:
@@ -119,7 +122,22 @@ class Runner:
         self.max_queries = 1 + num_draft_tokens
         self.verify_graphs = None
         self.cuda_graphs = self.on_gpu and cuda_graphs and model.ranks is None and not self.has_scalar_head
+        self.observer: Observer | None = None
         self.take_kv_cache()
+
+    def observe(self, aux_layers: tuple[int, ...], observer: Observer) -> None:
+        """From the next step on the observer is told of the hidden states of all rows.
+
+        Raises ValueError for other aux layers than those that a draft model reads here.
+        """
+        if self.follower is not None and aux_layers != self.aux_layers:
+            raise ValueError(f"aux_layers={aux_layers}, but the engine's draft model reads {self.aux_layers}")
+        self.aux_layers, self.observer = aux_layers, observer
+        self.forget_graphs()
+
+    def stop_observing(self) -> None:
+        self.aux_layers, self.observer = self.aux_layers if self.follower is not None else (), None
+        self.forget_graphs()
 
     def forget_graphs(self) -> None:
         """Graphs are captured anew at their next use: the tensors that they read were replaced."""
@@ -165,13 +183,17 @@ class Runner:
         rows = _rows(chunks, batch.num_tokens)
         scored = []
         if self.graphs is not None and len(drawing) == len(chunks) == num_decodes and self._fits_a_plan(rows):
-            (logits, aux), slots = self.graphs.run(rows, self._groups(rows))
+            (logits, aux, hidden), slots = self.graphs.run(rows, self._groups(rows))
+            if self.observer is not None:
+                self.observer(chunks, hidden, aux)
             tokens, logprobs = self._draw(logits, drawing, drafts, slots)
             drafted = self._follow_graph(rows, chunks, aux, tokens, chains)
         elif self.verify_graphs is not None and (size := self._verify_size(chunks, num_decodes)) is not None:
             packed = pack(rows, drawing, [chunk.length for chunk in chunks], self.page_size, size)
-            logits, aux, slots = self.verify_graphs.run(size, (packed,), lambda: (self._no_rows(size),))
+            logits, aux, hidden, slots = self.verify_graphs.run(size, (packed,), lambda: (self._no_rows(size),))
             num_rows = rows.shape[1]
+            if self.observer is not None:
+                self.observer(chunks, hidden[:num_rows], aux[:num_rows])
             tokens, logprobs = self._draw(logits[:num_rows], drawing, drafts, slots[:num_rows])
             drafted = self._follow_graph(rows, chunks, aux[:num_rows], tokens, chains)
         else:
@@ -246,6 +268,8 @@ class Runner:
     ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[Chunk, torch.Tensor]], torch.Tensor | None]:
         """(tokens and log-probs drawn; log-probs of each scored chunk, host-bound; drafts for the next step)."""
         logits, slots, hidden, computed = self._logits(step)
+        if self.observer is not None:
+            self.observer(chunks, hidden, computed.aux)
         tokens, logprobs = self._draw(logits, drawing, drafts, slots)
         scored = [chunk for chunk in chunks if chunk.request.kind == "score"]
         scores = [
@@ -260,13 +284,13 @@ class Runner:
     def _logits(self, step: RankStep) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, TargetStep]:
         """(logits to draw from if any, the slots of their rows, hidden states, what else was computed).
 
-        The hidden states are of all rows if any is scored.
+        The hidden states are of all rows if any is scored or they are observed.
         """
         # Scoring wants all hidden states, otherwise only those that tokens are drawn from are.
-        is_scored = step.scored.size > 0
-        hidden, slots, computed = self._forward(step, None if is_scored else step.drawing)
+        wants_all = step.scored.size > 0 or self.observer is not None
+        hidden, slots, computed = self._forward(step, None if wants_all else step.drawing)
         drawing_hidden = hidden
-        if is_scored and len(step.drawing):
+        if wants_all and len(step.drawing):
             drawing_rows = self._send(step.drawing)
             drawing_hidden, slots = hidden[drawing_rows], slots[drawing_rows]
         return self.model.logits(drawing_hidden) if len(step.drawing) else None, slots, hidden, computed
@@ -333,8 +357,8 @@ class Runner:
     def _no_rows(self, size: StepSize) -> torch.Tensor:
         return pack(np.zeros((3, 0), np.int64), [], [], self.page_size, size).to(self.device)
 
-    def _verify_logits(self, size: StepSize, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(logits [R, V], aux [R, A * H], slots [R]) of a step that verifies drafts."""
+    def _verify_logits(self, size: StepSize, packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(logits [R, V], aux [R, A * H], hidden [R, H], slots [R]) of a step that verifies drafts."""
         step = unpack(packed, size)
         tokens, requests, positions = step.rows
         token_ids, kv_slots = self._step_inputs(tokens, requests, positions)
@@ -348,10 +372,10 @@ class Runner:
         part = AttentionPart(size.rows, pages, step.cu_seqlens_q, step.kv_lens, plans, size.rows_per_request)
         context = AttentionContext(self.kv_caches, kv_slots, (part,))
         hidden, aux = self.model.forward_with_aux(token_ids, positions, context, self.aux_layers)
-        return self.model.logits(hidden), aux, requests
+        return self.model.logits(hidden), aux, hidden, requests
 
-    def _decode_logits(self, rows: torch.Tensor, groups: Groups | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(logits [B, V], aux [B, A * H]) of a decode step.
+    def _decode_logits(self, rows: torch.Tensor, groups: Groups | None) -> tuple[torch.Tensor, ...]:
+        """(logits [B, V], aux [B, A * H], hidden [B, H]) of a decode step.
 
         rows: int64 [3, B], tokens, requests (-1: padding) and positions.
         """
@@ -360,7 +384,7 @@ class Runner:
         part = self._decode_part(requests, positions, groups)
         context = AttentionContext(self.kv_caches, kv_slots, (part,))
         hidden, aux = self.model.forward_with_aux(token_ids, positions, context, self.aux_layers)
-        return self.model.logits(hidden), aux
+        return self.model.logits(hidden), aux, hidden
 
     def _step_inputs(
         self, tokens: torch.Tensor, requests: torch.Tensor, positions: torch.Tensor

@@ -397,13 +397,14 @@ class Scheduler:
     def _match(self, request: Request, pending: dict[object, Request]) -> bool:
         """Gives a waiting request its cached prefix; False, and a hold, if its next page is pending.
 
-        Score requests match nothing, since every position's log-prob is needed, and are not held. Only an older
+        Score requests match nothing, since every position's log-prob is needed, and are not held; nor do those whose
+        hidden states are captured, which pages do not have. Only an older
         request can hold another one: so waiting ends.
         """
         if not self.config.enable_prefix_cache:
             return True
         tokens, page_size = request.tokens, self.config.page_size
-        limit = 0 if request.kind == "score" else len(tokens)
+        limit = 0 if request.kind == "score" or request.states is not None else len(tokens)
         request.cache_handle, request.pages = self._cache.match(tokens, self.version, limit)
         if limit == 0:
             return True

@@ -37,6 +37,9 @@ STAGES: Mapping[str, Stage] = {
     "reward": Stage(
         "lockstep.recipes.reward:RewardConfig", "lockstep.recipes.reward:run", "a reward model from preference pairs"
     ),
+    "draft": Stage(
+        "lockstep.recipes.draft:DraftConfig", "lockstep.recipes.draft:run", "an EAGLE-3 draft for a model, offline"
+    ),
     "eval": Stage(
         "lockstep.recipes.evaluate:EvalConfig", "lockstep.recipes.evaluate:run", "accuracy on held-out tasks"
     ),

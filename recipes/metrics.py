@@ -28,7 +28,8 @@ METRICS: Mapping[str, Metric] = {
     "learning_rate": Metric("learning rate", ".2e"),
     "staleness": Metric("staleness (versions)", ".2f"),
     "tokens_per_s": Metric("tokens/s", ",.0f"),
-    "acceptance": Metric("accepted draft tokens", ".1%"),
+    "tokens_per_step": Metric("draft: tokens per verify step, expected", ".2f"),
+    "acceptance_0": Metric("draft: acceptance of the first token", ".1%"),
     "logprob_diff_max": Metric("max |trainer − engine| log-prob", ".1e"),  # noqa: RUF001
 }
 TIME_PREFIX = "time/"  # seconds of the step spent in one part: time/rollout, time/train, time/publish, time/evaluate

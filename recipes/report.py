@@ -31,7 +31,8 @@ PLOTTED = (
     "grad_norm",
     "kl",
     "staleness",
-    "acceptance",
+    "tokens_per_step",
+    "acceptance_0",
     "logprob_diff_max",
 )
 ENGINE_TIMES = ("time/rollout", "time/wait_for_trainer")  # the other line of recipes/step_clock.py

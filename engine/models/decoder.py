@@ -428,9 +428,14 @@ class Decoder(nn.Module):
         """
         if self.config.head == "scalar":
             return scalar_head(hidden, self.output_layer.weight)
-        head = self.embedding.word_embeddings if self.output_layer is None else self.output_layer
-        logits = linear(hidden, head.weight, None)
+        logits = linear(hidden, self.head_weight, None)
         return logits if self.ranks is None else self.ranks.gather_columns(logits, self.config.vocab_size)
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """[V, H] (of a rank: its part), tied to the embedding or not."""
+        head = self.embedding.word_embeddings if self.output_layer is None else self.output_layer
+        return head.weight
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         weight = self.embedding.word_embeddings.weight

@@ -9,7 +9,7 @@ import torch
 
 from lockstep.recipes.bench.shapes import SHAPES
 
-Suite = Literal["cpu", "engine", "trainer", "kernels", "publish", "algorithms", "speculation"]
+Suite = Literal["cpu", "engine", "trainer", "draft", "kernels", "publish", "algorithms", "speculation"]
 DEFAULT_SHAPE = {"cpu": "small", "cuda": "qwen3-8b"}
 
 
@@ -18,9 +18,10 @@ class BenchConfig:
     """What is timed.
 
     suite: "cpu", the small workloads that a CPU can do (the default without a GPU); "engine", the workloads W1 to W5
-        (the default with one); "trainer", training steps; "kernels", one op at a time; "publish", weight updates (its
-        workloads are ways: copy, alias, cuda_ipc, and with two GPUs distributed); "algorithms", which trains with each
-        algorithm on the demo's task, from one warmed-up model; "speculation", one request with drafts and without.
+        (the default with one); "trainer", training steps; "draft", those of an EAGLE-3 draft; "kernels", one op at a
+        time; "publish", weight updates (its workloads are ways: copy, alias, cuda_ipc, and with two GPUs distributed);
+        "algorithms", which trains with each algorithm on the demo's task, from one warmed-up model; "speculation", one
+        request with drafts and without.
     device: "cpu" or "cuda"; null is cuda where there is one.
     shape: an architecture with random weights: qwen3-8b (the default on a GPU), qwen3-1.7b, qwen3-0.6b, small (the
         default on a CPU). The trainer suite without a shape takes the first three.

@@ -11,6 +11,7 @@ SUITES = {
     "cpu": "lockstep.recipes.bench.cpu_suite",
     "engine": "lockstep.recipes.bench.engine_suite",
     "trainer": "lockstep.recipes.bench.trainer_suite",
+    "draft": "lockstep.recipes.bench.draft_suite",
     "kernels": "lockstep.recipes.bench.kernels_suite",
     "publish": "lockstep.recipes.bench.publish_suite",
     "algorithms": "lockstep.recipes.bench.algorithms_suite",

@@ -1,0 +1,157 @@
+"""The draft stage end to end on a tiny target: it learns, exports, and resumes to the bit; and its online form."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from models import make_hf_model
+
+from lockstep.engine import Engine, EngineConfig, SamplingParams
+from lockstep.engine.draft_checkpoint import load_draft, save_draft
+from lockstep.recipes import draft
+from lockstep.recipes.draft import DraftConfig, new_draft
+from lockstep.recipes.draft_stage import DraftStage, DraftStageConfig
+from lockstep.recipes.draft_texts import DraftText
+from lockstep.recipes.run_directory import read_metrics
+from lockstep.rollout.sample import Sample
+from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer
+from lockstep.trainer_bridge.draft_trainer import DraftTrainerConfig
+
+TRAINER = DraftTrainerConfig(num_steps=3, learning_rate=3e-3, loss="acceptance")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    make_hf_model(path, "qwen3", seed=1, vocab_size=320, eos_token_id=1)
+    build_tokenizer(["the quick brown fox"] * 3, TokenizerConfig(vocab_size=320)).save_pretrained(path)
+    return str(path)
+
+
+def text_file(tmp_path, path):
+    file = tmp_path / "texts.txt"
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and"]
+    file.write_text("\n".join(" ".join(words[(i + j) % 10] for j in range(6)) for i in range(12)))
+    return str(file)
+
+
+def make_config(tmp_path, path, **changes):
+    config = DraftConfig(
+        engine=EngineConfig(model=path, max_model_len=64),
+        runs_dir=str(tmp_path / "runs"),
+        num_threads=1,
+        texts=text_file(tmp_path, path),
+        draft_vocab_size=100,
+        trainer=TRAINER,
+        steps=6,
+        sequences_per_step=4,
+        held_out=3,
+        evaluate_every=3,
+        checkpoint_every=2,
+    )
+    return replace(config, **changes)
+
+
+def test_a_run_learns_exports_and_resumes_to_the_bit(tmp_path, path):
+    result = draft.run(make_config(tmp_path, path))
+    assert result["tokens_per_step_after"] > result["tokens_per_step_before"]
+    assert 1.0 <= result["verified_tokens_per_step"] <= 4.0
+    engine = Engine(EngineConfig(model=path))
+    exported = load_draft(result["draft"], engine.model_config, engine.model.embedding.word_embeddings.weight)
+    assert exported.config.draft_vocab_size == 100
+    records = read_metrics(tmp_path / "runs" / "draft")
+    assert [record["step"] for record in records if record["stage"] == "draft_eval"] == [0, 3, 6]
+    assert {"loss", "grad_norm", "tokens_per_s"} <= next(r for r in records if r["stage"] == "draft").keys()
+
+    draft.run(make_config(tmp_path, path, name="stopped", steps=4))
+    resumed = draft.run(make_config(tmp_path, path, name="stopped"))
+    assert resumed["weights_hash"] == result["weights_hash"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"texts": None}, "give either rollouts=RUN_DIRECTORY or texts=FILE"),
+        ({"texts": "bad.jsonl"}, 'line 1: neither "text"'),
+    ],
+)
+def test_sources_that_do_not_serve_are_refused(changes, message, tmp_path, path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"question": 1}) + "\n")
+    with pytest.raises(ValueError, match=message):
+        draft.run(make_config(tmp_path, path, **changes))
+
+
+def sample_of(output, step):
+    prompt, response = tuple(output.prompt_ids), tuple(output.token_ids)
+    return Sample("p", step, 0, 0, 0, prompt, response, tuple(output.logprobs), (), "length", "", 0.0, False)
+
+
+def rollout(engine, step):
+    prompts = [[5 + i, 6, 7] for i in range(4) for _ in range(4)]
+    params = [SamplingParams(max_tokens=12, seed=100 * step + i, ignore_eos=True) for i in range(16)]
+    samples = [
+        Sample(
+            "p", step, 0, 0, 0, tuple(o.prompt_ids), tuple(o.token_ids), tuple(o.logprobs), (), "length", "", 0.0, False
+        )
+        for o in engine.generate(prompts, params)
+    ]
+    return [samples[at : at + 4] for at in range(0, 16, 4)]
+
+
+def make_stage(tmp_path, path, published, **changes):
+    engine = Engine(EngineConfig(model=path, max_model_len=64))
+    start = tmp_path / "start"
+    if not start.exists():
+        save_draft(start, new_draft(engine, [DraftText(tuple(range(320)), 0)], 200, seed=3))
+    config = DraftStageConfig(start=str(start), sequences_per_update=4, held_out_every=3, trainer=TRAINER)
+
+    def publish(named, version):
+        published.append((version, {name: weight.clone() for name, weight in named}))
+
+    return engine, DraftStage(replace(config, **changes), engine, publish)
+
+
+def test_online_it_learns_from_rollouts_publishes_what_is_no_worse_and_resumes(tmp_path, path):
+    published = []
+    engine, stage = make_stage(tmp_path, path, published)
+    metrics = []
+    for step in (1, 2):
+        groups = rollout(engine, step)
+        engine.generate([[9, 9]], SamplingParams(max_tokens=5))  # not of the groups
+        metrics.append(stage.after_rollout(groups, step))
+    stage.save(tmp_path / "saved")
+    metrics.append(stage.after_rollout(rollout(engine, 3), 3))
+    assert all(m["draft/updates"] > 0 for m in metrics)
+    for m in metrics:
+        better = m["draft/tokens_per_step"] >= m["draft/tokens_per_step_served"]
+        assert bool(m["draft/published"]) == better
+    assert metrics[0]["draft/published"] == 1.0
+    versions = [step for step, m in zip((1, 2, 3), metrics, strict=True) if m["draft/published"]]
+    assert [version for version, _ in published] == versions
+    assert all(torch.equal(published[-1][1][name], p) for name, p in stage.served.named_parameters())
+
+    again_published = []
+    engine, again = make_stage(tmp_path, path, again_published)
+    again.load(tmp_path / "saved")
+    assert again_published[0][0] == again.version
+    assert again.after_rollout(rollout(engine, 3), 3) == metrics[2]
+
+
+def test_a_draft_that_got_worse_is_not_published(tmp_path, path):
+    published = []
+    engine, stage = make_stage(tmp_path, path, published)
+    step_of_trainer = stage.trainer.step
+
+    def spoil(sequences):
+        stats = step_of_trainer(sequences)
+        with torch.no_grad():
+            stage.draft.output_layer.weight.mul_(-20.0)
+        return stats
+
+    stage.trainer.step = spoil
+    metrics = stage.after_rollout(rollout(engine, 1), 1)
+    assert metrics["draft/published"] == 0.0
+    assert published == []
+    assert metrics["draft/version"] == 0

@@ -1,0 +1,196 @@
+"""Trains an EAGLE-3 draft with training-time test: all unrolled steps together, see unrolled_draft.py."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+
+from lockstep.engine.checkpoint import CheckpointError, flush_to_disk
+from lockstep.engine.models.eagle3 import Eagle3Draft
+from lockstep.engine.weights import checksum
+from lockstep.trainer_bridge.draft_batch import DraftBatch, DraftSequence
+from lockstep.trainer_bridge.draft_loss import LOSSES
+from lockstep.trainer_bridge.grad_norm import gradient_norm
+from lockstep.trainer_bridge.optimizer import LrSchedule, MasterAdamW, learning_rate
+from lockstep.trainer_bridge.unrolled_draft import Targets, UnrolledDraft, row_chunks
+
+
+@dataclass(frozen=True)
+class DraftTrainerConfig:
+    """How a draft is trained.
+
+    num_steps: unrolled steps, the length of the chains that it learns to draft.
+    step_decay: step i counts step_decay^i.
+    loss: "soft_cross_entropy" (EAGLE-3's), or "acceptance", -log of the probability that a draft token is accepted.
+    temperature: that the target is sampled with.
+    The others as in TrainerConfig.
+    """
+
+    num_steps: int = 7
+    step_decay: float = 0.8
+    loss: Literal["soft_cross_entropy", "acceptance"] = "soft_cross_entropy"
+    temperature: float = 1.0
+    learning_rate: float = 1e-4
+    min_learning_rate: float = 0.0
+    lr_schedule: LrSchedule = "constant"
+    warmup_steps: int = 0
+    total_steps: int | None = None
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float | None = 0.5
+    max_tokens_per_micro_batch: int = 8192
+
+    def __post_init__(self):
+        if self.loss not in LOSSES:
+            raise ValueError(f"DraftTrainerConfig.loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+        for field in ("num_steps", "max_tokens_per_micro_batch", "temperature", "step_decay"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"DraftTrainerConfig.{field} must be positive, got {getattr(self, field)}")
+        if self.lr_schedule != "constant" and self.total_steps is None:
+            raise ValueError(f"DraftTrainerConfig.lr_schedule={self.lr_schedule!r} needs total_steps")
+
+
+class DraftTrainer:
+    """Trains `draft` in place (in bf16 with fp32 master weights), on its device; deterministic.
+
+    head_weight [V, H]: the target's, which is read at every step and never changed. `step_count`: updates made.
+    """
+
+    def __init__(self, config: DraftTrainerConfig, draft: Eagle3Draft, head_weight: torch.Tensor):
+        self.config = config
+        self.draft = draft.requires_grad_(True)
+        self.device = draft.token_map.device
+        c = config
+        self.unrolled = UnrolledDraft(draft, head_weight, c.num_steps, c.temperature, c.max_tokens_per_micro_batch)
+        self.optimizer = MasterAdamW(draft.parameters(), (c.adam_beta1, c.adam_beta2), c.adam_epsilon, c.weight_decay)
+        self.step_count = 0
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    def step(self, sequences: Sequence[DraftSequence]) -> dict[str, float]:
+        """One update. The loss of an unrolled step is the mean over its trained tokens; rows whose likeliest token the
+        draft lacks count there as 0.
+
+        Returns loss, loss_first (of step 0), grad_norm, lr, covered (the share of trained tokens that the draft can
+        draft), tokens, trained_tokens. Raises ValueError if nothing can be trained, and FloatingPointError for a
+        non-finite loss or gradient; the weights are as before then.
+        """
+        batches = self.unrolled.pack(sequences)
+        counts = [sum(len(batch.trained[step]) for batch in batches) for step in range(self.config.num_steps)]
+        if not counts[0]:
+            raise ValueError("no token of the draft's step is trained on")
+        losses = torch.zeros(self.config.num_steps, device=self.device)
+        covered = torch.zeros((), device=self.device)
+        try:
+            for batch in batches:
+                targets = self.unrolled.targets(batch)
+                covered += targets.covered.sum()
+                batch_losses = self._losses(batch, targets, counts)
+                torch.stack(batch_losses).sum().backward()
+                losses += torch.stack(batch_losses).detach()
+                self.optimizer.gradients.accumulate()
+            self.optimizer.gradients.end_run()
+            self.optimizer.reduce_gradients()
+            grad_norm = gradient_norm([master.grad for master in self.optimizer.masters], None, self.device)
+            loss = float(losses.sum())
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise FloatingPointError(
+                    f"draft step {self.step_count}: loss {loss}, gradient norm {grad_norm}; no update made"
+                )
+        except BaseException:
+            self.optimizer.zero_grad()
+            raise
+        c = self.config
+        lr = learning_rate(
+            self.step_count, c.learning_rate, c.min_learning_rate, c.lr_schedule, c.warmup_steps, c.total_steps
+        )
+        self.optimizer.step(lr, c.max_grad_norm, grad_norm)
+        self.step_count += 1
+        return {
+            "loss": loss,
+            "loss_first": float(losses[0]),
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "covered": float(covered) / counts[0],
+            "tokens": sum(len(batch.positions) for batch in batches),
+            "trained_tokens": counts[0],
+        }
+
+    def _losses(self, batch: DraftBatch, targets: Targets, counts: Sequence[int]) -> list[torch.Tensor]:
+        """Of each unrolled step: the weighted share of this batch."""
+        losses = []
+        for step, normed in enumerate(self.unrolled.steps(batch)):
+            share = self.config.step_decay**step / max(1, counts[step])
+            parts = [normed.new_zeros((), dtype=torch.float32)]
+            for rows, numbers in row_chunks(batch, step):
+                # The logits are made again in the backward pass; nothing is drawn there.
+                options = {"use_reentrant": False, "preserve_rng_state": False}
+                parts.append(checkpoint(self._chunk_loss, normed[rows], targets, numbers, **options))
+            losses.append(share * torch.stack(parts).sum())
+        return losses
+
+    def _chunk_loss(self, normed: torch.Tensor, targets: Targets, numbers: torch.Tensor) -> torch.Tensor:
+        losses = LOSSES[self.config.loss](*self.unrolled.log_probs(normed, targets, numbers))
+        return losses.where(targets.covered[numbers], 0.0).sum()
+
+    # Weights and checkpoints -----------------------------------------------------------------------------------------
+
+    def named_weights(self, draft_temperature: float = 1.0) -> Iterator[tuple[str, torch.Tensor]]:
+        """What `Engine.update_draft` takes: parameters, the head divided by the temperature, and the vocabulary."""
+        for name, parameter in self.draft.named_parameters():
+            weight = parameter.detach()
+            yield name, weight / draft_temperature if name == "output_layer.weight" else weight
+        yield "token_map", self.draft.token_map
+
+    def weights_hash(self) -> str:
+        return checksum((name, parameter.detach()) for name, parameter in self.draft.named_parameters())
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        """The live tensors that a checkpoint holds."""
+        state = {"token_map": self.draft.token_map}
+        for index, (name, parameter) in enumerate(self.draft.named_parameters()):
+            state[f"weight/{name}"] = parameter.detach()
+            for kind in self.optimizer.state_names(index):
+                state[f"{kind}/{name}"] = self.optimizer.state_tensor(index, kind).detach()
+        return state
+
+    def save(self, path: str | Path) -> None:
+        """Writes the weights, the optimizer's state and step_count to one file, whole or not at all."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.tmp")
+        tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in self._state().items()}
+        save_file(tensors, temporary, metadata={"step_count": str(self.step_count)})
+        flush_to_disk(temporary)
+        temporary.rename(path)
+        flush_to_disk(path.parent)
+
+    @torch.no_grad()
+    def load(self, path: str | Path) -> None:
+        """Goes on where `save` was called, to the bit. Raises CheckpointError that names what does not fit."""
+        state = self._state()
+        with safe_open(path, framework="pt") as file:
+            held = set(file.keys())
+            if held != state.keys():
+                raise CheckpointError(f"{path}: only one side has {', '.join(sorted(held ^ state.keys()))}")
+            for name, tensor in state.items():
+                if tuple(file.get_slice(name).get_shape()) != tuple(tensor.shape):
+                    raise CheckpointError(f"{path}: {name} is not of shape {list(tensor.shape)}")
+            for name, tensor in state.items():
+                tensor.copy_(file.get_tensor(name))
+            self.step_count = int(file.metadata()["step_count"])
+        self.optimizer.set_num_steps(self.step_count)
+
+
+def frequent_tokens(counts: torch.Tensor, size: int) -> torch.Tensor:
+    """The `size` most frequent of the tokens counted in int64 [V], ascending ids; among equals the lower id."""
+    if not 1 <= size <= len(counts):
+        raise ValueError(f"a draft vocabulary of {size} tokens out of {len(counts)}")
+    return counts.sort(descending=True, stable=True).indices[:size].sort().values
