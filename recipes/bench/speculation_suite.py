@@ -141,7 +141,10 @@ def _timed(engine: Engine, prompt: list[int], params: SamplingParams) -> Run:
 
 def _engine_config(job: Job, way: str) -> EngineConfig:
     """The benchmark's settings for one way to decode; drafts are never switched off."""
-    config = replace(engine_config(job.model, job.config), max_running_requests=8)
+    # Room for the one request: three engines are made in turn, and the memory of one may not be free at once.
+    tokens = 8 * (_scaled(job.config, PROMPT_TOKENS) + _scaled(job.config, OUTPUT_TOKENS))
+    settings = {"max_running_requests": 8, "kv_cache_tokens": tokens} | job.config.engine
+    config = engine_config(job.model, replace(job.config, engine=settings))
     if way == PLAIN:
         return config
     drafts = {"draft_model": job.drafts if way == DRAFT else "ngram", "num_draft_tokens": job.config.num_draft_tokens}

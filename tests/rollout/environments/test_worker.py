@@ -6,7 +6,8 @@ import pytest
 from models import make_hf_model
 
 from lockstep.engine import Engine, EngineConfig
-from lockstep.recipes.rl import RLConfig, training_batches
+from lockstep.recipes.learner import Learner
+from lockstep.recipes.rl import RLConfig
 from lockstep.rollout.environments import EnvironmentConfig, environment_factory
 from lockstep.rollout.environments.worker import EpisodeWorker, build_worker
 from lockstep.rollout.evaluation import EvaluationConfig, evaluate
@@ -14,7 +15,6 @@ from lockstep.rollout.tasks import ReasoningGymConfig, build_task
 from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer
 from lockstep.rollout.worker import RolloutConfig, RolloutWorker
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
-from lockstep.trainer_bridge.algorithms import build_algorithm
 
 ECHO = EnvironmentConfig(kind="user_environments.Echo", options={"num_turns": 2})
 
@@ -31,6 +31,10 @@ def play_step(worker):
     groups = [worker.begin_at(position) for position in (2, 3)]
     assert worker.extend(groups) == sum(sum(sample.written) for group in groups for sample in group.samples)
     return [group.samples for group in groups]
+
+
+def length_reward(completions):
+    return [len(completion.text) / 10 for completion in completions]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def parts(tmp_path_factory):
 def test_an_update_learns_from_the_written_tokens_with_the_engines_log_probs(parts):
     path, tokenizer, task, engine = parts
     rollout = RolloutConfig(prompts_per_step=2, samples_per_prompt=4, max_tokens=12)
-    worker = EndsOften(engine, tokenizer, task, lambda problem, text: len(text) / 10, rollout, 7, ECHO)
+    worker = EndsOften(engine, tokenizer, task, length_reward, rollout, 7, ECHO)
     groups = play_step(worker)
     samples = [sample for group in groups for sample in group]
     assert {len(sample.turn_rewards) for sample in samples} == {1, 2}
@@ -66,9 +70,8 @@ def test_an_update_learns_from_the_written_tokens_with_the_engines_log_probs(par
     assert play_step(worker) == groups
 
     trainer = MegatronTrainer(TrainerConfig(model=path, learning_rate=1e-3))
-    config = RLConfig(rollout=rollout)
-    algorithm = build_algorithm(config.algorithm)
-    stats = trainer.step(training_batches(config, algorithm, trainer, groups), algorithm.loss)
+    with Learner(RLConfig(rollout=rollout), trainer, path) as learner:
+        stats = learner.step(groups)
     assert stats["logprob_diff_max"] == 0.0
     assert stats["trained_tokens"] == sum(sum(sample.response_mask) for sample in samples)
     assert stats["trained_tokens"] < sum(len(sample.response_ids) for sample in samples)
@@ -78,10 +81,10 @@ def test_evaluation_plays_the_environment(parts):
     _, tokenizer, task, engine = parts
     config = EvaluationConfig(num_problems=3, samples_per_problem=2, max_tokens=8, temperature=1.0)
     environment = EnvironmentConfig(kind="calculator")
-    result = evaluate(engine, tokenizer, task, lambda problem, text: 0.0, config, 0, environment)
+    result = evaluate(engine, tokenizer, task, length_reward, config, 0, environment)
     assert all(sample.response_mask is not None for sample in result.samples)
     assert b'"name": "calculator"' in tokenizer.decode(result.samples[0].prompt_ids).encode()
-    again = evaluate(engine, tokenizer, task, lambda problem, text: 0.0, config, 0, environment)
+    again = evaluate(engine, tokenizer, task, length_reward, config, 0, environment)
     assert result.digest == again.digest
 
 
