@@ -136,6 +136,11 @@ def as_stacked(entry: Entry) -> Entry:
     return replace(entry, kind="copy", hf_names=(entry.hf_stacked,), hf_shapes=(entry.shape,))
 
 
+def itemsizes(config: ModelConfig, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of an element of each parameter of a model that is held in dtype."""
+    return {entry.megatron: torch.float32.itemsize if entry.fp32 else dtype.itemsize for entry in expand(config)}
+
+
 def head_matrix_shapes(config: ModelConfig) -> set[tuple[int, int]]:
     """(rows, columns) of the matrices that latent attention's up-projection of keys and values holds for each head."""
     if (mla := config.mla) is None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from lockstep.engine import Engine, EngineConfig
 from lockstep.engine.models.config import load_model_config
+from lockstep.engine.models.names import itemsizes
 from lockstep.recipes.bench.config import BenchConfig
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig, publish, share_weights
 from lockstep.trainer_bridge.transports.cuda_ipc import CudaIpcTransport
@@ -133,12 +134,13 @@ def _send_when_asked(job: Job, kind: type[BucketTransport], device: str, port: i
 
 
 def _transport(job: Job, kind: type[BucketTransport], rank: int, device: torch.device, store) -> BucketTransport:
-    layout = engine_layout(load_model_config(job.model))
+    model = load_model_config(job.model)
+    layout = engine_layout(model)
     plan = plan_transfers(layout, layout)
-    itemsizes = dict.fromkeys((t.name for t in plan), getattr(torch, job.config.dtype).itemsize)
+    sizes = itemsizes(model, getattr(torch, job.config.dtype))
     over = torch.device("cpu") if kind is CudaIpcTransport else device
     group = join_group(dist.PrefixStore("weights", store), rank, 2, over, _TIMEOUT_S)
-    return kind(plan, ((0,), (1,)), itemsizes, device, group, timeout_s=_TIMEOUT_S)
+    return kind(plan, ((0,), (1,)), sizes, device, group, timeout_s=_TIMEOUT_S)
 
 
 def _trainer(job: Job, device: str) -> MegatronTrainer:

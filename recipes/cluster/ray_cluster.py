@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from lockstep.engine import EngineConfig
 from lockstep.engine.models.config import load_model_config
+from lockstep.engine.models.names import itemsizes
 from lockstep.recipes.cluster.actors import Meeting
 from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.cluster.remote_engines import RemoteEngines
@@ -154,14 +155,13 @@ class RayCluster:
                 for transfer in plan_transfers(sources, targets)
                 if transfer.target_rank in engines
             ]
-            itemsize = getattr(torch, self.engine.config.dtype).itemsize
             self._num_meetings += 1
             self._meeting_engines = list(engines)
             self._meeting = Meeting(
                 name=f"meeting {self._num_meetings}",
                 kind=self._config.transport,
                 plan=plan,
-                itemsizes={transfer.name: itemsize for transfer in plan},
+                itemsizes=itemsizes(model, getattr(torch, self.engine.config.dtype)),
                 num_trainers=self._config.trainer_ranks,
                 num_engines=len(engines),
                 store=self.trainer.store,

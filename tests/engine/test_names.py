@@ -8,7 +8,16 @@ import transformers
 from models import EXPERTS, FAMILY_NAMES, LATENT_FAMILIES, named_like_in_files, tiny_config
 
 from lockstep.engine.models.config import ModelConfig, parse_model_config
-from lockstep.engine.models.names import Entry, as_stacked, expand, format_table, matrix_shapes, to_hf, to_megatron
+from lockstep.engine.models.names import (
+    Entry,
+    as_stacked,
+    expand,
+    format_table,
+    itemsizes,
+    matrix_shapes,
+    to_hf,
+    to_megatron,
+)
 
 OPTIONS = {
     "plain": {},
@@ -159,6 +168,16 @@ def test_a_router_with_a_bias_and_shared_experts():
     shared_fc2 = entries["shared_experts.linear_fc2.weight"]
     assert shared_fc2.hf_names == ("model.layers.0.mlp.shared_experts.down_proj.weight",)
     assert not any(entry.fp32 for name, entry in entries.items() if name != "router.expert_bias")
+
+
+def test_a_routers_bias_has_four_bytes_an_element_in_any_dtype():
+    config = make_config("deepseek_v3", EXPERTS)
+    sizes = itemsizes(config, torch.bfloat16)
+    assert {name for name, size in sizes.items() if size == 4} == {
+        f"decoder.layers.{layer}.mlp.router.expert_bias" for layer in config.moe.layers
+    }
+    assert set(sizes.values()) == {2, 4}
+    assert sizes.keys() == {entry.megatron for entry in expand(config)}
 
 
 def test_wrong_shapes_are_named():
