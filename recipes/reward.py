@@ -66,7 +66,7 @@ def run(config: RewardConfig) -> dict[str, Any]:
             stats["learning_rate"], stats["train_accuracy"] = stats.pop("lr"), stats.pop("accuracy")
             run.record(step, {**stats, "tokens_per_s": stats["tokens"] / seconds, "time/train": seconds})
             evaluate_if_due(step)
-            run.checkpoint_if_due(step, trainer)
+            run.checkpoint_if_due(step, trainer=trainer)
         return run.finish(trainer)
 
 

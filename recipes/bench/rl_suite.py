@@ -1,0 +1,180 @@
+"""Suite "rl": GRPO on the demo's task by `lockstep rl`, and by TRL's GRPOTrainer where peer=trl asks for it.
+
+Both start from one model, meet the same problems in the same order with as many samples of each, take the same number
+of steps with the same learning rate and optimizer, and their results answer the same held-out problems. Each trains in
+a process of its own. A step is generation, rewards, update, and what brings the weights to the generator.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lockstep.engine import Engine
+from lockstep.recipes import launch, rl
+from lockstep.recipes.bench.algorithms_suite import EVALUATED_PROBLEMS, demo_config
+from lockstep.recipes.bench.config import BenchConfig
+from lockstep.recipes.bench.own_process import call_in_own_process
+from lockstep.recipes.bench.results import Column, Table, progress, show, write_results
+from lockstep.recipes.inputs import ModelSource
+from lockstep.recipes.run_directory import read_metrics
+from lockstep.rollout.evaluation import evaluate
+from lockstep.rollout.order import ProblemOrder
+from lockstep.rollout.rewards import Completion, RewardEngines, build_reward
+from lockstep.rollout.tokenizer import load_tokenizer
+
+STEPS = 15  # at scale 1
+COLUMNS = [
+    Column("trainer", "trainer"),
+    Column("step_s", "s per step", ",.2f"),
+    Column("speedup", "steps per time, to the peer's", ".1f"),
+    Column("before", "accuracy before", ".1%"),
+    Column("after", "accuracy after", ".1%"),
+    Column("reward_last", "reward, last step", ".3f"),
+]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """step_seconds: of each step. reward: of the last one. model: the directory of the result."""
+
+    step_seconds: list[float]
+    reward: float
+    model: str
+
+
+def run(config: BenchConfig) -> dict[str, Any]:
+    """Raises ValueError for a peer other than trl, or where TRL is not installed."""
+    if config.peer not in (None, "trl"):
+        raise ValueError(f"bench: suite=rl has one peer, trl, not {config.peer}")
+    if config.peer and importlib.util.find_spec("trl") is None:
+        raise ValueError("bench: peer=trl needs the package trl, which is not here: pip install trl")
+    ways = {"lockstep": train_here} | ({"trl": train_with_trl} if config.peer else {})
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        demo = demo_config(Path(scratch), config.scale * STEPS / 3)
+        start = Path(config.model) if config.model else rl.starting_model(demo, demo.task.build())
+        demo = replace(demo, model=ModelSource(path=str(start)), warmup=replace(demo.warmup, steps=0))
+        before = accuracy(demo, str(start))
+        for name, train in ways.items():
+            trained = call_in_own_process(f"training with {name}", train, demo, config.timeout_s)
+            seconds = statistics.median(trained.step_seconds[1:] or trained.step_seconds)
+            after = accuracy(demo, trained.model)
+            rows.append(
+                {"trainer": name, "step_s": seconds, "before": before, "after": after, "reward_last": trained.reward}
+            )
+            progress(f"{name}: {seconds:.2f} s per step, accuracy {before:.1%} -> {after:.1%}")
+    if config.peer:
+        rows[0]["speedup"] = rows[1]["step_s"] / rows[0]["step_s"]
+    samples = demo.rollout.prompts_per_step * demo.rollout.samples_per_prompt
+    notes = [
+        f"{demo.steps} steps of {demo.rollout.prompts_per_step} x {demo.rollout.samples_per_prompt} samples "
+        f"({demo.steps * samples} in all) of at most {demo.rollout.max_tokens} tokens, GRPO, learning rate "
+        f"{demo.trainer.learning_rate:g}, {demo.num_threads} threads; seconds are the median after the first step; "
+        f"accuracy on {EVALUATED_PROBLEMS} held-out problems, greedy."
+    ]
+    table = Table("GRPO on the demo's task", COLUMNS, rows, notes)
+    show([table])
+    return write_results(config, "rl", [table])
+
+
+def train_here(demo: rl.RLConfig) -> Trained:
+    demo = replace(demo, name="lockstep", evaluate_every=demo.steps + 1, checkpoint_every=demo.steps)
+    rl.run(demo)
+    steps = [record for record in read_metrics(demo.directory) if record["stage"] == "rl"]
+    # The trainer's line of a step is as long as the step: see recipes/step_clock.py.
+    parts = ("time/wait_for_rollouts", "time/train", "time/publish")
+    return Trained(
+        [sum(step[part] for part in parts) for step in steps], steps[-1]["reward"], str(demo.directory / "model")
+    )
+
+
+def train_with_trl(demo: rl.RLConfig) -> Trained:
+    """The same training by TRL, with its own defaults wherever the recipe does not say otherwise."""
+    import datasets
+    import transformers
+    import trl
+
+    launch.set_up_process(demo.seed, demo.num_threads)
+    tokenizer = load_tokenizer(demo.model.path)
+    task = demo.task.build().train
+    order = ProblemOrder(len(task), demo.seed)
+    first = demo.rollout.prompts_per_step  # those of step 1
+    problems = [task.problem(order[first + i]) for i in range(demo.steps * demo.rollout.prompts_per_step)]
+    rows = [{"prompt": list(problem.messages), "number": number} for number, problem in enumerate(problems)]
+    folder = Path(demo.runs_dir) / "trl"
+    arguments = trl.GRPOConfig(
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=False,
+        seed=demo.seed,
+        max_steps=demo.steps,
+        per_device_train_batch_size=demo.rollout.prompts_per_step * demo.rollout.samples_per_prompt,
+        gradient_accumulation_steps=1,
+        gradient_checkpointing=False,
+        num_generations=demo.rollout.samples_per_prompt,
+        max_completion_length=demo.rollout.max_tokens,
+        temperature=demo.rollout.temperature,
+        learning_rate=demo.trainer.learning_rate,
+        lr_scheduler_type="constant",
+        adam_beta1=demo.trainer.adam_beta1,
+        adam_beta2=demo.trainer.adam_beta2,
+        adam_epsilon=demo.trainer.adam_epsilon,
+        weight_decay=demo.trainer.weight_decay,
+        max_grad_norm=demo.trainer.max_grad_norm,
+        beta=0.0,
+        shuffle_dataset=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+    )
+    with RewardEngines() as engines:
+        reward = build_reward(demo.reward, task, engines)
+
+        def reward_of(completions: list[list[dict[str, str]]], number: list[int], **unused: Any) -> list[float]:
+            texts = [completion[0]["content"] for completion in completions]
+            return reward([Completion(problems[n], text, 0) for n, text in zip(number, texts, strict=True)])
+
+        class Clock(transformers.TrainerCallback):
+            seconds: list[float] = []  # noqa: RUF012  one object of it
+
+            def on_step_begin(self, *unused: Any, **more: Any) -> None:
+                self.started = time.perf_counter()
+
+            def on_step_end(self, *unused: Any, **more: Any) -> None:
+                self.seconds.append(time.perf_counter() - self.started)
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(demo.model.path, dtype=torch.float32)
+        clock = Clock()
+        trainer = trl.GRPOTrainer(
+            model=model,
+            reward_funcs=reward_of,
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[clock],
+        )
+        trainer.train()
+    last = next(entry["reward"] for entry in reversed(trainer.state.log_history) if "reward" in entry)
+    trainer.model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return Trained(clock.seconds, last, str(folder / "model"))
+
+
+def accuracy(demo: rl.RLConfig, model: str) -> float:
+    """On the held-out problems, by the engine."""
+    engine = Engine(replace(demo.engine, model=model))
+    task = demo.task.build().held_out
+    with RewardEngines() as engines:
+        reward = build_reward(demo.reward, task, engines)
+        result = evaluate(engine, load_tokenizer(model), task, reward, demo.evaluation, demo.seed)
+    engine.shutdown()
+    return result.accuracy
