@@ -11,8 +11,9 @@ SHAPE ?= qwen3-0.6b
 demo: $(INSTALLED)
 	$(BIN)/lockstep rl recipe=demo
 
+# A file's tests stay together, in one of as many processes as there are cores, 4 at most: each takes a few GB.
 test: $(INSTALLED)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 # The promises on an NVIDIA GPU, on a model of the given shape, and the kernels' tests on it instead of the interpreter.
 test-gpu: $(INSTALLED)

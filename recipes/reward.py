@@ -41,6 +41,8 @@ class RewardConfig(TrainingRunConfig):
 
 def run(config: RewardConfig) -> dict[str, Any]:
     """Trains until `config.steps` updates are made; `model/` of the run is then a ...ForSequenceClassification."""
+    if config.dry_run:
+        raise ValueError("lockstep reward has no plan to print: --dry-run is for rl and sft")
     config = resumed(config)
     with TrainingRun(config, "reward") as run:
         model = str(config.model.resolve(run.path / "new_model", config.task.build().train, config.seed))

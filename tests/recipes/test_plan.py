@@ -1,6 +1,7 @@
 """The dry run: its arithmetic, what it calls impossible, that it writes nothing, and that all recipes have one."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -116,10 +117,16 @@ def big_model(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_composes_and_has_a_plan(recipe, big_model, capsys, monkeypatch, tmp_path):
+def test_every_recipe_has_a_page_and_composes(recipe, capsys):
+    page = (ROOT / "docs" / "recipes" / f"{recipe}.md").read_text()
+    stage = re.search(rf"lockstep (\w+) recipe={recipe}\b", page).group(1)
+    cli.main([stage, f"recipe={recipe}", "model.path=x", "--cfg", "job"])
+    assert f"name: {recipe}" in capsys.readouterr().out.replace("-", "_")
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "demo_reward"])
+def test_every_rl_recipe_has_a_plan(recipe, big_model, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    page = ROOT / "docs" / "recipes" / f"{recipe}.md"
-    assert f"recipe={recipe}" in page.read_text()
     text = (ROOT / "configs" / "recipe" / f"{recipe}.yaml").read_text()
     model = [f"model.path={big_model}"] if "model.path=" in text else []
     cli.main(["rl", f"recipe={recipe}", *model, "--dry-run"])
