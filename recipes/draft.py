@@ -121,7 +121,7 @@ def train(
         stats["tokens_per_s"] = stats["tokens"] / (ended - prefilled)
         run.record(step, {**stats, "time/states": prefilled - started, "time/train": ended - prefilled})
         evaluate_if_due(step)
-        run.checkpoint_if_due(step, trainer)
+        run.checkpoint_if_due(step, trainer=trainer)
 
 
 def with_states(engine: Engine, capture: Capture, texts: Sequence[DraftText]) -> list[DraftSequence]:

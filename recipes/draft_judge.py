@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from lockstep.engine import SamplingParams
 from lockstep.engine.request import Request
 from lockstep.engine.speculation.ngram import NgramDrafter
@@ -31,17 +33,23 @@ class HeldOut:
 def tokens_per_step(unrolled: UnrolledDraft, samples: Sequence[HeldOut], num_draft_tokens: int) -> float:
     """Of the draft model: tokens that a decoding step of the engine would give, in the mean over these samples."""
     chains = unrolled.draw([sample.sequence for sample in samples], [sample.seed for sample in samples])
-    walks = [
-        # The row of the newest token but one knows the newest, and drafts what follows.
-        _walk(sample, lambda known, chain=chain: chain[known - 2, :num_draft_tokens].tolist())
-        for sample, chain in zip(samples, chains, strict=True)
-    ]
-    return _ratio(walks)
+    pairs = zip(samples, chains, strict=True)
+    return _ratio([_walk(sample, _chained(sample, chain, num_draft_tokens)) for sample, chain in pairs])
 
 
 def ngram_tokens_per_step(samples: Sequence[HeldOut], num_draft_tokens: int) -> float:
     """Of n-gram drafts from each sample's own text: what they give while none of the prompt's others has finished."""
     return _ratio([_walk(sample, _ngram(sample, num_draft_tokens)) for sample in samples])
+
+
+def _chained(sample: HeldOut, chain: torch.Tensor, num_draft_tokens: int) -> Propose:
+    def propose(known: int) -> list[int]:
+        if known == sample.num_prompt + 1:
+            return []  # a step that prefills drafts nothing
+        # The row of the newest token but one knows the newest, and drafts what follows.
+        return chain[known - 2, :num_draft_tokens].tolist()
+
+    return propose
 
 
 def _ngram(sample: HeldOut, num_draft_tokens: int) -> Propose:
