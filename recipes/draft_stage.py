@@ -26,7 +26,9 @@ from lockstep.engine.models.eagle3 import Eagle3Draft
 from lockstep.engine.speculation.speculation import MAX_DRAFT_TOKENS
 from lockstep.recipes.draft import draft_sequence
 from lockstep.recipes.draft_judge import HeldOut, ngram_tokens_per_step, tokens_per_step
+from lockstep.recipes.draft_speed import decode_speed
 from lockstep.rollout.sample import Sample
+from lockstep.trainer_bridge import MegatronTrainer
 from lockstep.trainer_bridge.draft_batch import DraftSequence
 from lockstep.trainer_bridge.draft_trainer import DraftTrainer, DraftTrainerConfig
 from lockstep.trainer_bridge.unrolled_draft import UnrolledDraft
@@ -93,8 +95,8 @@ class NoDraftStage:
     def after_rollout(self, groups: Sequence[Sequence[Sample]], step: int) -> dict[str, float]:
         return {}
 
-    def export(self, path: Path) -> None:
-        pass
+    def finish(self, path: Path, trainer: MegatronTrainer, samples: Sequence[Sample]) -> dict[str, float]:
+        return {}
 
     def save(self, folder: str | Path) -> None:
         pass
@@ -219,10 +221,16 @@ class DraftStage:
 
     # Directories -------------------------------------------------------------------------------------------------
 
-    def export(self, path: Path) -> None:
-        """Writes the draft that serves as a draft directory; one that is there is replaced."""
+    def finish(self, path: Path, trainer: MegatronTrainer, samples: Sequence[Sample]) -> dict[str, float]:
+        """Writes the draft that serves as a draft directory, where one may be, and times it on some of the samples.
+
+        The run's engine is put to sleep: the timed ones need its memory.
+        """
         shutil.rmtree(path, ignore_errors=True)
         save_draft(path, self.served)
+        self.engine.sleep()
+        temperature = self.config.trainer.temperature
+        return decode_speed(self.engine.config, path, trainer, samples[: self.config.speed_samples], temperature)
 
     def save(self, folder: str | Path) -> None:
         """Writes the trainer's state and the other drafts into a new folder."""

@@ -19,6 +19,7 @@ from lockstep.recipes.evaluate import evaluate_tasks
 from lockstep.recipes.inputs import TaskConfig
 from lockstep.recipes.learner import Learner
 from lockstep.recipes.plan import dry_run, rl_plan
+from lockstep.recipes.run_directory import read_rollouts, rollout_steps
 from lockstep.recipes.step_clock import StepClock
 from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
 from lockstep.rollout.buffer import KEEP_GROUP, BufferConfig, RolloutBuffer
@@ -101,7 +102,8 @@ def run(config: RLConfig) -> dict[str, Any]:
                 draft = open_draft_stage(draft_config, cluster.engine, config.rollout.temperature)
                 run.restore(learner=learner, draft=draft)
                 train(config, run, tasks, cluster, learner, draft, reward_engines)
-                draft.export(run.path / "draft")
+                if timed := draft.finish(run.path / "draft", cluster.trainer, last_samples(run.path)):
+                    run.sinks.record(config.steps, "draft", timed)
             warmup = run.path / WARMUP
             return run.finish(cluster.trainer, earlier_runs=[warmup] if warmup.exists() else [])
 
@@ -124,6 +126,10 @@ def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
     if not (warmup.directory / "weights.sha256").exists():
         sft.run(warmup)
     return warmup.directory / "model"
+
+
+def last_samples(path: Path) -> list[Sample]:
+    return [Sample.from_record(record) for record in read_rollouts(path, rollout_steps(path)[-1])]
 
 
 def train(

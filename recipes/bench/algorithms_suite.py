@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from lockstep.recipes import config_schema, rl
 from lockstep.recipes.bench.config import BenchConfig
 from lockstep.recipes.bench.results import Column, Table, progress, show, write_results
+from lockstep.recipes.draft_stage import DraftStageConfig
 from lockstep.recipes.inputs import ModelSource
 from lockstep.recipes.run_directory import read_metrics
 from lockstep.trainer_bridge.algorithms import ALGORITHMS, AlgorithmConfig
@@ -63,7 +64,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
 
 
 def demo_config(runs_dir: Path, scale: float) -> rl.RLConfig:
-    """The demo recipe (configs/recipe/demo.yaml), shortened."""
+    """The demo recipe (configs/recipe/demo.yaml), shortened, without its draft."""
     configs = resources.files("lockstep.configs")
     recipe = OmegaConf.create((configs / "recipe" / "demo.yaml").read_text())
     recipe.task = OmegaConf.create((configs / "task" / "sums.yaml").read_text())
@@ -72,7 +73,8 @@ def demo_config(runs_dir: Path, scale: float) -> rl.RLConfig:
     config = config_schema.build(rl.RLConfig, OmegaConf.merge(defaults, recipe))
     steps = max(1, round(STEPS * scale))
     evaluation = replace(config.evaluation, num_problems=EVALUATED_PROBLEMS)
-    return replace(config, runs_dir=str(runs_dir), steps=steps, evaluate_every=steps, evaluation=evaluation)
+    shortened = {"steps": steps, "evaluate_every": steps, "evaluation": evaluation, "draft": DraftStageConfig()}
+    return replace(config, runs_dir=str(runs_dir), **shortened)
 
 
 def _teacher(demo: rl.RLConfig) -> Path:

@@ -45,6 +45,10 @@ def draft_metrics(path):
     return [{k: v for k, v in r.items() if k.startswith("draft/")} for r in read_metrics(path) if r["stage"] == "rl"]
 
 
+def steps_of(path):
+    return [record for record in without_times(read_metrics(path)) if record["stage"] != "draft"]
+
+
 def test_the_run_is_the_one_without_drafts(drafted, tmp_path):
     path, results = drafted
     plain = rl.run(config_of(tmp_path, DraftStageConfig()))
@@ -55,6 +59,11 @@ def test_the_run_is_the_one_without_drafts(drafted, tmp_path):
     assert all(m["draft/updates"] > 0 and m["draft/accepted_at_1"] >= 0 for m in metrics)
     assert any(m["draft/published"] for m in metrics)
     assert draft_metrics(tmp_path / "short") == [{}] * STEPS
+    (timed,) = [record for record in read_metrics(path) if record["stage"] == "draft"]
+    assert timed["draft/speed_up"] > 0
+    assert (path / "draft" / "model.safetensors").exists()
+    page = (path / "report.html").read_text()
+    assert all(label in page for label in ("learned draft", "frozen draft", "n-gram", "token 3"))
 
 
 def test_a_stored_run_replays_without_drafts(drafted):
@@ -75,7 +84,7 @@ def test_a_killed_run_goes_on_with_the_drafts_of_its_checkpoint(drafted, tmp_pat
         with pytest.raises(Killed):
             rl.run(config_of(tmp_path))
     assert rl.run(config_of(tmp_path))["weights_hash"] == results["weights_hash"]
-    assert without_times(read_metrics(tmp_path / "short")) == without_times(read_metrics(path))
+    assert steps_of(tmp_path / "short") == steps_of(path)
 
 
 @pytest.mark.parametrize(
