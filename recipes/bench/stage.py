@@ -15,6 +15,7 @@ SUITES = {
     "kernels": "lockstep.recipes.bench.kernels_suite",
     "publish": "lockstep.recipes.bench.publish_suite",
     "algorithms": "lockstep.recipes.bench.algorithms_suite",
+    "draft_demo": "lockstep.recipes.bench.draft_demo_suite",
     "speculation": "lockstep.recipes.bench.speculation_suite",
 }
 
