@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from lockstep.engine.speculation.speculation import MAX_DRAFT_TOKENS
 from lockstep.recipes.metrics import METRICS, TIME_PREFIX, format_value, in_order, known_name, title_of
 from lockstep.recipes.report_page import PAGE
 from lockstep.recipes.run_directory import read_config, read_metrics, read_rollouts, rollout_steps
@@ -35,6 +36,18 @@ PLOTTED = (
     "acceptance_0",
     "logprob_diff_max",
 )
+# Metrics that one plot compares: its title, and their names in the legend.
+COMPARED: Mapping[str, Mapping[str, str]] = {
+    "tokens per decoding step, held-out samples": {
+        "draft/held_out_learned": "learned draft",
+        "draft/held_out_frozen": "frozen draft",
+        "draft/held_out_ngram": "n-gram",
+    },
+    "tokens per verify step, the engine's rollouts": {"draft/tokens_per_verify_step": "draft that serves"},
+    "accepted drafts by place, the engine's rollouts": {
+        f"draft/accepted_at_{place}": f"token {place}" for place in range(1, MAX_DRAFT_TOKENS + 1)
+    },
+}
 ENGINE_TIMES = ("time/rollout", "time/wait_for_trainer")  # the other line of recipes/step_clock.py
 COLOURS = ("#2f6fed", "#e07a1f", "#2a9d63", "#b04ac4", "#c2a200", "#5a6b7b")
 PLOT_STYLE = {
@@ -137,6 +150,8 @@ def summary_cards(records: Sequence[Record], weights_hash: str | None) -> list[C
         cards.append(Card("Reward", f"{rewards[0]:.3f} → {rewards[-1]:.3f}", f"best {max(rewards):.3f}"))
     elif losses := _values(records, "loss"):
         cards.append(Card("Loss", f"{losses[0]:.3f} → {losses[-1]:.3f}", f"lowest {min(losses):.3f}"))
+    if steps := _values(records, "draft/tokens_per_verify_step"):
+        cards.append(Card("Tokens per verify step", f"{steps[0]:.2f} → {steps[-1]:.2f}", _speed_note(records)))
     if records:
         times = [float(value) for record in records for name, value in record.items() if _is_part(name)]
         cards.append(Card("Steps", f"{max(record['step'] for record in records):,}", _duration(sum(times))))
@@ -145,6 +160,11 @@ def summary_cards(records: Sequence[Record], weights_hash: str | None) -> list[C
     if weights_hash:
         cards.append(Card("Final weights (SHA-256)", weights_hash[:12], weights_hash))
     return cards
+
+
+def _speed_note(records: Sequence[Record]) -> str:
+    speed_ups = _values(records, "draft/speed_up")
+    return f"with the draft, decoding took {1 / speed_ups[-1]:.2f} of the time without" if speed_ups else ""
 
 
 def _plots(records: Sequence[Record]) -> list[str]:
@@ -161,6 +181,12 @@ def _plots(records: Sequence[Record]) -> list[str]:
                 if points:
                     plots.append(_plot_metric(name, stage, points))
         for stage in stages:
+            of_stage = [record for record in records if record["stage"] == stage]
+            plots += [
+                _plot_compared(title, lines, stage, of_stage)
+                for title, lines in COMPARED.items()
+                if any(name in record for record in of_stage for name in lines)
+            ]
             timed = [r for r in records if r["stage"] == stage and any(map(_is_part, r))]
             if timed:
                 plots.append(_plot_time(stage, timed))
@@ -188,6 +214,17 @@ def _plot_metric(name: str, stage: str, points: Sequence[tuple[int, float]]) -> 
     if name == "logprob_diff_max" and max(values) == 0.0:
         axes.set_ylim(-1e-7, 1e-7)
         axes.set_yticks([0.0], ["0 (exact)"])
+    return _svg(figure)
+
+
+def _plot_compared(title: str, lines: Mapping[str, str], stage: str, records: Sequence[Record]) -> str:
+    figure, axes = _new_plot(f"{title}  ·  {stage}")
+    named = [(name, label) for name, label in lines.items() if any(name in record for record in records)]
+    for index, (name, label) in enumerate(named):
+        steps, values = zip(*((r["step"], float(r[name])) for r in records if name in r), strict=True)
+        colour = COLOURS[index % len(COLOURS)]
+        axes.plot(steps, values, color=colour, linewidth=1.6, marker="o", markersize=2.5, label=label)
+    axes.legend(frameon=False, fontsize=8.5, ncols=4, handlelength=1.0, columnspacing=1.2)
     return _svg(figure)
 
 

@@ -13,14 +13,17 @@ from lockstep.recipes import sft
 from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.cluster.local import LocalCluster
 from lockstep.recipes.cluster.open_cluster import open_cluster
+from lockstep.recipes.draft_stage import DraftStage, DraftStageConfig, NoDraftStage, open_draft_stage
+from lockstep.recipes.draft_start import with_draft
 from lockstep.recipes.evaluate import evaluate_tasks
 from lockstep.recipes.inputs import TaskConfig
 from lockstep.recipes.learner import Learner
 from lockstep.recipes.plan import dry_run, rl_plan
+from lockstep.recipes.run_directory import read_rollouts, rollout_steps
 from lockstep.recipes.step_clock import StepClock
 from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
 from lockstep.rollout.buffer import KEEP_GROUP, BufferConfig, RolloutBuffer
-from lockstep.rollout.environments import EnvironmentConfig
+from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.environments.worker import build_worker
 from lockstep.rollout.evaluation import EvaluationConfig
 from lockstep.rollout.rewards import RewardEngines, build_reward
@@ -44,6 +47,7 @@ class RLConfig(TrainingRunConfig):
     evaluate_every: steps between held-out evaluations.
     engine: its `model` is filled in by the run.
     cluster: where trainer and engines live; cluster=ray takes configs/cluster/ray.yaml.
+    draft: a draft model that learns from the rollouts and speeds them up, see recipes/draft_stage.py; off by default.
     """
 
     name: str = "rl"
@@ -58,6 +62,23 @@ class RLConfig(TrainingRunConfig):
     evaluation_tasks: dict[str, TaskConfig] = field(default_factory=dict)
     evaluate_every: int = 20
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    draft: DraftStageConfig = field(default_factory=DraftStageConfig)
+
+    def __post_init__(self):
+        if not self.draft.is_on:
+            return
+        refused = {
+            f"cluster.kind={self.cluster.kind}": self.cluster.kind != "local",
+            f"environment.kind={self.environment.kind}": self.environment.kind != SINGLE_TURN,
+            f"buffer.max_staleness={self.buffer.max_staleness}": self.buffer.max_staleness > 0,
+            f"engine.draft_model={self.engine.draft_model}": self.engine.draft_model is not None,
+            f"rollout.temperature={self.rollout.temperature}": self.rollout.temperature == 0.0,
+        }
+        for name in (name for name, is_set in refused.items() if is_set):
+            raise ValueError(
+                f"a draft that learns during the run (draft.train_every={self.draft.train_every}) does not go with "
+                f"{name}; draft.train_every=0 runs without"
+            )
 
 
 def run(config: RLConfig) -> dict[str, Any]:
@@ -69,6 +90,7 @@ def run(config: RLConfig) -> dict[str, Any]:
         tasks = config.task.build()
         start = str(starting_model(config, tasks))
         trainer, engine = replace(config.trainer, model=start), replace(config.engine, model=start)
+        engine, draft_config = with_draft(engine, config.draft, run.path / "new_draft", tasks.train, config.seed)
         with (
             open_cluster(config.cluster, trainer, engine, config.seed, config.num_threads) as cluster,
             RewardEngines() as reward_engines,
@@ -77,8 +99,11 @@ def run(config: RLConfig) -> dict[str, Any]:
             if cluster.trainer.step_count > 0:
                 cluster.publish(version=cluster.trainer.step_count)
             with Learner(config, cluster.trainer, start) as learner:
-                run.restore(learner=learner)
-                train(config, run, tasks, cluster, learner, reward_engines)
+                draft = open_draft_stage(draft_config, cluster.engine, config.rollout.temperature)
+                run.restore(learner=learner, draft=draft)
+                train(config, run, tasks, cluster, learner, draft, reward_engines)
+                if timed := draft.finish(run.path / "draft", cluster.trainer, last_samples(run.path)):
+                    run.sinks.record(config.steps, "draft", timed)
             warmup = run.path / WARMUP
             return run.finish(cluster.trainer, earlier_runs=[warmup] if warmup.exists() else [])
 
@@ -103,12 +128,17 @@ def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
     return warmup.directory / "model"
 
 
+def last_samples(path: Path) -> list[Sample]:
+    return [Sample.from_record(record) for record in read_rollouts(path, rollout_steps(path)[-1])]
+
+
 def train(
     config: RLConfig,
     run: TrainingRun,
     tasks: TaskSplits,
     cluster: LocalCluster,
     learner: Learner,
+    draft: DraftStage | NoDraftStage,
     reward_engines: RewardEngines,
 ) -> None:
     """The loop. Weight version `s` is what the engine serves after step `s`; step `s` learns from the versions
@@ -141,14 +171,16 @@ def train(
         evaluate_if_due(0)
     for step in range(trainer.step_count + 1, config.steps + 1):
         clock = StepClock(run.trace, step)
+        draft.before_rollout()
         groups = clock.rollout(partial(buffer.take, step))
+        drafted = clock.draft(partial(draft.after_rollout, groups, step))
         stats = clock.side_by_side(partial(learner.step, groups), buffer.advance, overlap=cluster.overlaps)
         clock.publish(partial(cluster.publish, version=step))
         buffer.new_version()
         run.directory.write_rollouts(step, [sample for group in groups for sample in group])
-        run.record(step, step_metrics(step, groups, stats, buffer, clock))
+        run.record(step, step_metrics(step, groups, stats, buffer, clock) | drafted)
         evaluate_if_due(step)
-        run.checkpoint_if_due(step, trainer=trainer, learner=learner, buffer=buffer)
+        run.checkpoint_if_due(step, trainer=trainer, learner=learner, buffer=buffer, draft=draft)
 
 
 def step_metrics(

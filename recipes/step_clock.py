@@ -17,22 +17,23 @@ SHOWN_S = 1e-4  # the shortest span that the timeline shows
 class StepClock:
     """Seconds of the parts of a step, which make up two lines that are both as long as the step:
 
-    the trainer's: wait_for_rollouts, train, publish; and the engine's: rollout, wait_for_trainer, publish.
+    the trainer's: wait_for_rollouts, draft, train, publish; and the engine's: rollout, wait_for_trainer, publish.
     The run's timeline shows both.
     """
 
     def __init__(self, trace: Trace, step: int):
         self.trace = trace
         self.step = step
-        self.rollout_s = self.train_s = self.publish_s = 0.0
+        self.rollout_s = self.draft_s = self.train_s = self.publish_s = 0.0
         self.unpublished_s = 0.0  # the step so far
 
     def times(self) -> dict[str, float]:
         return {
             "rollout": self.rollout_s,
+            **({"draft": self.draft_s} if self.draft_s > SHOWN_S else {}),
             "train": self.train_s,
             "publish": self.publish_s,
-            "wait_for_rollouts": self.unpublished_s - self.train_s,
+            "wait_for_rollouts": self.unpublished_s - self.draft_s - self.train_s,
             "wait_for_trainer": self.unpublished_s - self.rollout_s,
         }
 
@@ -42,6 +43,15 @@ class StepClock:
         self.unpublished_s += _seconds(span)
         self._show("engine", "rollout", span)
         self._show("trainer", "wait for rollouts", span)
+        return result
+
+    def draft(self, learn: Callable[[], T]) -> T:
+        """Learning from the rollouts' states, while neither policy nor engine does anything else."""
+        result, span = _timed(learn)
+        self.draft_s = _seconds(span)
+        self.unpublished_s += _seconds(span)
+        self._show("trainer", "draft", span)
+        self._show("engine", "wait for trainer", span)
         return result
 
     def side_by_side(self, learn: Callable[[], T], generate: Callable[[], None], overlap: bool) -> T:

@@ -35,6 +35,7 @@ class DraftBatch:
     token_ids:    int64 [steps, T], the token that each step is given (the last one where there is none).
     target_rows:  int64 [N], the rows whose `last` gives a distribution that some step learns.
     trained, targets: for each step, int64 [R]: its trained rows, and which of the N distributions each of them learns.
+    members: which of the packed sequences these are, in the order of their rows.
     """
 
     aux: torch.Tensor
@@ -45,6 +46,7 @@ class DraftBatch:
     target_rows: torch.Tensor
     trained: list[torch.Tensor]
     targets: list[torch.Tensor]
+    members: list[int]
 
 
 def check_sequence(sequence: DraftSequence, config: Eagle3Config) -> None:
@@ -67,12 +69,15 @@ def pack_drafts(
 
     Raises ValueError for a sequence that is longer.
     """
-    sequences = [sequence for sequence in sequences if any(sequence.loss_mask[2:])]
-    bins = first_fit([len(sequence.aux) for sequence in sequences], max_tokens)
-    return [_pack_bin([sequences[i] for i in members], num_steps, device) for members in bins]
+    trained = [index for index, sequence in enumerate(sequences) if any(sequence.loss_mask[2:])]
+    bins = first_fit([len(sequences[index].aux) for index in trained], max_tokens)
+    return [_pack_bin(sequences, [trained[i] for i in chosen], num_steps, device) for chosen in bins]
 
 
-def _pack_bin(members: list[DraftSequence], num_steps: int, device: torch.device) -> DraftBatch:
+def _pack_bin(
+    sequences: Sequence[DraftSequence], numbers: list[int], num_steps: int, device: torch.device
+) -> DraftBatch:
+    members = [sequences[number] for number in numbers]
     lengths = [len(sequence.aux) for sequence in members]
     positions, cu_seqlens = sequence_layout(lengths)
     last_row = (cu_seqlens[1:].long() - 1).repeat_interleave(torch.tensor(lengths))
@@ -100,4 +105,5 @@ def _pack_bin(members: list[DraftSequence], num_steps: int, device: torch.device
         target_rows=to_device(is_target.nonzero()[:, 0], device),
         trained=trained,
         targets=targets,
+        members=numbers,
     )

@@ -13,6 +13,7 @@ import torch
 from lockstep.engine.models.eagle3 import Eagle3Draft
 from lockstep.kernels.chain_attention import chain_attention
 from lockstep.kernels.linear import linear
+from lockstep.kernels.noise import gumbel_noise
 from lockstep.kernels.rope import apply_rope
 from lockstep.trainer_bridge.draft_batch import DraftBatch, DraftSequence, check_sequence, pack_drafts
 from lockstep.trainer_bridge.draft_loss import log_acceptance
@@ -73,6 +74,33 @@ class UnrolledDraft:
             expected += reached
         named = {f"acceptance_{step}": acceptance for step, acceptance in enumerate(acceptances)}
         return {**named, "tokens_per_step": expected}
+
+    @torch.no_grad()
+    def draw(self, sequences: Sequence[DraftSequence], seeds: Sequence[int]) -> list[torch.Tensor]:
+        """The chains that the engine drafts at each row of samples drawn with these seeds: int64 [n - 1, num_steps].
+
+        The chain of row t is for the tokens from t + 2 on, with their noise. Its token i is what is drafted where those
+        before it are the sample's own; after a wrong one nothing is accepted, whatever is drafted.
+        """
+        chains: dict[int, torch.Tensor] = {}
+        for batch in self.pack(sequences):
+            lengths = batch.cu_seqlens.diff().tolist()
+            of_rows = torch.tensor([seeds[number] for number in batch.members]).repeat_interleave(torch.tensor(lengths))
+            of_rows = of_rows.to(batch.positions.device)
+            steps = [
+                self._drawn(normed, of_rows, batch.positions + 2 + i) for i, normed in enumerate(self.steps(batch))
+            ]
+            drafts = torch.stack(steps, dim=1)
+            chains |= zip(batch.members, drafts.cpu().split(lengths), strict=True)
+        return [chains[number] for number in range(len(sequences))]
+
+    def _drawn(self, normed: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """As `EagleDrafter` draws: the target's rule and noise over the draft's tokens."""
+        token_map, parts = self.draft.token_map, []
+        for rows in torch.arange(len(normed), device=normed.device).split(ROWS_AT_ONCE):
+            noise = gumbel_noise(seeds[rows], positions[rows], self.draft.config.vocab_size)[:, token_map]
+            parts.append((self.draft.logits(normed[rows]).float() / self.temperature + noise).argmax(-1))
+        return self.draft.target_ids(torch.cat(parts))
 
     def tune_temperature(
         self, sequences: Sequence[DraftSequence], candidates: Sequence[float] = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25)

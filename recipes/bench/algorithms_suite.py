@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from lockstep.recipes import config_schema, rl
 from lockstep.recipes.bench.config import BenchConfig
 from lockstep.recipes.bench.results import Column, Table, progress, show, write_results
+from lockstep.recipes.draft_stage import DraftStageConfig
 from lockstep.recipes.inputs import ModelSource
 from lockstep.recipes.run_directory import read_metrics
 from lockstep.trainer_bridge.algorithms import ALGORITHMS, AlgorithmConfig
@@ -63,16 +64,22 @@ def run(config: BenchConfig) -> dict[str, Any]:
 
 
 def demo_config(runs_dir: Path, scale: float) -> rl.RLConfig:
-    """The demo recipe (configs/recipe/demo.yaml), shortened."""
-    configs = resources.files("lockstep.configs")
-    recipe = OmegaConf.create((configs / "recipe" / "demo.yaml").read_text())
-    recipe.task = OmegaConf.create((configs / "task" / "sums.yaml").read_text())
-    del recipe["defaults"]
-    defaults = OmegaConf.structured(config_schema.mirror(rl.RLConfig))
-    config = config_schema.build(rl.RLConfig, OmegaConf.merge(defaults, recipe))
+    """The demo recipe, shortened, without its draft."""
+    config = recipe_config("demo", "sums", runs_dir)
     steps = max(1, round(STEPS * scale))
     evaluation = replace(config.evaluation, num_problems=EVALUATED_PROBLEMS)
-    return replace(config, runs_dir=str(runs_dir), steps=steps, evaluate_every=steps, evaluation=evaluation)
+    return replace(config, steps=steps, evaluate_every=steps, evaluation=evaluation, draft=DraftStageConfig())
+
+
+def recipe_config(recipe: str, task: str, runs_dir: Path) -> rl.RLConfig:
+    """What `lockstep rl recipe=RECIPE` runs: configs/recipe/RECIPE.yaml with configs/task/TASK.yaml."""
+    configs = resources.files("lockstep.configs")
+    chosen = OmegaConf.create((configs / "recipe" / f"{recipe}.yaml").read_text())
+    chosen.task = OmegaConf.create((configs / "task" / f"{task}.yaml").read_text())
+    del chosen["defaults"]
+    defaults = OmegaConf.structured(config_schema.mirror(rl.RLConfig))
+    config = config_schema.build(rl.RLConfig, OmegaConf.merge(defaults, chosen))
+    return replace(config, runs_dir=str(runs_dir))
 
 
 def _teacher(demo: rl.RLConfig) -> Path:

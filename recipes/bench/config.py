@@ -9,7 +9,9 @@ import torch
 
 from lockstep.recipes.bench.shapes import SHAPES
 
-Suite = Literal["cpu", "engine", "trainer", "draft", "kernels", "publish", "algorithms", "speculation", "rl"]
+Suite = Literal[
+    "cpu", "engine", "trainer", "draft", "kernels", "publish", "algorithms", "rl", "draft_demo", "speculation"
+]
 DEFAULT_SHAPE = {"cpu": "small", "cuda": "qwen3-8b"}
 
 
@@ -21,12 +23,14 @@ class BenchConfig:
         (the default with one); "trainer", training steps; "draft", those of an EAGLE-3 draft; "kernels", one op at a
         time; "publish", weight updates (its workloads are ways: copy, alias, cuda_ipc, and with two GPUs distributed);
         "algorithms", which trains with each algorithm on the demo's task, from one warmed-up model; "rl", a few steps
-        of GRPO on it, also by TRL with peer=trl; "speculation", one request with drafts and without.
+        of GRPO on it, also by TRL with peer=trl; "draft_demo", how the demo's draft learns; "speculation", one request
+        with drafts and without.
     device: "cpu" or "cuda"; null is cuda where there is one.
     shape: an architecture with random weights: qwen3-8b (the default on a GPU), qwen3-1.7b, qwen3-0.6b, small (the
         default on a CPU). The trainer suite without a shape takes the first three.
     model: a model directory to time instead, with its own weights (suites cpu and engine); of the suites
-        algorithms and rl, the model to start from, where null makes the demo's warm-up first.
+        algorithms and rl, the model to start from, where null makes the demo's warm-up first; of the suite draft_demo,
+        the directory of a finished run, where null makes it first.
     workloads: their names, such as [W1,W3] or [grpo,ppo]; null is all of the suite's.
     peer: runs the same workloads there too and gives the ratio: transformers, vllm, vllm-batch-invariant, sglang,
         sglang-deterministic. The package has to be installed.

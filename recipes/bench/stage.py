@@ -16,6 +16,7 @@ SUITES = {
     "publish": "lockstep.recipes.bench.publish_suite",
     "algorithms": "lockstep.recipes.bench.algorithms_suite",
     "rl": "lockstep.recipes.bench.rl_suite",
+    "draft_demo": "lockstep.recipes.bench.draft_demo_suite",
     "speculation": "lockstep.recipes.bench.speculation_suite",
 }
 
