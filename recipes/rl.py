@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from lockstep.engine import EngineConfig
 from lockstep.recipes import sft
 from lockstep.recipes.cluster.config import ClusterConfig
@@ -47,7 +49,8 @@ class RLConfig(TrainingRunConfig):
     evaluate_every: steps between held-out evaluations.
     engine: its `model` is filled in by the run.
     cluster: where trainer and engines live; cluster=ray takes configs/cluster/ray.yaml.
-    draft: a draft model that learns from the rollouts and speeds them up, see recipes/draft_stage.py; off by default.
+    draft: a draft model that learns from the rollouts and speeds them up, see recipes/draft_stage.py; off by default,
+        and without effect where `without_draft_where_none_can_learn` says why.
     """
 
     name: str = "rl"
@@ -65,20 +68,25 @@ class RLConfig(TrainingRunConfig):
     draft: DraftStageConfig = field(default_factory=DraftStageConfig)
 
     def __post_init__(self):
-        if not self.draft.is_on:
-            return
-        refused = {
+        if self.draft.is_on and self.engine.draft_model is not None:
+            raise ValueError(
+                f"engine.draft_model={self.engine.draft_model} does not go with a draft that learns during the run "
+                f"(draft.train_every={self.draft.train_every}): give it as draft.start, or set draft.train_every=0"
+            )
+
+    def without_draft_where_none_can_learn(self) -> RLConfig:
+        """Drafts change no result, so a run that cannot train one goes without, and says so."""
+        reasons = {
             f"cluster.kind={self.cluster.kind}": self.cluster.kind != "local",
             f"environment.kind={self.environment.kind}": self.environment.kind != SINGLE_TURN,
             f"buffer.max_staleness={self.buffer.max_staleness}": self.buffer.max_staleness > 0,
-            f"engine.draft_model={self.engine.draft_model}": self.engine.draft_model is not None,
             f"rollout.temperature={self.rollout.temperature}": self.rollout.temperature == 0.0,
         }
-        for name in (name for name, is_set in refused.items() if is_set):
-            raise ValueError(
-                f"a draft that learns during the run (draft.train_every={self.draft.train_every}) does not go with "
-                f"{name}; draft.train_every=0 runs without"
-            )
+        reason = next((name for name, is_set in reasons.items() if is_set), None)
+        if reason is None or not self.draft.is_on:
+            return self
+        Console(highlight=False).print(f"no draft is trained: that does not go with {reason}", markup=False)
+        return replace(self, draft=replace(self.draft, train_every=0))
 
 
 def run(config: RLConfig) -> dict[str, Any]:
@@ -87,6 +95,7 @@ def run(config: RLConfig) -> dict[str, Any]:
     if config.dry_run:
         return dry_run(rl_plan(config))
     with TrainingRun(config, "rl") as run:
+        config = config.without_draft_where_none_can_learn()
         tasks = config.task.build()
         start = str(starting_model(config, tasks))
         trainer, engine = replace(config.trainer, model=start), replace(config.engine, model=start)

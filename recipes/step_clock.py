@@ -30,7 +30,7 @@ class StepClock:
     def times(self) -> dict[str, float]:
         return {
             "rollout": self.rollout_s,
-            **({"draft": self.draft_s} if self.draft_s > SHOWN_S else {}),
+            **({"draft": self.draft_s} if self.draft_s else {}),
             "train": self.train_s,
             "publish": self.publish_s,
             "wait_for_rollouts": self.unpublished_s - self.draft_s - self.train_s,
@@ -48,6 +48,8 @@ class StepClock:
     def draft(self, learn: Callable[[], T]) -> T:
         """Learning from the rollouts' states, while neither policy nor engine does anything else."""
         result, span = _timed(learn)
+        if _seconds(span) <= SHOWN_S:  # there is no draft
+            return result
         self.draft_s = _seconds(span)
         self.unpublished_s += _seconds(span)
         self._show("trainer", "draft", span)

@@ -45,7 +45,12 @@ def run(config: BenchConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         demo = demo_config(Path(scratch), config.scale)
         start = Path(config.model) if config.model else rl.starting_model(demo, demo.task.build())
-        demo = replace(demo, model=ModelSource(path=str(start)), warmup=replace(demo.warmup, steps=0))
+        demo = replace(
+            demo,
+            model=ModelSource(path=str(start)),
+            warmup=replace(demo.warmup, steps=0),
+            draft=replace(demo.draft, train_every=0),
+        )
         rows = []
         for name in names:
             options = dict(OPTIONS.get(name, {}))

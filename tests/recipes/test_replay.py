@@ -40,7 +40,8 @@ def test_the_run_was_asynchronous_within_its_bound(stored):
         assert 0 <= min(ages) <= max(ages) <= 2
         assert records[step]["staleness"] == sum(ages) / len(ages)
         assert records[step]["staleness_max"] == max(ages)
-        assert ("logprob_diff_max" in records[step]) == (max(ages) == 0)
+        assert records[step]["logprob_diff_max"] == 0.0
+        assert ("policy_shift_max" in records[step]) == (max(ages) > 0)
         times = {name: value for name, value in records[step].items() if name.startswith("time/")}
         trainer, engine = (
             sum(times[f"time/{name}"] for name in line)

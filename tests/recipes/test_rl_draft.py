@@ -94,6 +94,7 @@ def test_a_killed_run_goes_on_with_the_drafts_of_its_checkpoint(drafted, tmp_pat
         ({"buffer": BufferConfig(max_staleness=1)}, "buffer.max_staleness=1"),
     ],
 )
-def test_what_it_does_not_go_with_is_refused_by_name(changes, name, tmp_path):
-    with pytest.raises(ValueError, match=f"does not go with {name}"):
-        config_of(tmp_path, **changes)
+def test_a_run_that_cannot_train_a_draft_goes_without_and_says_so(changes, name, tmp_path, capsys):
+    config = config_of(tmp_path, **changes).without_draft_where_none_can_learn()
+    assert not config.draft.is_on
+    assert f"does not go with {name}" in capsys.readouterr().out

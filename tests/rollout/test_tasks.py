@@ -6,7 +6,7 @@ import datasets
 import pytest
 import reasoning_gym
 
-from lockstep.rollout.rewards import build_reward
+from lockstep.rollout.rewards.rules import task_reward
 from lockstep.rollout.tasks import TASKS, LocalFilesConfig, ReasoningGymConfig, build_task
 from lockstep.rollout.tasks.answers import extract_answer
 from lockstep.rollout.tasks.problem import content_hash
@@ -77,8 +77,8 @@ def test_a_question_space_that_held_out_exhausts_is_an_error():
 @pytest.mark.parametrize(("dataset", "options"), WORKED)
 def test_worked_solutions_score_full_marks(dataset, options):
     train = build_task(ReasoningGymConfig(dataset, options, held_out_size=4)).train
-    reward = build_reward({"task": 1.0}, train)
-    assert [p.problem_id for p in problems(train, 400) if reward(p, p.solution) != 1.0] == []
+    score = task_reward(train)
+    assert [p.problem_id for p in problems(train, 400) if score(p, p.solution) != 1.0] == []
 
 
 def test_every_worked_dataset_is_tested():
