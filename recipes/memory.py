@@ -33,7 +33,7 @@ def trainer_memory(model: ModelConfig, config: TrainerConfig, num_ranks: int) ->
     sizes = config.parallel_sizes(num_ranks)
     sizes.check(model)
     held = max(
-        sum(prod(parameter.local_shape) for parameter in local_layout(model, sizes, rank)) for rank in range(num_ranks)
+        sum(prod(parameter.shard.local_shape) for parameter in local_layout(model, sizes, rank)) for rank in range(num_ranks)
     )
     size = getattr(torch, config.dtype).itemsize
     half = size < 4
