@@ -32,10 +32,8 @@ def trainer_memory(model: ModelConfig, config: TrainerConfig, num_ranks: int) ->
     """Of the rank that takes the most, in a world of num_ranks. Raises ValueError for sizes that the model refuses."""
     sizes = config.parallel_sizes(num_ranks)
     sizes.check(model)
-    held = max(
-        sum(prod(parameter.shard.local_shape) for parameter in local_layout(model, sizes, rank))
-        for rank in range(num_ranks)
-    )
+    layouts = [local_layout(model, sizes, rank) for rank in range(num_ranks)]
+    held = max(sum(prod(parameter.shard.local_shape) for parameter in layout) for layout in layouts)
     size = getattr(torch, config.dtype).itemsize
     half = size < 4
     items = [Item("weights", held * size, f"{held:,} parameters x {size} bytes")]

@@ -115,7 +115,13 @@ def make_stage(tmp_path, path, published, **changes):
     always = {"draft_max_requests": 64, "draft_min_accepted": 0.0}
     engine = Engine(replace(config, draft_model=str(start), num_draft_tokens=3, **always))
     config = DraftStageConfig(
-        train_every=1, start=str(start), num_draft_tokens=3, sequences_per_update=4, held_out_every=3, trainer=TRAINER
+        train_every=1,
+        start=str(start),
+        num_draft_tokens=3,
+        sequences_per_update=4,
+        passes=6,
+        held_out_every=3,
+        trainer=TRAINER,
     )
 
     def publish(named, version):
