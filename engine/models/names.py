@@ -126,11 +126,6 @@ def expand(config: ModelConfig) -> list[Entry]:
     return entries
 
 
-def matrix_shapes(config: ModelConfig) -> set[tuple[int, int]]:
-    """The distinct (rows, columns) of the model's weight matrices, those of single experts among them."""
-    return {entry.shape[-2:] for entry in expand(config) if len(entry.shape) >= 2}
-
-
 def as_stacked(entry: Entry) -> Entry:
     """The same parameter of experts, for a file that holds it under its one name `hf_stacked`."""
     return replace(entry, kind="copy", hf_names=(entry.hf_stacked,), hf_shapes=(entry.shape,))

@@ -14,10 +14,10 @@ from lockstep.engine.models.names import (
     expand,
     format_table,
     itemsizes,
-    matrix_shapes,
     to_hf,
     to_megatron,
 )
+from lockstep.engine.models.sharding import WHOLE, product_shapes
 
 OPTIONS = {
     "plain": {},
@@ -143,7 +143,7 @@ def test_experts_are_stacked_by_index():
     merged = to_megatron(fc1, [torch.full((32, 64), float(index)) for index in range(6)])
     assert merged[:, ::32, 0].tolist() == [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]
     assert merged[:, 31::32, 63].tolist() == [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]
-    assert (64, 64) in matrix_shapes(config)
+    assert (64, 64) in product_shapes(config, WHOLE, row_parallel_splits=1)
     stacked = as_stacked(fc1)
     assert stacked.hf_names == ("model.layers.1.mlp.experts.gate_up_proj",)
     assert to_megatron(stacked, [merged]) is merged
