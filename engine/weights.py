@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from lockstep.kernels.content_hash import content_hash, content_hashes, copy_and_hash
+from lockstep.kernels.content_hash import content_hash, content_hashes, copy_and_verify
 
 
 def checksum(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -129,19 +129,22 @@ def stage(
 
 
 @torch.no_grad()
-def copy_in_place(staged: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def copy_in_place(
+    staged: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Writes staged tensors into the tensors that the model (and captured graphs) already read.
 
-    Returns the content hashes of what is read of the staged ones, int64 [n] in their order; a GPU may still be at it.
+    Returns the content hashes of what was read of the staged ones and of what the targets hold then, int64 [n] in the
+    order of `staged`; a GPU may still be at it.
     """
     sources = list(staged.values())
     ends = [targets[name] for name in staged]
     if all(source.device == end.device for source, end in zip(sources, ends, strict=True)):
-        return copy_and_hash(sources, ends)
+        return copy_and_verify(sources, ends)
     for source, end in zip(sources, ends, strict=True):
         end.copy_(source, non_blocking=True)
     hashes = hashes_by_name(staged)
-    return torch.tensor([hashes[name] for name in staged])
+    return torch.tensor([hashes[name] for name in staged]), content_hashes(ends)
 
 
 class AliasedWeights:

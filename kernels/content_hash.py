@@ -1,6 +1,8 @@
 """A number that tells whether two tensors hold the same bytes, at the speed of reading them once."""
 
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +17,8 @@ from lockstep.kernels._cpu import exact_njit, parallel_rows
 # generators"), whose second round is left out: with it a GPU computes for longer than it reads.
 _GOLDEN, _MIX = 0x9E3779B97F4A7C15, 0x94D049BB133111EB
 _BLOCK = 8192
-# Of a launch over many tensors: programs for each, and words that one takes at a time.
-_PROGRAMS, _TILE = 128, 2048
+# Of a launch over many tensors: words of a program, and of them in registers at once, where it copies and where not.
+_CHUNK, _COPY_TILE, _HASH_TILE = 8192, 1024, 2048
 
 
 class Placement(NamedTuple):
@@ -54,23 +56,26 @@ def content_hash(tensor: Tensor, placement: Placement | None = None) -> Tensor:
 
 def content_hashes(tensors: Sequence[Tensor]) -> Tensor:
     """`content_hash` of each of n tensors of one device -> int64 [n]; on a GPU in one launch."""
-    return _together(tensors, None)
+    return _together(tensors, tensors, "hash")[0]
 
 
-@torch.no_grad()
 def copy_and_hash(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     """Copies each source to its target; returns `content_hash` of what was read of the sources, int64 [n].
 
-    Of one device, pairwise of one shape and dtype; contiguous targets. On a GPU in one launch that reads each source
-    once, so that hashing costs nothing: `content_hashes(targets)` then says what was written.
+    Of one device, pairwise of one shape and dtype; contiguous targets that do not overlap, else a ValueError. On a GPU
+    in one launch that reads each source once, so that hashing costs nothing.
     """
-    for source, target in zip(sources, targets, strict=True):
-        if source.shape != target.shape or source.dtype != target.dtype or not target.is_contiguous():
-            raise ValueError(
-                f"copy_and_hash: a source of shape {tuple(source.shape)} and {source.dtype} does not go to a target of "
-                f"shape {tuple(target.shape)}, {target.dtype} and strides {target.stride()}"
-            )
-    return _together(sources, targets)
+    return _together(sources, targets, "copy")[0]
+
+
+def copy_and_verify(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """As `copy_and_hash`, and the `content_hash` of what the targets hold then: equal if all was written as read.
+
+    On a GPU still one launch: each 64 KiB is read back once it has been written, past the L1 cache, from the L2 cache
+    that all of the GPU reads through. So the check costs a tenth of the copy, and not half as from the memory.
+    """
+    read, written = _together(sources, targets, "verify")
+    return read, written
 
 
 def content_hash_reference(tensor: Tensor) -> int:
@@ -85,36 +90,76 @@ def content_hash_reference(tensor: Tensor) -> int:
     return total - 2**64 if total >= 2**63 else total
 
 
-def _together(sources: Sequence[Tensor], targets: Sequence[Tensor] | None) -> Tensor:
+_MODES = {"hash": 0, "copy": 1, "verify": 2}
+
+
+@torch.no_grad()
+def _together(sources: Sequence[Tensor], targets: Sequence[Tensor], mode: str) -> Tensor:
+    """int64 [2, n]: hashes of the sources and, to verify, of the targets."""
+    if mode != "hash":
+        _check_pairs(sources, targets)
     if not sources:
-        return torch.zeros(0, dtype=torch.int64)
+        return torch.zeros((2, 0), dtype=torch.int64)
     if sources[0].is_cuda:
-        return _together_triton(sources, targets)
-    if targets is not None:
-        for source, target in zip(sources, targets, strict=True):
-            target.copy_(source)
-    return torch.stack([content_hash(source) for source in sources])
+        return _together_triton(sources, targets, mode)
+    return _one_by_one(sources, targets, mode)
 
 
-def _together_triton(sources: Sequence[Tensor], targets: Sequence[Tensor] | None) -> Tensor:
-    hashes = torch.empty(len(sources), dtype=torch.int64, device=sources[0].device)
-    ends = sources if targets is None else targets
-    whole = [i for i, (source, end) in enumerate(zip(sources, ends, strict=True)) if _are_of_words(source, end)]
-    for index in sorted(set(range(len(sources))) - set(whole)):
-        hashes[index] = content_hash(sources[index])
-        if targets is not None:
-            targets[index].copy_(sources[index])
-    if whole:
-        # The largest first: what is started last should be over soon.
-        whole.sort(key=lambda index: -sources[index].nbytes)
-        rows = [(sources[i].data_ptr(), ends[i].data_ptr(), sources[i].nbytes // 8) for i in whole]
-        table = torch.tensor(rows, dtype=torch.int64).to(hashes.device)
-        sums = torch.empty((len(whole), _PROGRAMS), dtype=torch.int64, device=hashes.device)
-        _table_kernel[(_PROGRAMS, len(whole))](
-            table, sums, GOLDEN=_GOLDEN, MIX=_MIX, TILE=_TILE, COPY=targets is not None, num_warps=4
-        )
-        hashes[torch.tensor(whole, device=hashes.device)] = sums.sum(1)
+def _check_pairs(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        if source.shape != target.shape or source.dtype != target.dtype or not target.is_contiguous():
+            raise ValueError(
+                f"a source of shape {tuple(source.shape)} and {source.dtype} cannot be copied to a target of shape "
+                f"{tuple(target.shape)}, {target.dtype} and strides {target.stride()}"
+            )
+
+
+def _one_by_one(sources: Sequence[Tensor], targets: Sequence[Tensor], mode: str) -> Tensor:
+    if mode != "hash":
+        _copy_each(sources, targets)
+    hashes = [content_hash(source) for source in sources]
+    written = [content_hash(target) for target in targets] if mode == "verify" else hashes
+    return torch.stack([torch.stack(hashes), torch.stack(written)])
+
+
+def _copy_each(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
+
+
+def _together_triton(sources: Sequence[Tensor], targets: Sequence[Tensor], mode: str) -> Tensor:
+    hashes = torch.zeros((2, len(sources)), dtype=torch.int64, device=sources[0].device)
+    rows, others = [], []
+    for index, (source, target) in enumerate(zip(sources, targets, strict=True)):
+        if _are_of_words(source, target):
+            rows.append((source.data_ptr(), target.data_ptr(), source.nbytes // 8, index))
+        else:
+            others.append(index)
+    if others:
+        hashes[:, others] = _one_by_one([sources[i] for i in others], [targets[i] for i in others], mode)
+    if rows:
+        table, chunk_rows = _chunks(tuple(rows), mode != "hash", hashes.device)
+        _chunk_kernel[(chunk_rows.numel(),)](
+            table, chunk_rows, hashes, len(sources), GOLDEN=_GOLDEN, MIX=_MIX, CHUNK=_CHUNK,
+            TILE=_HASH_TILE if mode == "hash" else _COPY_TILE, MODE=_MODES[mode], num_warps=4,
+        )  # fmt: skip
     return hashes
+
+
+@lru_cache(maxsize=1024)
+def _chunks(rows: tuple[tuple[int, int, int, int], ...], writes: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What the kernel reads: int64 [n, 5] of (source, target, words, place of the hash, first chunk), and int32, of
+    each chunk its row.
+
+    Kept, since the weights of a run stay where they are. Raises ValueError for targets that overlap.
+    """
+    ends = sorted((target, target + 8 * words) for _, target, words, _ in rows)
+    if writes and any(end > begin for (_, end), (begin, _) in pairwise(ends)):
+        raise ValueError("targets of one copy overlap in memory")
+    counts = np.array([-(-words // _CHUNK) for _, _, words, _ in rows])
+    table = np.column_stack((np.array(rows, dtype=np.int64), counts.cumsum() - counts))
+    chunk_rows = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
+    return torch.from_numpy(table).to(device), torch.from_numpy(chunk_rows).to(device)
 
 
 def _are_of_words(source: Tensor, end: Tensor) -> bool:
@@ -198,34 +243,48 @@ def _hash_kernel(
 
 
 @triton.jit
-def _table_kernel(
-    table_ptr, sums_ptr, GOLDEN: tl.constexpr, MIX: tl.constexpr, TILE: tl.constexpr, COPY: tl.constexpr,
+def _chunk_kernel(
+    table_ptr, chunk_rows_ptr, hashes_ptr, num_hashes, GOLDEN: tl.constexpr, MIX: tl.constexpr,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Row r of the table: address to read, address to write, number of words. Program (p, r) takes each P-th tile."""
-    row_ptr = table_ptr + tl.program_id(1) * 3
+    """Program c takes chunk c of all tensors; see `_chunks` for the table and `_MODES` for what it does."""
+    row_ptr = table_ptr + tl.load(chunk_rows_ptr + tl.program_id(0)) * 5
+    first = (tl.program_id(0) - tl.load(row_ptr + 4)) * CHUNK
     # Addresses of 16 bytes, and whole tiles without a mask, let a thread move two words at a time.
-    source = tl.multiple_of(tl.load(row_ptr).to(tl.pointer_type(tl.int64)), 16)
-    target = tl.multiple_of(tl.load(row_ptr + 1).to(tl.pointer_type(tl.int64)), 16)
-    num_words = tl.load(row_ptr + 2)
+    source = tl.multiple_of(tl.load(row_ptr).to(tl.pointer_type(tl.int64)), 16) + tl.multiple_of(first, CHUNK)
+    target = tl.multiple_of(tl.load(row_ptr + 1).to(tl.pointer_type(tl.int64)), 16) + tl.multiple_of(first, CHUNK)
+    num_words = tl.minimum(tl.load(row_ptr + 2) - first, CHUNK)
     lanes = tl.arange(0, TILE)
     counters = (lanes + 1).to(tl.uint64) * GOLDEN
-    total = tl.zeros((TILE,), tl.uint64)
-    end = num_words // TILE * TILE
-    for first in range(tl.program_id(0).to(tl.int64) * TILE, end, tl.num_programs(0) * TILE):
-        first = tl.multiple_of(first, TILE)
-        word = tl.load(source + first + lanes)
-        if COPY:
-            tl.store(target + first + lanes, word)
-        total += _mix(word.to(tl.uint64, bitcast=True) + (counters + first.to(tl.uint64) * GOLDEN), MIX)
-    if tl.program_id(0) == 0 and end < num_words:
-        exists = end + lanes < num_words
-        word = tl.load(source + end + lanes, mask=exists, other=0)
-        if COPY:
-            tl.store(target + end + lanes, word, mask=exists)
-        mixed = _mix(word.to(tl.uint64, bitcast=True) + (counters + end.to(tl.uint64) * GOLDEN), MIX)
-        total += tl.where(exists, mixed, 0)
-    place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(sums_ptr + place, tl.sum(total, 0).to(tl.int64, bitcast=True))
+    read = tl.zeros((TILE,), tl.uint64)
+    written = tl.zeros((TILE,), tl.uint64)
+    if num_words == CHUNK:
+        for begin in range(0, CHUNK, TILE):
+            word = tl.load(source + begin + lanes)
+            if MODE > 0:
+                tl.store(target + begin + lanes, word)
+            read += _mix(word.to(tl.uint64, bitcast=True) + (counters + (first + begin).to(tl.uint64) * GOLDEN), MIX)
+        if MODE == 2:
+            for begin in range(0, CHUNK, TILE):
+                word = tl.load(target + begin + lanes, volatile=True)  # from memory, not what was stored just now
+                counter = counters + (first + begin).to(tl.uint64) * GOLDEN
+                written += _mix(word.to(tl.uint64, bitcast=True) + counter, MIX)
+    else:
+        for tail in range(0, num_words, TILE):
+            exists = tail + lanes < num_words
+            counter = counters + (first + tail).to(tl.uint64) * GOLDEN
+            word = tl.load(source + tail + lanes, mask=exists, other=0)
+            if MODE > 0:
+                tl.store(target + tail + lanes, word, mask=exists)
+            read += tl.where(exists, _mix(word.to(tl.uint64, bitcast=True) + counter, MIX), 0)
+            if MODE == 2:
+                word = tl.load(target + tail + lanes, mask=exists, other=0, volatile=True)
+                written += tl.where(exists, _mix(word.to(tl.uint64, bitcast=True) + counter, MIX), 0)
+    # Integers: the order in which chunks are added changes nothing.
+    hash_ptr = hashes_ptr + tl.load(row_ptr + 3)
+    tl.atomic_add(hash_ptr, tl.sum(read, 0).to(tl.int64, bitcast=True), sem="relaxed")
+    if MODE == 2:
+        tl.atomic_add(hash_ptr + num_hashes, tl.sum(written, 0).to(tl.int64, bitcast=True), sem="relaxed")
 
 
 @triton.jit

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from lockstep.engine import Engine, SamplingParams
+from lockstep.engine.laps import Laps
 from lockstep.engine.models.config import load_model_config
+from lockstep.kernels.content_hash import copy_and_hash, copy_and_verify
 from lockstep.recipes.bench.candidates import engine_config
 from lockstep.recipes.bench.config import BenchConfig
 from lockstep.recipes.bench.own_process import call_in_own_process
@@ -35,7 +37,7 @@ TITLES = {
 # Milliseconds at the shape of Qwen3-8B on H200s, between any two of them: of an update, and of the pause.
 TARGETS_MS = {"copy": (12.0, None), "alias": (1.0, None), "distributed": (60.0, 12.0)}
 # Parts of an update as the reports name them; the first three overlap one another.
-PARTS = {"pack_s": "pack", "wire_s": "wire", "unpack_s": "unpack", "copy_s": "flip", "verify_s": "verify"}
+PARTS = {"pack_s": "pack", "wire_s": "wire", "unpack_s": "unpack", "copy_s": "flip"}
 
 
 def run(config: BenchConfig) -> dict[str, Any]:
@@ -83,6 +85,7 @@ def measure(job: Job) -> dict[str, Any]:
                 f"{job.way} {repeat or 'warm-up'}: {idle[-1]['ms']:.2f} ms, paused {loaded[-1]['pause_ms']:.2f} ms"
             )
         num_bytes = sum(tensor.nbytes for tensor in pair.engine.weight_targets.values())
+        check_ms = 0.0 if job.way == "alias" else _check_ms(pair.engine, next(versions), job.config.repeats)
     idle, loaded = _medians(idle[1:]), _medians(loaded[1:])
     target_ms, pause_target_ms = TARGETS_MS.get(job.way, (None, None))
     at_target_shape = job.config.device == "cuda" and job.config.model_name == "qwen3-8b"
@@ -92,6 +95,7 @@ def measure(job: Job) -> dict[str, Any]:
         **idle,
         "gb_per_s": num_bytes / 1e6 / idle["ms"],
         **{f"{key.removesuffix('_s')}_share": idle[key] * 1e3 / idle["ms"] for key in PARTS if key in idle},
+        "check_ms": check_ms,
         "loaded_ms": loaded["ms"],
         **{key: loaded[key] for key in ("step_ms", "gap_ms", "pause_ms")},
         **({"target_ms": target_ms, "pause_target_ms": pause_target_ms} if at_target_shape else {}),
@@ -106,6 +110,23 @@ def _timed(pair: Pair, version: int, meanwhile=None) -> dict[str, float]:
     if report["checksum"] != pair.expected:
         raise RuntimeError(f"after update {version} the engine serves {report['checksum']}, not {pair.expected}")
     return {"ms": seconds * 1e3, **{key: report[key] for key in PARTS if key in report}}
+
+
+def _check_ms(engine: Engine, version: int, repeats: int) -> float:
+    """Of a flip, what reading back costs: a copy of as many bytes with it, less one without."""
+    buffers = engine.begin_update(version).tensors
+    sources, targets = list(engine.weight_targets.values()), [buffers[name] for name in engine.weight_targets]
+    seconds: dict[str, list[float]] = {"check": [], "copy": []}
+    for _ in range(repeats + 1):
+        laps = Laps(sources[0].device)
+        copy_and_verify(sources, targets)
+        laps.end("check")
+        copy_and_hash(sources, targets)
+        laps.end("copy")
+        for name, value in laps.seconds().items():
+            seconds[name].append(value)
+    check, copy = (statistics.median(values[1:]) for values in seconds.values())
+    return (check - copy) * 1e3
 
 
 def _under_load(pair: Pair, version: int, config: BenchConfig) -> dict[str, float] | None:
@@ -187,6 +208,7 @@ def _table(config: BenchConfig, rows: list[dict[str, Any]]) -> Table:
         Column("target_ms", "target", ".0f"),
         Column("gb_per_s", "GB/s", ",.0f"),
         *(Column(f"{key}_ms", title, ".2f") for key, title in PARTS.items()),
+        Column("check_ms", "of it the check", ".2f"),
         Column("loaded_ms", "under load", ".2f"),
         Column("step_ms", "usual step", ".2f"),
         Column("gap_ms", "longest gap", ".2f"),
@@ -197,8 +219,8 @@ def _table(config: BenchConfig, rows: list[dict[str, Any]]) -> Table:
         f"{config.model_name}, {config.dtype}, random weights; milliseconds, medians of {config.repeats} after a "
         "warm-up. `ms`: of an idle engine, from the trainer's call until the new version serves, checked against the "
         "trainer's hash. Its parts: pack (copy and hash into buckets), wire (the engine's end waits), unpack (check, "
-        "copy beside the serving weights), which overlap; then flip (copy in place) and verify (hash of what is "
-        f"served). Under load: {_requests(config)} requests decode; their longest gap between two tokens during the "
-        "update, and by how much it exceeds a usual step."
+        "copy beside the serving weights), which overlap; then flip (copy in place, with the hashes of what was read "
+        f"and of what can be read back). Under load: {_requests(config)} requests decode; their longest gap between "
+        "two tokens during the update, and by how much it exceeds a usual step."
     ]
     return Table("Weight updates", columns, shown, notes)

@@ -4,10 +4,12 @@ import pytest
 import torch
 from models import make_hf_model
 
-from lockstep.engine import Engine, EngineConfig, SamplingParams, weights
+from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.engine.weights import checksum
+from lockstep.kernels import content_hash
 
 PROMPT = list(range(1, 40))
+NORM = "decoder.final_layernorm.weight"
 
 
 @pytest.fixture(scope="module")
@@ -198,15 +200,14 @@ def test_an_incomplete_or_overfull_update_is_refused_and_the_old_version_serves(
 
 def test_bytes_that_change_between_reading_and_serving_are_noticed(models, monkeypatch):
     engine = engine_of(models[0])
-    copy = weights.copy_in_place
+    copy = content_hash._copy_each
 
-    def slip(staged, targets):
-        hashes = copy(staged, targets)
-        targets["decoder.final_layernorm.weight"][3] += 1
-        return hashes
+    def slip(sources, targets):
+        copy(sources, targets)
+        next(target for target in targets if target is engine.weight_targets[NORM])[3] += 1
 
-    monkeypatch.setattr(weights, "copy_in_place", slip)
-    with pytest.raises(RuntimeError, match=r"differ from those sent: decoder.final_layernorm.weight"):
+    monkeypatch.setattr(content_hash, "_copy_each", slip)
+    with pytest.raises(RuntimeError, match=f"differ from those sent: {NORM}"):
         engine.update_weights(weights_of(models[1]).items(), version=1)
 
 

@@ -1,15 +1,18 @@
 import pytest
 import torch
 
+from lockstep.kernels import content_hash as content_hash_module
 from lockstep.kernels.content_hash import (
     Placement,
     _block_sums_triton,
+    _together,
     _together_triton,
     _words,
     content_hash,
     content_hash_reference,
     content_hashes,
     copy_and_hash,
+    copy_and_verify,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,23 +67,39 @@ def _tensors(device="cpu"):
     ]
 
 
-@pytest.mark.parametrize("together", [content_hashes, lambda tensors: _together_triton(tensors, None)])
+@pytest.mark.parametrize("together", [content_hashes, lambda tensors: _together_triton(tensors, tensors, "hash")[0]])
 def test_together_is_each_alone(together):
     tensors = _tensors(DEVICE)
     assert together(tensors).tolist() == [content_hash_reference(tensor) for tensor in tensors]
     assert content_hashes([]).tolist() == []
 
 
-@pytest.mark.parametrize("copy", [copy_and_hash, _together_triton])
-def test_copies_and_tells_what_it_read(copy):
+@pytest.mark.parametrize("together", [_together, _together_triton])
+@pytest.mark.parametrize("mode", ["copy", "verify"])
+def test_copies_and_tells_what_it_read_and_what_is_there(together, mode):
     sources = _tensors(DEVICE)
     targets = [torch.zeros_like(source, memory_format=torch.contiguous_format) for source in sources]
-    hashes = copy(sources, targets)
+    read, written = together(sources, targets, mode)
     for source, target in zip(sources, targets, strict=True):
         assert torch.equal(source.contiguous().view(torch.uint8), target.view(torch.uint8))  # bytes: some are NaN
-    assert hashes.tolist() == content_hashes(targets).tolist() == [content_hash_reference(s) for s in sources]
+    assert read.tolist() == content_hashes(targets).tolist() == [content_hash_reference(s) for s in sources]
+    if mode == "verify":
+        assert written.tolist() == read.tolist()
+
+
+def test_what_is_read_back_is_what_is_there(monkeypatch):
+    monkeypatch.setattr(content_hash_module, "_copy_each", lambda sources, targets: None)
+    source, target = torch.ones(9), torch.zeros(9)
+    read, written = copy_and_verify([source], [target])
+    assert (read.item(), written.item()) == (content_hash_reference(source), content_hash_reference(target))
+
+
+def test_copies_are_refused_that_do_not_fit():
     with pytest.raises(ValueError, match=r"shape \(3,\) and torch.float32"):
         copy_and_hash([torch.zeros(3)], [torch.zeros(4)])
+    data = torch.zeros(64, dtype=torch.int64)
+    with pytest.raises(ValueError, match="overlap"):
+        _together_triton([data[:16], data[16:32]], [data[32:48], data[46:62]], "copy")
 
 
 def placed_parts(matrix: torch.Tensor, row: int, column: int) -> list[tuple[torch.Tensor, Placement]]:

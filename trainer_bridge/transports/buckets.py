@@ -75,26 +75,11 @@ def pack(bucket: Bucket, tensors: Mapping[str, torch.Tensor], buffer: torch.Tens
     return copy_and_hash(sources, views)
 
 
-def unpack(bucket: Bucket, buffer: torch.Tensor, hashes: torch.Tensor, update: WeightUpdate) -> None:
-    """Writes the slices of a buffer (uint8) into the update; the buffer is not needed any more then.
-
-    Raises ValueError that names a damaged tensor, of which the update then lacks these slices.
-    """
+def unpack(bucket: Bucket, buffer: torch.Tensor, update: WeightUpdate) -> torch.Tensor:
+    """Writes the slices of a buffer (uint8) beside the serving weights. Returns the content hashes of what was read,
+    int64 [n]; a GPU may still be at it. `accept` says whether they count."""
     targets = [update.tensors[transfer.name][slices(transfer.target)] for transfer in bucket.transfers]
     views = [_view(buffer, offset, t.shape, t.dtype) for t, offset in zip(targets, bucket.offsets, strict=True)]
-    arrived = _copied(views, targets)
-    if not torch.equal(arrived, hashes):
-        index = int((arrived != hashes).nonzero()[0])
-        transfer = bucket.transfers[index]
-        raise ValueError(
-            f"weight update {update.version}: {transfer.name} was damaged on its way from rank {transfer.source_rank}"
-        )
-    for transfer in bucket.transfers:
-        update.received(transfer.name, transfer.num_elements)
-
-
-def _copied(views: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Copies, and returns the content hashes of what was read."""
     if all(
         target.is_contiguous() and target.device == view.device for view, target in zip(views, targets, strict=True)
     ):
@@ -102,6 +87,18 @@ def _copied(views: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> t
     for view, target in zip(views, targets, strict=True):
         target.copy_(view)
     return content_hashes(views)
+
+
+def accept(bucket: Bucket, sent: Sequence[int], arrived: Sequence[int], update: WeightUpdate) -> None:
+    """Counts the slices as received. Raises ValueError that names the first damaged tensor, and then counts none."""
+    for transfer, *hashes in zip(bucket.transfers, sent, arrived, strict=True):
+        if hashes[0] != hashes[1]:
+            raise ValueError(
+                f"weight update {update.version}: {transfer.name} was damaged on its way from rank "
+                f"{transfer.source_rank}"
+            )
+    for transfer in bucket.transfers:
+        update.received(transfer.name, transfer.num_elements)
 
 
 def _view(buffer: torch.Tensor, offset: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:

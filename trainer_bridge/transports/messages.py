@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from lockstep.engine.weights import WeightUpdate
-from lockstep.trainer_bridge.transports.buckets import ALIGNMENT, Bucket, pack, unpack
+from lockstep.trainer_bridge.transports.buckets import ALIGNMENT, Bucket, accept, pack, unpack
 
 _MAGIC = 0x4C6F636B53746570
 _OK, _GAVE_UP = 0, 1
@@ -45,7 +45,9 @@ def read(message: torch.Tensor, part: Bucket, update: WeightUpdate, number: int)
     Raises RuntimeError with the sender's reason to stop, ValueError that names a damaged tensor or for another version.
     """
     header, hashes, payload = _sections(message, part)
-    magic, status, version, last = header.tolist()
+    # Whatever it is, it may be written beside the serving weights: so a GPU's host waits only once.
+    arrived = unpack(part, payload, update)
+    magic, status, version, last, *both = torch.cat((header, hashes, arrived.to(header.device))).tolist()
     rank = part.transfers[0].source_rank
     if magic == _MAGIC and status == _GAVE_UP:
         start = 8 * _HEADER_WORDS
@@ -56,7 +58,7 @@ def read(message: torch.Tensor, part: Bucket, update: WeightUpdate, number: int)
             f"weight update {update.version}: trainer rank {rank} sent bucket {last} of version {version} where bucket "
             f"{number} was due, first of it {part.transfers[0].name}"
         )
-    unpack(part, payload, hashes, update)
+    accept(part, both[: len(part.transfers)], both[len(part.transfers) :], update)
 
 
 def _sections(message: torch.Tensor, part: Bucket) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
