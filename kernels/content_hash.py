@@ -18,7 +18,7 @@ from lockstep.kernels._cpu import exact_njit, parallel_rows
 _GOLDEN, _MIX = 0x9E3779B97F4A7C15, 0x94D049BB133111EB
 _BLOCK = 8192
 # Of a launch over many tensors: words of a program, and of them in registers at once, where it copies and where not.
-_CHUNK, _COPY_TILE, _HASH_TILE = 8192, 1024, 2048
+_CHUNK, _COPY_TILE, _HASH_TILE = 8192, 512, 2048
 
 
 class Placement(NamedTuple):
@@ -71,8 +71,8 @@ def copy_and_hash(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Tenso
 def copy_and_verify(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """As `copy_and_hash`, and the `content_hash` of what the targets hold then: equal if all was written as read.
 
-    On a GPU still one launch: each 64 KiB is read back once it has been written, past the L1 cache, from the L2 cache
-    that all of the GPU reads through. So the check costs a tenth of the copy, and not half as from the memory.
+    On a GPU still one launch: a thread reads back what it has just written, past the L1 cache, from the L2 cache that
+    all of the GPU reads through. So the check costs a tenth of the copy's time, and not half of it as from the memory.
     """
     read, written = _together(sources, targets, "verify")
     return read, written
@@ -138,28 +138,31 @@ def _together_triton(sources: Sequence[Tensor], targets: Sequence[Tensor], mode:
     if others:
         hashes[:, others] = _one_by_one([sources[i] for i in others], [targets[i] for i in others], mode)
     if rows:
-        table, chunk_rows = _chunks(tuple(rows), mode != "hash", hashes.device)
-        _chunk_kernel[(chunk_rows.numel(),)](
-            table, chunk_rows, hashes, len(sources), GOLDEN=_GOLDEN, MIX=_MIX, CHUNK=_CHUNK,
+        chunks = _chunks(tuple(rows), mode != "hash", hashes.device)
+        _chunk_kernel[(len(chunks),)](
+            chunks, hashes, len(sources), GOLDEN=_GOLDEN, MIX=_MIX, CHUNK=_CHUNK,
             TILE=_HASH_TILE if mode == "hash" else _COPY_TILE, MODE=_MODES[mode], num_warps=4,
         )  # fmt: skip
     return hashes
 
 
 @lru_cache(maxsize=1024)
-def _chunks(rows: tuple[tuple[int, int, int, int], ...], writes: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What the kernel reads: int64 [n, 5] of (source, target, words, place of the hash, first chunk), and int32, of
-    each chunk its row.
+def _chunks(rows: tuple[tuple[int, int, int, int], ...], writes: bool, device: torch.device) -> Tensor:
+    """What the kernel's programs do, int64 [n, 5]: address to read, address to write, words, place of the hash, and how
+    many words of the tensor come before.
 
-    Kept, since the weights of a run stay where they are. Raises ValueError for targets that overlap.
+    rows: the first four of whole tensors. Kept, since the weights of a run stay where they are. Raises ValueError for
+    targets that overlap.
     """
     ends = sorted((target, target + 8 * words) for _, target, words, _ in rows)
     if writes and any(end > begin for (_, end), (begin, _) in pairwise(ends)):
         raise ValueError("targets of one copy overlap in memory")
-    counts = np.array([-(-words // _CHUNK) for _, _, words, _ in rows])
-    table = np.column_stack((np.array(rows, dtype=np.int64), counts.cumsum() - counts))
-    chunk_rows = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
-    return torch.from_numpy(table).to(device), torch.from_numpy(chunk_rows).to(device)
+    table = np.array(rows, dtype=np.int64)
+    counts = -(-table[:, 2] // _CHUNK)
+    before = _CHUNK * (np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts))
+    source, target, words, place = np.repeat(table, counts, axis=0).T
+    chunks = (source + 8 * before, target + 8 * before, np.minimum(words - before, _CHUNK), place, before)
+    return torch.from_numpy(np.column_stack(chunks)).to(device)
 
 
 def _are_of_words(source: Tensor, end: Tensor) -> bool:
@@ -244,44 +247,43 @@ def _hash_kernel(
 
 @triton.jit
 def _chunk_kernel(
-    table_ptr, chunk_rows_ptr, hashes_ptr, num_hashes, GOLDEN: tl.constexpr, MIX: tl.constexpr,
-    CHUNK: tl.constexpr, TILE: tl.constexpr, MODE: tl.constexpr,
+    chunks_ptr, hashes_ptr, num_hashes, GOLDEN: tl.constexpr, MIX: tl.constexpr, CHUNK: tl.constexpr,
+    TILE: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Program c takes chunk c of all tensors; see `_chunks` for the table and `_MODES` for what it does."""
-    row_ptr = table_ptr + tl.load(chunk_rows_ptr + tl.program_id(0)) * 5
-    first = (tl.program_id(0) - tl.load(row_ptr + 4)) * CHUNK
+    """A program for each of `_chunks`; for MODE see `_MODES`."""
+    chunk_ptr = chunks_ptr + tl.program_id(0).to(tl.int64) * 5
     # Addresses of 16 bytes, and whole tiles without a mask, let a thread move two words at a time.
-    source = tl.multiple_of(tl.load(row_ptr).to(tl.pointer_type(tl.int64)), 16) + tl.multiple_of(first, CHUNK)
-    target = tl.multiple_of(tl.load(row_ptr + 1).to(tl.pointer_type(tl.int64)), 16) + tl.multiple_of(first, CHUNK)
-    num_words = tl.minimum(tl.load(row_ptr + 2) - first, CHUNK)
+    source = tl.multiple_of(tl.load(chunk_ptr).to(tl.pointer_type(tl.int64)), 16)
+    target = tl.multiple_of(tl.load(chunk_ptr + 1).to(tl.pointer_type(tl.int64)), 16)
+    num_words = tl.load(chunk_ptr + 2)
+    before = tl.load(chunk_ptr + 4)
     lanes = tl.arange(0, TILE)
     counters = (lanes + 1).to(tl.uint64) * GOLDEN
     read = tl.zeros((TILE,), tl.uint64)
     written = tl.zeros((TILE,), tl.uint64)
     if num_words == CHUNK:
-        for begin in range(0, CHUNK, TILE):
-            word = tl.load(source + begin + lanes)
+        for first in range(0, CHUNK, TILE):
+            counter = counters + (before + first).to(tl.uint64) * GOLDEN
+            word = tl.load(source + first + lanes)
+            read += _mix(word.to(tl.uint64, bitcast=True) + counter, MIX)
             if MODE > 0:
-                tl.store(target + begin + lanes, word)
-            read += _mix(word.to(tl.uint64, bitcast=True) + (counters + (first + begin).to(tl.uint64) * GOLDEN), MIX)
-        if MODE == 2:
-            for begin in range(0, CHUNK, TILE):
-                word = tl.load(target + begin + lanes, volatile=True)  # from memory, not what was stored just now
-                counter = counters + (first + begin).to(tl.uint64) * GOLDEN
-                written += _mix(word.to(tl.uint64, bitcast=True) + counter, MIX)
+                tl.store(target + first + lanes, word)
+            if MODE == 2:  # volatile: from memory, and not what was stored just now
+                back = tl.load(target + first + lanes, volatile=True)
+                written += _mix(back.to(tl.uint64, bitcast=True) + counter, MIX)
     else:
         for tail in range(0, num_words, TILE):
             exists = tail + lanes < num_words
-            counter = counters + (first + tail).to(tl.uint64) * GOLDEN
+            counter = counters + (before + tail).to(tl.uint64) * GOLDEN
             word = tl.load(source + tail + lanes, mask=exists, other=0)
+            read += tl.where(exists, _mix(word.to(tl.uint64, bitcast=True) + counter, MIX), 0)
             if MODE > 0:
                 tl.store(target + tail + lanes, word, mask=exists)
-            read += tl.where(exists, _mix(word.to(tl.uint64, bitcast=True) + counter, MIX), 0)
             if MODE == 2:
-                word = tl.load(target + tail + lanes, mask=exists, other=0, volatile=True)
-                written += tl.where(exists, _mix(word.to(tl.uint64, bitcast=True) + counter, MIX), 0)
+                back = tl.load(target + tail + lanes, mask=exists, other=0, volatile=True)
+                written += tl.where(exists, _mix(back.to(tl.uint64, bitcast=True) + counter, MIX), 0)
     # Integers: the order in which chunks are added changes nothing.
-    hash_ptr = hashes_ptr + tl.load(row_ptr + 3)
+    hash_ptr = hashes_ptr + tl.load(chunk_ptr + 3)
     tl.atomic_add(hash_ptr, tl.sum(read, 0).to(tl.int64, bitcast=True), sem="relaxed")
     if MODE == 2:
         tl.atomic_add(hash_ptr + num_hashes, tl.sum(written, 0).to(tl.int64, bitcast=True), sem="relaxed")

@@ -153,6 +153,7 @@ def _under_load(pair: Pair, version: int, config: BenchConfig) -> dict[str, floa
     ended = any(request.finish_reason is not None for request in requests)
     for request in requests:
         engine.abort(request)
+    engine.step()  # collects the last launch: the next update is to find the engine idle
     if ended:
         return None
     gap_ms = max(clock.gaps_ms())

@@ -61,7 +61,7 @@ class BucketTransport(ABC):
         itemsizes: Mapping[str, int],
         device: torch.device,
         group: dist.ProcessGroup,
-        bucket_bytes: int = 256 * 2**20,
+        bucket_bytes: int = 512 * 2**20,
         timeout_s: float = 60.0,
     ):
         self._device = device
