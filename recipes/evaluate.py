@@ -17,7 +17,7 @@ from lockstep.recipes.inputs import TaskConfig
 from lockstep.recipes.metrics import format_value, title_of
 from lockstep.rollout.environments import EnvironmentConfig
 from lockstep.rollout.evaluation import EvalResult, EvaluationConfig, evaluate
-from lockstep.rollout.rewards import RewardEngines, build_reward
+from lockstep.rollout.rewards import LocalRewards
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.tokenizer import load_tokenizer
 
@@ -51,9 +51,9 @@ def run(config: EvalConfig) -> dict[str, dict[str, Any]]:
         tasks = {task.name: task}
     engine = Engine(config.engine)
     tokenizer = load_tokenizer(config.engine.model)
-    with RewardEngines() as reward_engines:
+    with LocalRewards() as rewards:
         results = evaluate_tasks(
-            engine, tokenizer, tasks, config.reward, reward_engines, config.evaluation, config.seed, config.environment
+            engine, tokenizer, tasks, config.reward, rewards, config.evaluation, config.seed, config.environment
         )
     engine.shutdown()
     console = Console(highlight=False)
@@ -71,14 +71,14 @@ def evaluate_tasks(
     tokenizer,
     tasks: Mapping[str, Task],
     reward: Any,
-    reward_engines: RewardEngines,
+    rewards: LocalRewards,
     config: EvaluationConfig,
     seed: int,
     environment: EnvironmentConfig,
 ) -> dict[str, EvalResult]:
     """Each task's result, with the reward that its own verifier gives where the reward asks for one."""
     return {
-        name: evaluate(engine, tokenizer, task, build_reward(reward, task, reward_engines), config, seed, environment)
+        name: evaluate(engine, tokenizer, task, rewards.build(reward, task), config, seed, environment)
         for name, task in tasks.items()
     }
 

@@ -20,7 +20,6 @@ from lockstep.recipes.run_directory import checkpoint_path, checkpoint_steps, re
 from lockstep.recipes.training_run import resumed
 from lockstep.rollout.environments.worker import EpisodeWorker, build_worker
 from lockstep.rollout.group import Response
-from lockstep.rollout.rewards import RewardEngines, build_reward
 from lockstep.rollout.sample import Sample
 from lockstep.rollout.tokenizer import load_tokenizer
 
@@ -73,9 +72,8 @@ def run(config: ReplayConfig) -> dict[str, Any]:
     with (
         open_cluster(config.cluster, trainer, engine, run_config.seed, run_config.num_threads) as cluster,
         Learner(run_config, cluster.trainer, start) as learner,
-        RewardEngines() as reward_engines,
     ):
-        replay = Replay(run_config, cluster, learner, reward_engines)
+        replay = Replay(run_config, cluster, learner)
         for version in replay.versions(steps):
             replay.reach(version)
             replay.generate_with(version, steps)
@@ -100,13 +98,13 @@ def _chosen_steps(config: ReplayConfig) -> list[int]:
 class Replay:
     """A run's weights, made again version by version from its stored rollouts, and the rollouts made with them."""
 
-    def __init__(self, config: rl.RLConfig, cluster: LocalCluster, learner: Learner, reward_engines: RewardEngines):
+    def __init__(self, config: rl.RLConfig, cluster: LocalCluster, learner: Learner):
         self.config = config
         self.cluster = cluster
         self.path = config.directory
         task = config.task.build().train
         tokenizer = load_tokenizer(cluster.engine.config.model)
-        reward = build_reward(config.reward, task, reward_engines)
+        reward = cluster.rewards.build(config.reward, task)
         self.worker = build_worker(
             cluster.engine, tokenizer, task, reward, config.rollout, config.seed, config.environment
         )

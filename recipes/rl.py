@@ -28,7 +28,6 @@ from lockstep.rollout.buffer import KEEP_GROUP, BufferConfig, RolloutBuffer
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.environments.worker import build_worker
 from lockstep.rollout.evaluation import EvaluationConfig
-from lockstep.rollout.rewards import RewardEngines, build_reward
 from lockstep.rollout.sample import Sample
 from lockstep.rollout.tasks import TaskSplits
 from lockstep.rollout.tokenizer import load_tokenizer
@@ -100,17 +99,14 @@ def run(config: RLConfig) -> dict[str, Any]:
         start = str(starting_model(config, tasks))
         trainer, engine = replace(config.trainer, model=start), replace(config.engine, model=start)
         engine, draft_config = with_draft(engine, config.draft, run.path / "new_draft", tasks.train, config.seed)
-        with (
-            open_cluster(config.cluster, trainer, engine, config.seed, config.num_threads) as cluster,
-            RewardEngines() as reward_engines,
-        ):
+        with open_cluster(config.cluster, trainer, engine, config.seed, config.num_threads) as cluster:
             run.start(cluster.trainer)
             if cluster.trainer.step_count > 0:
                 cluster.publish(version=cluster.trainer.step_count)
             with Learner(config, cluster.trainer, start) as learner:
                 draft = open_draft_stage(draft_config, cluster.engine, config.rollout.temperature)
                 run.restore(learner=learner, draft=draft)
-                train(config, run, tasks, cluster, learner, draft, reward_engines)
+                train(config, run, tasks, cluster, learner, draft)
                 if timed := draft.finish(run.path / "draft", cluster.trainer, last_samples(run.path)):
                     run.sinks.record(config.steps, "draft", timed)
             warmup = run.path / WARMUP
@@ -148,14 +144,13 @@ def train(
     cluster: LocalCluster,
     learner: Learner,
     draft: DraftStage | NoDraftStage,
-    reward_engines: RewardEngines,
 ) -> None:
     """The loop. Weight version `s` is what the engine serves after step `s`; step `s` learns from the versions
     `s - 1 - max_staleness` to `s - 1`, and while it is made the engine generates for later steps with version `s - 1`.
     """
     trainer, engine = cluster.trainer, cluster.engine
     tokenizer = load_tokenizer(engine.config.model)
-    reward = build_reward(config.reward, tasks.train, reward_engines)
+    reward = cluster.rewards.build(config.reward, tasks.train)
     held_out = {"": tasks.held_out, **{name: task.build().held_out for name, task in config.evaluation_tasks.items()}}
     worker = build_worker(engine, tokenizer, tasks.train, reward, config.rollout, config.seed, config.environment)
     buffer = RolloutBuffer(worker, config.buffer, KEEP_GROUP[config.buffer.keep])
@@ -169,7 +164,7 @@ def train(
                     tokenizer,
                     held_out,
                     config.reward,
-                    reward_engines,
+                    cluster.rewards,
                     config.evaluation,
                     config.seed,
                     config.environment,

@@ -27,7 +27,7 @@ from lockstep.recipes.inputs import ModelSource
 from lockstep.recipes.run_directory import read_metrics
 from lockstep.rollout.evaluation import evaluate
 from lockstep.rollout.order import ProblemOrder
-from lockstep.rollout.rewards import Completion, RewardEngines, build_reward
+from lockstep.rollout.rewards import Completion, LocalRewards
 from lockstep.rollout.tokenizer import load_tokenizer
 
 STEPS = 15  # at scale 1
@@ -141,8 +141,8 @@ def train_with_trl(demo: rl.RLConfig) -> Trained:
         disable_tqdm=True,
         logging_steps=1,
     )
-    with RewardEngines() as engines:
-        reward = build_reward(demo.reward, task, engines)
+    with LocalRewards() as rewards:
+        reward = rewards.build(demo.reward, task)
 
         def reward_of(completions: list[list[dict[str, str]]], number: list[int], **unused: Any) -> list[float]:
             texts = [completion[0]["content"] for completion in completions]
@@ -178,8 +178,8 @@ def accuracy(demo: rl.RLConfig, model: str) -> float:
     """On the held-out problems, by the engine."""
     engine = Engine(replace(demo.engine, model=model))
     task = demo.task.build().held_out
-    with RewardEngines() as engines:
-        reward = build_reward(demo.reward, task, engines)
+    with LocalRewards() as rewards:
+        reward = rewards.build(demo.reward, task)
         result = evaluate(engine, load_tokenizer(model), task, reward, demo.evaluation, demo.seed)
     engine.shutdown()
     return result.accuracy

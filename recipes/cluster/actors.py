@@ -1,4 +1,4 @@
-"""What runs inside Ray's actors: a trainer, an engine, and their ends of the weight transport."""
+"""What runs inside Ray's actors: a trainer, an engine, rewards, and the ends of the weight transport."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import torch.distributed as dist
 from lockstep.engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from lockstep.engine.weights import WeightUpdate
 from lockstep.recipes import launch
+from lockstep.rollout.rewards import Completion, LocalRewards, Reward
+from lockstep.rollout.tasks.problem import Task
 from lockstep.trainer_bridge.transports.cuda_ipc import CudaIpcTransport
 from lockstep.trainer_bridge.transports.disk import DiskTransport
 from lockstep.trainer_bridge.transports.distributed import DistributedTransport, join_group
@@ -118,6 +120,22 @@ class TrainerActor:
         except OSError:
             self._transport = self._meeting = None  # closes its connections: no engine waits for this rank any longer
             raise
+
+
+class RewardActor:
+    """Rewards, with the engines that they ask. One call at a time."""
+
+    def __init__(self, seed: int, num_threads: int | None):
+        launch.set_up_process(seed, num_threads)
+        self._rewards = LocalRewards()
+        self._built: list[Reward] = []
+
+    def build(self, terms: Any, task: Task) -> None:
+        self._built.append(self._rewards.build(terms, task))
+
+    def score(self, which: int, completions: Sequence[Completion]) -> list[float]:
+        """By the reward that was built as number `which`."""
+        return self._built[which](completions)
 
 
 class EngineActor:

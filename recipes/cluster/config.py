@@ -21,11 +21,14 @@ class ClusterConfig:
         that share a GPU, or a machine's memory) or "disk" (through `transport_directory`, which all machines share).
     engine_cpus, engine_gpus, trainer_cpus, trainer_gpus: what an engine and what a rank of the trainer reserve;
         fractions share. An engine of engine.tp_size > 1 needs as many GPUs.
+    reward_workers: actors that compute rewards, each with reward_cpus and reward_gpus (for reward models and judges); a
+        reward must then not depend on which completions it scores together. 0: rewards are computed by the driver.
     colocate: rank r of the trainer shares the reservation of engine r, and the engines give back the memory of their KV
         cache while it trains.
     start_timeout_s: until an actor is ready. step_timeout_s: of one call of the trainer. publish_timeout_s: of a weight
-        update. stall_timeout_s: an engine that makes no step for so long is replaced.
-    max_replacements: engines that may be replaced in a run.
+        update. stall_timeout_s: an engine that makes no step for so long is replaced; reward_timeout_s: and a reward
+        worker that gives no scores for so long.
+    max_replacements: engines that may be replaced in a run, and reward workers.
     """
 
     kind: Literal["local", "ray"] = "local"
@@ -38,11 +41,15 @@ class ClusterConfig:
     engine_gpus: float = 0.0
     trainer_cpus: float = 0.5
     trainer_gpus: float = 0.0
+    reward_workers: int = 0
+    reward_cpus: float = 0.5
+    reward_gpus: float = 0.0
     colocate: bool = False
     start_timeout_s: float = 300.0
     step_timeout_s: float = 3600.0
     stall_timeout_s: float = 120.0
     publish_timeout_s: float = 120.0
+    reward_timeout_s: float = 600.0
     max_replacements: int = 10
 
     def __post_init__(self):
@@ -56,6 +63,10 @@ class ClusterConfig:
             raise ValueError(f"cluster.trainer_ranks must be at least 1, got {self.trainer_ranks}")
         if self.kind == "local" and self.trainer_ranks != 1:
             raise ValueError(f"cluster.trainer_ranks={self.trainer_ranks} needs cluster.kind=ray (cluster=ray)")
+        if self.reward_workers < 0:
+            raise ValueError(f"cluster.reward_workers must not be negative, got {self.reward_workers}")
+        if self.kind == "local" and self.reward_workers:
+            raise ValueError(f"cluster.reward_workers={self.reward_workers} needs cluster.kind=ray (cluster=ray)")
         if self.colocate and self.trainer_ranks > self.num_engines:
             raise ValueError(
                 f"cluster.colocate puts rank r of the trainer beside engine r: trainer_ranks={self.trainer_ranks} is "
@@ -65,7 +76,7 @@ class ClusterConfig:
             raise ValueError(
                 "NCCL takes one process per GPU: cluster.colocate with GPUs needs cluster.transport=cuda_ipc"
             )
-        for name in ("start_timeout_s", "step_timeout_s", "stall_timeout_s", "publish_timeout_s"):
+        for name in ("start_timeout_s", "step_timeout_s", "stall_timeout_s", "publish_timeout_s", "reward_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"cluster.{name} must be positive, got {getattr(self, name)}")
 
@@ -73,3 +84,8 @@ class ClusterConfig:
         """The number of the reservation of each of the trainer's ranks; engine i has number i."""
         first = 0 if self.colocate else self.num_engines
         return list(range(first, first + self.trainer_ranks))
+
+    def reward_bundles(self) -> list[int]:
+        """Of each reward worker."""
+        first = max(self.num_engines, 1 + self.trainer_bundles()[-1])
+        return list(range(first, first + self.reward_workers))

@@ -1,15 +1,16 @@
-"""The trainer and one engine in this process."""
+"""The trainer, one engine and the rewards in this process."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lockstep.engine import Engine, EngineConfig
+from lockstep.rollout.rewards import LocalRewards
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig, publish
 
 
 class LocalCluster:
-    """`trainer`, `engine`, and `publish` between them. Use as a context manager.
+    """`trainer`, `engine`, `publish` between them, and `rewards`. Use as a context manager.
 
     overlaps: whether the trainer can make a step while the engine generates; here they share the device.
     """
@@ -19,6 +20,7 @@ class LocalCluster:
     def __init__(self, trainer: TrainerConfig, engine: EngineConfig):
         self.trainer = MegatronTrainer(trainer)
         self.engine = Engine(engine)
+        self.rewards = LocalRewards()
 
     def publish(self, version: int) -> dict[str, Any]:
         return publish(self.trainer, self.engine, version)
@@ -28,3 +30,4 @@ class LocalCluster:
 
     def __exit__(self, *exception: object) -> None:
         self.engine.shutdown()
+        self.rewards.close()

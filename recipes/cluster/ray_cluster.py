@@ -24,7 +24,9 @@ from lockstep.engine.models.names import itemsizes
 from lockstep.recipes.cluster.actors import Meeting
 from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.cluster.remote_engines import RemoteEngines
+from lockstep.recipes.cluster.remote_rewards import RemoteRewards
 from lockstep.recipes.cluster.remote_trainer import RemoteTrainer, TrainerDiedError
+from lockstep.rollout.rewards import LocalRewards
 from lockstep.trainer_bridge import TrainerConfig
 from lockstep.trainer_bridge.layout import trainer_layout
 from lockstep.trainer_bridge.weight_plan import engine_layout, plan_transfers
@@ -34,7 +36,7 @@ _ENVIRONMENT = {"MKL_CBWR": "AUTO,STRICT", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class RayCluster:
-    """`trainer`, `engine` and `publish`, as LocalCluster has them. Use as a context manager."""
+    """`trainer`, `engine`, `rewards` and `publish`, as LocalCluster has them. Use as a context manager."""
 
     def __init__(
         self, config: ClusterConfig, trainer: TrainerConfig, engine: EngineConfig, seed: int, num_threads: int | None
@@ -54,6 +56,9 @@ class RayCluster:
         self._placement = _reserve(config)
         self.engine = RemoteEngines(config, engine, seed, num_threads, self._start, self._publish_to)
         self.trainer = RemoteTrainer(config, trainer, seed, num_threads, self._start, self.engine)
+        self.rewards = LocalRewards()
+        if config.reward_workers:
+            self.rewards = RemoteRewards(config, seed, num_threads, self._start)
         self._version = 0
         self._meeting: Meeting | None = None
         self._meeting_engines: list[int] = []
@@ -61,6 +66,8 @@ class RayCluster:
         try:
             self.trainer.wait_until_ready()
             self.engine.wait_until_ready()
+            if config.reward_workers:
+                self.rewards.wait_until_ready()
         except BaseException:
             self.close()
             raise
@@ -182,6 +189,7 @@ class RayCluster:
         self.close()
 
     def close(self) -> None:
+        self.rewards.close()
         for actor in [*self.engine.actors, *self.trainer.actors]:
             ray.kill(actor)
         remove_placement_group(self._placement)
@@ -203,13 +211,14 @@ def _check(config: ClusterConfig, trainer: TrainerConfig, engine: EngineConfig) 
 
 
 def _reserve(config: ClusterConfig) -> Any:
-    """A bundle for each engine, and behind them one for each of the trainer's ranks that shares none."""
+    """A bundle for each engine, then one for each of the trainer's ranks that shares none, then the reward workers'."""
     bundles = [{"CPU": config.engine_cpus, "GPU": config.engine_gpus} for _ in range(config.num_engines)]
     for bundle in config.trainer_bundles():
         if bundle == len(bundles):
             bundles.append({"CPU": 0.0, "GPU": 0.0})
         bundles[bundle]["CPU"] += config.trainer_cpus
         bundles[bundle]["GPU"] += config.trainer_gpus
+    bundles += [{"CPU": config.reward_cpus, "GPU": config.reward_gpus} for _ in config.reward_bundles()]
     group = placement_group([{name: n for name, n in bundle.items() if n} for bundle in bundles])
     if not group.wait(config.start_timeout_s):
         have = {name: n for name, n in ray.cluster_resources().items() if name in ("CPU", "GPU")}

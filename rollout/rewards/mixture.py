@@ -66,6 +66,14 @@ def build_reward(terms: Mapping[str, Any] | str, task: Task, engines: RewardEngi
     return reward
 
 
+class LocalRewards(RewardEngines):
+    """Makes rewards that are computed in this process. Use as a context manager."""
+
+    def build(self, terms: Mapping[str, Any] | str, task: Task) -> Reward:
+        """See `build_reward`."""
+        return build_reward(terms, task, self)
+
+
 def _build_term(name: str, value: Any, task: Task, engines: RewardEngines) -> tuple[float, Reward]:
     options = dict(value) if isinstance(value, Mapping) else {"weight": value}
     weight = options.pop("weight", 1.0)

@@ -64,6 +64,9 @@ class RewardEngines:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         for engine in self._engines.values():
             engine.shutdown()
 

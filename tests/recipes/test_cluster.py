@@ -18,6 +18,7 @@ from lockstep.recipes.new_model import ModelShape
 from lockstep.recipes.run_directory import read_metrics
 from lockstep.recipes.training_run import START
 from lockstep.rollout.evaluation import EvaluationConfig
+from lockstep.rollout.rewards import Completion, LocalRewards
 from lockstep.rollout.tasks import ReasoningGymConfig
 from lockstep.rollout.worker import RolloutConfig
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
@@ -48,6 +49,8 @@ def model(tmp_path_factory):
         ({"trainer_ranks": 3, "colocate": True}, "trainer_ranks=3 is more than num_engines=2"),
         ({"engine_gpus": 0.5, "colocate": True}, "needs cluster.transport=cuda_ipc"),
         ({"stall_timeout_s": 0.0}, "stall_timeout_s must be positive"),
+        ({"kind": "local", "num_engines": 1, "reward_workers": 1}, "reward_workers=1 needs cluster.kind=ray"),
+        ({"reward_workers": -1}, "reward_workers must not be negative"),
     ],
 )
 def test_impossible_clusters_are_refused(changes, message):
@@ -158,13 +161,49 @@ def test_a_run_whose_engines_are_killed_ends_with_the_weights_of_one_without_fau
     deaths = tmp_path / "deaths"
     deaths.mkdir()
     monkeypatch.setattr(remote_engines, "EngineActor", fragile_engine(deaths))
-    disturbed = rl.run(rl_config(tmp_path / "ray", CONFIG))
+    disturbed = rl.run(rl_config(tmp_path / "ray", replace(CONFIG, reward_workers=1)))
     assert sorted(path.name for path in deaths.iterdir()) == ["generating", "received 2", "receiving 1"]
     assert disturbed["weights_hash"] == undisturbed["weights_hash"]
     rollouts = [tmp_path / name / "run" / "rollouts" / "step_000002.jsonl" for name in ("local", "ray")]
     assert rollouts[0].read_bytes() == rollouts[1].read_bytes()
     metrics = read_metrics(tmp_path / "local" / "run")
     assert any(record.get("grad_norm", 0) > 0 for record in metrics), "nothing was learned: the test lost its point"
+
+
+FAULTY_REWARD = """
+import os, signal, time
+from pathlib import Path
+
+def score(problem, response):
+    if response in ("die", "hang"):
+        try:
+            Path(__file__).with_name(response).touch(exist_ok=False)
+        except FileExistsError:
+            return 7.0
+        os.kill(os.getpid(), signal.SIGKILL) if response == "die" else time.sleep(600)
+    return float(len(response))
+"""
+
+
+def test_reward_workers_give_the_scores_of_one_process_also_when_one_dies_or_hangs(model, tmp_path):
+    tasks = TaskConfig(reasoning_gym=ReasoningGymConfig(dataset="chain_sum", train_size=9, held_out_size=4))
+    task = tasks.build().train
+    answers = [f"<answer>{task.problem(i).answer}</answer>" for i in range(1, 5)]
+    texts = ["die", *answers, "", "no answer", "hang"]
+    completions = [Completion(task.problem(i), text, len(text)) for i, text in enumerate(texts)]
+    (tmp_path / "faulty.py").write_text(FAULTY_REWARD)
+    terms = {"correct": 1.0, f"{tmp_path / 'faulty.py'}:score": 0.01}
+    config = replace(CONFIG, num_engines=1, reward_workers=2, reward_timeout_s=15.0)
+    with RayCluster(config, TrainerConfig(model=model), EngineConfig(model=model), 0, 1) as cluster:
+        rewards = cluster.rewards
+        assert rewards.build(terms, task)(completions[1:7]) == LocalRewards().build(terms, task)(completions[1:7])
+        assert rewards.num_replaced == 0
+        scores = rewards.build(terms, task)(completions)  # the first worker dies, the second hangs
+        assert rewards.num_replaced == 2
+        assert scores == LocalRewards().build(terms, task)(completions)
+        assert scores[:2] == [0.07, 1.0 + len(answers[0]) / 100]
+        with pytest.raises(ValueError, match="no reward 'none'"):
+            rewards.build({"none": 1.0}, task)
 
 
 @pytest.mark.parametrize("stage", ["joining", "sending"])
