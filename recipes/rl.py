@@ -24,7 +24,7 @@ from lockstep.recipes.plan import dry_run, rl_plan
 from lockstep.recipes.run_directory import read_rollouts, rollout_steps
 from lockstep.recipes.step_clock import StepClock
 from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
-from lockstep.rollout.buffer import KEEP_GROUP, BufferConfig, RolloutBuffer
+from lockstep.rollout.buffer import BufferConfig, RolloutBuffer
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.environments.worker import build_worker
 from lockstep.rollout.evaluation import EvaluationConfig
@@ -158,7 +158,7 @@ def train(
     reward = build_reward(config.reward, tasks.train, reward_engines)
     held_out = {"": tasks.held_out, **{name: task.build().held_out for name, task in config.evaluation_tasks.items()}}
     worker = build_worker(engine, tokenizer, tasks.train, reward, config.rollout, config.seed, config.environment)
-    buffer = RolloutBuffer(worker, config.buffer, KEEP_GROUP[config.buffer.keep])
+    buffer = RolloutBuffer(worker, config.buffer, learner.algorithm.keep_group)
     run.restore(buffer=buffer)
 
     def evaluate_if_due(step: int) -> None:
