@@ -13,7 +13,7 @@ import torch
 from lockstep.engine import weights
 from lockstep.engine.build import build_model, check_parallel, num_kv_pages, rank_device, scheduler_config
 from lockstep.engine.capture import Capture, CaptureConfig
-from lockstep.engine.detokenizer import Detokenizer
+from lockstep.engine.detokenizer import Detokenizer, decode_text
 from lockstep.engine.laps import Laps
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.page_pool import PagePool
@@ -258,7 +258,7 @@ class Engine(Serving):
         if detokenizer is not None:
             text = detokenizer.text if detokenizer.found_stop else detokenizer.finish()
         elif self.tokenizer is not None:
-            text = self.tokenizer.decode(request.output_ids, skip_special_tokens=True)
+            text = decode_text(self.tokenizer, request.output_ids)
         else:
             text = None
         return RequestOutput(

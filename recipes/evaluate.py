@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lockstep.engine import Engine, EngineConfig
+from lockstep.engine.detokenizer import decode_text
 from lockstep.recipes import launch
 from lockstep.recipes.inputs import TaskConfig
 from lockstep.recipes.metrics import format_value, title_of
@@ -87,7 +88,8 @@ def _print_samples(console: Console, name: str, result: EvalResult, tokenizer, c
     for sample in result.samples[:count]:
         mark = "[green]correct[/]" if sample.correct else "[red]wrong[/]"
         console.print(f"{name} {sample.problem_id} {mark} ({sum(sample.written)} tokens)")
-        console.print(tokenizer.decode([*sample.prompt_ids, *sample.response_ids]), markup=False, soft_wrap=True)
+        text = decode_text(tokenizer, [*sample.prompt_ids, *sample.response_ids], skip_special_tokens=False)
+        console.print(text, markup=False, soft_wrap=True)
 
 
 def _table(metrics: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lockstep.engine import Engine, SamplingParams
+from lockstep.engine.detokenizer import decode_text
 from lockstep.engine.models.config import load_model_config
 from lockstep.rollout.group import Group, Response
 from lockstep.rollout.order import ProblemOrder
@@ -90,10 +91,7 @@ class RolloutWorker:
 
     def score(self, groups: Sequence[Group]) -> None:
         """Makes the samples of groups that have ended; they are judged together."""
-        texts = [
-            [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in group.responses]
-            for group in groups
-        ]
+        texts = [[decode_text(self.tokenizer, r.response_ids) for r in group.responses] for group in groups]
         completions = [
             Completion(group.problem, text, len(response.response_ids))
             for group, group_texts in zip(groups, texts, strict=True)
