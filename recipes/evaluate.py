@@ -13,6 +13,7 @@ from rich.table import Table
 
 from lockstep.engine import Engine, EngineConfig
 from lockstep.engine.detokenizer import decode_text
+from lockstep.engine.files import write_whole
 from lockstep.recipes import launch
 from lockstep.recipes.inputs import TaskConfig
 from lockstep.recipes.metrics import format_value, title_of
@@ -63,7 +64,8 @@ def run(config: EvalConfig) -> dict[str, dict[str, Any]]:
     metrics = {name: {**result.metrics(), "samples": len(result.samples)} for name, result in results.items()}
     console.print(_table(metrics))
     if config.output is not None:
-        _write_json(Path(config.output), {"model": config.engine.model, "seed": config.seed, "tasks": metrics})
+        content = {"model": config.engine.model, "seed": config.seed, "tasks": metrics}
+        write_whole(Path(config.output), json.dumps(content, indent=2) + "\n")
     return metrics
 
 
@@ -103,9 +105,3 @@ def _table(metrics: Mapping[str, Mapping[str, Any]]) -> Table:
         shown = [value if isinstance(value, str) else format_value(metric, value) for value in values]
         table.add_row(title_of(metric), *shown)
     return table
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.rename(path)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lockstep.engine import Engine
+from lockstep.engine.files import write_whole
 from lockstep.rollout.evaluation import EVALUATION_STEP
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.worker import RolloutConfig, RolloutWorker
@@ -59,12 +60,8 @@ def read_pairs(files: Sequence[str]) -> list[Preference]:
 
 def write_pairs(path: Path, pairs: Sequence[Preference]) -> None:
     """What `read_pairs` reads; the file is there whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        for pair in pairs:
-            fields = asdict(pair)
-            file.write(json.dumps({"prompt": fields.pop("messages"), **fields}, ensure_ascii=False) + "\n")
-    unfinished.rename(path)
+    records = [{"prompt": pair.messages, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
+    write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def sample_pairs(

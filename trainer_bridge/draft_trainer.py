@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from lockstep.engine.checkpoint import CheckpointError, flush_to_disk
+from lockstep.engine.checkpoint import CheckpointError
+from lockstep.engine.files import whole_file
 from lockstep.engine.models.eagle3 import Eagle3Draft
 from lockstep.engine.weights import checksum
 from lockstep.trainer_bridge.draft_batch import DraftBatch, DraftSequence
@@ -152,13 +153,9 @@ class DraftTrainer:
 
     def save(self, path: str | Path) -> None:
         """Writes the weights, the optimizer's state and step_count to one file, whole or not at all."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
         tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in self._state().items()}
-        save_file(tensors, temporary, metadata={"step_count": str(self.step_count)})
-        flush_to_disk(temporary)
-        temporary.rename(path)
-        flush_to_disk(path.parent)
+        with whole_file(Path(path)) as file:
+            save_file(tensors, file, metadata={"step_count": str(self.step_count)})
 
     @torch.no_grad()
     def load(self, path: str | Path) -> None:
