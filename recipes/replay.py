@@ -18,11 +18,10 @@ from lockstep.recipes.cluster.open_cluster import open_cluster
 from lockstep.recipes.learner import Learner
 from lockstep.recipes.run_directory import checkpoint_path, checkpoint_steps, read_rollouts, rollout_steps
 from lockstep.recipes.training_run import resumed
-from lockstep.rollout.environments.worker import EpisodeWorker, build_worker
+from lockstep.rollout.environments.worker import EpisodeWorker
 from lockstep.rollout.group import Response
-from lockstep.rollout.rewards import RewardEngines, build_reward
+from lockstep.rollout.rewards import RewardEngines
 from lockstep.rollout.sample import Sample
-from lockstep.rollout.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -104,12 +103,7 @@ class Replay:
         self.config = config
         self.cluster = cluster
         self.path = config.directory
-        task = config.task.build().train
-        tokenizer = load_tokenizer(cluster.engine.config.model)
-        reward = build_reward(config.reward, task, reward_engines)
-        self.worker = build_worker(
-            cluster.engine, tokenizer, task, reward, config.rollout, config.seed, config.environment
-        )
+        self.worker = rl.rollout_worker(config, cluster.engine, config.task.build().train, reward_engines)
         self.learner = learner
         self.is_loaded = False
         self.served = 0

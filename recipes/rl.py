@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lockstep.engine import EngineConfig
+from lockstep.engine import Engine, EngineConfig
 from lockstep.recipes import sft
 from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.cluster.local import LocalCluster
@@ -30,9 +30,9 @@ from lockstep.rollout.environments.worker import build_worker
 from lockstep.rollout.evaluation import EvaluationConfig
 from lockstep.rollout.rewards import RewardEngines, build_reward
 from lockstep.rollout.sample import Sample
-from lockstep.rollout.tasks import TaskSplits
+from lockstep.rollout.tasks import Task, TaskSplits
 from lockstep.rollout.tokenizer import load_tokenizer
-from lockstep.rollout.worker import RolloutConfig
+from lockstep.rollout.worker import RolloutConfig, RolloutWorker
 from lockstep.trainer_bridge.algorithms import AlgorithmConfig
 
 WARMUP = "sft"  # the folder of the warm-up's run in the run directory
@@ -137,6 +137,13 @@ def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
     return warmup.directory / "model"
 
 
+def rollout_worker(config: RLConfig, engine: Engine, task: Task, reward_engines: RewardEngines) -> RolloutWorker:
+    """What draws and scores a run's samples, and in a replay draws them again."""
+    tokenizer = load_tokenizer(engine.config.model)
+    reward = build_reward(config.reward, task, reward_engines)
+    return build_worker(engine, tokenizer, task, reward, config.rollout, config.seed, config.environment)
+
+
 def last_samples(path: Path) -> list[Sample]:
     return [Sample.from_record(record) for record in read_rollouts(path, rollout_steps(path)[-1])]
 
@@ -154,10 +161,8 @@ def train(
     `s - 1 - max_staleness` to `s - 1`, and while it is made the engine generates for later steps with version `s - 1`.
     """
     trainer, engine = cluster.trainer, cluster.engine
-    tokenizer = load_tokenizer(engine.config.model)
-    reward = build_reward(config.reward, tasks.train, reward_engines)
     held_out = {"": tasks.held_out, **{name: task.build().held_out for name, task in config.evaluation_tasks.items()}}
-    worker = build_worker(engine, tokenizer, tasks.train, reward, config.rollout, config.seed, config.environment)
+    worker = rollout_worker(config, engine, tasks.train, reward_engines)
     buffer = RolloutBuffer(worker, config.buffer, learner.algorithm.keep_group)
     run.restore(buffer=buffer)
 
@@ -166,7 +171,7 @@ def train(
             with run.trace.span("evaluation", step=step):
                 results = evaluate_tasks(
                     engine,
-                    tokenizer,
+                    worker.tokenizer,
                     held_out,
                     config.reward,
                     reward_engines,
