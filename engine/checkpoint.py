@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lockstep.engine.files import whole_folder
 from lockstep.engine.models.config import ModelConfig, architecture, parse_model_config
 from lockstep.engine.models.families import FAMILIES
 from lockstep.engine.models.names import Entry, as_stacked, expand, to_hf, to_megatron
@@ -219,25 +219,13 @@ def save_hf(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists; an export does not replace a directory that holds files")
     _check_describes(source_config, config)
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    try:
-        saved_dtype = _write_shards(partial, _hf_tensors(named_tensors, config, dtype), max_shard_bytes)
-        _write_config(partial, source_config, config, saved_dtype)
+    with whole_folder(target) as folder:
+        saved_dtype = _write_shards(folder, _hf_tensors(named_tensors, config, dtype), max_shard_bytes)
+        _write_config(folder, source_config, config, saved_dtype)
         if source_dir is not None:
             for name in COMPANION_FILES:
                 if (Path(source_dir) / name).is_file():
-                    shutil.copyfile(Path(source_dir) / name, partial / name)
-        for file in partial.iterdir():
-            flush_to_disk(file)
-        flush_to_disk(partial)
-        partial.rename(target)
-        flush_to_disk(target.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+                    shutil.copyfile(Path(source_dir) / name, folder / name)
 
 
 def _check_describes(source_config: Mapping[str, Any], config: ModelConfig) -> None:
@@ -317,15 +305,6 @@ def _write_config(directory: Path, source_config: Mapping[str, Any], config: Mod
         dtype_key: str(dtype).removeprefix("torch."),
     }
     (directory / "config.json").write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n")
-
-
-def flush_to_disk(path: Path) -> None:
-    """Waits until a file's contents, or a directory's names, would survive a crash of the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def initialize_dummy(model: torch.nn.Module, seed: int, shards: Iterable[ParameterShard] = ()) -> None:

@@ -1,4 +1,4 @@
-"""Turns the tokens of one request into text as they arrive, and finds stop strings in it."""
+"""Turns tokens into text: all at once, or those of one request as they arrive, with the stop strings in it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ REPLACEMENT_CHARACTER = "\ufffd"
 
 
 class Tokenizer(Protocol):
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
+    def decode(
+        self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
+    ) -> str: ...
+
+
+def decode_text(tokenizer: Tokenizer, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    """The text of tokens as they are; some tokenizers would take out spaces before punctuation."""
+    return tokenizer.decode(
+        list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+    )
 
 
 class Detokenizer:
@@ -48,7 +57,7 @@ class Detokenizer:
         return self.text + self._decode(self.context_start, len(self.token_ids))[len(before) :]
 
     def _decode(self, start: int, end: int) -> str:
-        return self.tokenizer.decode(self.token_ids[start:end], skip_special_tokens=True)
+        return decode_text(self.tokenizer, self.token_ids[start:end])
 
     def _cut_at_stop(self, search_from: int) -> bool:
         found = [at for at in (self.text.find(stop, search_from) for stop in self.stop) if at >= 0]

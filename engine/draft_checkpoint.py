@@ -5,7 +5,6 @@ unknown, missing, misshapen or at odds with the target is an error here.
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lockstep.engine.checkpoint import SINGLE_FILE, CheckpointError, flush_to_disk
+from lockstep.engine.checkpoint import SINGLE_FILE, CheckpointError
+from lockstep.engine.files import whole_folder
 from lockstep.engine.models.config import ModelConfig, UnsupportedModelError, parse_model_config
 from lockstep.engine.models.eagle3 import NUM_AUX, Eagle3Config, Eagle3Draft, default_aux_layers, expand
 from lockstep.engine.models.names import to_hf, to_megatron
@@ -208,10 +208,6 @@ def save_draft(
     target = Path(path)
     if target.exists():
         raise FileExistsError(f"{target} exists; an export does not replace it")
-    partial = target.with_name(f".{target.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
     parameters = dict(draft.named_parameters())
     dtype = dtype or draft.fc.weight.dtype
     tensors = {}
@@ -225,11 +221,7 @@ def save_draft(
     tensors["d2t"] = token_map - torch.arange(len(token_map))
     tensors["t2d"] = torch.zeros(draft.config.vocab_size, dtype=torch.bool)
     tensors["t2d"][token_map] = True
-    save_file(tensors, partial / SINGLE_FILE, metadata={"format": "pt"})
     contents = json.dumps(config_json(draft.config, dtype), indent=2, sort_keys=True) + "\n"
-    (partial / "config.json").write_text(contents)
-    for file in partial.iterdir():
-        flush_to_disk(file)
-    flush_to_disk(partial)
-    partial.rename(target)
-    flush_to_disk(target.parent)
+    with whole_folder(target) as folder:
+        save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
+        (folder / "config.json").write_text(contents)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,14 +13,15 @@ import torch
 from lockstep.engine import weights
 from lockstep.engine.build import build_model, check_parallel, num_kv_pages, rank_device, scheduler_config
 from lockstep.engine.capture import Capture, CaptureConfig
-from lockstep.engine.detokenizer import Detokenizer
+from lockstep.engine.detokenizer import Detokenizer, decode_text
 from lockstep.engine.laps import Laps
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.page_pool import PagePool
 from lockstep.engine.radix_cache import RadixCache
-from lockstep.engine.request import Request, RequestOutput, SamplingParams
+from lockstep.engine.request import Kind, Request, RequestOutput, SamplingParams, one_per_prompt
 from lockstep.engine.runner import LaunchedStep, Runner
 from lockstep.engine.scheduler import Scheduler
+from lockstep.engine.serving import Serving
 from lockstep.engine.speculation.build import check_speculation, load_draft_model, new_eagle, new_speculation
 from lockstep.engine.tensor_parallel import LeadingRunner, LeadingWeights, start_workers
 from lockstep.engine.workers import RankError, Workers
@@ -104,18 +105,7 @@ class EngineConfig:
         check_speculation(self)
 
 
-@dataclass(frozen=True)
-class TokenEvent:
-    """One token of a stream. `finish_reason` is set on the last event of its sample."""
-
-    prompt_index: int
-    sample_index: int
-    token_id: int
-    logprob: float
-    finish_reason: str | None
-
-
-class Engine:
+class Engine(Serving):
     """Serves one model. Not thread-safe: one thread owns an engine.
 
     A request's tokens and log-probs are a function of the weights, its own tokens and its `SamplingParams`; nothing
@@ -178,78 +168,20 @@ class Engine:
         self.is_asleep = False
         self.is_shut_down = False
 
-    # Whole batches ---------------------------------------------------------------------------------------------------
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> list[RequestOutput]:
-        """Completes prompts given as token ids; one `SamplingParams` for all, or one per prompt.
-
-        Returns the outputs in the order of the prompts (the `n` samples of a prompt in a row). Raises ValueError that
-        names the prompt and the problem if a request is impossible; nothing is generated then.
-        """
-        requests = self.prepare(prompts, params, "generate")
-        # The call ends with its last request, so those that may become the longest start first.
-        self.queue(sorted(requests, key=lambda request: -request.params.max_tokens))
-        self._complete(requests)
-        return [self.output(request) for request in requests]
-
-    def stream(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> Iterator[TokenEvent]:
-        """The tokens of `generate`, each as soon as it is drawn. Closing the iterator aborts what is unfinished."""
-        return self._stream(self.prepare(prompts, params, "generate"))
-
-    def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[list[float | None]]:
-        """Log-probs of given tokens: `[None, lp(t1 | t0), lp(t2 | t0 t1), ...]` per sequence; generation's bits."""
-        params = SamplingParams(max_tokens=1, temperature=temperature)
-        requests = self.submit(sequences, params, kind="score")
-        self._complete(requests)
-        return [[None, *request.logprobs] for request in requests]
-
-    def reward(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """The scores that a reward model (transformers' ...ForSequenceClassification with one label) gives sequences.
-
-        A sequence's score is the value of its last token; the bits are those of the trainer's `values`. A prefix that
-        sequences share is computed once. Raises as `generate` does.
-        """
-        requests = self.submit(sequences, kind="reward")
-        self._complete(requests)
-        return [request.reward for request in requests]
-
     # One step at a time ----------------------------------------------------------------------------------------------
-
-    def submit(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
-        kind: str = "generate",
-    ) -> list[Request]:
-        """Queues requests and returns at once; `step` makes progress, `output` reads a request that has ended.
-
-        kind: "generate"; "score" for the log-probs of the given tokens; "reward" for a reward model's score of them.
-        Raises as `generate` does.
-        """
-        requests = self.prepare(prompts, params, kind)
-        self.queue(requests)
-        return requests
 
     def prepare(
         self,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
-        kind: str = "generate",
+        kind: Kind = "generate",
     ) -> list[Request]:
         """Requests that wait for `queue`. Raises as `generate` does; a bad prompt leaves nothing behind."""
         self._check_running()
         if self.is_asleep:
             raise RuntimeError("this engine is asleep: call wake() before requests")
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prompts)
-        if len(params) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(params)} SamplingParams")
         requests = []
-        for prompt_index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
+        for prompt_index, (prompt, sampling) in enumerate(zip(prompts, one_per_prompt(params, prompts), strict=True)):
             for sample_index in range(sampling.n):
                 request = Request(
                     request_id=self.next_request_id + len(requests),
@@ -325,7 +257,7 @@ class Engine:
         if detokenizer is not None:
             text = detokenizer.text if detokenizer.found_stop else detokenizer.finish()
         elif self.tokenizer is not None:
-            text = self.tokenizer.decode(request.output_ids, skip_special_tokens=True)
+            text = decode_text(self.tokenizer, request.output_ids)
         else:
             text = None
         return RequestOutput(
@@ -618,42 +550,6 @@ class Engine:
         if request.params.stop and self.tokenizer is None:
             raise ValueError(f"stop strings need a tokenizer, and {self.config.model} holds none")
         self.scheduler.check(request)
-
-    def _complete(self, requests: Sequence[Request]) -> None:
-        try:
-            while any(request.finish_reason is None for request in requests):
-                self.step()
-        finally:
-            for request in requests:
-                self.abort(request)
-
-    def _stream(self, requests: list[Request]) -> Iterator[TokenEvent]:
-        self.queue(requests)  # not before the first `next`: an iterator that is never started leaves nothing behind
-        # Not by the results of `step`: a weight update between two steps collects tokens as well.
-        unread = dict.fromkeys(requests, 0)
-        try:
-            while unread:
-                if any(request.finish_reason is None for request in unread):
-                    self.step()
-                for request, first in list(unread.items()):
-                    last = len(request.logprobs)
-                    # Taken now: what a consumer does between two events may end the request.
-                    reason = request.finish_reason
-                    if reason is None:
-                        unread[request] = last
-                    else:
-                        del unread[request]
-                    for index in range(first, last):
-                        yield TokenEvent(
-                            request.prompt_index,
-                            request.sample_index,
-                            request.tokens[request.num_prompt + index],
-                            request.logprobs[index],
-                            reason if index == last - 1 else None,
-                        )
-        finally:
-            for request in requests:
-                self.abort(request)
 
     def _drain(self) -> list[Request]:
         """Collects the pass in flight, if there is one."""

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from lockstep.engine.engine import Engine, EngineConfig
-from lockstep.engine.request import Request, RequestOutput, SamplingParams
+from lockstep.engine.request import Kind, Request, RequestOutput, SamplingParams
+from lockstep.engine.serving import Serving
 from lockstep.engine.spread import spread
 from lockstep.engine.weights import WeightUpdate
 
 
-class ReplicatedEngine:
+class ReplicatedEngine(Serving):
     """`num_replicas` engines of one config, stepped in turn by the caller's thread; on GPUs their passes overlap.
 
     Replica i of a GPU engine takes the tp_size GPUs from i * tp_size on. A request's tokens and log-probs are those
@@ -43,33 +44,25 @@ class ReplicatedEngine:
     def weight_version(self) -> int:
         return self.engines[0].weight_version
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> list[RequestOutput]:
-        requests = self.engines[0].prepare(prompts, params, "generate")
-        self._queue(sorted(requests, key=lambda request: -request.params.max_tokens))
-        self._complete(requests)
-        return [self.output(request) for request in requests]
-
-    def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[list[float | None]]:
-        requests = self.submit(sequences, SamplingParams(max_tokens=1, temperature=temperature), kind="score")
-        self._complete(requests)
-        return [[None, *request.logprobs] for request in requests]
-
-    def reward(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        requests = self.submit(sequences, kind="reward")
-        self._complete(requests)
-        return [request.reward for request in requests]
-
-    def submit(
+    def prepare(
         self,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
-        kind: str = "generate",
+        kind: Kind = "generate",
     ) -> list[Request]:
-        requests = self.engines[0].prepare(prompts, params, kind)
-        self._queue(requests)
-        return requests
+        return self.engines[0].prepare(prompts, params, kind)
+
+    def queue(self, requests: Sequence[Request]) -> None:
+        """Gives requests to replicas, by the tokens that each of them has to come."""
+        self._replica_of = {r: replica for r, replica in self._replica_of.items() if r.finish_reason is None}
+        to_come = [0] * len(self.engines)
+        for request, replica in self._replica_of.items():
+            to_come[replica] += _tokens_to_come(request)
+        prompts = [tuple(request.prompt_ids) for request in requests]
+        replicas = spread(prompts, [_tokens_to_come(request) for request in requests], to_come)
+        self._replica_of |= dict(zip(requests, replicas, strict=True))
+        for replica, engine in enumerate(self.engines):
+            engine.queue([r for r, place in zip(requests, replicas, strict=True) if place == replica])
 
     def step(self) -> list[Request]:
         """One step of every replica that has work."""
@@ -147,26 +140,6 @@ class ReplicatedEngine:
         with ExitStack() as all_of_them:
             for engine in self.engines:
                 all_of_them.callback(self._call, engine, engine.shutdown)
-
-    def _queue(self, requests: Sequence[Request]) -> None:
-        """Gives requests to replicas, by the tokens that each of them has to come."""
-        self._replica_of = {r: replica for r, replica in self._replica_of.items() if r.finish_reason is None}
-        to_come = [0] * len(self.engines)
-        for request, replica in self._replica_of.items():
-            to_come[replica] += _tokens_to_come(request)
-        prompts = [tuple(request.prompt_ids) for request in requests]
-        replicas = spread(prompts, [_tokens_to_come(request) for request in requests], to_come)
-        self._replica_of |= dict(zip(requests, replicas, strict=True))
-        for replica, engine in enumerate(self.engines):
-            engine.queue([r for r, place in zip(requests, replicas, strict=True) if place == replica])
-
-    def _complete(self, requests: Sequence[Request]) -> None:
-        try:
-            while any(request.finish_reason is None for request in requests):
-                self.step()
-        finally:
-            for request in requests:
-                self.abort(request)
 
     @staticmethod
     def _call(engine: Engine, method: Callable[..., Any], *arguments: Any) -> Any:

@@ -106,6 +106,17 @@ class SamplingParams:
         )
 
 
+def one_per_prompt(
+    params: SamplingParams | Sequence[SamplingParams] | None, prompts: Sequence[Sequence[int]]
+) -> Sequence[SamplingParams]:
+    """Raises ValueError where there is another number of them."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * len(prompts)
+    if len(params) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(params)} SamplingParams")
+    return params
+
+
 @dataclass(frozen=True)
 class RequestOutput:
     """A sample. token_ids, logprobs and weight_versions have one entry per generated token.

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lockstep.engine import Engine, EngineConfig
+from lockstep.engine.detokenizer import decode_text
+from lockstep.engine.files import write_whole
 from lockstep.recipes import launch
 from lockstep.recipes.inputs import TaskConfig
 from lockstep.recipes.metrics import format_value, title_of
@@ -62,7 +64,8 @@ def run(config: EvalConfig) -> dict[str, dict[str, Any]]:
     metrics = {name: {**result.metrics(), "samples": len(result.samples)} for name, result in results.items()}
     console.print(_table(metrics))
     if config.output is not None:
-        _write_json(Path(config.output), {"model": config.engine.model, "seed": config.seed, "tasks": metrics})
+        content = {"model": config.engine.model, "seed": config.seed, "tasks": metrics}
+        write_whole(Path(config.output), json.dumps(content, indent=2) + "\n")
     return metrics
 
 
@@ -87,7 +90,8 @@ def _print_samples(console: Console, name: str, result: EvalResult, tokenizer, c
     for sample in result.samples[:count]:
         mark = "[green]correct[/]" if sample.correct else "[red]wrong[/]"
         console.print(f"{name} {sample.problem_id} {mark} ({sum(sample.written)} tokens)")
-        console.print(tokenizer.decode([*sample.prompt_ids, *sample.response_ids]), markup=False, soft_wrap=True)
+        text = decode_text(tokenizer, [*sample.prompt_ids, *sample.response_ids], skip_special_tokens=False)
+        console.print(text, markup=False, soft_wrap=True)
 
 
 def _table(metrics: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -101,9 +105,3 @@ def _table(metrics: Mapping[str, Mapping[str, Any]]) -> Table:
         shown = [value if isinstance(value, str) else format_value(metric, value) for value in values]
         table.add_row(title_of(metric), *shown)
     return table
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.rename(path)

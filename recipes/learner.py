@@ -53,12 +53,7 @@ class Learner:
             self.teacher.shutdown()
 
     def step(self, groups: Grouped[Sample]) -> dict[str, float]:
-        """One update, from the groups that the algorithm keeps; from all, with advantages of 0, where it keeps none.
-
-        Returns the trainer's stats; the critic's begin with `critic_`.
-        """
-        kept = [group for group in groups if self.algorithm.keep_group([sample.reward for sample in group])]
-        groups = kept or groups
+        """One update. Returns the trainer's stats; the critic's begin with `critic_`."""
         responses = self._scored(groups)
         batches = policy_batches(self.algorithm, groups, responses, self.trainer.step_count, self._shape)
         stats = self.trainer.step(batches, self._loss())

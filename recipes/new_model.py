@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from lockstep.engine.files import whole_folder
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,10 @@ def new_model(path: Path, shape: ModelShape, seed: int, tokenizer: PreTrainedTok
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config).float()
-    unfinished = path.with_name(path.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(unfinished)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(unfinished)
-    unfinished.rename(path)
+    with whole_folder(path) as folder:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
 
 
 def new_config(shape: ModelShape, tokenizer: PreTrainedTokenizerFast | None) -> Qwen3Config:

@@ -18,10 +18,9 @@ from lockstep.recipes.cluster.open_cluster import open_cluster
 from lockstep.recipes.learner import Learner
 from lockstep.recipes.run_directory import checkpoint_path, checkpoint_steps, read_rollouts, rollout_steps
 from lockstep.recipes.training_run import resumed
-from lockstep.rollout.environments.worker import EpisodeWorker, build_worker
+from lockstep.rollout.environments.worker import EpisodeWorker
 from lockstep.rollout.group import Response
 from lockstep.rollout.sample import Sample
-from lockstep.rollout.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -102,12 +101,7 @@ class Replay:
         self.config = config
         self.cluster = cluster
         self.path = config.directory
-        task = config.task.build().train
-        tokenizer = load_tokenizer(cluster.engine.config.model)
-        reward = cluster.rewards.build(config.reward, task)
-        self.worker = build_worker(
-            cluster.engine, tokenizer, task, reward, config.rollout, config.seed, config.environment
-        )
+        self.worker = rl.rollout_worker(config, cluster, config.task.build().train)
         self.learner = learner
         self.is_loaded = False
         self.served = 0

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from lockstep.engine.files import write_whole
 from lockstep.engine.speculation.speculation import MAX_DRAFT_TOKENS
 from lockstep.recipes.metrics import METRICS, TIME_PREFIX, format_value, in_order, known_name, title_of
 from lockstep.recipes.report_page import PAGE
@@ -121,9 +122,7 @@ def write_report(
         config=yaml.safe_dump(read_config(run_dir), sort_keys=False, allow_unicode=True),
     )
     target = run_dir / "report.html"
-    temporary = run_dir / ".tmp-report.html"
-    temporary.write_text(page, encoding="utf-8")
-    temporary.rename(target)
+    write_whole(target, page)
     return target
 
 

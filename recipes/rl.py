@@ -24,14 +24,14 @@ from lockstep.recipes.plan import dry_run, rl_plan
 from lockstep.recipes.run_directory import read_rollouts, rollout_steps
 from lockstep.recipes.step_clock import StepClock
 from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
-from lockstep.rollout.buffer import KEEP_GROUP, BufferConfig, RolloutBuffer
+from lockstep.rollout.buffer import BufferConfig, RolloutBuffer
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.environments.worker import build_worker
 from lockstep.rollout.evaluation import EvaluationConfig
 from lockstep.rollout.sample import Sample
-from lockstep.rollout.tasks import TaskSplits
+from lockstep.rollout.tasks import Task, TaskSplits
 from lockstep.rollout.tokenizer import load_tokenizer
-from lockstep.rollout.worker import RolloutConfig
+from lockstep.rollout.worker import RolloutConfig, RolloutWorker
 from lockstep.trainer_bridge.algorithms import AlgorithmConfig
 
 WARMUP = "sft"  # the folder of the warm-up's run in the run directory
@@ -133,6 +133,13 @@ def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
     return warmup.directory / "model"
 
 
+def rollout_worker(config: RLConfig, cluster: LocalCluster, task: Task) -> RolloutWorker:
+    """What draws and scores a run's samples, and in a replay draws them again."""
+    tokenizer = load_tokenizer(cluster.engine.config.model)
+    reward = cluster.rewards.build(config.reward, task)
+    return build_worker(cluster.engine, tokenizer, task, reward, config.rollout, config.seed, config.environment)
+
+
 def last_samples(path: Path) -> list[Sample]:
     return [Sample.from_record(record) for record in read_rollouts(path, rollout_steps(path)[-1])]
 
@@ -149,11 +156,9 @@ def train(
     `s - 1 - max_staleness` to `s - 1`, and while it is made the engine generates for later steps with version `s - 1`.
     """
     trainer, engine = cluster.trainer, cluster.engine
-    tokenizer = load_tokenizer(engine.config.model)
-    reward = cluster.rewards.build(config.reward, tasks.train)
     held_out = {"": tasks.held_out, **{name: task.build().held_out for name, task in config.evaluation_tasks.items()}}
-    worker = build_worker(engine, tokenizer, tasks.train, reward, config.rollout, config.seed, config.environment)
-    buffer = RolloutBuffer(worker, config.buffer, KEEP_GROUP[config.buffer.keep])
+    worker = rollout_worker(config, cluster, tasks.train)
+    buffer = RolloutBuffer(worker, config.buffer, learner.algorithm.keep_group)
     run.restore(buffer=buffer)
 
     def evaluate_if_due(step: int) -> None:
@@ -161,7 +166,7 @@ def train(
             with run.trace.span("evaluation", step=step):
                 results = evaluate_tasks(
                     engine,
-                    tokenizer,
+                    worker.tokenizer,
                     held_out,
                     config.reward,
                     cluster.rewards,

@@ -29,11 +29,10 @@ from typing import IO, Any
 
 import yaml
 
-from lockstep.engine.checkpoint import flush_to_disk
+from lockstep.engine.files import TEMPORARY, flush_to_disk, whole_folder, write_whole
 from lockstep.recipes import content_hashes
 from lockstep.recipes.config_schema import to_plain
 
-TEMPORARY = ".tmp-"
 LOCK_FILE = "run.lock"
 # Keys that a resumed run may change: how long it runs and how it is watched, not what it computes.
 MAY_DIFFER = ("steps", "sinks", "sinks.*", "keep_checkpoints", "checkpoint_every", "live", "report")
@@ -118,10 +117,8 @@ class RunDirectory:
         target = self.rollouts_path(step)
         text = "".join(_json_line(_fields(sample)) for sample in samples)
         # First the hash: rollouts that are there have theirs.
-        with _atomic_file(target.with_suffix(content_hashes.SUFFIX)) as file:
-            file.write(content_hashes.hash_line(text.encode(), target.name))
-        with _atomic_file(target) as file:
-            file.write(text)
+        write_whole(target.with_suffix(content_hashes.SUFFIX), content_hashes.hash_line(text.encode(), target.name))
+        write_whole(target, text)
         return target
 
     @contextlib.contextmanager
@@ -134,24 +131,15 @@ class RunDirectory:
         target = self.checkpoint_path(step)
         if target.exists():
             raise ValueError(f"{target} exists")
-        temporary = target.with_name(TEMPORARY + target.name)
-        temporary.mkdir()
-        try:
-            yield temporary
-            content_hashes.write_folder_list(temporary)
-            _sync_tree(temporary)
-            temporary.rename(target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        flush_to_disk(target.parent)
+        with whole_folder(target) as folder:
+            yield folder
+            content_hashes.write_folder_list(folder)
         self._point_to_latest()
         self._drop_old_checkpoints()
 
     def write_weights_hash(self, digest: str) -> None:
         """Record the final weights' SHA-256 (hex). Opening the directory again removes it, until the next end."""
-        with _atomic_file(self.path / "weights.sha256") as file:
-            file.write(digest + "\n")
+        write_whole(self.path / "weights.sha256", digest + "\n")
 
     def _recover(self) -> None:
         """Remove what a killed run left unfinished, and what it wrote after its newest checkpoint."""
@@ -173,8 +161,7 @@ class RunDirectory:
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():
             kept = [record for record in _read_lines(metrics) if record["step"] <= last_step]
-            with _atomic_file(metrics) as file:
-                file.writelines(_json_line(record) for record in kept)
+            write_whole(metrics, "".join(_json_line(record) for record in kept))
 
     def _drop_old_checkpoints(self) -> None:
         if self.keep_checkpoints:
@@ -187,8 +174,7 @@ class RunDirectory:
         if self.resume_step is None:
             pointer.unlink(missing_ok=True)
             return
-        with _atomic_file(pointer) as file:
-            file.write(_step_name(self.resume_step) + "\n")
+        write_whole(pointer, _step_name(self.resume_step) + "\n")
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -278,8 +264,7 @@ def _settle_config(path: Path, config: Mapping[str, Any], may_differ: tuple[str,
             raise ValueError(
                 f"{path.parent} holds a run with another config; resume that, or name another run\n{lines}"
             )
-    with _atomic_file(path) as file:
-        file.write(text)
+    write_whole(path, text)
 
 
 def _flat(config: Mapping[str, Any] | None, prefix: str = "") -> dict[str, Any]:
@@ -344,27 +329,7 @@ def _fields(sample: Any) -> Mapping[str, Any]:
     return sample
 
 
-@contextlib.contextmanager
-def _atomic_file(target: Path) -> Iterator[IO[str]]:
-    """A text file that takes target's name, replacing what was there, once the `with` block has written all of it."""
-    temporary = target.with_name(TEMPORARY + target.name)
-    with open(temporary, "w", encoding="utf-8") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(target)
-    flush_to_disk(target.parent)
-
-
 def _remove(folder: Path) -> None:
     """Remove a complete checkpoint: first its name, so that a kill leaves no incomplete one under it."""
     doomed = folder.rename(folder.with_name(TEMPORARY + folder.name))
     shutil.rmtree(doomed)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path, _, names in os.walk(folder):
-        for name in names:
-            with open(os.path.join(path, name), "rb") as file:
-                os.fsync(file.fileno())
-        flush_to_disk(Path(path))

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lockstep.engine.files import whole_file
+
 _BEGIN, _SEPARATOR, _END = b"[\n", b",\n", b"\n]\n"
 
 
@@ -27,9 +29,8 @@ class Trace:
         self._offset_s = time.time() - time.perf_counter()  # so that the processes of a run lie in order
         self._tracks: dict[str, int] = {}
         lines = _complete_events(path)
-        temporary = path.with_name(f".tmp-{path.name}")
-        temporary.write_bytes(_BEGIN + _SEPARATOR.join(lines) + _END)
-        temporary.rename(path)
+        with whole_file(path) as file:
+            file.write_bytes(_BEGIN + _SEPARATOR.join(lines) + _END)
         self._file = open(path, "r+b")  # noqa: SIM115  closed in close()
         self._size, self._is_empty = path.stat().st_size, not lines
         self._write({"ph": "M", "name": "process_name", "tid": 0, "args": {"name": f"{process_name} ({os.getpid()})"}})

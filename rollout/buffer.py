@@ -18,14 +18,6 @@ from lockstep.rollout.group import Group
 from lockstep.rollout.sample import Sample
 from lockstep.rollout.worker import RolloutWorker
 
-KeepGroup = Callable[[Sequence[float]], bool]
-
-# name -> whether a group with these rewards is trained on
-KEEP_GROUP: dict[str, KeepGroup] = {
-    "all": lambda rewards: True,
-    "mixed": lambda rewards: len(set(rewards)) > 1,  # equal rewards teach nothing
-}
-
 
 class StalenessError(AssertionError):
     """A group was about to be trained on with tokens of weights that are too old, or too new to be true."""
@@ -42,16 +34,15 @@ class BufferConfig:
     unfinished: what an update does to a response that has not ended. "recompute": its prefix is computed anew under the
         new weights, and it goes on; "abort": it begins again, so that every response is of one version.
     over_sampling: groups begun for each one that a step trains on. Above 1, a step does not wait for the slowest, and
-        has spare ones where `keep` drops some; what is too old for the next step is thrown away.
-    keep: a key of KEEP_GROUP. "mixed" drops groups whose samples have equal rewards, and generates others.
-    max_dropped: groups that `keep` may drop for one step, in multiples of prompts_per_step, before that is an error.
+        has spare ones where groups are dropped; what is too old for the next step is thrown away.
+    max_dropped: groups that the algorithm may drop for one step, in multiples of prompts_per_step, before that is an
+        error. Others are generated in their place.
     """
 
     max_staleness: int = 0
     segment_tokens: int | None = None
     unfinished: Literal["recompute", "abort"] = "recompute"
     over_sampling: float = 1.0
-    keep: str = "all"
     max_dropped: int = 20
 
     def __post_init__(self):
@@ -61,8 +52,6 @@ class BufferConfig:
             raise ValueError(f"buffer.segment_tokens must be at least 1, got {self.segment_tokens}")
         if not 1.0 <= self.over_sampling < math.inf:
             raise ValueError(f"buffer.over_sampling must be at least 1, got {self.over_sampling}")
-        if self.keep not in KEEP_GROUP:
-            raise ValueError(f"unknown buffer.keep {self.keep!r}; there are: {', '.join(KEEP_GROUP)}")
         if self.unfinished == "keep":
             raise ValueError(
                 'buffer.unfinished="keep": KV of several weight versions can be rebuilt neither after a kill nor by '
@@ -77,9 +66,11 @@ class RolloutBuffer:
 
     Step s trains on the first complete ones of the first `num_candidates` groups, all of them without over-sampling:
     in the order of the data, since in the order of completion short responses would be trained on first.
+
+    keep_group: whether a group with these rewards is trained on; see `Algorithm.keep_group`.
     """
 
-    def __init__(self, worker: RolloutWorker, config: BufferConfig, keep_group: KeepGroup):
+    def __init__(self, worker: RolloutWorker, config: BufferConfig, keep_group: Callable[[Sequence[float]], bool]):
         self.worker = worker
         self.config = config
         self.keep_group = keep_group
@@ -94,7 +85,7 @@ class RolloutBuffer:
     def take(self, step: int) -> list[list[Sample]]:
         """The groups that step `step` trains on. Generates with the weights now served until they are complete.
 
-        Raises ValueError where `keep` drops nearly everything, StalenessError (a defect) for a group out of bounds.
+        Raises ValueError where nearly all groups are dropped, StalenessError (a defect) for a group out of bounds.
         """
         self.num_tokens = self.num_dropped = self.num_too_old = 0
         self._begin_groups(self.config.max_staleness + 1)
@@ -169,9 +160,9 @@ class RolloutBuffer:
     def _check_dropped(self, step: int) -> None:
         if self.num_dropped > self.config.max_dropped * self.prompts_per_step:
             raise ValueError(
-                f"step {step}: buffer.keep={self.config.keep} dropped {self.num_dropped} groups, more than "
+                f"step {step}: algorithm.drop_equal_groups has dropped {self.num_dropped} groups, more than "
                 f"buffer.max_dropped={self.config.max_dropped} times prompts_per_step={self.prompts_per_step}: "
-                "are nearly all rewards of a group equal?"
+                "the rewards of nearly every group are equal"
             )
 
     def _check_versions(self, group: Group, step: int) -> None:

@@ -84,13 +84,10 @@ def evaluate(
         RolloutConfig(), max_tokens=config.max_tokens, temperature=config.temperature, top_p=config.top_p
     )
     worker = build_worker(engine, tokenizer, task, reward, sampling, seed, environment)
-    indices = range(min(config.num_problems, len(task)))
-    problems = [task.problem(index) for index in indices]
     size = config.samples_per_problem
-    samples = worker.sample(problems, indices, EVALUATION_STEP, size)
-    num_correct = [
-        sum(sample.correct for sample in samples[start : start + size]) for start in range(0, len(samples), size)
-    ]
+    groups = worker.sample_first(config.num_problems, size, EVALUATION_STEP)
+    samples = [sample for group in groups for sample in group.samples]
+    num_correct = [sum(sample.correct for sample in group.samples) for group in groups]
     return EvalResult(
         accuracy=sum(num_correct) / len(samples),
         standard_error=_standard_error([correct / size for correct in num_correct]),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lockstep.engine import Engine
+from lockstep.engine.files import write_whole
 from lockstep.rollout.evaluation import EVALUATION_STEP
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.worker import RolloutConfig, RolloutWorker
@@ -59,12 +60,8 @@ def read_pairs(files: Sequence[str]) -> list[Preference]:
 
 def write_pairs(path: Path, pairs: Sequence[Preference]) -> None:
     """What `read_pairs` reads; the file is there whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        for pair in pairs:
-            fields = asdict(pair)
-            file.write(json.dumps({"prompt": fields.pop("messages"), **fields}, ensure_ascii=False) + "\n")
-    unfinished.rename(path)
+    records = [{"prompt": pair.messages, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
+    write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def sample_pairs(
@@ -76,19 +73,15 @@ def sample_pairs(
     """
     rollout = RolloutConfig(max_tokens=config.max_tokens, temperature=config.temperature)
     worker = RolloutWorker(engine, tokenizer, task, lambda completions: [0.0] * len(completions), rollout, seed)
-    indices = range(min(num_problems, len(task)))
-    problems = [task.problem(index) for index in indices]
-    samples = worker.sample(problems, indices, EVALUATION_STEP, config.samples_per_problem)
-    size = config.samples_per_problem
+    groups = worker.sample_first(num_problems, config.samples_per_problem, EVALUATION_STEP)
     pairs = []
-    for index, problem in enumerate(problems):
-        group = samples[index * size : (index + 1) * size]
-        right = next((sample.text for sample in group if sample.correct), None)
-        wrong = next((sample.text for sample in group if not sample.correct), None)
+    for group in groups:
+        right = next((sample.text for sample in group.samples if sample.correct), None)
+        wrong = next((sample.text for sample in group.samples if not sample.correct), None)
         if right is not None and wrong is not None:
-            pairs.append(Preference(problem.messages, right, wrong))
+            pairs.append(Preference(group.problem.messages, right, wrong))
     if not pairs:
-        raise ValueError(f"of {len(problems)} problems of {task.name!r} none got both a right and a wrong answer")
+        raise ValueError(f"of {len(groups)} problems of {task.name!r} none got both a right and a wrong answer")
     return pairs
 
 

@@ -1,4 +1,4 @@
-"""A tokenizer made from nothing for small models, and the two calls that rollouts make of any tokenizer."""
+"""A tokenizer made from nothing for small models, and what rollouts ask of any tokenizer."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,8 +112,3 @@ def apply_template(
 def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a whole response, the end token included."""
     return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
-
-
-def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """The text of a response, without special tokens."""
-    return tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lockstep.engine import Engine, SamplingParams
+from lockstep.engine.detokenizer import decode_text
 from lockstep.engine.models.config import load_model_config
 from lockstep.rollout.group import Group, Response
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.rewards import Completion, Reward, correct_reward
-from lockstep.rollout.sample import Sample, derive_seed
+from lockstep.rollout.sample import derive_seed
 from lockstep.rollout.tasks import Problem, Task
 from lockstep.rollout.tokenizer import render_prompt
 
@@ -79,21 +80,16 @@ class RolloutWorker:
         self.score([group for group in groups if group.samples is None and group.has_ended])
         return sum(len(output.token_ids) for output in outputs)
 
-    def sample(
-        self, problems: Sequence[Problem], prompt_indices: Sequence[int], step: int, samples_per_prompt: int
-    ) -> list[Sample]:
-        """`samples_per_prompt` scored responses to each problem, those of one problem in a row."""
-        pairs = zip(problems, prompt_indices, strict=True)
-        groups = [self.begin(problem, index, step, samples_per_prompt) for problem, index in pairs]
+    def sample_first(self, num_problems: int, samples_per_problem: int, step: int) -> list[Group]:
+        """The scored groups of the task's first problems, of all where it has fewer."""
+        indices = range(min(num_problems, len(self.task)))
+        groups = [self.begin(self.task.problem(index), index, step, samples_per_problem) for index in indices]
         self.extend(groups)
-        return [sample for group in groups for sample in group.samples]
+        return groups
 
     def score(self, groups: Sequence[Group]) -> None:
         """Makes the samples of groups that have ended; they are judged together."""
-        texts = [
-            [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in group.responses]
-            for group in groups
-        ]
+        texts = [[decode_text(self.tokenizer, r.response_ids) for r in group.responses] for group in groups]
         completions = [
             Completion(group.problem, text, len(response.response_ids))
             for group, group_texts in zip(groups, texts, strict=True)

@@ -33,7 +33,7 @@ class AlgorithmConfig:
         coefficient grows by the adjustment after a step of lower entropy and shrinks, down to 0, after one of higher.
     off_policy, off_policy_cap: truncated importance weights, per token or per sequence, for tokens of earlier weight
         versions; see off_policy.py.
-    drop_equal_groups: groups whose rewards are all equal are not trained on (`Algorithm.keep_group`).
+    drop_equal_groups: groups whose rewards are all equal are not trained on; others are generated in their place.
     overlong_tokens, overlong_penalty: see RewardShaping. mask_truncated: a response that ran into the limit of
         tokens is not learned from.
     gamma, gae_lambda: discount and trace decay, of ppo and (gamma) reinforce_pp.
@@ -110,7 +110,7 @@ class Algorithm:
     def keep_group(self, rewards: Sequence[float]) -> bool:
         """Whether a group of samples with these rewards is worth training on: dynamic sampling, DAPO equation 11.
 
-        It is a filter of groups for the loop, which generates others in their place.
+        It is a filter of groups for the rollout buffer, which generates others in their place.
         """
         return not self.config.drop_equal_groups or any(reward != rewards[0] for reward in rewards)
 

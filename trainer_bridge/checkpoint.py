@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
-from lockstep.engine.checkpoint import flush_to_disk
+from lockstep.engine.files import flush_to_disk
 
 
 class InProcessSave(TorchDistSaveShardedStrategy):

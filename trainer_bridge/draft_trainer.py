@@ -11,25 +11,26 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from lockstep.engine.checkpoint import CheckpointError, flush_to_disk
+from lockstep.engine.checkpoint import CheckpointError
+from lockstep.engine.files import whole_file
 from lockstep.engine.models.eagle3 import Eagle3Draft
 from lockstep.engine.weights import checksum
 from lockstep.trainer_bridge.draft_batch import DraftBatch, DraftSequence
 from lockstep.trainer_bridge.draft_loss import LOSSES
 from lockstep.trainer_bridge.grad_norm import gradient_norm
-from lockstep.trainer_bridge.optimizer import LrSchedule, MasterAdamW, learning_rate
+from lockstep.trainer_bridge.optimizer import AdamWConfig, MasterAdamW
 from lockstep.trainer_bridge.unrolled_draft import Targets, UnrolledDraft, row_chunks
 
 
-@dataclass(frozen=True)
-class DraftTrainerConfig:
+@dataclass(frozen=True, kw_only=True)
+class DraftTrainerConfig(AdamWConfig):
     """How a draft is trained.
 
     num_steps: unrolled steps, the length of the chains that it learns to draft.
     step_decay: step i counts step_decay^i.
     loss: "soft_cross_entropy" (EAGLE-3's), or "acceptance", -log of the probability that a draft token is accepted.
     temperature: that the target is sampled with.
-    The others as in TrainerConfig.
+    max_tokens_per_micro_batch: tokens of one forward pass.
     """
 
     num_steps: int = 7
@@ -37,25 +38,16 @@ class DraftTrainerConfig:
     loss: Literal["soft_cross_entropy", "acceptance"] = "soft_cross_entropy"
     temperature: float = 1.0
     learning_rate: float = 1e-4
-    min_learning_rate: float = 0.0
-    lr_schedule: LrSchedule = "constant"
-    warmup_steps: int = 0
-    total_steps: int | None = None
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_epsilon: float = 1e-8
     max_grad_norm: float | None = 0.5
     max_tokens_per_micro_batch: int = 8192
 
     def __post_init__(self):
+        super().__post_init__()
         if self.loss not in LOSSES:
             raise ValueError(f"DraftTrainerConfig.loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         for field in ("num_steps", "max_tokens_per_micro_batch", "temperature", "step_decay"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"DraftTrainerConfig.{field} must be positive, got {getattr(self, field)}")
-        if self.lr_schedule != "constant" and self.total_steps is None:
-            raise ValueError(f"DraftTrainerConfig.lr_schedule={self.lr_schedule!r} needs total_steps")
 
 
 class DraftTrainer:
@@ -70,7 +62,7 @@ class DraftTrainer:
         self.device = draft.token_map.device
         c = config
         self.unrolled = UnrolledDraft(draft, head_weight, c.num_steps, c.temperature, c.max_tokens_per_micro_batch)
-        self.optimizer = MasterAdamW(draft.parameters(), (c.adam_beta1, c.adam_beta2), c.adam_epsilon, c.weight_decay)
+        self.optimizer = MasterAdamW(draft.parameters(), config)
         self.step_count = 0
 
     # Training --------------------------------------------------------------------------------------------------------
@@ -108,11 +100,8 @@ class DraftTrainer:
         except BaseException:
             self.optimizer.zero_grad()
             raise
-        c = self.config
-        lr = learning_rate(
-            self.step_count, c.learning_rate, c.min_learning_rate, c.lr_schedule, c.warmup_steps, c.total_steps
-        )
-        self.optimizer.step(lr, c.max_grad_norm, grad_norm)
+        lr = self.config.learning_rate_at(self.step_count)
+        self.optimizer.step(lr, self.config.max_grad_norm, grad_norm)
         self.step_count += 1
         return {
             "loss": loss,
@@ -164,13 +153,9 @@ class DraftTrainer:
 
     def save(self, path: str | Path) -> None:
         """Writes the weights, the optimizer's state and step_count to one file, whole or not at all."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
         tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in self._state().items()}
-        save_file(tensors, temporary, metadata={"step_count": str(self.step_count)})
-        flush_to_disk(temporary)
-        temporary.rename(path)
-        flush_to_disk(path.parent)
+        with whole_file(Path(path)) as file:
+            save_file(tensors, file, metadata={"step_count": str(self.step_count)})
 
     @torch.no_grad()
     def load(self, path: str | Path) -> None:

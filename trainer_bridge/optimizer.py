@@ -1,4 +1,4 @@
-"""AdamW with fp32 master weights, sharded over data-parallel ranks, and the learning-rate schedules.
+"""AdamW with fp32 master weights, sharded over data-parallel ranks, its options and the learning-rate schedules.
 
 Megatron's distributed optimizer needs CUDA and Megatron's gradient buffers, which its reductions sum in an order of the
 library's choice. Here each data-parallel rank keeps an equal piece of every parameter's state, is sent the ranks'
@@ -7,7 +7,8 @@ gradients of that piece, adds them in a fixed order, and sends its updated piece
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -21,21 +22,46 @@ from lockstep.trainer_bridge.parallel import ALONE, RankGroup
 LrSchedule = Literal["constant", "linear", "cosine"]
 
 
-def learning_rate(
-    step: int, peak: float, minimum: float, schedule: LrSchedule, warmup_steps: int, total_steps: int | None
-) -> float:
-    """The rate of the update number `step`, from 0.
+@dataclass(frozen=True, kw_only=True)
+class AdamWConfig:
+    """The options of every optimizer, which the config of a trainer inherits.
 
-    Rises linearly to `peak` at step warmup_steps - 1, then stays (constant) or falls to `minimum` at step total_steps
-    (linear, or half a cosine) and stays there.
+    lr_schedule: after warmup_steps, constant at learning_rate, or falling to min_learning_rate at step total_steps.
+    max_grad_norm: gradients of a larger 2-norm are scaled down to it; None leaves them.
     """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    if schedule == "constant":
-        return peak
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    remaining = 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return minimum + (peak - minimum) * remaining
+
+    learning_rate: float = 1e-6
+    min_learning_rate: float = 0.0
+    lr_schedule: LrSchedule = "constant"
+    warmup_steps: int = 0
+    total_steps: int | None = None
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float | None = 1.0
+
+    def __post_init__(self):
+        name = type(self).__name__
+        if self.lr_schedule not in (known := get_args(LrSchedule)):
+            raise ValueError(f"{name}.lr_schedule must be one of {known}, got {self.lr_schedule!r}")
+        if self.lr_schedule != "constant" and self.total_steps is None:
+            raise ValueError(f"{name}.lr_schedule={self.lr_schedule!r} needs total_steps")
+
+    def learning_rate_at(self, step: int) -> float:
+        """The rate of the update number `step`, from 0.
+
+        Rises linearly to learning_rate at step warmup_steps - 1, then stays (constant) or falls to min_learning_rate at
+        step total_steps (linear, or half a cosine) and stays there.
+        """
+        peak, minimum = self.learning_rate, self.min_learning_rate
+        if step < self.warmup_steps:
+            return peak * (step + 1) / self.warmup_steps
+        if self.lr_schedule == "constant":
+            return peak
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        remaining = 1.0 - progress if self.lr_schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+        return minimum + (peak - minimum) * remaining
 
 
 class GradientSums:
@@ -101,14 +127,7 @@ class MasterAdamW:
     data: with more than one rank, `masters` and the moments are this rank's piece of each parameter, as a vector.
     """
 
-    def __init__(
-        self,
-        parameters: Iterable[torch.nn.Parameter],
-        betas: tuple[float, float],
-        epsilon: float,
-        weight_decay: float,
-        data: RankGroup = ALONE,
-    ):
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], config: AdamWConfig, data: RankGroup = ALONE):
         self.parameters = list(parameters)
         self.gradients = GradientSums(self.parameters)
         self._data = data
@@ -116,9 +135,10 @@ class MasterAdamW:
         matrices = [p.ndim > 1 for p in self.parameters]
         groups = [
             {"params": [m for m, is_matrix in zip(self.masters, matrices, strict=True) if is_matrix == wanted], **decay}
-            for wanted, decay in ((True, {"weight_decay": weight_decay}), (False, {"weight_decay": 0.0}))
+            for wanted, decay in ((True, {"weight_decay": config.weight_decay}), (False, {"weight_decay": 0.0}))
         ]
-        self._adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=epsilon, fused=True)
+        betas = (config.adam_beta1, config.adam_beta2)
+        self._adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.adam_epsilon, fused=True)
         # AdamW would make its state in the first step; made now, a checkpoint has the same tensors at any time.
         for master in self.masters:
             self._adamw.state[master] = {

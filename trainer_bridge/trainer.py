@@ -23,7 +23,7 @@ from lockstep.trainer_bridge.layout import LocalParameter, local_layout, local_p
 from lockstep.trainer_bridge.losses import Loss
 from lockstep.trainer_bridge.megatron_setup import initialize_megatron
 from lockstep.trainer_bridge.model import LockstepGPTModel
-from lockstep.trainer_bridge.optimizer import LrSchedule, MasterAdamW, NoOptimizer, learning_rate
+from lockstep.trainer_bridge.optimizer import AdamWConfig, MasterAdamW, NoOptimizer
 from lockstep.trainer_bridge.packing import PackedBatch, deal, first_fit, sequence_layout
 from lockstep.trainer_bridge.parallel import ParallelSizes, Ranks, exchange
 from lockstep.trainer_bridge.passes import MicroBatch, ScoringPasses, TrainingPasses, fold_stats, to_floats
@@ -32,7 +32,7 @@ _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 @dataclass(frozen=True)
-class TrainerConfig:
+class TrainerConfig(AdamWConfig):
     """What is trained, and how.
 
     model: an HF directory (config.json, safetensors).
@@ -43,8 +43,6 @@ class TrainerConfig:
     reference_model: HF directory of the KL penalty's reference; None is `model`. Read when first asked for.
     optimizer: "adamw"; or "none", which keeps no optimizer state: `step` computes losses and gradients and changes
         nothing, `save` and `load` refuse.
-    lr_schedule: after warmup_steps, constant at learning_rate, or falling to min_learning_rate at step total_steps.
-    max_grad_norm: gradients of a larger 2-norm are scaled down to it; None leaves them.
     max_tokens_per_micro_batch: tokens of one forward pass in `logprobs`, and what callers give to `pack`.
     recompute: keep each layer's input only, and compute its activations again in the backward pass.
     expert_parallel_size: of a model with experts: tensor_parallel_size, and those ranks share out the experts of each
@@ -66,16 +64,6 @@ class TrainerConfig:
     seed: int = 0
     reference_model: str | None = None
     optimizer: Literal["adamw", "none"] = "adamw"
-    learning_rate: float = 1e-6
-    min_learning_rate: float = 0.0
-    lr_schedule: LrSchedule = "constant"
-    warmup_steps: int = 0
-    total_steps: int | None = None
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float | None = 1.0
     max_tokens_per_micro_batch: int = 8192
     recompute: bool = False
     tensor_parallel_size: int = 1
@@ -87,19 +75,17 @@ class TrainerConfig:
     rank_timeout_s: float = 600.0
 
     def __post_init__(self):
+        super().__post_init__()
         for field, known in (
             ("dtype", ("float32", "bfloat16")),
             ("head", ("lm", "scalar")),
             ("load_format", ("auto", "dummy")),
             ("optimizer", ("adamw", "none")),
-            ("lr_schedule", ("constant", "linear", "cosine")),
         ):
             if getattr(self, field) not in known:
                 raise ValueError(f"TrainerConfig.{field} must be one of {known}, got {getattr(self, field)!r}")
         if self.device.startswith("cpu") and self.dtype != "float32":
             raise ValueError(f"on the CPU the trainer equals the engine in float32 only, got dtype={self.dtype!r}")
-        if self.lr_schedule != "constant" and self.total_steps is None:
-            raise ValueError(f"TrainerConfig.lr_schedule={self.lr_schedule!r} needs total_steps")
         if self.max_tokens_per_micro_batch < 1:
             raise ValueError(f"TrainerConfig.max_tokens_per_micro_batch is {self.max_tokens_per_micro_batch}")
         if self.rank_timeout_s <= 0:
@@ -182,11 +168,10 @@ class MegatronTrainer:
         return Ranks.of_this_process(sizes)
 
     def _build_optimizer(self, chunk: LockstepGPTModel) -> MasterAdamW | NoOptimizer:
-        c = self.config
         parameters = [parameter for parameter in chunk.parameters() if parameter is not chunk.tied_copy]
-        if c.optimizer == "none":
+        if self.config.optimizer == "none":
             return NoOptimizer(parameters)
-        return MasterAdamW(parameters, (c.adam_beta1, c.adam_beta2), c.adam_epsilon, c.weight_decay, self.ranks.data)
+        return MasterAdamW(parameters, self.config, self.ranks.data)
 
     # Log-probabilities -----------------------------------------------------------------------------------------------
 
@@ -317,7 +302,7 @@ class MegatronTrainer:
                 chunk.zero_grad()
                 optimizer.zero_grad()
             raise
-        lr = self._learning_rate()
+        lr = self.config.learning_rate_at(self.step_count)
         self.num_weight_changes += 1
         for optimizer in self.optimizers:
             optimizer.step(lr, self.config.max_grad_norm, stats["grad_norm"])
@@ -365,12 +350,6 @@ class MegatronTrainer:
     def _optimizer_place(self, parameter: LocalParameter) -> tuple[MasterAdamW, int]:
         """The optimizer of a parameter, and its number there."""
         return self.optimizers[parameter.chunk], self._optimizer_index[parameter.name]
-
-    def _learning_rate(self) -> float:
-        c = self.config
-        return learning_rate(
-            self.step_count, c.learning_rate, c.min_learning_rate, c.lr_schedule, c.warmup_steps, c.total_steps
-        )
 
     # Weights in and out ----------------------------------------------------------------------------------------------
 

@@ -80,6 +80,12 @@ class BenchConfig:
             raise ValueError("bench: device=cuda, but torch sees no NVIDIA GPU here")
         return replace(self, device=device, suite=self.suite or ("engine" if device == "cuda" else "cpu"))
 
+    def refuse(self, *fields: str) -> None:
+        """Raises ValueError that names the one that is given, of fields that the suite does not take."""
+        for name in fields:
+            if getattr(self, name) is not None:
+                raise ValueError(f"bench: suite={self.suite} takes no {name}, got {getattr(self, name)!r}")
+
     @property
     def dtype(self) -> str:
         return "bfloat16" if self.device == "cuda" else "float32"

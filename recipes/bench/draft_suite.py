@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-import statistics
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from lockstep.recipes.bench.config import DEFAULT_SHAPE, BenchConfig
 from lockstep.recipes.bench.own_process import call_in_own_process
 from lockstep.recipes.bench.results import Column, Table, progress, show, write_results
 from lockstep.recipes.bench.shapes import write_model_directory
+from lockstep.recipes.bench.timing import seconds_per_step
 from lockstep.trainer_bridge.draft_batch import DraftSequence
 from lockstep.trainer_bridge.draft_loss import LOSSES
 from lockstep.trainer_bridge.draft_trainer import DraftTrainer, DraftTrainerConfig
@@ -41,8 +40,7 @@ class Job:
 
 def run(config: BenchConfig) -> dict[str, Any]:
     """Times updates of NUM_SEQUENCES packed sequences whose states are random; writes after each loss."""
-    if config.model is not None or config.peer is not None or config.workloads is not None:
-        raise ValueError("bench: suite=draft takes a shape, and neither model, peer nor workloads")
+    config.refuse("model", "peer", "workloads")
     lengths = [max(4, round(SEQUENCE_TOKENS * config.scale))] * NUM_SEQUENCES
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -79,14 +77,7 @@ def measure(job: Job) -> dict[str, Any]:
         tokens = [rng.randrange(target.vocab_size) for _ in range(length)]
         hidden = target.hidden_size
         sequences.append(DraftSequence(tokens, [True] * length, states[:, : 3 * hidden], states[:, 3 * hidden :]))
-    times = []
-    for _ in range(config.repeats + 1):
-        started = time.perf_counter()
-        trainer.step(sequences)
-        if config.device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    seconds = statistics.median(times[1:])
+    seconds = seconds_per_step(lambda: trainer.step(sequences), config.repeats, config.device)
     rate = sum(job.lengths) / seconds
     progress(f"draft training, {job.loss}: {rate:,.0f} tokens/s")
     return {

@@ -56,8 +56,7 @@ class Job:
 
 def run(config: BenchConfig) -> dict[str, Any]:
     """Times every case and writes the table."""
-    if config.peer is not None or config.workloads is not None:
-        raise ValueError("bench: suite=kernels takes a shape or a model, and neither peer nor workloads")
+    config.refuse("peer", "workloads")
     with tempfile.TemporaryDirectory() as scratch:
         job = Job(model_directory(config, Path(scratch)), config)
         table = call_in_own_process("kernels", measure, job, config.timeout_s)

@@ -42,8 +42,7 @@ PARTS = {"pack_s": "pack", "wire_s": "wire", "unpack_s": "unpack", "copy_s": "fl
 
 def run(config: BenchConfig) -> dict[str, Any]:
     """Times each way in a process of its own; writes after each. `workloads` picks ways."""
-    if config.model is not None or config.peer is not None:
-        raise ValueError("bench: suite=publish takes a shape, and neither model nor peer")
+    config.refuse("model", "peer")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         path = write_model_directory(config.model_name, Path(scratch))

@@ -80,8 +80,7 @@ class Job:
 
 def run(config: BenchConfig) -> dict[str, Any]:
     """Writes the rates and what a step costs. Raises RuntimeError if an output is not the same with drafts."""
-    if config.peer or config.workloads:
-        raise ValueError("bench: the speculation suite takes neither peer nor workloads")
+    config.refuse("peer", "workloads")
     with tempfile.TemporaryDirectory() as scratch:
         model = model_directory(config, Path(scratch))
         drafts = _write_draft_directory(model, Path(scratch) / "draft", config)

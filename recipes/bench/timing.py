@@ -34,6 +34,18 @@ def seconds_per_call(calls: Sequence[Callable[[], object]], device: str) -> floa
     return statistics.median(rounds)
 
 
+def seconds_per_step(step: Callable[[], object], repeats: int, device: str) -> float:
+    """Median seconds of a training step, after a warm-up."""
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
 def memory_bytes_per_second(device: str) -> float:
     """Bytes read plus bytes written, the best of an elementwise op and a sum of a large tensor."""
     size = 2**29 if device == "cuda" else 2**24

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-import statistics
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +16,7 @@ from lockstep.recipes.bench.flops import H200_PEAK_FLOPS, training_flops
 from lockstep.recipes.bench.own_process import call_in_own_process
 from lockstep.recipes.bench.results import Column, Table, progress, show, write_results
 from lockstep.recipes.bench.shapes import write_model_directory
-from lockstep.recipes.bench.timing import matmul_flops_per_second
+from lockstep.recipes.bench.timing import matmul_flops_per_second, seconds_per_step
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 from lockstep.trainer_bridge.losses import sft_loss
 from lockstep.trainer_bridge.packing import TrainSequence, pack
@@ -43,8 +41,7 @@ class Job:
 
 def run(config: BenchConfig) -> dict[str, Any]:
     """Times a step of NUM_SEQUENCES packed sequences; writes after each model."""
-    if config.model is not None or config.peer is not None or config.workloads is not None:
-        raise ValueError("bench: suite=trainer takes a shape, and neither model, peer nor workloads")
+    config.refuse("model", "peer", "workloads")
     shapes = [config.shape] if config.shape else SHAPES_ON_GPU if config.device == "cuda" else ["small"]
     lengths = [max(2, round(SEQUENCE_TOKENS * config.scale))] * NUM_SEQUENCES
     rows: list[dict[str, Any]] = []
@@ -109,15 +106,9 @@ def _step_seconds(job: Job) -> tuple[float, int]:
         TrainSequence([rng.randrange(vocab_size) for _ in range(n)], [False] + [True] * (n - 1)) for n in job.lengths
     ]
     batches = pack(sequences, sum(job.lengths))
-    times = []
-    for _ in range(config.repeats + 1):
-        started = time.perf_counter()
-        trainer.step(batches, sft_loss)
-        if config.device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
+    seconds = seconds_per_step(lambda: trainer.step(batches, sft_loss), config.repeats, config.device)
     peak_bytes = torch.cuda.max_memory_allocated() if config.device == "cuda" else 0
-    return statistics.median(times[1:]), peak_bytes
+    return seconds, peak_bytes
 
 
 def _table(config: BenchConfig, rows: list[dict[str, Any]], lengths: list[int]) -> Table:

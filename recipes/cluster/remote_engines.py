@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from lockstep.engine import EngineConfig, RequestOutput, SamplingParams
+from lockstep.engine.request import one_per_prompt
 from lockstep.engine.spread import spread
 from lockstep.recipes.cluster.actors import EngineActor
 from lockstep.recipes.cluster.config import ClusterConfig
@@ -58,10 +59,7 @@ class RemoteEngines:
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[RequestOutput]:
         """As Engine.generate. Samples of one prompt go to one engine, which computes the prompt once."""
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prompts)
-        if len(params) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(params)} SamplingParams")
+        params = one_per_prompt(params, prompts)
         shares = self._shares(prompts, [p.max_tokens * p.n for p in params])
         calls = {
             number: ("generate", [prompts[i] for i in share], [params[i] for i in share])

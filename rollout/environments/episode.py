@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from lockstep.engine import RequestOutput, SamplingParams
+from lockstep.engine.detokenizer import decode_text
 from lockstep.rollout.environments.chat_turns import ChatTurns
 from lockstep.rollout.environments.environment import Action, Environment, Limits, Transcript
 from lockstep.rollout.environments.tool_calls import ToolCall
@@ -57,7 +58,8 @@ class Episode:
         """Takes the turn that the policy wrote, and what the environment makes of it."""
         self.transcript.write(output.token_ids, output.logprobs, output.weight_versions)
         ended = output.finish_reason == "stop"
-        self.last_text = self._text(output.token_ids[:-1] if ended else output.token_ids)
+        written = output.token_ids[:-1] if ended else output.token_ids
+        self.last_text = decode_text(self.chat.tokenizer, written, skip_special_tokens=False)
         if not ended:
             self.turn_rewards.append(0.0)
             self.finish_reason = output.finish_reason
@@ -78,9 +80,6 @@ class Episode:
 
     def _room(self) -> int:
         return self.limits.max_episode_tokens - len(self.transcript.prompt_ids) - len(self.transcript.response_ids)
-
-    def _text(self, token_ids: Sequence[int]) -> str:
-        return self.chat.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
 
     def _asked(self, method: str, argument: Any) -> Any:
         """The environment's answer. What it raises is told apart from our own errors, and names the episode."""

@@ -10,7 +10,7 @@ from lockstep.rollout.environments.chat_turns import ChatTurns
 from lockstep.rollout.environments.environment import Limits
 from lockstep.rollout.environments.episode import Episode, play
 from lockstep.rollout.environments.tool_calls import TOOL_CALL_FORMATS
-from lockstep.rollout.group import Group, Response
+from lockstep.rollout.group import Group
 from lockstep.rollout.rewards import Completion, Reward
 from lockstep.rollout.sample import Sample
 from lockstep.rollout.tasks import Task
@@ -56,10 +56,6 @@ class EpisodeWorker(RolloutWorker):
         play(self.engine, [episode for episodes in played.values() for episode in episodes])
         for group in unfinished:
             group.samples = self._scored(played[group.prompt_index], group)
-            group.responses = [
-                Response(s.seed, list(s.response_ids), list(s.logprobs), list(s.weight_versions), s.finish_reason)
-                for s in group.samples
-            ]
         return sum(sum(sample.written) for group in unfinished for sample in group.samples)
 
     def _episode(self, group: Group, seed: int) -> Episode:

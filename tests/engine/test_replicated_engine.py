@@ -39,6 +39,14 @@ def test_outputs_and_scores_are_those_of_one_engine(paths):
         three.generate([[3]])
 
 
+def test_a_stream_has_the_tokens_of_generate(paths):
+    engine = ReplicatedEngine(EngineConfig(model=paths[0], **SETTINGS), num_replicas=2)
+    streamed = {}
+    for event in engine.stream(PROMPTS, params()):
+        streamed.setdefault((event.prompt_index, event.sample_index), []).append(event.token_id)
+    assert streamed == {(o.prompt_index, o.sample_index): o.token_ids for o in engine.generate(PROMPTS, params())}
+
+
 def test_samples_of_a_prompt_go_together_to_the_replica_with_the_fewest_tokens_to_come(paths):
     engine = ReplicatedEngine(EngineConfig(model=paths[0], **SETTINGS), num_replicas=2)
     long = SamplingParams(max_tokens=30, n=2, ignore_eos=True)

@@ -268,7 +268,7 @@ def test_the_trainer_suite(tiny, tmp_path):
         assert row["share"] == pytest.approx(row["tflops"] / row["matmul_tflops"])
         assert row["mfu"] is None, "the datasheet is not of a CPU"
     assert "8 packed sequences of 41 tokens" in text
-    with pytest.raises(ValueError, match="neither model, peer nor workloads"):
+    with pytest.raises(ValueError, match="suite=trainer takes no peer, got 'vllm'"):
         run(BenchConfig(suite="trainer", peer="vllm", **tiny))
 
 
@@ -279,7 +279,10 @@ def test_the_publish_suite(tiny, tmp_path):
     assert min(row[part] for part in ("pack_s", "wire_s", "unpack_s", "copy_s")) > 0
     assert "target_ms" not in row, "targets are of another shape and machine"
     assert "| two processes, torch.distributed |" in text
-    for settings, message in (({"workloads": ["nccl"]}, "'nccl'; suite publish has copy"), ({"peer": "vllm"}, "peer")):
+    for settings, message in (
+        ({"workloads": ["nccl"]}, "'nccl'; suite publish has copy"),
+        ({"peer": "vllm"}, "takes no peer"),
+    ):
         with pytest.raises(ValueError, match=message):
             run(BenchConfig(suite="publish", **settings, **tiny))
 

@@ -112,14 +112,6 @@ def test_a_teacher_with_the_policys_weights_teaches_nothing(model, groups):
     assert stats["grad_norm"] == 0.0
 
 
-def test_groups_of_equal_rewards_are_dropped(model, groups):
-    equal = [[replace(sample, reward=1.0) for sample in groups[0]], groups[1]]
-    with learner(model, name="dapo") as one:
-        stats = one.step(equal)
-        assert stats["trained_tokens"] == sum(len(sample.response_ids) for sample in groups[1])
-        assert one.step(equal[:1])["trained_tokens"] == sum(len(sample.response_ids) for sample in groups[0])
-
-
 def test_ppos_critic_learns_the_rewards(model, groups):
     with learner(model, name="ppo", critic_learning_rate=1e-2, value_clip=10.0) as ppo:
         stats = [ppo.step(groups) for _ in range(6)]

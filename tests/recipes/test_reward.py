@@ -89,12 +89,17 @@ def test_a_policy_s_right_answers_become_pairs_with_its_wrong_ones(monkeypatch):
         def __len__(self):
             return len(problems)
 
-    def sample(self, problems, indices, step, samples_per_prompt):
-        assert samples_per_prompt == 2
-        return [SimpleNamespace(text=text, correct=correct) for index in indices for text, correct in answers[index]]
+    def begin(self, problem, index, step, num_samples):
+        assert num_samples == 2
+        samples = [SimpleNamespace(text=text, correct=correct) for text, correct in answers[index]]
+        return SimpleNamespace(problem=problem, samples=samples)
 
-    monkeypatch.setattr(RolloutWorker, "__init__", lambda self, *arguments: None)
-    monkeypatch.setattr(RolloutWorker, "sample", sample)
+    def init(self, engine, tokenizer, task, *others):
+        self.task = task
+
+    monkeypatch.setattr(RolloutWorker, "__init__", init)
+    monkeypatch.setattr(RolloutWorker, "begin", begin)
+    monkeypatch.setattr(RolloutWorker, "extend", lambda self, groups: None)
     options = PairSamplingConfig(samples_per_problem=2)
     assert sample_pairs(None, None, Task(), 9, options, 0) == [
         Preference(problem.messages, "y", "x") for problem in (problems[0], problems[3])

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from lockstep.engine import RequestOutput
-from lockstep.rollout.buffer import KEEP_GROUP, BufferConfig, RolloutBuffer, StalenessError
+from lockstep.rollout.buffer import BufferConfig, RolloutBuffer, StalenessError
 from lockstep.rollout.group import Group, Response
 from lockstep.rollout.tasks import Problem
 from lockstep.rollout.worker import RolloutConfig
@@ -54,8 +54,8 @@ def output(tokens: list[int], versions: list[int], reason: str) -> RequestOutput
     return RequestOutput(0, 0, 0, [1], tokens, [-0.5] * len(tokens), reason, versions, None, 0, 0)
 
 
-def make_buffer(config: BufferConfig, equal_rewards: float = 0.0) -> RolloutBuffer:
-    return RolloutBuffer(FakeWorker(equal_rewards), config, KEEP_GROUP[config.keep])
+def make_buffer(config: BufferConfig, equal_rewards: float = 0.0, drops_equal: bool = False) -> RolloutBuffer:
+    return RolloutBuffer(FakeWorker(equal_rewards), config, lambda rewards: not drops_equal or len(set(rewards)) > 1)
 
 
 def make_step(buffer: RolloutBuffer, step: int) -> list:
@@ -73,14 +73,14 @@ def random_config(case: int) -> BufferConfig:
         segment_tokens=draw.choice([None, 1, 3, 7, 30]),
         unfinished=draw.choice(["recompute", "abort"]),
         over_sampling=draw.choice([1.0, 1.0, 1.3, 2.0]),
-        keep=draw.choice(["all", "mixed"]),
     )
 
 
-@pytest.mark.parametrize("case", range(60))
-def test_random_schedules_keep_their_bounds_and_lose_nothing(case):
+@pytest.mark.parametrize("drops_equal", [False, True])
+@pytest.mark.parametrize("case", range(30))
+def test_random_schedules_keep_their_bounds_and_lose_nothing(case, drops_equal):
     config = random_config(case)
-    buffer = make_buffer(config, equal_rewards=0.3)
+    buffer = make_buffer(config, 0.3, drops_equal)
     worker, taken = buffer.worker, []
     for step in range(1, 12):
         groups = make_step(buffer, step)
@@ -88,7 +88,7 @@ def test_random_schedules_keep_their_bounds_and_lose_nothing(case):
         assert len(buffer.groups) <= (config.max_staleness + 1) * math.ceil(PROMPTS * config.over_sampling)
         for group in groups:
             taken.append(group[0].prompt_index)
-            assert config.keep == "all" or group[0].reward != group[1].reward
+            assert not drops_equal or group[0].reward != group[1].reward
             for sample in group:
                 versions = list(sample.weight_versions)
                 assert step - 1 - config.max_staleness <= versions[0]
@@ -100,19 +100,20 @@ def test_random_schedules_keep_their_bounds_and_lose_nothing(case):
         if config.over_sampling == 1.0:
             assert buffer.num_too_old == 0
     assert len(set(taken)) == len(taken)
-    if config.over_sampling == 1.0:  # the order of the data, without those that `keep` drops
-        dropped = {p for p in range(max(taken)) if random.Random(p).random() < 0.3 and config.keep == "mixed"}
+    if config.over_sampling == 1.0:  # the order of the data, without those that were dropped
+        dropped = {p for p in range(max(taken)) if random.Random(p).random() < 0.3 and drops_equal}
         assert taken == [p for p in range(PROMPTS, max(taken) + 1) if p not in dropped]
 
 
-@pytest.mark.parametrize("case", range(20))
-def test_a_buffer_that_is_saved_and_loaded_goes_on_as_if_nothing_had_happened(case, tmp_path):
+@pytest.mark.parametrize("drops_equal", [False, True])
+@pytest.mark.parametrize("case", range(10))
+def test_a_buffer_that_is_saved_and_loaded_goes_on_as_if_nothing_had_happened(case, drops_equal, tmp_path):
     config = replace(random_config(case), max_staleness=1 + case % 3)
-    whole, before = make_buffer(config, 0.3), make_buffer(config, 0.3)
+    whole, before = (make_buffer(config, 0.3, drops_equal) for _ in range(2))
     for step in range(1, 5):
         assert make_step(whole, step) == make_step(before, step)
     before.save(tmp_path / "buffer")
-    after = make_buffer(config, 0.3)
+    after = make_buffer(config, 0.3, drops_equal)
     after.worker.version = before.worker.version
     after.load(tmp_path / "buffer")
     for step in range(5, 10):
@@ -145,8 +146,8 @@ def test_a_group_out_of_bounds_is_an_error_that_names_it(version, found):
 
 
 def test_a_filter_that_drops_everything_is_an_error_and_no_endless_loop():
-    buffer = make_buffer(BufferConfig(keep="mixed", max_dropped=2), equal_rewards=1.0)
-    with pytest.raises(ValueError, match=r"step 1: buffer.keep=mixed dropped 9 groups.*rewards"):
+    buffer = make_buffer(BufferConfig(max_dropped=2), equal_rewards=1.0, drops_equal=True)
+    with pytest.raises(ValueError, match=r"step 1: algorithm.drop_equal_groups has dropped 9 groups.*max_dropped=2"):
         buffer.take(1)
 
 
@@ -156,7 +157,6 @@ def test_a_filter_that_drops_everything_is_an_error_and_no_endless_loop():
         ({"max_staleness": -1}, "max_staleness must be at least 0"),
         ({"segment_tokens": 0}, "segment_tokens must be at least 1"),
         ({"over_sampling": 0.5}, "over_sampling must be at least 1"),
-        ({"keep": "best"}, "unknown buffer.keep 'best'; there are: all, mixed"),
         ({"unfinished": "keep"}, "can be rebuilt neither"),
         ({"unfinished": "drop"}, 'must be "recompute" or "abort"'),
     ],

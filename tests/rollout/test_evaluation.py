@@ -3,13 +3,13 @@
 import itertools
 import statistics
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from lockstep.rollout import evaluation
 from lockstep.rollout.evaluation import EvaluationConfig, evaluate, pass_at_k
 from lockstep.rollout.sample import Sample
-from lockstep.rollout.tasks import Problem
 
 SAMPLE = Sample("", -1, 0, 0, 0, (1,), (2, 3), (-1.0, -2.0), (0, 0), "stop", "", 0.0, False)
 
@@ -22,20 +22,10 @@ def test_pass_at_k_is_the_share_of_the_k_subsets_with_a_right_sample(num_samples
         assert pass_at_k(num_samples, num_correct, k) == pytest.approx(share, abs=1e-15)
 
 
-class ThreeProblems:
-    name = "three"
-
-    def __len__(self):
-        return 3
-
-    def problem(self, index):
-        return Problem(f"p/{index}", (), "")
-
-
 class Drawn:
     """Four samples to each problem: 0, 1 and 4 of them right; the first is an episode with two tokens not written."""
 
-    def sample(self, problems, indices, step, size):
+    def sample_first(self, num_problems, size, step):
         correct = [index < count for count in (0, 1, 4) for index in range(size)]
         first, *others = [replace(SAMPLE, correct=c, reward=2.0 * c) for c in correct]
         mask = (True, False, False, True)
@@ -46,13 +36,14 @@ class Drawn:
             response_mask=mask,
             finish_reason="length",
         )
-        return [episode, *others]
+        samples = [episode, *others]
+        return [SimpleNamespace(samples=samples[start : start + size]) for start in range(0, len(samples), size)]
 
 
 def test_an_evaluation_reports_means_over_samples_and_errors_over_problems(monkeypatch):
     monkeypatch.setattr(evaluation, "build_worker", lambda *arguments: Drawn())
-    config = EvaluationConfig(num_problems=9, samples_per_problem=4, temperature=1.0, pass_at=(1, 2, 4))
-    metrics = evaluate(None, None, ThreeProblems(), None, config, 0).metrics()
+    config = EvaluationConfig(samples_per_problem=4, temperature=1.0, pass_at=(1, 2, 4))
+    metrics = evaluate(None, None, None, None, config, 0).metrics()
     assert metrics["accuracy"] == metrics["pass@1"] == pytest.approx(5 / 12)
     assert metrics["pass@2"] == pytest.approx((0 + 1 / 2 + 1) / 3)
     assert metrics["pass@4"] == pytest.approx(2 / 3)

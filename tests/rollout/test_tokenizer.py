@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from lockstep.engine.detokenizer import decode_text
 from lockstep.rollout.tasks import ReasoningGymConfig, build_task
 from lockstep.rollout.tokenizer import (
     TokenizerConfig,
     build_tokenizer,
-    decode_response,
     encode_response,
     load_tokenizer,
     render_prompt,
@@ -59,7 +59,7 @@ def test_answer_tags_are_single_tokens_that_decoding_keeps(tokenizer):
     response = encode_response(tokenizer, "1+2=3\n<answer>3</answer>")
     assert response[-1] == tokenizer.eos_token_id
     assert len(response) == 5 + 1 + 3 + 1
-    assert decode_response(tokenizer, response) == "1+2=3\n<answer>3</answer>"
+    assert decode_text(tokenizer, response) == "1+2=3\n<answer>3</answer>"
 
 
 def test_chat_template(tokenizer):
@@ -94,7 +94,7 @@ def test_saved_beside_a_model_it_loads_the_same(tokenizer, tmp_path):
     assert (loaded.pad_token_id, loaded.eos_token_id) == (0, 1)
     text = "12 + 30=42\n<answer>42</answer>"
     assert encode_response(loaded, text) == encode_response(tokenizer, text)
-    assert decode_response(loaded, encode_response(loaded, text)) == text
+    assert decode_text(loaded, encode_response(loaded, text)) == text
 
 
 def test_vocabulary_bounds(tokenizer):

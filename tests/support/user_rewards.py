@@ -3,3 +3,7 @@
 
 def length_reward(problem, response: str) -> float:
     return len(response) / 100
+
+
+def parity_reward(problem, response: str) -> float:
+    return float(len(response) % 2)

@@ -4,11 +4,18 @@ import pytest
 import torch
 
 from lockstep.trainer_bridge.grad_norm import gradient_norm
-from lockstep.trainer_bridge.optimizer import GradientSums, MasterAdamW, learning_rate
+from lockstep.trainer_bridge.optimizer import AdamWConfig, GradientSums, MasterAdamW
 
 
 def rates(schedule, steps, warmup_steps=0, total_steps=None):
-    return [learning_rate(s, 1.0, 0.1, schedule, warmup_steps, total_steps) for s in steps]
+    config = AdamWConfig(
+        learning_rate=1.0,
+        min_learning_rate=0.1,
+        lr_schedule=schedule,
+        warmup_steps=warmup_steps,
+        total_steps=total_steps,
+    )
+    return [config.learning_rate_at(step) for step in steps]
 
 
 def test_learning_rate_schedules():
@@ -16,6 +23,18 @@ def test_learning_rate_schedules():
     assert rates("linear", [0, 1, 2, 7, 12, 50], 2, 12) == pytest.approx([0.5, 1.0, 1.0, 0.55, 0.1, 0.1])
     assert rates("cosine", [2, 7, 12, 50], 2, 12) == pytest.approx([1.0, 0.55, 0.1, 0.1])
     assert rates("cosine", [4], 0, 12)[0] == pytest.approx(0.1 + 0.9 * 0.75)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr_schedule": "cosine"}, "AdamWConfig.lr_schedule='cosine' needs total_steps"),
+        ({"lr_schedule": "step"}, r"AdamWConfig.lr_schedule must be one of .*, got 'step'"),
+    ],
+)
+def test_impossible_schedules_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        AdamWConfig(**options)
 
 
 class SlowAdamW:
@@ -40,7 +59,7 @@ def test_updates_against_the_algorithm(dtype, max_grad_norm):
     parameters = [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
     # Matrices decay, vectors do not.
     slow = [SlowAdamW(parameters[0].data, decay=0.1), SlowAdamW(parameters[1].data, decay=0.0)]
-    optimizer = MasterAdamW(parameters, (0.9, 0.95), 1e-8, weight_decay=0.1)
+    optimizer = MasterAdamW(parameters, AdamWConfig(weight_decay=0.1))
     for step in range(4):
         sums = [torch.zeros(s, dtype=torch.float64) for s in shapes]
         for _ in range(3):

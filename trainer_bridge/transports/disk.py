@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lockstep.engine.checkpoint import flush_to_disk
+from lockstep.engine.files import flush_to_disk
 from lockstep.engine.models.sharding import slices
 from lockstep.engine.weights import WeightUpdate
 from lockstep.kernels.content_hash import content_hashes

@@ -1,0 +1,137 @@
+"""Whole batches and streams of tokens, of anything that takes requests and makes steps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from lockstep.engine.request import Kind, Request, RequestOutput, SamplingParams
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One token of a stream. `finish_reason` is set on the last event of its sample."""
+
+    prompt_index: int
+    sample_index: int
+    token_id: int
+    logprob: float
+    finish_reason: str | None
+
+
+class Serving(ABC):
+    """An engine, or several as one. Not thread-safe: one thread owns it."""
+
+    @abstractmethod
+    def prepare(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        kind: Kind = "generate",
+    ) -> list[Request]:
+        """Requests that wait for `queue`. Raises as `generate` does; a bad prompt leaves nothing behind."""
+
+    @abstractmethod
+    def queue(self, requests: Sequence[Request]) -> None:
+        """Adds requests of `prepare`."""
+
+    @abstractmethod
+    def step(self) -> list[Request]:
+        """Makes progress; returns the requests that were given a token, scores or a reward."""
+
+    @abstractmethod
+    def abort(self, request: Request) -> None:
+        """Ends a request now; what it has generated stays in its output. Does nothing if it has ended already."""
+
+    @abstractmethod
+    def output(self, request: Request) -> RequestOutput:
+        """The result of a request that has ended. Raises ValueError for one that has not."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Completes prompts given as token ids; one `SamplingParams` for all, or one per prompt.
+
+        Returns the outputs in the order of the prompts (the `n` samples of a prompt in a row). Raises ValueError that
+        names the prompt and the problem if a request is impossible; nothing is generated then.
+        """
+        requests = self.prepare(prompts, params, "generate")
+        # The call ends with its last request, so those that may become the longest start first.
+        self.queue(sorted(requests, key=lambda request: -request.params.max_tokens))
+        self._complete(requests)
+        return [self.output(request) for request in requests]
+
+    def stream(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[TokenEvent]:
+        """The tokens of `generate`, each as soon as it is drawn. Closing the iterator aborts what is unfinished."""
+        return self._stream(self.prepare(prompts, params, "generate"))
+
+    def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[list[float | None]]:
+        """Log-probs of given tokens: `[None, lp(t1 | t0), lp(t2 | t0 t1), ...]` per sequence; generation's bits."""
+        params = SamplingParams(max_tokens=1, temperature=temperature)
+        requests = self.submit(sequences, params, kind="score")
+        self._complete(requests)
+        return [[None, *request.logprobs] for request in requests]
+
+    def reward(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """The scores that a reward model (transformers' ...ForSequenceClassification with one label) gives sequences.
+
+        A sequence's score is the value of its last token; the bits are those of the trainer's `values`. A prefix that
+        sequences share is computed once. Raises as `generate` does.
+        """
+        requests = self.submit(sequences, kind="reward")
+        self._complete(requests)
+        return [request.reward for request in requests]
+
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        kind: Kind = "generate",
+    ) -> list[Request]:
+        """Queues requests and returns at once; `step` makes progress, `output` reads a request that has ended.
+
+        kind: "generate"; "score" for the log-probs of the given tokens; "reward" for a reward model's score of them.
+        Raises as `generate` does.
+        """
+        requests = self.prepare(prompts, params, kind)
+        self.queue(requests)
+        return requests
+
+    def _complete(self, requests: Sequence[Request]) -> None:
+        try:
+            while any(request.finish_reason is None for request in requests):
+                self.step()
+        finally:
+            for request in requests:
+                self.abort(request)
+
+    def _stream(self, requests: list[Request]) -> Iterator[TokenEvent]:
+        self.queue(requests)  # not before the first `next`: an iterator that is never started leaves nothing behind
+        # Not by the results of `step`: a weight update between two steps collects tokens as well.
+        unread = dict.fromkeys(requests, 0)
+        try:
+            while unread:
+                if any(request.finish_reason is None for request in unread):
+                    self.step()
+                for request, first in list(unread.items()):
+                    last = len(request.logprobs)
+                    # Taken now: what a consumer does between two events may end the request.
+                    reason = request.finish_reason
+                    if reason is None:
+                        unread[request] = last
+                    else:
+                        del unread[request]
+                    for index in range(first, last):
+                        yield TokenEvent(
+                            request.prompt_index,
+                            request.sample_index,
+                            request.tokens[request.num_prompt + index],
+                            request.logprobs[index],
+                            reason if index == last - 1 else None,
+                        )
+        finally:
+            for request in requests:
+                self.abort(request)
