@@ -35,6 +35,8 @@ class ModelConfig:
     eos_token_ids: generation_config.json's where it names any, else config.json's.
     moe:           the layers whose MLP is a mixture of experts; None where all have one of ffn_hidden_size.
     mla:           multi-head latent attention; num_kv_heads is then 1, the latent, and head_dim its rotated elements.
+    num_mtp_layers: layers behind the last one for multi-token prediction, which a checkpoint may hold; they are neither
+                   read nor exported.
     head:          "lm", logits over the vocabulary; or "scalar", a number per token: a reward model's score, which is
                    its last token's, or a critic's values. tie_word_embeddings is false then.
     """
@@ -60,6 +62,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     moe: MoEConfig | None = None
     mla: MLAConfig | None = None
+    num_mtp_layers: int = 0
     head: Head = "lm"
 
     @property

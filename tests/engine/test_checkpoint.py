@@ -199,6 +199,15 @@ def test_rotary_buffers_of_old_checkpoints_are_ignored(tmp_path):
     load_decoder(tmp_path)
 
 
+def test_layers_that_predict_further_tokens_are_ignored(tmp_path):
+    make_hf_model(tmp_path, "deepseek_v3", seed=0, num_nextn_predict_layers=1)
+    edit_tensors(tmp_path, put("model.layers.3.eh_proj.weight", torch.zeros(8)))
+    load_decoder(tmp_path)
+    edit_tensors(tmp_path, put("model.layers.4.eh_proj.weight", torch.zeros(8)))
+    with pytest.raises(CheckpointError, match=r"unexpected: model.layers.4.eh_proj.weight$"):
+        load_decoder(tmp_path)
+
+
 def test_directories_without_weights(tmp_path):
     make_hf_model(tmp_path / "many", "llama", seed=0, max_shard_size="60KB")
     config = load_model_config(tmp_path / "many")

@@ -18,6 +18,7 @@ def _parse(raw: Mapping[str, Any]) -> dict[str, Any]:
         "layer_windows": (None,) * raw["num_hidden_layers"],
         "mla": parse_mla(raw, rope_interleaved=read_flag(raw, "rope_interleave")),
         "moe": parse_moe_v3(raw),
+        "num_mtp_layers": raw.get("num_nextn_predict_layers") or 0,
     }
 
 
