@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Meeting:
-    """One arrangement of the trainer's ranks (0, 1, ...) and, behind them, some engines for weight updates.
+    """One arrangement of senders (0, 1, ...: the trainer's ranks, or an engine) and, behind them, some engines that
+    receive.
 
     name: of this arrangement, since an engine that was replaced needs a new one. store: (host, port) of the TCPStore of
     the trainer's first rank. directory: for updates through files.
@@ -40,28 +41,28 @@ class Meeting:
     kind: Literal["distributed", "cuda_ipc", "disk"]
     plan: Sequence[Transfer]
     itemsizes: dict[str, int]
-    num_trainers: int
+    num_senders: int
     num_engines: int
     store: tuple[str, int]
     directory: str | None
     timeout_s: float
 
-    def trainer_end(self, rank: int, device: torch.device, store: dist.Store) -> WeightTransport:
+    def sender_end(self, rank: int, device: torch.device, store: dist.Store) -> WeightTransport:
         return self._end(rank, rank, device, store)
 
-    def engine_end(self, number: int, device: torch.device) -> WeightTransport:
+    def receiver_end(self, number: int, device: torch.device) -> WeightTransport:
         """number: of the engine in the plan."""
         store = None if self.kind == "disk" else connect(self.store, self.timeout_s)
-        return self._end(number, self.num_trainers + number, device, store)
+        return self._end(number, self.num_senders + number, device, store)
 
     def _end(self, plan_rank: int, rank: int, device: torch.device, store: dist.Store | None) -> WeightTransport:
         if self.kind == "disk":
             barrier = (
-                dist.barrier if self.num_trainers > 1 else lambda: None
+                dist.barrier if self.num_senders > 1 else lambda: None
             )  # of the trainer's ranks, who alone call it
             return DiskTransport(self.plan, Path(self.directory), plan_rank, barrier, self.timeout_s)
-        size = self.num_trainers + self.num_engines
-        ranks = (range(self.num_trainers), range(self.num_trainers, size))
+        size = self.num_senders + self.num_engines
+        ranks = (range(self.num_senders), range(self.num_senders, size))
         kind, over = (
             (CudaIpcTransport, torch.device("cpu")) if self.kind == "cuda_ipc" else (DistributedTransport, device)
         )
@@ -113,7 +114,7 @@ class TrainerActor:
     def send(self, meeting: Meeting, version: int) -> dict[str, float]:
         """Joins the meeting if it is a new one, and sends the weights as `version`."""
         if self._meeting != meeting.name:
-            self._transport = meeting.trainer_end(self._rank, self.trainer.device, self._store)
+            self._transport = meeting.sender_end(self._rank, self.trainer.device, self._store)
             self._meeting = meeting.name
         try:
             return self._transport.send(dict(self.trainer.named_weights()), version)
@@ -139,7 +140,7 @@ class RewardActor:
 
 
 class EngineActor:
-    """An Engine. `progress` and `identity` answer while another call runs (concurrency group "health").
+    """An Engine. `progress` and `identity` answer while another call runs (concurrency group "health"), as `send` does.
 
     With tp_size > 1 its other ranks are processes of its own, on the GPUs that the actor reserves.
     """
@@ -170,7 +171,7 @@ class EngineActor:
 
         def take() -> dict[str, Any]:
             if self._meeting != meeting.name:
-                self._transport = meeting.engine_end(number, torch.device(self.engine.config.device))
+                self._transport = meeting.receiver_end(number, torch.device(self.engine.config.device))
                 self._meeting = meeting.name
             self._update = self.engine.begin_update(version)
             arrived = self._transport.receive(self._update)
@@ -178,6 +179,17 @@ class EngineActor:
             return arrived
 
         return self._run(take)
+
+    def send(self, meeting: Meeting, version: int) -> dict[str, float]:
+        """Sends the weights that it serves to another engine, also while it generates (concurrency group "peers")."""
+        if self.engine.config.tp_size > 1 or self.engine.weight_version != version:
+            raise ValueError(
+                f"an engine of {self.engine.config.tp_size} ranks that serves version {self.engine.weight_version} "
+                f"cannot send version {version}"
+            )
+        store = connect(meeting.store, meeting.timeout_s)
+        transport = meeting.sender_end(0, torch.device(self.engine.config.device), store)
+        return transport.send(self.engine.weight_targets, version)
 
     def commit(self, inflight: str) -> dict[str, Any]:
         """Serves what was received. On any error the old weights serve on."""

@@ -29,7 +29,7 @@ from lockstep.recipes.cluster.remote_trainer import RemoteTrainer, TrainerDiedEr
 from lockstep.rollout.rewards import LocalRewards
 from lockstep.trainer_bridge import TrainerConfig
 from lockstep.trainer_bridge.layout import trainer_layout
-from lockstep.trainer_bridge.weight_plan import engine_layout, plan_transfers
+from lockstep.trainer_bridge.weight_plan import Transfer, engine_layout, plan_transfers
 
 # Libraries read these when they are imported, which in an actor may be before our code runs.
 _ENVIRONMENT = {"MKL_CBWR": "AUTO,STRICT", "TOKENIZERS_PARALLELISM": "false"}
@@ -45,14 +45,7 @@ class RayCluster:
         self._config = config
         self._started_ray = not ray.is_initialized()
         if self._started_ray:
-            ray.init(
-                address=config.address,
-                include_dashboard=None if config.address else False,
-                log_to_driver=False,
-                configure_logging=False,
-                runtime_env={"env_vars": _ENVIRONMENT | _python_path()},
-                **({} if config.address else {"object_store_memory": 200 * 2**20}),
-            )
+            _start_ray(config)
         self._placement = _reserve(config)
         self.engine = RemoteEngines(config, engine, seed, num_threads, self._start, self._publish_to)
         self.trainer = RemoteTrainer(config, trainer, seed, num_threads, self._start, self.engine)
@@ -89,15 +82,14 @@ class RayCluster:
     def _publish_to(self, engines: Sequence[int]) -> dict[str, Any]:
         """Brings these engines to the current version: none serves it before all have received it.
 
-        An engine that fails is replaced, and sent it again. Nothing is sent for version 0. Raises RuntimeError for an
-        engine that was replaced while a step was made: its version's weights are gone.
+        An engine that fails is replaced, and sent it again. Nothing is sent for version 0. While the trainer makes the
+        next version, an engine that serves the current one sends it.
         """
-        if self._version > 0 and self.trainer.is_ahead:
-            raise RuntimeError(
-                f"an engine was lost while the trainer went on from version {self._version}, which no one can send any "
-                "more; resume the run from its last checkpoint"
-            )
         report: dict[str, Any] = {}
+        if self._version > 0 and self.trainer.is_ahead:
+            for number in engines:
+                report |= self._send_from_peer(number)
+            return report
         received: set[int] = set()
         lacking = list(engines) if self._version > 0 else []
         while lacking:
@@ -115,6 +107,33 @@ class RayCluster:
                     # The others failed because this one did; they serve on and are sent the version again.
                     if len(failures) == 1 or not self.engine.is_alive(number):
                         self.engine.replace(number, error)
+        return report
+
+    def _send_from_peer(self, number: int) -> dict[str, Any]:
+        """Brings an engine to the version that the others serve. Raises RuntimeError where none of them can send it."""
+        peers = [peer for peer in range(self._config.num_engines) if peer != number and self.engine.is_alive(peer)]
+        if not peers:
+            raise RuntimeError(
+                f"an engine was lost while the trainer went on from version {self._version}, which no one can send any "
+                "more; resume the run from its last checkpoint"
+            )
+        layout = engine_layout(load_model_config(self.engine.config.model))
+        kind = "disk" if self._config.transport == "disk" else "distributed"  # engines are on devices of their own
+        meeting = self._new_meeting(kind, plan_transfers(layout, layout), num_senders=1, num_engines=1)
+        deadline = time.monotonic() + self._config.publish_timeout_s
+        sender, receiver = self.engine.actors[peers[0]], self.engine.actors[number]
+        report: dict[str, Any] = {}
+        calls = {
+            peers[0]: sender.send.options(concurrency_group="peers").remote(meeting, self._version),
+            number: receiver.receive.remote(meeting, 0, self._version),
+        }
+        failures = self._collect(calls, deadline, report)
+        failures = failures or self._collect({number: receiver.commit.remote("keep")}, deadline, report)
+        for error in failures.values():
+            raise RuntimeError(
+                f"engine {number} did not get version {self._version} from engine {peers[0]}; resume the run from its "
+                f"last checkpoint: {error}"
+            ) from error
         return report
 
     def _send_to(self, engines: Sequence[int], report: dict[str, Any]) -> dict[int, Exception]:
@@ -162,20 +181,26 @@ class RayCluster:
                 for transfer in plan_transfers(sources, targets)
                 if transfer.target_rank in engines
             ]
-            self._num_meetings += 1
             self._meeting_engines = list(engines)
-            self._meeting = Meeting(
-                name=f"meeting {self._num_meetings}",
-                kind=self._config.transport,
-                plan=plan,
-                itemsizes=itemsizes(model, getattr(torch, self.engine.config.dtype)),
-                num_trainers=self._config.trainer_ranks,
-                num_engines=len(engines),
-                store=self.trainer.store,
-                directory=self._config.transport_directory,
-                timeout_s=self._config.publish_timeout_s / 2,
+            self._meeting = self._new_meeting(
+                self._config.transport, plan, num_senders=self._config.trainer_ranks, num_engines=len(engines)
             )
         return self._meeting
+
+    def _new_meeting(self, kind: str, plan: Sequence[Transfer], num_senders: int, num_engines: int) -> Meeting:
+        self._num_meetings += 1
+        model = load_model_config(self.engine.config.model)
+        return Meeting(
+            name=f"meeting {self._num_meetings}",
+            kind=kind,
+            plan=plan,
+            itemsizes=itemsizes(model, getattr(torch, self.engine.config.dtype)),
+            num_senders=num_senders,
+            num_engines=num_engines,
+            store=self.trainer.store,
+            directory=self._config.transport_directory,
+            timeout_s=self._config.publish_timeout_s / 2,
+        )
 
     def _start(self, actor_class: type, bundle: int, cpus: float, gpus: float, **options: Any) -> Any:
         strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=bundle)
@@ -194,6 +219,25 @@ class RayCluster:
             ray.kill(actor)
         remove_placement_group(self._placement)
         if self._started_ray:
+            ray.shutdown()
+
+
+def _start_ray(config: ClusterConfig) -> None:
+    """Joins the cluster, or starts one, for which Ray allows itself 30 s: too few on a busy machine, so then again."""
+    deadline = time.monotonic() + config.start_timeout_s
+    while not ray.is_initialized():
+        try:
+            ray.init(
+                address=config.address,
+                include_dashboard=None if config.address else False,
+                log_to_driver=False,
+                configure_logging=False,
+                runtime_env={"env_vars": _ENVIRONMENT | _python_path()},
+                **({} if config.address else {"object_store_memory": 200 * 2**20}),
+            )
+        except Exception as error:  # Ray has no class of its own for this
+            if "timed out during startup" not in str(error) or time.monotonic() > deadline:
+                raise
             ray.shutdown()
 
 

@@ -126,7 +126,7 @@ class RemoteEngines:
             number,
             self._cluster.engine_cpus,
             self._cluster.engine_gpus,
-            concurrency_groups={"health": 1},
+            concurrency_groups={"health": 1, "peers": 1},
         )
         return options.remote(*self._arguments)
 

@@ -101,6 +101,25 @@ def test_actors_give_the_bits_of_one_process_through_updates_and_a_killed_engine
         assert cluster.engine.num_replaced == 2
 
 
+def test_an_engine_lost_while_the_trainer_is_ahead_gets_its_version_from_another_engine(model):
+    trainer_config, engine_config = TrainerConfig(model=model, learning_rate=1e-2), EngineConfig(model=model)
+    prompts, params = [[5, 6, 7], [9, 8]], SamplingParams(max_tokens=10, seed=3, ignore_eos=True)
+    with RayCluster(CONFIG, trainer_config, engine_config, seed=0, num_threads=1) as cluster:
+        cluster.trainer.step(train_batches(), sft_loss)
+        cluster.publish(version=1)
+        before = cluster.engine.generate(prompts, params)
+        cluster.trainer.step(train_batches(), sft_loss)  # version 1 is now in the engines alone
+        for victim in (0, 1):
+            os.kill(ray.get(cluster.engine.actors[victim].identity.remote())["pid"], signal.SIGKILL)
+            after = cluster.engine.generate(prompts, params)
+            assert cluster.engine.num_replaced == victim + 1
+            assert [(o.token_ids, o.logprobs) for o in after] == [(o.token_ids, o.logprobs) for o in before]
+            assert {version for o in after for version in o.weight_versions} == {1}
+        cluster.publish(version=2)
+        changed = cluster.engine.generate(prompts, params)
+        assert [o.logprobs for o in changed] != [o.logprobs for o in before]
+
+
 def train_batches():
     sequences = [
         TrainSequence([(7 * i + j * j) % 132 for j in range(12 + i)], [False] * 4 + [True] * (8 + i)) for i in range(4)
@@ -193,7 +212,7 @@ def test_reward_workers_give_the_scores_of_one_process_also_when_one_dies_or_han
     completions = [Completion(task.problem(i), text, len(text)) for i, text in enumerate(texts)]
     (tmp_path / "faulty.py").write_text(FAULTY_REWARD)
     terms = {"correct": 1.0, f"{tmp_path / 'faulty.py'}:score": 0.01}
-    config = replace(CONFIG, num_engines=1, reward_workers=2, reward_timeout_s=15.0)
+    config = replace(CONFIG, num_engines=1, reward_workers=2, reward_timeout_s=30.0)
     with RayCluster(config, TrainerConfig(model=model), EngineConfig(model=model), 0, 1) as cluster:
         rewards = cluster.rewards
         assert rewards.build(terms, task)(completions[1:7]) == LocalRewards().build(terms, task)(completions[1:7])

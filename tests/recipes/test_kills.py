@@ -75,17 +75,21 @@ def test_a_run_killed_in_the_middle_of_something_is_the_same_run(undisturbed, tm
     assert final_hash(tmp_path) == undisturbed[name][0]
 
 
-def test_a_run_killed_at_random_moments_is_the_same_run(undisturbed, tmp_path, pytestconfig):
-    """Each run is killed once or twice, at moments spread over what it takes undisturbed."""
-    draw = random.Random(pytestconfig.getoption("--kills"))
-    for number in range(pytestconfig.getoption("--kills")):
-        name = ("stale", "synchronous")[number % 2]
-        expected, seconds = undisturbed[name]
-        config = CONFIGS[name](tmp_path / str(number))
-        for _ in range(draw.choice([1, 2])):
-            process = in_child(rl.run, config)
-            time.sleep(draw.uniform(0.1, seconds))
-            process.kill()
-            assert end_of(process) in (0, -signal.SIGKILL)
-        assert end_of(in_child(rl.run, config)) == 0
-        assert final_hash(tmp_path / str(number)) == expected, f"run {number}"
+def pytest_generate_tests(metafunc):
+    if "number" in metafunc.fixturenames:
+        metafunc.parametrize("number", range(metafunc.config.getoption("--kills")))
+
+
+def test_a_run_killed_at_random_moments_is_the_same_run(undisturbed, tmp_path, number):
+    """A run is killed once or twice, at moments spread over what it takes undisturbed."""
+    draw = random.Random(number)
+    name = ("stale", "synchronous")[number % 2]
+    expected, seconds = undisturbed[name]
+    config = CONFIGS[name](tmp_path)
+    for _ in range(draw.choice([1, 2])):
+        process = in_child(rl.run, config)
+        time.sleep(draw.uniform(0.1, seconds))
+        process.kill()
+        assert end_of(process) in (0, -signal.SIGKILL)
+    assert end_of(in_child(rl.run, config)) == 0
+    assert final_hash(tmp_path) == expected
