@@ -103,7 +103,7 @@ def test_a_temperature_divides_the_logits(tmp_path):
         ({"norm_before_residual": True}, "norm_before_residual"),
         ({"sliding_window": 512}, "sliding_window"),
         ({"logit_scale": 2.0}, "logit_scale = 2.0: unknown key"),
-        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}}, "eagle_aux_hidden_state_layer_ids"),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 3]}}, "eagle_aux_hidden_state_layer_ids"),
         ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1]}}, "eagle_aux_hidden_state_layer_ids"),
         ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state"),
         ({"eagle_config": {"colour": 1}}, "eagle_config.colour"),
