@@ -23,7 +23,8 @@ from lockstep.engine.transfer import to_device, to_host
 
 @dataclass(frozen=True)
 class CaptureConfig:
-    """aux_layers: the layers, from 0, whose incoming hidden states are kept beside the last ones; ascending.
+    """aux_layers: the layers, from 0, whose incoming hidden states are kept beside the last ones; ascending. The
+        model's number of layers is its final norm, whose outputs the last ones are.
     every: one request of so many is chosen, by its seed; 1 is all.
     memory_bytes, disk_bytes: what finished sequences may take in host memory, and in files in `directory`. Beyond that
         the oldest go: from memory to disk, from disk away.

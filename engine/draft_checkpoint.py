@@ -130,12 +130,12 @@ def _parse_eagle_config(path: str | Path, raw: Mapping[str, Any], target: ModelC
         raise _unsupported(path, "eagle_config.use_aux_hidden_state", False, "the draft reads the target's states")
     ids = eagle.get("eagle_aux_hidden_state_layer_ids")
     aux_layers = default_aux_layers(target.num_layers) if ids is None else tuple(layer + 1 for layer in ids)
-    if len(aux_layers) != NUM_AUX or not 0 <= min(aux_layers) <= max(aux_layers) < target.num_layers:
+    if len(aux_layers) != NUM_AUX or not 0 <= min(aux_layers) <= max(aux_layers) <= target.num_layers:
         raise _unsupported(
             path,
             "eagle_config.eagle_aux_hidden_state_layer_ids",
             ids,
-            f"expected {NUM_AUX} of -1 to {target.num_layers - 2} for a target of {target.num_layers} layers",
+            f"expected {NUM_AUX} of -1 to {target.num_layers - 1} for a target of {target.num_layers} layers",
         )
     return aux_layers, bool(raw.get("norm_output"))
 

@@ -288,10 +288,9 @@ class Engine(Serving):
         self._check_idle("start_capture")
         if self.config.tp_size > 1:
             raise ValueError(f"EngineConfig.tp_size={self.config.tp_size}: hidden states are captured with 1 so far")
-        if not all(0 <= layer < self.model_config.num_layers for layer in config.aux_layers):
-            raise ValueError(
-                f"aux_layers={config.aux_layers}: the model has layers 0 to {self.model_config.num_layers - 1}"
-            )
+        last = self.model_config.num_layers
+        if not all(0 <= layer <= last for layer in config.aux_layers):
+            raise ValueError(f"aux_layers={config.aux_layers}: 0 to {last} can be, where {last} is the final norm")
         self._drain()
         self.capture = Capture(config)
         self.runner.observe(config.aux_layers, self.capture.record)

@@ -284,10 +284,11 @@ class Runner:
     def _logits(self, step: RankStep) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, TargetStep]:
         """(logits to draw from if any, the slots of their rows, hidden states, what else was computed).
 
-        The hidden states are of all rows if any is scored or they are observed.
+        The hidden states are of all rows if any is scored, or they are observed, or a draft reads the last layer's.
         """
-        # Scoring wants all hidden states, otherwise only those that tokens are drawn from are.
-        wants_all = step.scored.size > 0 or self.observer is not None
+        # Otherwise only those that tokens are drawn from are wanted.
+        reads_last_layer = self.model.config.num_layers in self.aux_layers
+        wants_all = step.scored.size > 0 or self.observer is not None or reads_last_layer
         hidden, slots, computed = self._forward(step, None if wants_all else step.drawing)
         drawing_hidden = hidden
         if wants_all and len(step.drawing):

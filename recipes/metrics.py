@@ -28,6 +28,7 @@ METRICS: Mapping[str, Metric] = {
     "learning_rate": Metric("learning rate", ".2e"),
     "staleness": Metric("staleness (versions)", ".2f"),
     "tokens_per_s": Metric("tokens/s", ",.0f"),
+    "tokens_per_verify_step": Metric("tokens per verify step", ".2f"),
     "tokens_per_step": Metric("draft: tokens per verify step, expected", ".2f"),
     "acceptance_0": Metric("draft: acceptance of the first token", ".1%"),
     "logprob_diff_max": Metric("max |trainer − engine| log-prob", ".1e"),  # noqa: RUF001

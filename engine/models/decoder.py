@@ -405,7 +405,8 @@ class Decoder(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(what `forward` gives, to the bit; aux [T, A * H], the hidden states of all rows that enter A layers).
 
-        aux_layers: ascending, from 0. The states lie side by side in that order.
+        aux_layers: ascending, from 0; num_layers is the final norm, which is entered by the rows of the last layer
+        alone, so no last_context goes with it. The states lie side by side in that order.
         """
         hidden = self._embed(token_ids)
         residual = None
@@ -418,7 +419,10 @@ class Decoder(nn.Module):
                 entering.copy_(hidden) if residual is None else torch.add(hidden, residual, out=entering)
             own_context = (last_context or context) if number == last else context
             hidden, residual = layer(hidden, residual, positions, cos_sin, kv_cache, own_context)
-        hidden, _ = add_rms_norm(hidden, residual, self.decoder.final_layernorm.weight, self.config.rms_norm_eps)
+        hidden, summed = add_rms_norm(hidden, residual, self.decoder.final_layernorm.weight, self.config.rms_norm_eps)
+        if self.config.num_layers in aux_layers:
+            assert last_context is None, "the states that enter the final norm are wanted of all rows"
+            aux[:, -1] = summed
         return hidden, aux.flatten(1)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:

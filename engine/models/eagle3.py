@@ -35,7 +35,8 @@ class Eagle3Config:
 
     vocab_size, hidden_size, max_position_embeddings: the target's, whose embedding the draft shares.
     draft_vocab_size: tokens that the draft can propose.
-    aux_layers:  the target's layers, from 0, whose incoming hidden states the draft reads.
+    aux_layers:  the target's layers, from 0, whose incoming hidden states the draft reads; its number of layers is the
+                 final norm.
     norm_aux:    each of them has an RMSNorm before `fc` (EAGLE-3.1; "fc_norm" in config.json).
     norm_output: the hidden state fed back is taken after the final norm (EAGLE-3.1), not before it.
     """
@@ -102,11 +103,15 @@ class Eagle3Config:
 
 
 def default_aux_layers(num_layers: int) -> tuple[int, ...]:
-    """An early, a middle and a late layer, {2, L // 2, L - 3}; the last three where these are not three."""
-    if num_layers < NUM_AUX:
-        raise ValueError(f"an EAGLE-3 draft needs a target of at least {NUM_AUX} layers, got {num_layers}")
+    """An early, a middle and a late layer, {2, L // 2, L - 3}; the last three where these are not three.
+
+    Of two layers: both, and the final norm. (vLLM gives a draft those states too; SGLang's models stop before them.)
+    """
+    if num_layers < NUM_AUX - 1:
+        raise ValueError(f"an EAGLE-3 draft needs a target of at least {NUM_AUX - 1} layers, got {num_layers}")
     usual = (2, num_layers // 2, num_layers - 3)
-    return usual if usual[0] < usual[1] < usual[2] else tuple(range(num_layers - NUM_AUX, num_layers))
+    end = max(num_layers, NUM_AUX)
+    return usual if usual[0] < usual[1] < usual[2] else tuple(range(end - NUM_AUX, end))
 
 
 def expand(config: Eagle3Config) -> list[Entry]:

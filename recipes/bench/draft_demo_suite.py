@@ -1,4 +1,4 @@
-"""Suite "draft_demo": the recipe demo_draft, and what its draft gives a verify step while it learns."""
+"""Suite "draft_demo": the demo recipe, and what its draft gives a verify step while it learns."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ COLUMNS = [
 def run(config: BenchConfig) -> dict[str, Any]:
     """Reads the run directory config.model; without one, makes the demo first. Writes means over fifths of the run."""
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(config.model) if config.model else Path(scratch) / "demo_draft"
+        path = Path(config.model) if config.model else Path(scratch) / "demo"
         if not config.model:
-            rl.run(recipe_config("demo_draft", "sums", path.parent))
+            rl.run(recipe_config("demo", "sums", path.parent))
         records = read_metrics(path)
     steps = [record for record in records if record["stage"] == "rl"]
     size = max(1, len(steps) // PARTS)

@@ -61,12 +61,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         demo = demo_config(Path(scratch), config.scale * STEPS / 3)
         start = Path(config.model) if config.model else rl.starting_model(demo, demo.task.build())
-        demo = replace(
-            demo,
-            model=ModelSource(path=str(start)),
-            warmup=replace(demo.warmup, steps=0),
-            draft=replace(demo.draft, train_every=0),  # on this CPU drafts cost more than they save
-        )
+        demo = replace(demo, model=ModelSource(path=str(start)), warmup=replace(demo.warmup, steps=0))
         before = accuracy(demo, str(start))
         for name, train in ways.items():
             trained = call_in_own_process(f"training with {name}", train, demo, config.timeout_s)

@@ -65,8 +65,9 @@ def test_keys_shapes_and_config_fields(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"norm_aux": True, "norm_output": True}], ids=["3", "3.1"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_round_trip(options, dtype, tmp_path):
-    target = target_config(rope_parameters=YARN, num_hidden_layers=9)
+@pytest.mark.parametrize("num_layers", [2, 9])
+def test_round_trip(num_layers, options, dtype, tmp_path):
+    target = target_config(rope_parameters=YARN, num_hidden_layers=num_layers)
     draft = make_draft(target, **options)
     save_draft(tmp_path / "first", draft, dtype=dtype)
     again = load_draft(tmp_path / "first", target, draft._embedding_weight[0])
@@ -103,7 +104,7 @@ def test_a_temperature_divides_the_logits(tmp_path):
         ({"norm_before_residual": True}, "norm_before_residual"),
         ({"sliding_window": 512}, "sliding_window"),
         ({"logit_scale": 2.0}, "logit_scale = 2.0: unknown key"),
-        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}}, "eagle_aux_hidden_state_layer_ids"),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 3]}}, "eagle_aux_hidden_state_layer_ids"),
         ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1]}}, "eagle_aux_hidden_state_layer_ids"),
         ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state"),
         ({"eagle_config": {"colour": 1}}, "eagle_config.colour"),

@@ -14,6 +14,7 @@ from lockstep.engine.models.eagle3 import default_aux_layers
 from lockstep.kernels.attention import attention
 from lockstep.kernels.kv_cache import new_kv_cache
 from lockstep.kernels.qk_norm_rope_store import qk_norm_rope_store
+from lockstep.kernels.rms_norm import rms_norm
 
 
 class PagedAttention:
@@ -71,15 +72,23 @@ def test_learning_changes_no_bit():
 
 @pytest.mark.parametrize(
     ("num_layers", "expected"),
-    [(36, (2, 18, 33)), (28, (2, 14, 25)), (7, (2, 3, 4)), (6, (3, 4, 5)), (4, (1, 2, 3)), (3, (0, 1, 2))],
+    [
+        (36, (2, 18, 33)),
+        (28, (2, 14, 25)),
+        (7, (2, 3, 4)),
+        (6, (3, 4, 5)),
+        (4, (1, 2, 3)),
+        (3, (0, 1, 2)),
+        (2, (0, 1, 2)),
+    ],
 )
 def test_default_aux_layers(num_layers, expected):
     assert default_aux_layers(num_layers) == expected
 
 
-def test_a_target_of_two_layers_is_refused():
-    with pytest.raises(ValueError, match="at least 3 layers, got 2"):
-        default_aux_layers(2)
+def test_a_target_of_one_layer_is_refused():
+    with pytest.raises(ValueError, match="at least 2 layers, got 1"):
+        default_aux_layers(1)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe", "deepseek_v3"])
@@ -106,3 +115,8 @@ def test_aux_states_are_the_targets_and_cost_no_bit(family, tmp_path):
             last, all_rows_aux = decoder.forward_with_aux(tokens, positions, context, layers, last_context)
             assert torch.equal(last, plain[-1:])
             assert torch.equal(all_rows_aux, aux)
+        hidden, aux = decoder.forward_with_aux(tokens, positions, context, (1, 2, 3))
+        assert torch.equal(hidden, plain)
+        entering_the_norm = aux[:, -decoder.config.hidden_size :]
+        weight, eps = decoder.decoder.final_layernorm.weight, decoder.config.rms_norm_eps
+        assert torch.equal(rms_norm(entering_the_norm, weight, eps), plain)

@@ -8,8 +8,6 @@ from short_runs import STEPS, Killed, short_config, without_times
 from lockstep.recipes import replay, rl, sft
 from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.draft_stage import DraftStage, DraftStageConfig
-from lockstep.recipes.inputs import ModelSource
-from lockstep.recipes.new_model import ModelShape
 from lockstep.recipes.run_directory import read_metrics, rollout_steps
 from lockstep.rollout.buffer import BufferConfig
 from lockstep.trainer_bridge.draft_trainer import DraftTrainerConfig
@@ -25,9 +23,8 @@ STAGE = DraftStageConfig(
 
 def config_of(runs_dir, stage=STAGE, **changes):
     config = short_config(runs_dir)
-    shape = ModelShape(num_layers=3, hidden_size=32, head_dim=16, ffn_hidden_size=64)
     engine = replace(config.engine, draft_max_requests=64, draft_min_accepted=0.0)
-    changes = {"model": ModelSource(shape=shape), "warmup": sft.SFTConfig(steps=0), "num_threads": 1, **changes}
+    changes = {"warmup": sft.SFTConfig(steps=0), "num_threads": 1, **changes}
     return replace(config, engine=engine, draft=stage, **changes)
 
 

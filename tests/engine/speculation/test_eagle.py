@@ -19,9 +19,9 @@ VOCAB, LONGEST = 131, 96
 PAGES = torch.arange(7, dtype=torch.int32)[None]  # of 16 tokens, of a text alone
 
 
-def make_target_and_draft(tmp_path_factory, family):
+def make_target_and_draft(tmp_path_factory, family, **sizes):
     path, draft_path = str(tmp_path_factory.mktemp("model")), str(tmp_path_factory.mktemp("draft") / "draft")
-    make_hf_model(path, family, seed=3)
+    make_hf_model(path, family, seed=3, **sizes)
     config = load_model_config(path)
     heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16} if config.mla else {}
     save_draft(draft_path, make_draft(config, draft_vocab_size=60, seed=4, **heads))
@@ -87,12 +87,18 @@ PREEMPTION = {"num_draft_tokens": 8, "page_size": 4, "kv_cache_tokens": 96, "max
 
 
 @pytest.mark.parametrize(
-    ("family", "settings"),
-    [("qwen3", {"num_draft_tokens": 1}), ("qwen3", CHUNKS), ("mistral", CHUNKS), ("deepseek_v3", PREEMPTION)],
-    ids=["k1", "chunks", "windows", "preemption"],
+    ("family", "sizes", "settings"),
+    [
+        ("qwen3", {}, {"num_draft_tokens": 1}),
+        ("qwen3", {}, CHUNKS),
+        ("qwen3", {"num_hidden_layers": 2}, CHUNKS),
+        ("mistral", {}, CHUNKS),
+        ("deepseek_v3", {}, PREEMPTION),
+    ],
+    ids=["k1", "chunks", "two_layers", "windows", "preemption"],
 )
-def test_drafts_are_those_of_the_whole_text(family, settings, tmp_path_factory):
-    engine = engine_of(make_target_and_draft(tmp_path_factory, family), **settings)
+def test_drafts_are_those_of_the_whole_text(family, sizes, settings, tmp_path_factory):
+    engine = engine_of(make_target_and_draft(tmp_path_factory, family, **sizes), **settings)
     engine.speculation.policy.record_drafts = lambda request, num_accepted: None
     draft, propose, seen = engine.runner.follower.drafter.draft, engine.speculation.drafter.propose, []
 
