@@ -1,6 +1,6 @@
 """Training sequences laid end to end, without padding, in micro-batches of a bounded number of tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
@@ -77,14 +77,17 @@ class PackedBatch:
         return replace(self, **{n: to_device(t, device) for n, t in tensors.items() if isinstance(t, torch.Tensor)})
 
 
-def first_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of `lengths` in bins of at most max_tokens, each put in the first bin with room, in the given order.
+def first_fit(lengths: Sequence[int], max_tokens: int, order: Iterable[int] | None = None) -> list[list[int]]:
+    """Indices of `lengths` in bins of at most max_tokens, each put in the first bin with room, in order.
+
+    order: the indices to take; None: all, as they are.
 
     Raises ValueError for a length that is 0 or over max_tokens.
     """
     bins: list[list[int]] = []
     room: list[int] = []
-    for index, length in enumerate(lengths):
+    for index in range(len(lengths)) if order is None else order:
+        length = lengths[index]
         if not 0 < length <= max_tokens:
             raise ValueError(f"sequence {index} has {length} tokens, a micro-batch holds 1 to {max_tokens}")
         chosen = next((b for b, free in enumerate(room) if free >= length), None)
@@ -118,7 +121,7 @@ def pack(
     temperature: float = 1.0,
     length: int | None = None,
 ) -> list[PackedBatch]:
-    """Lays the sequences of one step into micro-batches.
+    """Lays the sequences of one step into micro-batches; those whose advantages are all 0 share none with the others.
 
     aggregation: a key of AGGREGATIONS, which gives the weights; length: for "constant_length".
 
@@ -135,7 +138,13 @@ def pack(
         raise ValueError("no token of the step is trained on")
     counts = StepCounts(trained_counts, [sequence.group for sequence in sequences], length)
     weights = token_weights(aggregation, counts)
-    bins = first_fit([len(sequence.token_ids) for sequence in sequences], max_tokens)
+    lengths = [len(sequence.token_ids) for sequence in sequences]
+    has_advantage = np.array([column["advantages"].any() for column in columns])
+    bins = [
+        members
+        for indices in (np.flatnonzero(has_advantage), np.flatnonzero(~has_advantage))
+        for members in first_fit(lengths, max_tokens, indices.tolist())
+    ]
     return [
         _pack_bin(
             [sequences[i] for i in members], [columns[i] for i in members], [weights[i] for i in members], temperature
