@@ -9,11 +9,19 @@ tokens, or of decoding requests whose page tables begin with the same pages, go 
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
 
 from lockstep.kernels._cpu import exp32, fma32, inline_njit, log32, njit, parallel_rows
+from lockstep.kernels._cpu_vectors import (
+    add_products,
+    at,
+    copy,
+    fill,
+    fma_rows,
+    pointer,
+    prefetch,
+    vector_max,
+    vector_sum,
+)
 from lockstep.kernels.kv_cache import CPU_VECTOR, cpu_arrays
 from lockstep.kernels.latent_cache import cpu_array
 
@@ -117,189 +125,7 @@ def _forward(
     return out, lse
 
 
-_VECTOR = ir.VectorType(ir.FloatType(), CPU_VECTOR)
-
-
-@intrinsic
-def _pointer(typingctx, array):
-    """The address of the array's first element. Unlike an array it is not counted by reference at every call, which
-    costs more than the work on a short context; the caller keeps the array alive.
-    """
-
-    def codegen(context, builder, signature, args):
-        return context.make_array(signature.args[0])(context, builder, value=args[0]).data
-
-    return types.CPointer(array.dtype)(array), codegen
-
-
-@intrinsic
-def _prefetch(typingctx, pointer, index):
-    """Ask for the cache line of pointer[index]."""
-
-    def codegen(context, builder, signature, args):
-        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
-        function_type = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
-        prefetch = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0i8")
-        address = builder.bitcast(builder.gep(args[0], [args[1]]), byte)
-        builder.call(prefetch, [address, word(0), word(3), word(1)])
-        return context.get_dummy_value()
-
-    return types.void(pointer, types.intp), codegen
-
-
-@intrinsic
-def _at(typingctx, pointer, index):
-    """pointer + index."""
-
-    def codegen(context, builder, signature, args):
-        return builder.gep(args[0], [args[1]])
-
-    return pointer(pointer, types.intp), codegen
-
-
-def _fma_chain(num_rows, num_vectors, accumulate):
-    """For r < num_rows and v < num_vectors, `sums` being (acc, acc_stride, acc_offsets) and so on:
-
-    acc[r * acc_stride + acc_offsets[first + v] :][:16] = (itself if accumulate else 0) + sum over i < n, ascending, of
-    coefficients[r * coefficient_stride + i] * memory[memory_offsets[first + v] + i * memory_stride :][:16].
-
-    The sums stay in registers: many independent chains hide the latency of a multiply-add, and what is loaded serves
-    all rows or all vectors. Sums are stored in the order of v: of two that overlap in memory the later one stays.
-    """
-
-    @intrinsic
-    def chain(typingctx, sums, factors, source, first, n):
-        signature = types.void(sums, factors, source, types.intp, types.intp)
-
-        def codegen(context, builder, signature, args):
-            (acc, acc_stride, acc_offsets), (coefficients, coefficient_stride), (memory, memory_stride, offsets) = (
-                cgutils.unpack_tuple(builder, arg) for arg in args[:3]
-            )
-            first, n = args[3:]
-            word, lane, vector_pointer = n.type, ir.IntType(32), _VECTOR.as_pointer()
-            fma_type = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
-            fma = cgutils.get_or_insert_function(builder.module, fma_type, f"llvm.fma.v{CPU_VECTOR}f32")
-            undefined = ir.Constant(_VECTOR, ir.Undefined)
-            first_lane = ir.Constant(ir.VectorType(lane, CPU_VECTOR), [0] * CPU_VECTOR)
-            zero = ir.Constant(_VECTOR, [0.0] * CPU_VECTOR)
-
-            def at(base, step, stride):
-                return builder.gep(base, [builder.mul(step, stride)])
-
-            def vectors_of(base, offsets):
-                indices = [builder.add(first, word(v)) for v in range(num_vectors)]
-                return [builder.gep(base, [builder.load(builder.gep(offsets, [index]))]) for index in indices]
-
-            rows = [word(r) for r in range(num_rows)]
-            targets = [
-                builder.bitcast(at(target, r, acc_stride), vector_pointer)
-                for target in vectors_of(acc, acc_offsets)
-                for r in rows
-            ]
-            sources = vectors_of(memory, offsets)
-            starts = [builder.load(target, align=4) if accumulate else zero for target in targets]
-            totals = [cgutils.alloca_once_value(builder, start) for start in starts]
-            with cgutils.for_range(builder, n) as loop:
-                splats = []
-                for r in rows:
-                    factor = builder.load(builder.gep(at(coefficients, r, coefficient_stride), [loop.index]))
-                    splat = builder.insert_element(undefined, factor, lane(0))
-                    splats.append(builder.shuffle_vector(splat, undefined, first_lane))
-                for v, source in enumerate(sources):
-                    values = builder.bitcast(at(source, loop.index, memory_stride), vector_pointer)
-                    values = builder.load(values, align=4)
-                    for splat, total in zip(splats, totals[v * num_rows : (v + 1) * num_rows], strict=True):
-                        builder.store(builder.call(fma, [splat, values, builder.load(total)]), total)
-            for target, total in zip(targets, totals, strict=True):
-                builder.store(builder.load(total), target, align=4)
-            return context.get_dummy_value()
-
-        return signature, codegen
-
-    return chain
-
-
-def _reduction(start, combine):
-    """array[: 16 * n] to one float: lane by lane over the n vectors, then the lanes as a tree (8, 4, 2, 1)."""
-
-    @intrinsic
-    def reduction(typingctx, array, n):
-        signature = types.float32(array, types.intp)
-
-        def codegen(context, builder, signature, args):
-            array, n = args
-            lane = ir.IntType(32)
-            array = builder.bitcast(array, _VECTOR.as_pointer())
-            result = cgutils.alloca_once_value(builder, ir.Constant(_VECTOR, [start] * CPU_VECTOR))
-            with cgutils.for_range(builder, n) as loop:
-                values = builder.load(builder.gep(array, [loop.index]), align=4)
-                builder.store(combine(builder, values, builder.load(result)), result)
-            lanes = builder.load(result)
-            for half in (8, 4, 2, 1):
-                order = ir.Constant(
-                    ir.VectorType(lane, CPU_VECTOR), [(i + half) % CPU_VECTOR for i in range(CPU_VECTOR)]
-                )
-                lanes = combine(builder, builder.shuffle_vector(lanes, lanes, order), lanes)
-            return builder.extract_element(lanes, lane(0))
-
-        return signature, codegen
-
-    return reduction
-
-
-_vector_sum = _reduction(0.0, lambda builder, x, y: builder.fadd(x, y))
-_vector_max = _reduction(float("-inf"), lambda builder, x, y: builder.select(builder.fcmp_ordered(">", x, y), x, y))
-
-
-def _fma_rows(num_vectors, accumulate):
-    """`_fma_chain` for any number of rows."""
-    one, two, four = (_fma_chain(num_rows, num_vectors, accumulate) for num_rows in (1, 2, 4))
-
-    @inline_njit
-    def rows(num_rows, sums, factors, source, first, n):
-        acc, acc_stride, acc_offsets = sums
-        coefficients, coefficient_stride = factors
-        row = 0
-        while row < num_rows:
-            sums = (_at(acc, row * acc_stride), acc_stride, acc_offsets)
-            factors = (_at(coefficients, row * coefficient_stride), coefficient_stride)
-            if num_rows - row >= 4:
-                four(sums, factors, source, first, n)
-                row += 4
-            elif num_rows - row >= 2:
-                two(sums, factors, source, first, n)
-                row += 2
-            else:
-                one(sums, factors, source, first, n)
-                row += 1
-
-    return rows
-
-
-_set_scores = _fma_rows(KEY_VECTORS, accumulate=False)
-_add_one, _add_two = (_fma_rows(num_vectors, accumulate=True) for num_vectors in (1, 2))
-
-
-@inline_njit
-def _add_values(num_rows, sums, factors, source, num_vectors, n):
-    first = 0
-    while num_vectors - first >= 2:
-        _add_two(num_rows, sums, factors, source, first, n)
-        first += 2
-    if first < num_vectors:
-        _add_one(num_rows, sums, factors, source, first, n)
-
-
-@inline_njit
-def _fill(array, begin, end, value):
-    for i in range(begin, end):
-        array[i] = value
-
-
-@inline_njit
-def _copy(source, target, size):
-    for i in range(size):
-        target[i] = source[i]
+_set_scores = fma_rows(KEY_VECTORS, accumulate=False)
 
 
 @inline_njit
@@ -309,21 +135,21 @@ def _softmax(scores, size, low, high, scale):
     The number of scores is a multiple of 16. A column's lane is its absolute position modulo 16, as splits and `scores`
     begin at multiples of 16.
     """
-    _fill(scores, 0, low, _NEGATIVE_INFINITY)
-    _fill(scores, high, size, _NEGATIVE_INFINITY)
-    m = scale * _vector_max(scores, size // CPU_VECTOR)
+    fill(scores, 0, low, _NEGATIVE_INFINITY)
+    fill(scores, high, size, _NEGATIVE_INFINITY)
+    m = scale * vector_max(scores, size // CPU_VECTOR)
     for i in range(size):
         x = fma32(scores[i], scale, -m)
         p = exp32(_EXP_LOWEST if x < _EXP_LOWEST else x)
         scores[i] = _ZERO if x < _EXP_LOWEST else p
-    return m, _vector_sum(scores, size // CPU_VECTOR)
+    return m, vector_sum(scores, size // CPU_VECTOR)
 
 
 @inline_njit
 def _merge(part, part_max, part_sum, total, total_max, total_sum, size):
     """Fold a split's (output, max, sum) into the row's; `total` changes in place, the new max and sum are returned."""
     if total_sum == _ZERO:
-        _copy(part, total, size)
+        copy(part, total, size)
         return part_max, part_sum
     m = part_max if part_max > total_max else total_max
     old, new = exp32(total_max - m), exp32(part_max - m)
@@ -335,7 +161,7 @@ def _merge(part, part_max, part_sum, total, total_max, total_sum, size):
 @inline_njit
 def _prefetch_floats(pointer, size):
     for i in range(0, size, CPU_VECTOR):
-        _prefetch(pointer, i)
+        prefetch(pointer, i)
 
 
 @inline_njit
@@ -347,7 +173,7 @@ def _visible(position, split, split_end, window):
 @inline_njit
 def _transpose(rows, columns, num_rows, num_columns):
     for i in range(num_rows):
-        row = _at(rows, i * num_columns)
+        row = at(rows, i * num_columns)
         for j in range(num_columns):
             columns[j * num_rows + i] = row[j]
 
@@ -365,9 +191,9 @@ def _list_keys(pages, page_begin, page_end, split, kv_head, shape, key_offsets, 
         key = (np.int64(pages[page]) * num_kv_heads + kv_head) * page_size * head_dim
         if is_latent:
             value, key = key, (page - page_begin) * page_size * head_dim
-            _transpose(_at(v_memory, value), _at(k_memory, key), page_size, head_dim)
+            _transpose(at(v_memory, value), at(k_memory, key), page_size, head_dim)
         else:
-            _prefetch_floats(_at(v_memory, key), page_size * head_dim)
+            _prefetch_floats(at(v_memory, key), page_size * head_dim)
         for i in range(0, page_size, CPU_VECTOR):
             key_offsets[count], columns[count] = key + i, page * page_size + i - split + MARGIN
             count += 1
@@ -389,7 +215,7 @@ def _attend_tile(tile, caches, shape, scale, window, scratch):
     group, num_kv_heads, page_size, head_dim, value_dim, row_stride, _ = shape
     requests, positions, key_offsets, columns, value_offsets = scratch[0]
     queries, scores, part, part_max, part_sum, total, total_max, total_sum = scratch[1]
-    _fill(total_sum, 0, tokens * group, _ZERO)
+    fill(total_sum, 0, tokens * group, _ZERO)
     lowest, visible_end = max(0, positions[0] - window + 1), 0
     for t in range(tokens):
         visible_end = max(visible_end, positions[t] + 1)
@@ -406,7 +232,7 @@ def _attend_tile(tile, caches, shape, scale, window, scratch):
             if page_begin >= page_end:
                 continue
             count = _list_keys(
-                _at(page_table, requests[first] * max_pages),
+                at(page_table, requests[first] * max_pages),
                 page_begin,
                 page_end,
                 split,
@@ -422,8 +248,8 @@ def _attend_tile(tile, caches, shape, scale, window, scratch):
                 row = max(first, columns[i] - MARGIN + split - positions[first]) * group
                 _set_scores(
                     end * group - row,
-                    (_at(scores, row * SCORE_STRIDE), SCORE_STRIDE, columns),
-                    (_at(queries, row * head_dim), head_dim),
+                    (at(scores, row * SCORE_STRIDE), SCORE_STRIDE, columns),
+                    (at(queries, row * head_dim), head_dim),
                     (k_memory, page_size, key_offsets),
                     *(i, head_dim),
                 )
@@ -433,10 +259,10 @@ def _attend_tile(tile, caches, shape, scale, window, scratch):
                 continue
             begin, end = (low - split) // CPU_VECTOR * CPU_VECTOR, -(-(high - split) // CPU_VECTOR) * CPU_VECTOR
             for r in range(t * group, (t + 1) * group):
-                row = _at(scores, r * SCORE_STRIDE + MARGIN + begin)
+                row = at(scores, r * SCORE_STRIDE + MARGIN + begin)
                 m, s = _softmax(row, end - begin, low - split - begin, high - split - begin, scale)
                 part_max[r], part_sum[r] = m, s
-        _fill(part, 0, tokens * group * row_stride, _ZERO)
+        fill(part, 0, tokens * group * row_stride, _ZERO)
         for page in range(first_page, end_page):
             page_low, page_high = page * page_size, (page + 1) * page_size
             first_low, first_high = _visible(positions[0], split, split_end, window)
@@ -457,11 +283,11 @@ def _attend_tile(tile, caches, shape, scale, window, scratch):
                     * page_size
                     * head_dim
                 )
-                _add_values(
+                add_products(
                     step * group,
-                    (_at(part, t * group * row_stride), row_stride, value_offsets),
-                    (_at(scores, t * group * SCORE_STRIDE + low - split + MARGIN), SCORE_STRIDE),
-                    (_at(v_memory, value + (low - page_low) * head_dim), head_dim, value_offsets),
+                    (at(part, t * group * row_stride), row_stride, value_offsets),
+                    (at(scores, t * group * SCORE_STRIDE + low - split + MARGIN), SCORE_STRIDE),
+                    (at(v_memory, value + (low - page_low) * head_dim), head_dim, value_offsets),
                     *(row_stride // CPU_VECTOR, high - low),
                 )
         for t in range(tokens):
@@ -470,8 +296,8 @@ def _attend_tile(tile, caches, shape, scale, window, scratch):
                 continue
             for r in range(t * group, (t + 1) * group):
                 total_max[r], total_sum[r] = _merge(
-                    *(_at(part, r * row_stride), part_max[r], part_sum[r]),
-                    *(_at(total, r * row_stride), total_max[r], total_sum[r], value_dim),
+                    *(at(part, r * row_stride), part_max[r], part_sum[r]),
+                    *(at(total, r * row_stride), total_max[r], total_sum[r], value_dim),
                 )
 
 
@@ -491,12 +317,12 @@ def _gather_decodes(request, most_tokens, page_table, max_pages, cu_seqlens, kv_
     As many as share with the first what the second shares with it. All of them see those pages whole.
     """
     tokens, shared = 1, min(kv_lens[request] // page_size, max_pages)
-    pages = _at(page_table, request * max_pages)
+    pages = at(page_table, request * max_pages)
     for other in range(request + 1, request + most_tokens):
         if cu_seqlens[other + 1] - cu_seqlens[other] != 1 or max(kv_lens[request], kv_lens[other]) > window:
             break
         whole = min(shared, kv_lens[other] // page_size)
-        common = _shared_pages(pages, _at(page_table, other * max_pages), whole)
+        common = _shared_pages(pages, at(page_table, other * max_pages), whole)
         if common == 0 or (tokens > 1 and common < shared):
             break
         tokens, shared = tokens + 1, common
@@ -518,23 +344,23 @@ def _attend_rows(start, stop, arrays, max_pages, num_requests, with_lse, sizes, 
     num_tokens, num_heads, num_kv_heads, page_size, head_dim, value_dim, is_latent = sizes
     group = num_heads // num_kv_heads
     tile_tokens, tile_rows, row_stride = _tile_shape(sizes)
-    requests = _pointer(integers)
-    positions = _at(requests, tile_tokens)
-    key_offsets = _at(positions, tile_tokens)
-    columns = _at(key_offsets, SCORE_STRIDE)
-    value_offsets = _at(columns, SCORE_STRIDE)
+    requests = pointer(integers)
+    positions = at(requests, tile_tokens)
+    key_offsets = at(positions, tile_tokens)
+    columns = at(key_offsets, SCORE_STRIDE)
+    value_offsets = at(columns, SCORE_STRIDE)
     for i in range(row_stride // CPU_VECTOR):
         value_offsets[i] = i * CPU_VECTOR
-    scores = _pointer(floats)
-    part = _at(scores, tile_rows * SCORE_STRIDE)
-    total = _at(part, tile_rows * row_stride)
-    queries = _at(total, tile_rows * row_stride)
-    part_max = _at(queries, tile_rows * head_dim)
-    part_sum = _at(part_max, tile_rows)
-    total_max = _at(part_sum, tile_rows)
-    total_sum = _at(total_max, tile_rows)
+    scores = pointer(floats)
+    part = at(scores, tile_rows * SCORE_STRIDE)
+    total = at(part, tile_rows * row_stride)
+    queries = at(total, tile_rows * row_stride)
+    part_max = at(queries, tile_rows * head_dim)
+    part_sum = at(part_max, tile_rows)
+    total_max = at(part_sum, tile_rows)
+    total_sum = at(total_max, tile_rows)
     if is_latent:
-        k_memory = _at(total_sum, tile_rows)
+        k_memory = at(total_sum, tile_rows)
     scratch = (
         (requests, positions, key_offsets, columns, value_offsets),
         (queries, scores, part, part_max, part_sum, total, total_max, total_sum),
@@ -570,13 +396,13 @@ def _attend_rows(start, stop, arrays, max_pages, num_requests, with_lse, sizes, 
         for kv_head in range(first_head, num_kv_heads if whole else first_head + 1):
             for t in range(tokens):
                 source = ((token + t) * num_heads + kv_head * group) * head_dim
-                _copy(_at(q, source), _at(queries, t * group * head_dim), group * head_dim)
+                copy(at(q, source), at(queries, t * group * head_dim), group * head_dim)
             tile = (kv_head, tokens, shared_pages)
             _attend_tile(tile, (k_memory, v_memory, page_table, max_pages), shape, scale, window, scratch)
             for t in range(token, token + tokens):
                 for head in range(kv_head * group, (kv_head + 1) * group):
                     r = (t - token) * group + head - kv_head * group
-                    row_total, row_out = _at(total, r * row_stride), _at(out, (t * num_heads + head) * value_dim)
+                    row_total, row_out = at(total, r * row_stride), at(out, (t * num_heads + head) * value_dim)
                     for i in range(value_dim):
                         row_out[i] = row_total[i] / total_sum[r]
                     if with_lse:
@@ -593,8 +419,8 @@ def _attend(start, stop, q, k_memory, v_memory, page_table, cu_seqlens, kv_lens,
     floats = np.empty(num_floats + (SCORE_STRIDE * head_dim + CPU_VECTOR if is_latent else 0), np.float32)
     integers = np.empty(2 * tile_tokens + 2 * SCORE_STRIDE + row_stride // CPU_VECTOR, np.int64)
     arrays = (
-        *(_pointer(q), _pointer(k_memory), _pointer(v_memory), _pointer(page_table), _pointer(cu_seqlens)),
-        *(_pointer(kv_lens), _pointer(out), _pointer(lse)),
+        *(pointer(q), pointer(k_memory), pointer(v_memory), pointer(page_table), pointer(cu_seqlens)),
+        *(pointer(kv_lens), pointer(out), pointer(lse)),
     )
     _attend_rows(
         *(start, stop, arrays, page_table.shape[1], kv_lens.size, lse.size > 0, sizes, scale, window),

@@ -11,6 +11,8 @@ from lockstep.kernels.linear_decode import can_decode, linear_decode
 
 # MKL without its strict mode takes another path, with another order of sums, for other numbers of rows.
 _CPU_ROW_MULTIPLE = 16
+# So many rows are not copied to be padded: the last ones are multiplied alone.
+_CPU_MANY_ROWS = 512
 
 # Up to so many rows a Triton kernel that only streams the weight wins over cuBLASLt's ...
 _DECODE_MAX_ROWS = 16
@@ -58,11 +60,22 @@ def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # torch turns some strided batches into bmm, which has other bits: always hand it two dimensions.
     x_MK = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     num_rows = x_MK.shape[0]
-    padding = -num_rows % _CPU_ROW_MULTIPLE
-    y = F.linear(F.pad(x_MK, (0, 0, 0, padding)), weight)[:num_rows] if padding else F.linear(x_MK, weight)
+    num_last = num_rows % _CPU_ROW_MULTIPLE
+    if num_last == 0:
+        y = F.linear(x_MK, weight)
+    elif num_rows < _CPU_MANY_ROWS:
+        y = F.linear(_pad_rows(x_MK), weight)[:num_rows]
+    else:
+        y = torch.empty(num_rows, weight.shape[0])
+        torch.mm(x_MK[:-num_last], weight.t(), out=y[:-num_last])
+        y[-num_last:] = F.linear(_pad_rows(x_MK[-num_last:]), weight)[:num_last]
     if bias is not None:
         y.add_(bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _pad_rows(x_MK: Tensor) -> Tensor:
+    return F.pad(x_MK, (0, 0, 0, -x_MK.shape[0] % _CPU_ROW_MULTIPLE))
 
 
 def _linear_cuda(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

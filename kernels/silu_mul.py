@@ -69,15 +69,18 @@ def _silu_mul_rows(start, stop, gate_up, y, num_columns):
 
 
 @exact_njit
-def _silu_mul_backward_rows(start, stop, gate_up, dy, dgate_up, num_columns):
+def _silu_mul_backward_rows(start, stop, gate_up, dy, dgate_up, y, num_columns):
     for row in range(start, stop):
         gate = gate_up[2 * row * num_columns : (2 * row + 1) * num_columns]
         up = gate_up[(2 * row + 1) * num_columns : (2 * row + 2) * num_columns]
         dgate = dgate_up[2 * row * num_columns : (2 * row + 1) * num_columns]
         dup = dgate_up[(2 * row + 1) * num_columns : (2 * row + 2) * num_columns]
         dout = dy[row * num_columns : (row + 1) * num_columns]
+        out = y[row * num_columns : (row + 1) * num_columns]
         for j in range(num_columns):
-            sigmoid = _ONE / (_ONE + exp32(-gate[j]))
+            divisor = _ONE + exp32(-gate[j])
+            sigmoid = _ONE / divisor
+            out[j] = gate[j] / divisor * up[j]
             dup[j] = dout[j] * (gate[j] * sigmoid)
             dgate[j] = dout[j] * up[j] * (sigmoid * (_ONE + gate[j] * (_ONE - sigmoid)))
 
@@ -144,22 +147,25 @@ def _silu_mul_backward_kernel(gate_up_ptr, dy_ptr, dgate_up_ptr, num_columns, BL
     tl.store(dgate_up_ptr + up_offset, (dy * (gate * sigmoid)).to(dtype), mask=mask)
 
 
-def _silu_mul_backward(gate_up: Tensor, dy: Tensor) -> Tensor:
+def silu_mul_backward(gate_up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of gate_up, and silu_mul(gate_up) once more, to the bit."""
     if gate_up.is_cuda:
-        return _silu_mul_backward_triton(gate_up, dy)
+        return _silu_mul_backward_triton(gate_up, dy), _silu_mul_triton(gate_up)
+    return _silu_mul_backward_cpu(gate_up, dy)
+
+
+def _silu_mul_backward_cpu(gate_up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     gate_up, dy = gate_up.contiguous(), dy.contiguous()
     num_columns = dy.shape[-1]
-    dgate_up = torch.empty_like(gate_up)
+    dgate_up, y = torch.empty_like(gate_up), torch.empty_like(dy)
     parallel_rows(
         _silu_mul_backward_rows,
         dy.numel() // max(num_columns, 1),
         _ELEMENTS_PER_THREAD // max(num_columns, 1) + 1,
-        gate_up.detach().numpy().reshape(-1),
-        dy.numpy().reshape(-1),
-        dgate_up.numpy().reshape(-1),
+        *(x.detach().numpy().reshape(-1) for x in (gate_up, dy, dgate_up, y)),
         num_columns,
     )
-    return dgate_up
+    return dgate_up, y
 
 
 class _SiluMul(torch.autograd.Function):
@@ -171,4 +177,5 @@ class _SiluMul(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return _silu_mul_backward(*ctx.saved_tensors, dy)
+        (gate_up,) = ctx.saved_tensors
+        return _silu_mul_backward_triton(gate_up, dy) if dy.is_cuda else _silu_mul_backward_cpu(gate_up, dy)[0]

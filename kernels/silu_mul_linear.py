@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lockstep.kernels.row_parallel_linear import row_parallel_linear
-from lockstep.kernels.silu_mul import silu_mul
+from lockstep.kernels.silu_mul import silu_mul, silu_mul_backward
 
 
 def silu_mul_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None = None, splits: int = 1) -> Tensor:
@@ -35,12 +35,10 @@ class _SiluMulLinear(torch.autograd.Function):
         gate_up, weight = ctx.saved_tensors
         needs_gate_up, needs_weight, needs_bias, _ = ctx.needs_input_grad
         dy_MN = dy.reshape(-1, dy.shape[-1])
-        with torch.enable_grad():
-            gate_up = gate_up.detach().requires_grad_(needs_gate_up)
-            activated = silu_mul(gate_up)
-        dgate_up = None
         if needs_gate_up:
-            dactivated = (dy_MN @ weight).view(activated.shape)
-            (dgate_up,) = torch.autograd.grad(activated, gate_up, dactivated)
-        dweight = dy_MN.t() @ activated.detach().reshape(-1, weight.shape[1]) if needs_weight else None
+            dactivated = (dy_MN @ weight).view(*dy.shape[:-1], weight.shape[1])
+            dgate_up, activated = silu_mul_backward(gate_up, dactivated)
+        else:
+            dgate_up, activated = None, silu_mul(gate_up)
+        dweight = dy_MN.t() @ activated.reshape(-1, weight.shape[1]) if needs_weight else None
         return dgate_up, dweight, dy_MN.sum(0) if needs_bias else None, None

@@ -1,11 +1,15 @@
 """The sum of a tensor's squares as an integer, which no order of the additions can change."""
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lockstep.kernels._cpu import exact_njit
+
 DIGIT_BITS = 26  # 2^37 digits of so many bits add up in an int64 without overflow
+_DIGIT = 2.0**DIGIT_BITS
 _CHUNK_ELEMENTS = 1 << 22
 _BLOCK = 4096
 
@@ -19,11 +23,11 @@ def square_sum(x: Tensor, exponent: int) -> Tensor:
     The sum of the squares is 2^(2 * exponent) * (high * 2^26 + low) / 2^52. Not differentiable.
     """
     x = x.detach().reshape(-1)
-    return _square_sum_triton(x, exponent) if x.is_cuda else square_sum_reference(x, exponent)
+    return _square_sum_triton(x, exponent) if x.is_cuda else _square_sum_cpu(x, exponent)
 
 
 def square_sum_reference(x: Tensor, exponent: int) -> Tensor:
-    """The formula of `square_sum` in plain torch, in chunks that bound its memory; the CPU path."""
+    """The formula of `square_sum` in plain torch, in chunks that bound its memory."""
     sums = torch.zeros(2, dtype=torch.int64, device=x.device)
     for part in x.reshape(-1).split(_CHUNK_ELEMENTS):
         square = part.double().mul_(2.0**-exponent).square_().mul_(2.0**DIGIT_BITS)
@@ -31,6 +35,24 @@ def square_sum_reference(x: Tensor, exponent: int) -> Tensor:
         low = square.sub_(high).mul_(2.0**DIGIT_BITS).floor_()
         sums += torch.stack((high.to(torch.int64).sum(), low.to(torch.int64).sum()))
     return sums
+
+
+def _square_sum_cpu(x: Tensor, exponent: int) -> Tensor:
+    sums = torch.zeros(2, dtype=torch.int64)
+    _add_squares(x.float().numpy(), 2.0**-exponent, sums.numpy())
+    return sums
+
+
+@exact_njit
+def _add_squares(x, factor, sums):
+    high_sum, low_sum = np.int64(0), np.int64(0)
+    for i in range(x.size):
+        scaled = np.float64(x[i]) * factor
+        square = scaled * scaled * _DIGIT
+        high = np.floor(square)
+        high_sum += np.int64(high)
+        low_sum += np.int64((square - high) * _DIGIT)
+    sums[0], sums[1] = high_sum, low_sum
 
 
 def _square_sum_triton(x: Tensor, exponent: int) -> Tensor:

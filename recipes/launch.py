@@ -15,6 +15,9 @@ ENVIRONMENT_DEFAULTS = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "WANDB_ERROR_REPORTING": "false",  # wandb's own telemetry, which it sends in offline mode too
     "WANDB_SILENT": "true",
+    # By default an OpenMP thread out of work spins for milliseconds, on a core that numba's threads or other processes
+    # need. So many rounds are about 50 us.
+    "GOMP_SPINCOUNT": "1000",
 }
 NETWORK_TIMEOUT_S = 1.0
 

@@ -1,10 +1,10 @@
 """Training sequences laid end to end, without padding, in micro-batches of a bounded number of tokens."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
+import numpy as np
 import torch
 
 from lockstep.engine.transfer import to_device
@@ -77,14 +77,17 @@ class PackedBatch:
         return replace(self, **{n: to_device(t, device) for n, t in tensors.items() if isinstance(t, torch.Tensor)})
 
 
-def first_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of `lengths` in bins of at most max_tokens, each put in the first bin with room, in the given order.
+def first_fit(lengths: Sequence[int], max_tokens: int, order: Iterable[int] | None = None) -> list[list[int]]:
+    """Indices of `lengths` in bins of at most max_tokens, each put in the first bin with room, in order.
+
+    order: the indices to take; None: all, as they are.
 
     Raises ValueError for a length that is 0 or over max_tokens.
     """
     bins: list[list[int]] = []
     room: list[int] = []
-    for index, length in enumerate(lengths):
+    for index in range(len(lengths)) if order is None else order:
+        length = lengths[index]
         if not 0 < length <= max_tokens:
             raise ValueError(f"sequence {index} has {length} tokens, a micro-batch holds 1 to {max_tokens}")
         chosen = next((b for b, free in enumerate(room) if free >= length), None)
@@ -106,9 +109,9 @@ def deal(num_items: int, num_shares: int) -> list[slice]:
 
 def sequence_layout(lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """(positions int64 [T], cu_seqlens int32 [B+1]) of sequences laid end to end."""
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    return positions, cu_seqlens
+    ends = np.cumsum([0, *lengths])
+    positions = np.arange(ends[-1]) - np.repeat(ends[:-1], lengths)
+    return torch.from_numpy(positions), torch.from_numpy(ends.astype(np.int32))
 
 
 def pack(
@@ -118,7 +121,7 @@ def pack(
     temperature: float = 1.0,
     length: int | None = None,
 ) -> list[PackedBatch]:
-    """Lays the sequences of one step into micro-batches.
+    """Lays the sequences of one step into micro-batches; those whose advantages are all 0 share none with the others.
 
     aggregation: a key of AGGREGATIONS, which gives the weights; length: for "constant_length".
 
@@ -126,8 +129,7 @@ def pack(
     trained token 0, a missing or non-finite value of a trained token, a field that some sequences have and others lack,
     or a step without any trained token.
     """
-    for index, sequence in enumerate(sequences):
-        _check(index, sequence)
+    columns = [_columns(index, sequence) for index, sequence in enumerate(sequences)]
     for name in _COLUMNS:
         if len({getattr(sequence, name) is None for sequence in sequences}) > 1:
             raise ValueError(f"{name} are given for some sequences of the step and missing for others")
@@ -136,55 +138,70 @@ def pack(
         raise ValueError("no token of the step is trained on")
     counts = StepCounts(trained_counts, [sequence.group for sequence in sequences], length)
     weights = token_weights(aggregation, counts)
-    bins = first_fit([len(sequence.token_ids) for sequence in sequences], max_tokens)
-    return [_pack_bin([(sequences[i], weights[i]) for i in members], temperature) for members in bins]
+    lengths = [len(sequence.token_ids) for sequence in sequences]
+    has_advantage = np.array([column["advantages"].any() for column in columns])
+    bins = [
+        members
+        for indices in (np.flatnonzero(has_advantage), np.flatnonzero(~has_advantage))
+        for members in first_fit(lengths, max_tokens, indices.tolist())
+    ]
+    return [
+        _pack_bin(
+            [sequences[i] for i in members], [columns[i] for i in members], [weights[i] for i in members], temperature
+        )
+        for members in bins
+    ]
 
 
-def _check(index: int, sequence: TrainSequence) -> None:
-    num_tokens, mask = len(sequence.token_ids), sequence.loss_mask
-    columns = {"loss_mask": mask, "advantages": _per_token(sequence.advantage, num_tokens)}
-    columns |= {name: values for name in _COLUMNS if (values := getattr(sequence, name)) is not None}
-    for name, values in columns.items():
-        if len(values) != num_tokens:
-            raise ValueError(f"sequence {index}: {len(values)} {name} for {num_tokens} tokens")
+def _columns(index: int, sequence: TrainSequence) -> dict[str, np.ndarray]:
+    """The sequence's per-token fields that are given, in fp64, 0 where a token is not trained; checked."""
+    num_tokens = len(sequence.token_ids)
+    mask = np.array(sequence.loss_mask, dtype=bool)
+    if len(mask) != num_tokens:
+        raise ValueError(f"sequence {index}: {len(mask)} loss_mask for {num_tokens} tokens")
     if num_tokens and mask[0]:
         raise ValueError(f"sequence {index}: nothing predicts token 0, so its loss_mask must be false")
-    for name, values in columns.items():
-        for t, value in enumerate(values):
-            if mask[t] and (value is None or not math.isfinite(value)):
-                raise ValueError(f"sequence {index}: {name} of trained token {t} is {value}")
+    given = {"loss_mask": mask, "advantages": _per_token(sequence.advantage, num_tokens)}
+    given |= {name: values for name in _COLUMNS if (values := getattr(sequence, name)) is not None}
+    columns = {}
+    for name, values in given.items():
+        if len(values) != num_tokens:
+            raise ValueError(f"sequence {index}: {len(values)} {name} for {num_tokens} tokens")
+        column = np.array(values, dtype=np.float64)  # None becomes NaN
+        unusable = mask & ~np.isfinite(column)
+        if unusable.any():
+            t = int(unusable.argmax())
+            raise ValueError(f"sequence {index}: {name} of trained token {t} is {values[t]}")
+        columns[name] = np.where(mask, column, 0.0)
+    return columns
 
 
 def _per_token(value: float | Sequence[float], num_tokens: int) -> Sequence[float]:
     return [value] * num_tokens if isinstance(value, int | float) else value
 
 
-def _pack_bin(members: list[tuple[TrainSequence, float]], temperature: float) -> PackedBatch:
-    token_ids, targets, weights, advantages = [], [], [], []
-    columns: dict[str, list[float]] = {name: [] for name in _COLUMNS.values()}
-    for sequence, token_weight in members:
-        # Token t+1 is predicted at row t; the last row predicts nothing.
-        trained = [*map(bool, sequence.loss_mask[1:]), False]
-
-        def rows(values: Sequence[float | None], trained: list[bool] = trained) -> list[float]:
-            return [float(v) if t else 0.0 for t, v in zip(trained, [*values[1:], 0.0], strict=True)]
-
-        token_ids += sequence.token_ids
-        targets += [*sequence.token_ids[1:], 0]
-        weights += [token_weight if t else 0.0 for t in trained]
-        advantages += rows(_per_token(sequence.advantage, len(trained)))
-        for name, column in _COLUMNS.items():
-            if (values := getattr(sequence, name)) is not None:
-                columns[column] += rows(values)
-    columns["old_logprobs"] = columns["old_logprobs"] or [0.0] * len(token_ids)
-    positions, cu_seqlens = sequence_layout([len(sequence.token_ids) for sequence, _ in members])
+def _pack_bin(
+    sequences: list[TrainSequence], columns: list[dict[str, np.ndarray]], weights: list[float], temperature: float
+) -> PackedBatch:
+    """columns: of `_columns`, and weights: of a token, for each sequence."""
+    # Token t+1 is predicted at row t; the last row predicts nothing.
+    rows = {
+        name: np.concatenate([part for column in columns for part in (column[name][1:], [0.0])]) for name in columns[0]
+    }
+    lengths = [len(sequence.token_ids) for sequence in sequences]
+    rows["loss_mask"] *= np.repeat(weights, lengths)
+    tensors = {name: torch.from_numpy(values.astype(np.float32)) for name, values in rows.items()}
+    positions, cu_seqlens = sequence_layout(lengths)
+    token_ids = [np.array(sequence.token_ids, dtype=np.int64) for sequence in sequences]
+    targets = [part for ids in token_ids for part in (ids[1:], [0])]
     return PackedBatch(
-        token_ids=torch.tensor(token_ids),
+        token_ids=torch.from_numpy(np.concatenate(token_ids)),
         positions=positions,
         cu_seqlens=cu_seqlens,
-        targets=torch.tensor(targets),
-        weights=torch.tensor(weights),
-        advantages=torch.tensor(advantages),
-        **{name: torch.tensor(column) if column else None for name, column in columns.items()},
+        targets=torch.from_numpy(np.concatenate(targets)),
+        weights=tensors["loss_mask"],
+        advantages=tensors["advantages"],
+        **{column: tensors.get(name) for name, column in _COLUMNS.items() if name != "logprobs"},
+        old_logprobs=tensors.get("logprobs", torch.zeros(sum(lengths))),
         temperature=temperature,
     )

@@ -93,6 +93,7 @@ class TrainingPasses(_Passes):
     """Losses and gradients; `parts[m]` on the last stage: the micro-batch's part of the loss and of the stats.
 
     sums: per chunk, what becomes of its gradients. run_of: per micro-batch, the number of its run (see GradientSums).
+    On a CPU, a micro-batch whose loss has no gradient takes no backward pass.
     """
 
     def __init__(
@@ -109,7 +110,9 @@ class TrainingPasses(_Passes):
         self._batches, self._loss, self._sums, self._run_of = batches, loss, sums, run_of
         self._runs_ended = [0] * len(self.chunks)
         # (stage, micro-batch) -> what the stage was given, what it made of that, where the tied head's gradient goes.
-        self._kept: dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor, list[torch.Tensor]]] = {}
+        # The second is None where the loss has no gradient.
+        self._kept: dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor | None, list[torch.Tensor]]] = {}
+        self._asks_for_gradient = self.ranks.sizes.num_stages == 1 and self.device.type == "cpu"
 
     def forward(self, stage: int, micro_batch: int, hidden: torch.Tensor | None) -> torch.Tensor | None:
         model = self.chunks[self.chunk_of(stage)]
@@ -122,7 +125,9 @@ class TrainingPasses(_Passes):
         inputs = self.micro_batches[micro_batch].on(self.device)
         output = model(*inputs, hidden, embedding_weight)
         if model.post_process:
-            output = self._total_loss(micro_batch, *output)
+            head_output, output = output, self._total_loss(micro_batch, *output)
+            if self._asks_for_gradient and not _has_gradient(output, head_output):
+                output = None
         self._kept[stage, micro_batch] = hidden, output, head_gradient
         return None if model.post_process else output.detach()
 
@@ -152,6 +157,8 @@ class TrainingPasses(_Passes):
         hidden, output, expected_head_gradient = self._kept.pop((stage, micro_batch))
         if head_gradient is not None:
             expected_head_gradient.append(head_gradient)
+        if output is None:
+            return None, None
         output.backward(gradient)
         tied_copy = self.chunks[chunk].tied_copy
         given_head_gradient = None
@@ -169,6 +176,13 @@ class TrainingPasses(_Passes):
         for _ in range(self._runs_ended[chunk], num_runs):
             self._sums[chunk].end_run()
         self._runs_ended[chunk] = max(num_runs, self._runs_ended[chunk])
+
+
+def _has_gradient(loss: torch.Tensor, head_output: Sequence[torch.Tensor | None]) -> bool:
+    """Whether any gradient of the loss by what the head gave is not 0; it is 0 where all advantages are, as a rule."""
+    inputs = [values for values in head_output if values is not None]
+    gradients = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+    return any(bool(gradient.any()) for gradient in gradients if gradient is not None)
 
 
 class _WithSecondGradient(torch.autograd.Function):

@@ -48,7 +48,13 @@ def test_pack_against_a_slow_oracle(sequences, max_tokens, aggregation):
             pack(sequences, max_tokens, aggregation)
         return
     batches = pack(sequences, max_tokens, aggregation, temperature=0.5)
-    bins = first_fit([len(s.token_ids) for s in sequences], max_tokens)
+    lengths = [len(s.token_ids) for s in sequences]
+    has_advantage = [any(s.loss_mask) and s.advantage != 0.0 for s in sequences]
+    bins = [
+        members
+        for wanted in (True, False)
+        for members in first_fit(lengths, max_tokens, [i for i, has in enumerate(has_advantage) if has == wanted])
+    ]
     assert len(batches) == len(bins)
     assert sum(batch.weights.double().sum().item() for batch in batches) == pytest.approx(1.0, abs=1e-6)
     for batch, members in zip(batches, bins, strict=True):
@@ -72,6 +78,7 @@ def test_pack_against_a_slow_oracle(sequences, max_tokens, aggregation):
 
 def test_first_fit_fills_the_first_bin_with_room():
     assert first_fit([5, 4, 3, 6, 1, 2], 9) == [[0, 1], [2, 3], [4, 5]]
+    assert first_fit([5, 4, 3, 6, 1, 2], 9, [5, 3, 1]) == [[5, 3], [1]]
     with pytest.raises(ValueError, match="sequence 1 has 10 tokens"):
         first_fit([3, 10], 9)
     with pytest.raises(ValueError, match="sequence 0 has 0 tokens"):

@@ -8,7 +8,7 @@ import torch
 import transformers
 from models import make_hf_model
 
-from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig, publish
+from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig, passes, publish
 from lockstep.trainer_bridge.losses import grpo_loss, sft_loss
 from lockstep.trainer_bridge.packing import TrainSequence, pack
 
@@ -79,6 +79,34 @@ def test_micro_batches_add_up_to_one_batch(model_dir, aggregation):
     for _, stats in results[1:]:
         # Sums over rows are cut in other places, so the last bits of fp32 sums differ.
         assert stats == pytest.approx(results[0][1], rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("kl_coefficient", [0.0, 0.1])
+def test_backward_passes_without_gradient_are_left_out(model_dir, monkeypatch, kl_coefficient):
+    """Which changes no bit; where a KL penalty reaches sequences without advantages, none is left out."""
+
+    def train():
+        trainer = MegatronTrainer(TrainerConfig(model=model_dir, learning_rate=1e-2))
+        tokens = sequences()
+        logprobs = trainer.logprobs(tokens)
+        reference = [[None if x is None else x - 0.5 for x in row] for row in logprobs]
+        training = [
+            TrainSequence(t, [False, *[True] * (len(t) - 1)], float(i % 2), logprobs[i], reference[i])
+            for i, t in enumerate(tokens)
+        ]
+        batches = pack(training, 4096)
+        assert [bool(batch.advantages.any()) for batch in batches] == [True, False]
+        num_passes = []
+        accumulate = trainer.optimizers[0].gradients.accumulate
+        monkeypatch.setattr(trainer.optimizers[0].gradients, "accumulate", lambda: (num_passes.append(1), accumulate()))
+        stats = trainer.step(batches, functools.partial(grpo_loss, kl_coefficient=kl_coefficient))
+        return trainer.weights_hash(), stats, len(num_passes)
+
+    *result, num_passes = train()
+    monkeypatch.setattr(passes, "_has_gradient", lambda loss, head_output: True)
+    *expected, num_all_passes = train()
+    assert result == expected
+    assert (num_passes, num_all_passes) == (2 if kl_coefficient else 1, 2)
 
 
 def test_same_seed_same_weights(model_dir):
