@@ -18,7 +18,7 @@ def _parse(raw: Mapping[str, Any]) -> dict[str, Any]:
         "layer_windows": (None,) * raw["num_hidden_layers"],
         "mla": parse_mla(raw, rope_interleaved=read_flag(raw, "rope_interleave")),
         "moe": parse_moe_v3(raw),
-        "num_mtp_layers": raw.get("num_nextn_predict_layers") or 0,
+        "num_mtp_layers": raw["num_nextn_predict_layers"] or 0,
     }
 
 
@@ -44,6 +44,7 @@ FAMILY = Family(
         "topk_group": 4,
         "norm_topk_prob": True,
         "rope_interleave": True,
+        "num_nextn_predict_layers": 1,
     },
     parse=_parse,
     table=LATENT_DECODER_TABLE,
