@@ -29,6 +29,7 @@ ray = pytest.importorskip("ray")
 from lockstep.recipes.cluster import remote_engines, remote_trainer  # noqa: E402
 from lockstep.recipes.cluster.ray_cluster import RayCluster  # noqa: E402
 
+pytestmark = pytest.mark.timeout(900)  # each test starts Ray and several processes
 CONFIG = ClusterConfig(kind="ray", num_engines=2, stall_timeout_s=60.0, publish_timeout_s=60.0)
 
 
