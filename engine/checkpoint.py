@@ -128,11 +128,11 @@ def _listing(title: str, names: Iterable[str], limit: int = 20) -> str:
 def _check(files: _TensorFiles, path: Path, entries: list[Entry], config: ModelConfig) -> None:
     """Raises CheckpointError, naming every tensor at fault, before any weight has been read."""
     expected = {name: shape for entry in entries for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True)}
-    # Checkpoints written by transformers before 4.32 hold the rotary frequencies, which are a function of config.json.
     behind = range(config.num_layers, config.num_layers + config.num_mtp_layers)
     ignored = tuple(f"model.layers.{layer}." for layer in behind)
-    found = {name for name in files.names() if not name.endswith(".rotary_emb.inv_freq")}
-    found = {name for name in found if not name.startswith(ignored)}
+    found = {name for name in files.names() if not name.startswith(ignored)}
+    # Checkpoints written by transformers before 4.32 hold the rotary frequencies, which are a function of config.json.
+    found = {name for name in found if not name.endswith(".rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
         found -= {_HEAD}
     wrong = []

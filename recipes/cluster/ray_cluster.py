@@ -43,6 +43,7 @@ class RayCluster:
     ):
         _check(config, trainer, engine)
         self._config = config
+        self._model = load_model_config(engine.model)
         self._started_ray = not ray.is_initialized()
         if self._started_ray:
             _start_ray(config)
@@ -117,7 +118,7 @@ class RayCluster:
                 f"an engine was lost while the trainer went on from version {self._version}, which no one can send any "
                 "more; resume the run from its last checkpoint"
             )
-        layout = engine_layout(load_model_config(self.engine.config.model))
+        layout = engine_layout(self._model)
         kind = "disk" if self._config.transport == "disk" else "distributed"  # engines are on devices of their own
         meeting = self._new_meeting(kind, plan_transfers(layout, layout), num_senders=1, num_engines=1)
         deadline = time.monotonic() + self._config.publish_timeout_s
@@ -172,9 +173,8 @@ class RayCluster:
 
     def _meet(self, engines: Sequence[int]) -> Meeting:
         if self._meeting is None or list(engines) != self._meeting_engines:
-            model = load_model_config(self.engine.config.model)
-            sources = trainer_layout(model, self.trainer.config.parallel_sizes(self._config.trainer_ranks))
-            targets = engine_layout(model, num_replicas=self._config.num_engines)
+            sources = trainer_layout(self._model, self.trainer.config.parallel_sizes(self._config.trainer_ranks))
+            targets = engine_layout(self._model, num_replicas=self._config.num_engines)
             # Planned for all engines, so that each keeps the sender that is its neighbour.
             plan = [
                 replace(transfer, target_rank=engines.index(transfer.target_rank))
@@ -189,12 +189,11 @@ class RayCluster:
 
     def _new_meeting(self, kind: str, plan: Sequence[Transfer], num_senders: int, num_engines: int) -> Meeting:
         self._num_meetings += 1
-        model = load_model_config(self.engine.config.model)
         return Meeting(
             name=f"meeting {self._num_meetings}",
             kind=kind,
             plan=plan,
-            itemsizes=itemsizes(model, getattr(torch, self.engine.config.dtype)),
+            itemsizes=itemsizes(self._model, getattr(torch, self.engine.config.dtype)),
             num_senders=num_senders,
             num_engines=num_engines,
             store=self.trainer.store,

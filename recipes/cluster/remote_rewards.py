@@ -41,12 +41,12 @@ class RemoteRewards:
 
     def build(self, terms: Mapping[str, Any] | str, task: Task) -> Reward:
         """As `build_reward`, on every worker; once for the same terms and task. Raises what it raises there."""
-        known = [of is task and had == terms for had, of in self._built]
-        if True not in known:
-            self._call(dict.fromkeys(range(len(self.actors)), ("build", terms, task)))
-            self._built.append((terms, task))
-            known.append(True)
-        return partial(self._score, known.index(True))
+        for which, (known_terms, known_task) in enumerate(self._built):
+            if known_task is task and known_terms == terms:
+                return partial(self._score, which)
+        self._call(dict.fromkeys(range(len(self.actors)), ("build", terms, task)))
+        self._built.append((terms, task))
+        return partial(self._score, len(self._built) - 1)
 
     def _score(self, which: int, completions: Sequence[Completion]) -> list[float]:
         shares = deal(len(completions), len(self.actors))
