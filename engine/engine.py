@@ -209,6 +209,8 @@ class Engine(Serving):
                 request.detokenizer = Detokenizer(self.tokenizer, request.params.stop)
             if request.params.edits_logits:
                 self.editing.append(request)
+            end_of_sequence = () if request.params.ignore_eos else self.model_config.eos_token_ids
+            request.stop_ids = frozenset((*request.params.stop_token_ids, *end_of_sequence))
             self.scheduler.add(request)
 
     def step(self) -> list[Request]:
@@ -598,25 +600,19 @@ class Engine(Serving):
 
     def _generation_end(self, request: Request) -> str | None:
         """Why the request ends with one of its new tokens, if it does; those after that one are forgotten."""
-        for num_tokens in range(request.num_judged + 1, len(request.tokens) + 1):
-            self.generated_tokens += 1
-            reason = self._end_at(request, num_tokens)
+        tokens, first, reason = request.tokens, request.num_judged, None
+        for index in range(first, len(tokens)):
+            token = tokens[index]
+            if token in request.stop_ids or (request.detokenizer is not None and request.detokenizer.append(token)):
+                reason = "stop"
+            elif index + 1 >= request.max_tokens:
+                reason = "length"
             if reason is not None:
-                request.cut(num_tokens)
-                return reason
-        request.num_judged = len(request.tokens)
-        return None
-
-    def _end_at(self, request: Request, num_tokens: int) -> str | None:
-        """Why the request ends with the last of its first num_tokens tokens; asked once for each token, in order."""
-        params, token = request.params, request.tokens[num_tokens - 1]
-        if token in params.stop_token_ids or (not params.ignore_eos and token in self.model_config.eos_token_ids):
-            return "stop"
-        if request.detokenizer is not None and request.detokenizer.append(token):
-            return "stop"
-        if num_tokens - request.num_prompt >= params.max_tokens or num_tokens >= self.max_model_len:
-            return "length"
-        return None
+                request.cut(index + 1)
+                break
+        request.num_judged = len(tokens)
+        self.generated_tokens += len(tokens) - first
+        return reason
 
 
 def _load_tokenizer(path: str):

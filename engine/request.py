@@ -144,7 +144,7 @@ class RequestOutput:
 class Request:
     """One sample in the making, or one sequence to score or to reward. Compared and hashed by identity.
 
-    The engine writes tokens, logprobs and weight_versions (through `append`), or the reward. The runner counts in
+    The engine writes tokens, logprobs and weight_versions (through `extend`), or the reward. The runner counts in
     `num_pending` what it has launched and not collected. Speculation writes the next six, the scheduler everything
     below those. The runner may keep a copy of `pages` in its page table: it copies the entries from num_pages_synced on
     and sets num_pages_synced to their number; the scheduler lowers it where it replaces pages.
@@ -185,6 +185,7 @@ class Request:
     num_preemptions: int = 0
     cache_handle: CacheHandle | None = None
     detokenizer: Detokenizer | None = None  # of a request with stop strings
+    stop_ids: frozenset[int] = frozenset()  # tokens that end the request
     num_judged: int = field(init=False)  # leading tokens that were looked at for the request's end
 
     def __post_init__(self) -> None:
@@ -204,10 +205,10 @@ class Request:
     def output_ids(self) -> list[int]:
         return self.tokens[len(self.prompt_ids) :]
 
-    def append(self, token: int, logprob: float, weight_version: int) -> None:
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        self.weight_versions.append(weight_version)
+    def extend(self, tokens: Sequence[int], logprobs: Sequence[float], weight_version: int) -> None:
+        self.tokens += tokens
+        self.logprobs += logprobs
+        self.weight_versions += [weight_version] * len(tokens)
 
     def cut(self, num_tokens: int) -> None:
         """Forgets the outputs after the first num_tokens tokens, prompt included."""

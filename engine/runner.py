@@ -20,7 +20,7 @@ from lockstep.engine.speculation.draft_runner import DraftRunner, TargetStep
 from lockstep.engine.speculation.eagle import Chain, EagleDrafter
 from lockstep.engine.speculation.step_graphs import StepGraphs
 from lockstep.engine.speculation.step_rows import MAX_VERIFY_ITEMS, StepSize, pack, unpack
-from lockstep.engine.speculation.verification import Verified, num_valid, rows_to_draw
+from lockstep.engine.speculation.verification import Verified, num_valid, taken_drafts
 from lockstep.engine.transfer import to_device, to_host
 from lockstep.kernels.attention_plan import GROUP_ROWS, Groups, num_attention_items, plan_attention
 from lockstep.kernels.attention_triton import KV_TILE
@@ -171,13 +171,17 @@ class Runner:
         chains: and drafts for their next step, where there is a draft model.
         """
         # On a GPU decodes and prefills take different attention kernels, so each kind's rows lie together.
-        chunks = sorted(batch.chunks, key=_is_prefill) if self.on_gpu else batch.chunks
+        chunks, num_decodes = batch.chunks, 0
+        if self.on_gpu and batch.has_one_token_each:
+            num_decodes = len(chunks)
+        elif self.on_gpu:
+            chunks = sorted(chunks, key=_is_prefill)
+            num_decodes = sum([chunk.length == 1 for chunk in chunks])
         new_pages = self._new_pages(chunks)
         self._put_pages(new_pages)
-        if self.on_gpu and self.group_prefixes and not _is_prefill(chunks[-1]):
+        if self.group_prefixes and num_decodes == len(chunks):
             order = order_by_prefix(self.host_page_table, [chunk.request.slot for chunk in chunks])
             chunks = [chunks[index] for index in order]
-        num_decodes = sum([chunk.length == 1 for chunk in chunks]) if self.on_gpu else 0
         drawing = [chunk.request for chunk in chunks if chunk.samples]
         drafts = [chunk.drafts for chunk in chunks if chunk.samples]
         rows = _rows(chunks, batch.num_tokens)
@@ -186,7 +190,7 @@ class Runner:
             (logits, aux, hidden), slots = self.graphs.run(rows, self._groups(rows))
             if self.observer is not None:
                 self.observer(chunks, hidden, aux)
-            tokens, logprobs = self._draw(logits, drawing, drafts, slots)
+            tokens, logprobs = self._draw(logits, rows, drawing, drafts, slots)
             drafted = self._follow_graph(rows, chunks, aux, tokens, chains)
         elif self.verify_graphs is not None and (size := self._verify_size(chunks, num_decodes)) is not None:
             packed = pack(rows, drawing, [chunk.length for chunk in chunks], self.page_size, size)
@@ -194,7 +198,7 @@ class Runner:
             num_rows = rows.shape[1]
             if self.observer is not None:
                 self.observer(chunks, hidden[:num_rows], aux[:num_rows])
-            tokens, logprobs = self._draw(logits[:num_rows], drawing, drafts, slots[:num_rows])
+            tokens, logprobs = self._draw(logits[:num_rows], rows, drawing, drafts, slots[:num_rows])
             drafted = self._follow_graph(rows, chunks, aux[:num_rows], tokens, chains)
         else:
             step = _rank_step(rows, chunks, num_decodes, new_pages)
@@ -231,25 +235,24 @@ class Runner:
         tokens, logprobs = step.tokens.tolist(), step.logprobs.tolist()
         broken, verified = [], []
         chains = [] if step.chains is None else step.chains.tolist()
-        first = 0
+        end = 0
         for place, (request, drafts) in enumerate(zip(step.drawing, step.drafts, strict=True)):
-            rows = range(first, first + 1 + len(drafts))
-            first = rows.stop
+            first, end = end, end + 1 + len(drafts)
             request.num_pending -= 1
             if request.finish_reason is not None:
                 continue
+            stop = end
             if drafts:
                 verified.append(Verified(request, len(drafts), len(request.logprobs)))
-                rows = rows[: num_valid(tokens[first - len(rows) : first], drafts)]
-            elif tokens[rows.start] < 0:
-                rows = rows[:0]
-            if not rows:
+                stop = first + num_valid(tokens[first:end], drafts)
+            elif tokens[first] < 0:
+                stop = first
+            if stop == first:
                 broken.append(request)
             elif request.kind == "reward":
-                request.reward = logprobs[rows.start]
+                request.reward = logprobs[first]
                 continue
-            for row in rows:
-                request.append(tokens[row], logprobs[row], step.weight_version)
+            request.extend(tokens[first:stop], logprobs[first:stop], step.weight_version)
             if chains:
                 request.drafter_state = Chain(len(request.tokens), chains[place])
         for chunk, scores in step.scored:
@@ -270,7 +273,7 @@ class Runner:
         logits, slots, hidden, computed = self._logits(step)
         if self.observer is not None:
             self.observer(chunks, hidden, computed.aux)
-        tokens, logprobs = self._draw(logits, drawing, drafts, slots)
+        tokens, logprobs = self._draw(logits, step.rows[:, step.drawing], drawing, drafts, slots)
         scored = [chunk for chunk in chunks if chunk.request.kind == "score"]
         scores = [
             (chunk, to_host(self._scores(hidden[first:end], chunk)))
@@ -418,7 +421,10 @@ class Runner:
         return find_groups(pages, positions + 1, self.page_size, KV_TILE, self.group_requests)
 
     def _new_pages(self, chunks: Sequence[Chunk]) -> np.ndarray:
-        """int64 [2, N]: places in the page table, as one row, and the pages that the requests have gained there."""
+        """int64 [2, N]: places in the page table, as one row, and the pages that the requests have gained there.
+
+        A request's first page is where it begins to run.
+        """
         width = self.host_page_table.shape[1]
         places: list[int] = []
         pages: list[int] = []
@@ -426,6 +432,8 @@ class Runner:
             request = chunk.request
             synced, held = request.num_pages_synced, request.pages
             if synced < len(held):
+                if synced == 0:
+                    self.sampler.enter(request)
                 places += range(request.slot * width + synced, request.slot * width + len(held))
                 pages += held[synced:]
                 request.num_pages_synced = len(held)
@@ -443,20 +451,23 @@ class Runner:
     def _draw(
         self,
         logits: torch.Tensor | None,
+        rows: np.ndarray,
         drawing: list[Request],
         drafts: list[Sequence[int]],
         slots: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draws for each request; the tokens are pending then. Returns tokens and log-probs.
 
+        rows: [3, R] of the R rows of `logits`; slots: their slots, on the device.
         Of several rows of a request, whichever is last in `last_tokens` will not be read: no step follows unseen.
         """
         if logits is None:
             return torch.empty(0, dtype=torch.int64), torch.empty(0)
         if self.has_scalar_head:
             return self._values(logits, drawing)
-        rows = rows_to_draw(drawing, drafts) if any(drafts) else (drawing,)
-        tokens, logprobs = self.sampler.draw(logits, *rows)
+        _, host_slots, positions = rows
+        taken = taken_drafts(drafts) if any(drafts) else None
+        tokens, logprobs = self.sampler.draw(logits, host_slots, positions + 1, taken)
         if self.model.ranks is not None:
             self.model.ranks.broadcast(tokens)
         self.last_tokens.index_copy_(0, slots, tokens)

@@ -28,11 +28,28 @@ class Sampler:
         self.truncates = np.zeros(num_slots, bool)
         self.edits_logits = np.zeros(num_slots, bool)
 
-    def draw(
-        self, logits: torch.Tensor, requests: Sequence[Request], drafted: Sequence[Sequence[int]] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """logits: [B, V], one row per request. Returns the tokens drawn, int64 [B], and their log-probs, fp32 [B].
+    def enter(self, request: Request) -> None:
+        """A request begins to run, in its slot."""
+        slot, params = request.slot, request.params
+        self.occupants[slot] = request
+        self.temperature[slot] = params.temperature
+        self.top_p[slot] = params.top_p
+        self.top_k[slot] = params.top_k
+        self.min_p[slot] = params.min_p
+        self.seed[slot] = request.seed
+        self.truncates[slot] = params.truncates
+        self.edits_logits[slot] = params.edits_logits
 
+    def draw(
+        self,
+        logits: torch.Tensor,
+        slots: np.ndarray,
+        positions: np.ndarray,
+        drafted: Sequence[Sequence[int]] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """logits: [B, V]. Returns the tokens drawn, int64 [B], and their log-probs, fp32 [B].
+
+        slots, positions: int64 [B], of the request of a row, and of the token that is drawn.
         drafted: per row, what to draw as if the request's tokens went on with; a request may then have several rows.
 
         A row whose logits hold no number to draw from gets token -1.
@@ -40,45 +57,21 @@ class Sampler:
         The log-prob is of log-softmax(logits / temperature), before penalties, bias and truncation (at temperature 1
         for greedy requests): the number that a trainer, which knows only the weights, computes for the token.
         """
-        slots = np.array([self._slot(request) for request in requests])
-        positions = [request.num_tokens for request in requests]
-        if drafted is not None:
-            positions = [position + len(tokens) for position, tokens in zip(positions, drafted, strict=True)]
-        integers = np.stack((positions, self.seed[slots], self.top_k[slots]))
-        reals = np.stack((self.temperature[slots], self.top_p[slots], self.min_p[slots]))
-        sent = self._send(np.concatenate((integers.view(np.float32).ravel(), reals.ravel())))  # in one copy
+        integers = np.concatenate((positions, self.seed[slots], self.top_k[slots]))
+        reals = (self.temperature[slots], self.top_p[slots], self.min_p[slots])
+        sent = self._send(np.concatenate((integers.view(np.float32), *reals)))  # in one copy
         positions, seeds, top_k = sent[: 2 * integers.size].view(torch.int64).view(3, -1)
         temperature, top_p, min_p = sent[2 * integers.size :].view(3, -1)
         parameters = (temperature, top_k, top_p, min_p, seeds, positions)
-        edited_rows = np.flatnonzero(self.edits_logits[slots])
-        if len(edited_rows) == 0:
+        if not self.edits_logits[slots].any():
             return sample_with_log_probs(logits, *parameters, truncates=bool(self.truncates[slots].any()))
-        tokens = sample(self._edited(logits, requests, edited_rows, drafted), *parameters)
+        tokens = sample(self._edited(logits, slots, drafted), *parameters)
         return tokens, token_log_probs(logits, tokens, temperature)
 
-    def _slot(self, request: Request) -> int:
-        slot = request.slot
-        if self.occupants[slot] is not request:
-            self.occupants[slot] = request
-            params = request.params
-            self.temperature[slot] = params.temperature
-            self.top_p[slot] = params.top_p
-            self.top_k[slot] = params.top_k
-            self.min_p[slot] = params.min_p
-            self.seed[slot] = request.seed
-            self.truncates[slot] = params.truncates
-            self.edits_logits[slot] = params.edits_logits
-        return slot
-
-    def _edited(
-        self,
-        logits: torch.Tensor,
-        requests: Sequence[Request],
-        rows: np.ndarray,
-        drafted: Sequence[Sequence[int]] | None,
-    ) -> torch.Tensor:
+    def _edited(self, logits: torch.Tensor, slots: np.ndarray, drafted: Sequence[Sequence[int]] | None) -> torch.Tensor:
         """The logits with penalties and biases, in fp32; the given ones stay, since the log-probs need them."""
-        edited = [requests[row] for row in rows]
+        rows = np.flatnonzero(self.edits_logits[slots])
+        edited = [self.occupants[slots[row]] for row in rows]
         outputs = [request.output_ids for request in edited]
         if drafted is not None:
             outputs = [[*output, *drafted[row]] for output, row in zip(outputs, rows, strict=True)]

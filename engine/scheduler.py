@@ -61,6 +61,10 @@ class StepBatch(NamedTuple):
     chunks: list[Chunk]
     num_tokens: int
 
+    @property
+    def has_one_token_each(self) -> bool:
+        return len(self.chunks) == self.num_tokens
+
 
 class _Hold(NamedTuple):
     """A waiting request waits until `owner` has computed the first `num_tokens` tokens, which both have."""

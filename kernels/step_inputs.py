@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lockstep.kernels._cpu import address_of, exact_njit, row64
+
 
 def step_inputs(
     tokens: Tensor, requests: Tensor, positions: Tensor, last_tokens: Tensor, page_table: Tensor, page_size: int
@@ -19,18 +21,37 @@ def step_inputs(
     """
     if tokens.is_cuda:
         return _step_inputs_triton(tokens, requests, positions, last_tokens, page_table, page_size)
-    return step_inputs_reference(tokens, requests, positions, last_tokens, page_table, page_size)
+    return _step_inputs_cpu(tokens, requests, positions, last_tokens, page_table, page_size)
 
 
-def step_inputs_reference(
+def _step_inputs_cpu(
     tokens: Tensor, requests: Tensor, positions: Tensor, last_tokens: Tensor, page_table: Tensor, page_size: int
 ) -> tuple[Tensor, Tensor]:
-    """`step_inputs` in plain torch."""
-    is_real = requests >= 0
-    row = requests.clamp(min=0)
-    token_ids = torch.where(tokens >= 0, tokens, last_tokens[row])
-    slots = page_table[row, positions // page_size].long() * page_size + positions % page_size
-    return torch.where(is_real, token_ids, 0), torch.where(is_real, slots, -1)
+    num_rows = tokens.shape[0]
+    token_ids, slots = torch.empty(2, num_rows, dtype=torch.int64)
+    arrays = [address_of(array, torch.int64) for array in (tokens, requests, positions, last_tokens, token_ids, slots)]
+    _step_inputs_rows(*arrays, page_table.numpy(), num_rows, last_tokens.shape[0], page_size)
+    return token_ids, slots
+
+
+@exact_njit
+def _step_inputs_rows(
+    tokens, requests, positions, last_tokens, token_ids, slots, page_table, num_rows, num_slots, page_size
+):
+    tokens, requests, positions, last_tokens = (
+        row64(tokens, 0, num_rows),
+        row64(requests, 0, num_rows),
+        row64(positions, 0, num_rows),
+        row64(last_tokens, 0, num_slots),
+    )
+    token_ids, slots = row64(token_ids, 0, num_rows), row64(slots, 0, num_rows)
+    for row in range(num_rows):
+        request, position = requests[row], positions[row]
+        if request < 0:
+            token_ids[row], slots[row] = 0, -1
+            continue
+        token_ids[row] = tokens[row] if tokens[row] >= 0 else last_tokens[request]
+        slots[row] = page_table[request, position // page_size] * page_size + position % page_size
 
 
 def _step_inputs_triton(

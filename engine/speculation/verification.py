@@ -24,12 +24,9 @@ class Verified(NamedTuple):
     num_outputs: int
 
 
-def rows_to_draw(
-    requests: Sequence[Request], drafts: Sequence[Sequence[int]]
-) -> tuple[list[Request], list[Sequence[int]]]:
-    """Per row that is drawn from: its request, and the drafts that it takes for the request's tokens."""
-    row_requests = [request for request, draft in zip(requests, drafts, strict=True) for _ in range(len(draft) + 1)]
-    return row_requests, [draft[:length] for draft in drafts for length in range(len(draft) + 1)]
+def taken_drafts(drafts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """Per row that is drawn from: the drafts that it takes for the request's tokens."""
+    return [draft[:length] for draft in drafts for length in range(len(draft) + 1)]
 
 
 def num_valid(draws: Sequence[int], drafts: Sequence[int]) -> int:

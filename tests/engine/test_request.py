@@ -74,8 +74,8 @@ def test_a_bad_value_is_named(name, value):
 def test_request_grows_and_leaves_the_prompt_alone():
     prompt = [5, 6, 7]
     request = Request(request_id=1, prompt_ids=prompt, params=SamplingParams())
-    request.append(8, -0.5, 3)
-    request.append(9, -0.25, 4)
+    request.extend([8], [-0.5], 3)
+    request.extend([9], [-0.25], 4)
     assert (request.num_prompt, request.output_ids, request.tokens) == (3, [8, 9], [5, 6, 7, 8, 9])
     assert (request.logprobs, request.weight_versions) == ([-0.5, -0.25], [3, 4])
     assert prompt == [5, 6, 7]

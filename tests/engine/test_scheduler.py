@@ -54,7 +54,7 @@ class World:
             request = chunk.request
             if chunk.samples:
                 token = hash((request.seed, *request.tokens)) % 4
-                request.append(token, 0.0, self.scheduler.version)
+                request.extend([token], [0.0], self.scheduler.version)
                 ends = len(request.output_ids) >= request.params.max_tokens or (token == 3 and request.seed % 3 == 0)
                 if ends or len(request.tokens) == self.config.max_model_len:
                     self.finish(request, "stop")

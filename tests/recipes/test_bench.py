@@ -3,12 +3,14 @@
 import json
 import os
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lockstep.engine.models.config import load_model_config
-from lockstep.recipes.bench import decode_profile, own_process
+from lockstep.recipes.bench import decode_profile, own_process, rl_suite
+from lockstep.recipes.bench.algorithms_suite import demo_config
 from lockstep.recipes.bench.candidates import CANDIDATES, candidates, engine_config
 from lockstep.recipes.bench.config import BenchConfig
 from lockstep.recipes.bench.decode_profile import busy_us, draw_timeline, gpu_spans, kind_of, length_us, summary
@@ -314,6 +316,23 @@ def test_the_speculation_suite(tiny, tmp_path):
     assert draft["tokens_per_step"] > 3.2, "a step without drafts, then three true ones and a draw a step"
     assert free["tokens_per_step"] > 3.6
     assert draft["draft_ms"] == pytest.approx(draft["step_ms"] - free["step_ms"])
+
+
+def test_the_rl_suite(tmp_path, monkeypatch):
+    demo = demo_config(tmp_path / "runs", scale=2 / 3)
+    small = replace(
+        demo,
+        warmup=replace(demo.warmup, steps=2),
+        rollout=replace(demo.rollout, prompts_per_step=2, samples_per_prompt=2, max_tokens=4),
+        evaluation=replace(demo.evaluation, num_problems=2, max_tokens=4),
+    )
+    monkeypatch.setattr(rl_suite, "demo_config", lambda runs_dir, scale: small)
+    monkeypatch.setattr(rl_suite, "train_ahead", rl_suite.train_here)  # a cluster has tests of its own
+    (rows,) = run(BenchConfig(suite="rl", device="cpu", repeats=1, output=str(tmp_path)))["tables"].values()
+    assert [row["trainer"] for row in rows] == ["lockstep", "lockstep, one step ahead"]
+    assert rows[0]["reward_last"] == rows[1]["reward_last"], "the same samples, as it is the same training here"
+    assert all(row["step_s"] > 0 for row in rows)
+    assert "2 steps of 2 x 2 samples" in (tmp_path / "bench_rl.md").read_text()
 
 
 def test_the_kernels_suite(tiny, tmp_path):

@@ -11,7 +11,7 @@ from lockstep.engine.speculation.ngram import NgramDrafter
 def request_of(prompt, outputs=()):
     request = Request(request_id=0, prompt_ids=prompt, params=SamplingParams())
     for token in outputs:
-        request.append(token, 0.0, 0)
+        request.extend([token], [0.0], 0)
     return request
 
 
@@ -42,7 +42,7 @@ def test_new_tokens_are_found_later():
     drafter, request = NgramDrafter(), request_of([1, 2])
     assert drafter.propose(request, 2) == []
     for token in (3, 1, 2):
-        request.append(token, 0.0, 0)
+        request.extend([token], [0.0], 0)
     assert drafter.propose(request, 2) == [3, 1]
 
 
@@ -57,6 +57,6 @@ def test_memory_is_bounded(monkeypatch):
     assert max(index.num_tokens for index in drafter._groups.values()) == 20
     request = request_of([50, 51])
     for token in range(100):
-        request.append(token % 7, 0.0, 0)
+        request.extend([token % 7], [0.0], 0)
         drafter.propose(request, 2)
     assert request.drafter_state.own.num_tokens == 20

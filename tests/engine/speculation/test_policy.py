@@ -47,7 +47,7 @@ def test_a_request_whose_drafts_fail_pauses():
     assert 5 < tries < 20
     for _ in range(10):
         assert not policy.allows(request)
-        request.append(3, 0.0, 0)
+        request.extend([3], [0.0], 0)
     assert policy.allows(request)
     for _ in range(50):
         policy.record_drafts(request, 1)
