@@ -103,8 +103,14 @@ def run(config: BenchConfig) -> dict[str, Any]:
         f"{demo.steps} steps of {demo.rollout.prompts_per_step} x {demo.rollout.samples_per_prompt} samples "
         f"({demo.steps * samples} in all) of at most {demo.rollout.max_tokens} tokens, GRPO, learning rate "
         f"{demo.trainer.learning_rate:g}, {demo.num_threads} threads; seconds are the median after the first step, "
-        f"and of {config.repeats} runs in turn; accuracy on {EVALUATED_PROBLEMS} held-out problems, greedy."
+        f"and of {config.repeats} runs in turn; accuracy on {EVALUATED_PROBLEMS} held-out problems, greedy.",
+        "One step ahead: cluster=ray buffer.max_staleness=1 num_threads=1, cluster.num_engines=1.",
     ]
+    if peers:
+        notes.append(
+            f"trl: GRPOConfig's defaults, so batches of {TRL_BATCH_SIZE} and gradient checkpointing; one batch: a "
+            "step's samples as one, without checkpointing."
+        )
     table = Table("GRPO on the demo's task", COLUMNS, rows, notes)
     show([table])
     return write_results(config, "rl", [table])
