@@ -146,8 +146,9 @@ class Request:
 
     The engine writes tokens, logprobs and weight_versions (through `extend`), or the reward. The runner counts in
     `num_pending` what it has launched and not collected. Speculation writes the next six, the scheduler everything
-    below those. The runner may keep a copy of `pages` in its page table: it copies the entries from num_pages_synced on
-    and sets num_pages_synced to their number; the scheduler lowers it where it replaces pages.
+    below those but the last three, which are the engine's. The runner may keep a copy of `pages` in its page table: it
+    copies the entries from num_pages_synced on and sets num_pages_synced to their number; the scheduler lowers it where
+    it replaces pages.
     """
 
     request_id: int

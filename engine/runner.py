@@ -170,18 +170,9 @@ class Runner:
 
         chains: and drafts for their next step, where there is a draft model.
         """
-        # On a GPU decodes and prefills take different attention kernels, so each kind's rows lie together.
-        chunks, num_decodes = batch.chunks, 0
-        if self.on_gpu and batch.has_one_token_each:
-            num_decodes = len(chunks)
-        elif self.on_gpu:
-            chunks = sorted(chunks, key=_is_prefill)
-            num_decodes = sum([chunk.length == 1 for chunk in chunks])
-        new_pages = self._new_pages(chunks)
+        new_pages = self._new_pages(batch.chunks)
         self._put_pages(new_pages)
-        if self.group_prefixes and num_decodes == len(chunks):
-            order = order_by_prefix(self.host_page_table, [chunk.request.slot for chunk in chunks])
-            chunks = [chunks[index] for index in order]
+        chunks, num_decodes = self._order(batch)
         drawing = [chunk.request for chunk in chunks if chunk.samples]
         drafts = [chunk.drafts for chunk in chunks if chunk.samples]
         rows = _rows(chunks, batch.num_tokens)
@@ -419,6 +410,23 @@ class Runner:
         _, slots, positions = rows
         pages = self.host_page_table[slots, : int(positions.max()) // self.page_size + 1]
         return find_groups(pages, positions + 1, self.page_size, KV_TILE, self.group_requests)
+
+    def _order(self, batch: StepBatch) -> tuple[list[Chunk], int]:
+        """The chunks in the order of their rows, and how many at its beginning take the attention kernel for decodes.
+
+        On a GPU decodes and prefills take different ones, so each kind's rows lie together; and where all are decodes,
+        those that share a prefix.
+        """
+        chunks = batch.chunks
+        if not self.on_gpu:
+            return chunks, 0
+        if not batch.has_one_token_each:
+            chunks = sorted(chunks, key=_is_prefill)
+            return chunks, sum([chunk.length == 1 for chunk in chunks])
+        if self.group_prefixes:
+            order = order_by_prefix(self.host_page_table, [chunk.request.slot for chunk in chunks])
+            chunks = [chunks[index] for index in order]
+        return chunks, len(chunks)
 
     def _new_pages(self, chunks: Sequence[Chunk]) -> np.ndarray:
         """int64 [2, N]: places in the page table, as one row, and the pages that the requests have gained there.

@@ -58,6 +58,11 @@ class Trained:
     reward: float
     model: str
 
+    @property
+    def step_s(self) -> float:
+        """The median, without the first step, which also compiles and allocates."""
+        return statistics.median(self.step_seconds[1:] or self.step_seconds)
+
 
 def run(config: BenchConfig) -> dict[str, Any]:
     """Raises ValueError for a peer other than trl, or where TRL is not installed."""
@@ -67,53 +72,58 @@ def run(config: BenchConfig) -> dict[str, Any]:
         raise ValueError("bench: peer=trl needs the package trl, which is not here: pip install trl")
     ways = {"lockstep": train_here, "lockstep, one step ahead": train_ahead}
     peers = {"trl": train_with_trl, "trl, one batch": train_with_trl_in_one_batch} if config.peer else {}
-    rows = []
     with tempfile.TemporaryDirectory() as scratch:
         demo = demo_config(Path(scratch), config.scale * STEPS / 3)
         start = Path(config.model) if config.model else rl.starting_model(demo, demo.task.build())
         demo = replace(demo, model=ModelSource(path=str(start)), warmup=replace(demo.warmup, steps=0))
         before = accuracy(demo, str(start))
-        seconds: dict[str, list[float]] = {name: [] for name in ways | peers}
-        results: dict[str, Trained] = {}
+        runs: dict[str, list[Trained]] = {name: [] for name in ways | peers}
         for repeat in range(config.repeats):  # in turn, since a machine is not always as fast
             for number, (name, train) in enumerate((ways | peers).items()):
                 job = replace(demo, name=f"trainer_{number}_{repeat}")
                 environment = OPENMP_DEFAULTS if name in peers else {}
-                what = f"training with {name}"
-                results[name] = trained = call_in_own_process(what, train, job, config.timeout_s, environment)
-                seconds[name].append(statistics.median(trained.step_seconds[1:] or trained.step_seconds))
-                progress(f"{name}: {seconds[name][-1]:.2f} s per step")
-        for name, trained in results.items():
-            rows.append(
-                {
-                    "trainer": name,
-                    "step_s": statistics.median(seconds[name]),
-                    "before": before,
-                    "after": accuracy(demo, trained.model),
-                    "reward_last": trained.reward,
-                }
-            )
+                trained = call_in_own_process(f"training with {name}", train, job, config.timeout_s, environment)
+                runs[name].append(trained)
+                progress(f"{name}: {trained.step_s:.2f} s per step")
+        rows = [
+            {
+                "trainer": name,
+                "step_s": statistics.median(trained.step_s for trained in trainings),
+                "before": before,
+                "after": accuracy(demo, trainings[-1].model),
+                "reward_last": trainings[-1].reward,
+            }
+            for name, trainings in runs.items()
+        ]
     if peers:
         *own, default, one_batch = rows
         for row in own:
             row["speedup"] = default["step_s"] / row["step_s"]
             row["speedup_one_batch"] = one_batch["step_s"] / row["step_s"]
-    samples = demo.rollout.prompts_per_step * demo.rollout.samples_per_prompt
+    table = Table("GRPO on the demo's task", COLUMNS, rows, _notes(config, demo))
+    show([table])
+    return write_results(config, "rl", [table])
+
+
+def _samples_per_step(demo: rl.RLConfig) -> int:
+    return demo.rollout.prompts_per_step * demo.rollout.samples_per_prompt
+
+
+def _notes(config: BenchConfig, demo: rl.RLConfig) -> list[str]:
+    rollout = demo.rollout
     notes = [
-        f"{demo.steps} steps of {demo.rollout.prompts_per_step} x {demo.rollout.samples_per_prompt} samples "
-        f"({demo.steps * samples} in all) of at most {demo.rollout.max_tokens} tokens, GRPO, learning rate "
+        f"{demo.steps} steps of {rollout.prompts_per_step} x {rollout.samples_per_prompt} samples "
+        f"({demo.steps * _samples_per_step(demo)} in all) of at most {rollout.max_tokens} tokens, GRPO, learning rate "
         f"{demo.trainer.learning_rate:g}, {demo.num_threads} threads; seconds are the median after the first step, "
         f"and of {config.repeats} runs in turn; accuracy on {EVALUATED_PROBLEMS} held-out problems, greedy.",
         "One step ahead: cluster=ray buffer.max_staleness=1 num_threads=1, cluster.num_engines=1.",
     ]
-    if peers:
+    if config.peer:
         notes.append(
             f"trl: GRPOConfig's defaults, so batches of {TRL_BATCH_SIZE} and gradient checkpointing; one batch: a "
             "step's samples as one, without checkpointing."
         )
-    table = Table("GRPO on the demo's task", COLUMNS, rows, notes)
-    show([table])
-    return write_results(config, "rl", [table])
+    return notes
 
 
 def train_here(demo: rl.RLConfig) -> Trained:
@@ -134,13 +144,11 @@ def train_ahead(demo: rl.RLConfig) -> Trained:
 
 
 def train_with_trl(demo: rl.RLConfig) -> Trained:
-    samples = demo.rollout.prompts_per_step * demo.rollout.samples_per_prompt
-    return _train_with_trl(demo, gradient_accumulation_steps=max(1, samples // TRL_BATCH_SIZE))
+    return _train_with_trl(demo, gradient_accumulation_steps=max(1, _samples_per_step(demo) // TRL_BATCH_SIZE))
 
 
 def train_with_trl_in_one_batch(demo: rl.RLConfig) -> Trained:
-    samples = demo.rollout.prompts_per_step * demo.rollout.samples_per_prompt
-    return _train_with_trl(demo, per_device_train_batch_size=samples, gradient_checkpointing=False)
+    return _train_with_trl(demo, per_device_train_batch_size=_samples_per_step(demo), gradient_checkpointing=False)
 
 
 def _train_with_trl(demo: rl.RLConfig, **options: Any) -> Trained:
