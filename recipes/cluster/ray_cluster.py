@@ -55,7 +55,7 @@ class RayCluster:
             self.rewards = RemoteRewards(config, seed, num_threads, self._start)
         self._version = 0
         self._meeting: Meeting | None = None
-        self._meeting_engines: list[int] = []
+        self._meeting_engines: list[Any] = []  # the actors: one that was replaced cannot come
         self._num_meetings = 0
         try:
             self.trainer.wait_until_ready()
@@ -84,7 +84,7 @@ class RayCluster:
         """Brings these engines to the current version: none serves it before all have received it.
 
         An engine that fails is replaced, and sent it again. Nothing is sent for version 0. While the trainer makes the
-        next version, an engine that serves the current one sends it.
+        next version, an engine that serves the current one sends it. Raises EngineFailedError once too many failed.
         """
         report: dict[str, Any] = {}
         if self._version > 0 and self.trainer.is_ahead:
@@ -92,6 +92,7 @@ class RayCluster:
                 report |= self._send_from_peer(number)
             return report
         received: set[int] = set()
+        tried_again = False
         lacking = list(engines) if self._version > 0 else []
         while lacking:
             to_receive = [number for number in lacking if number not in received]
@@ -104,10 +105,14 @@ class RayCluster:
             if failures:
                 self._meeting = None  # a group that lost a member is of no more use
                 received -= failures.keys()
-                for number, error in failures.items():
-                    # The others failed because this one did; they serve on and are sent the version again.
-                    if len(failures) == 1 or not self.engine.is_alive(number):
-                        self.engine.replace(number, error)
+                # The others failed because these did; they serve on and are sent the version again. Where nobody died
+                # it may have been the network, which is given one more chance.
+                lost = [number for number in failures if len(failures) == 1 or not self.engine.is_alive(number)]
+                if tried_again and not lost:
+                    lost = list(failures)
+                tried_again = not lost
+                for number in lost:
+                    self.engine.replace(number, failures[number])
         return report
 
     def _send_from_peer(self, number: int) -> dict[str, Any]:
@@ -172,7 +177,8 @@ class RayCluster:
         return failures
 
     def _meet(self, engines: Sequence[int]) -> Meeting:
-        if self._meeting is None or list(engines) != self._meeting_engines:
+        members = [self.engine.actors[number] for number in engines]
+        if self._meeting is None or members != self._meeting_engines:
             sources = trainer_layout(self._model, self.trainer.config.parallel_sizes(self._config.trainer_ranks))
             targets = engine_layout(self._model, num_replicas=self._config.num_engines)
             # Planned for all engines, so that each keeps the sender that is its neighbour.
@@ -181,7 +187,7 @@ class RayCluster:
                 for transfer in plan_transfers(sources, targets)
                 if transfer.target_rank in engines
             ]
-            self._meeting_engines = list(engines)
+            self._meeting_engines = members
             self._meeting = self._new_meeting(
                 self._config.transport, plan, num_senders=self._config.trainer_ranks, num_engines=len(engines)
             )

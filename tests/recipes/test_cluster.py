@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from fragile_actors import fragile_engine, fragile_trainer
+from fragile_actors import broken_engine, fragile_engine, fragile_trainer
 from models import make_hf_model
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
@@ -116,7 +116,8 @@ def test_an_engine_lost_while_the_trainer_is_ahead_gets_its_version_from_another
             assert cluster.engine.num_replaced == victim + 1
             assert [(o.token_ids, o.logprobs) for o in after] == [(o.token_ids, o.logprobs) for o in before]
             assert {version for o in after for version in o.weight_versions} == {1}
-        cluster.publish(version=2)
+        report = cluster.publish(version=2)
+        assert report["publish_s"] < CONFIG.publish_timeout_s / 2, "somebody waited for an engine that is gone"
         changed = cluster.engine.generate(prompts, params)
         assert [o.logprobs for o in changed] != [o.logprobs for o in before]
 
@@ -241,3 +242,12 @@ def test_a_trainer_that_is_killed_at_a_publish_leaves_the_old_version_serving(mo
         assert [(o.token_ids, o.logprobs) for o in before] == [(o.token_ids, o.logprobs) for o in after]
         assert {version for o in after for version in o.weight_versions} == {0}
         assert cluster.engine.num_replaced == 0
+
+
+def test_engines_that_never_get_a_version_are_replaced(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote_engines, "EngineActor", broken_engine(tmp_path, number=2))
+    config = replace(CONFIG, publish_timeout_s=6.0)
+    with RayCluster(config, TrainerConfig(model=model), EngineConfig(model=model), 0, 1) as cluster:
+        cluster.publish(version=1)
+        assert cluster.engine.num_replaced == 2
+        assert [ray.get(actor.identity.remote())["version"] for actor in cluster.engine.actors] == [1, 1]

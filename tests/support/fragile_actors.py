@@ -1,4 +1,4 @@
-"""Actors that kill their own process at a given point, once."""
+"""Actors that kill their own process at a given point, once, or that refuse their work."""
 
 import os
 import signal
@@ -12,35 +12,52 @@ def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _is_first(file: Path) -> bool:
+    try:
+        file.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 def fragile_engine(deaths: Path) -> type[EngineActor]:
     """Of all engines of this class one dies in its third step of a generation, one when it is about to receive version
     1, and one when it has received version 2; each leaves a file of the name of its death."""
 
-    def is_first(name: str) -> bool:
-        try:
-            (deaths / name).touch(exist_ok=False)
-        except FileExistsError:
-            return False
-        return True
-
     class FragileEngine(EngineActor):
         def generate(self, prompts, params):
-            if is_first("generating"):
+            if _is_first(deaths / "generating"):
                 step, last = self.engine.step, self.engine.num_steps + 2
                 self.engine.step = lambda: _die() if self.engine.num_steps == last else step()
             return super().generate(prompts, params)
 
         def receive(self, meeting, number, version):
-            if version == 1 and is_first("receiving 1"):
+            if version == 1 and _is_first(deaths / "receiving 1"):
                 self.engine.begin_update = lambda version: _die()
             return super().receive(meeting, number, version)
 
         def commit(self, inflight):
-            if self._update.version == 2 and is_first("received 2"):
+            if self._update.version == 2 and _is_first(deaths / "received 2"):
                 _die()
             return super().commit(inflight)
 
     return FragileEngine
+
+
+def broken_engine(places: Path, number: int) -> type[EngineActor]:
+    """The first `number` engines of this class live, and take no weights."""
+
+    class BrokenEngine(EngineActor):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self._is_broken = any(_is_first(places / str(place)) for place in range(number))
+
+        def receive(self, meeting, number, version):
+            if self._is_broken:
+                raise OSError("out of order")
+            return super().receive(meeting, number, version)
+
+    return BrokenEngine
 
 
 def fragile_trainer(stage: str) -> type[TrainerActor]:

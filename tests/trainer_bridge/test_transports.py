@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from layouts import local_tensors
 from models import make_hf_model
@@ -17,7 +19,7 @@ from lockstep.engine.weights import hashes_by_name
 from lockstep.trainer_bridge.transports.buckets import buckets
 from lockstep.trainer_bridge.transports.cuda_ipc import CudaIpcTransport
 from lockstep.trainer_bridge.transports.disk import DiskTransport
-from lockstep.trainer_bridge.transports.distributed import DistributedTransport
+from lockstep.trainer_bridge.transports.distributed import DistributedTransport, join_group
 from lockstep.trainer_bridge.weight_plan import engine_layout, plan_transfers, volume
 
 
@@ -125,6 +127,14 @@ def test_a_sender_without_a_tensor_writes_nothing(scene, model):
 
 
 # Buckets between processes --------------------------------------------------------------------------------------------
+
+
+def test_a_group_that_nobody_else_joins_is_a_timeout_also_for_who_comes_later():
+    store, started = dist.HashStore(), time.monotonic()
+    for rank in (0, 1):
+        with pytest.raises(TimeoutError, match=r"only 1 of 2 members .* within 0\.5 s"):
+            join_group(store, rank, 2, torch.device("cpu"), timeout_s=0.5)
+    assert time.monotonic() - started < 2.0
 
 
 @pytest.mark.parametrize("kind", [DistributedTransport, CudaIpcTransport])

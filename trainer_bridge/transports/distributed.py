@@ -59,12 +59,27 @@ class _OnStream:
 def join_group(store: dist.Store, rank: int, size: int, device: torch.device, timeout_s: float) -> dist.ProcessGroup:
     """A process group of its own, beside whatever torch.distributed's default group is in this process.
 
-    Every member calls it with the same store (a fresh one, or a fresh prefix of one) within the timeout.
+    Every member calls it with the same store (a fresh one, or a fresh prefix of one) within the timeout; else
+    TimeoutError.
     """
     timeout = timedelta(seconds=timeout_s)
     store.set_timeout(timeout)
+    _gather(store, size, timeout)
     if device.type == "cuda":
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = 2 * timeout  # NCCL's own watch takes the process down: it is for when nobody else noticed
         return dist.ProcessGroupNCCL(store, rank, size, options)
     return dist.ProcessGroupGloo(store, rank, size, timeout)
+
+
+def _gather(store: dist.Store, size: int, timeout: timedelta) -> None:
+    """Waits until all members are here. None may connect before: for one that is gone, gloo waits five timeouts."""
+    if store.add("members", 1) == size:
+        store.set("complete", "")
+    try:
+        store.wait(["complete"], timeout)
+    except RuntimeError as error:
+        others = store.add("members", -1)  # who comes later must not find the group complete
+        raise TimeoutError(
+            f"only {others + 1} of {size} members of a process group came within {timeout.total_seconds():g} s"
+        ) from error
