@@ -1,21 +1,30 @@
-"""A step's groups of samples become an update: of the policy, and of the critic where the algorithm has one."""
+"""A step's groups of samples become updates: of the policy, and of the critic where the algorithm has one."""
 
 from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lockstep.engine import Engine, EngineConfig
-from lockstep.recipes.training_batches import BatchShape, all_tokens, critic_batches, policy_batches, scored_responses
+from lockstep.recipes.training_batches import (
+    BatchShape,
+    all_tokens,
+    critic_batches,
+    draws_of_other_versions,
+    policy_batches,
+    scored_responses,
+)
 from lockstep.rollout.sample import Sample
 from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.trainer_bridge import MegatronTrainer
 from lockstep.trainer_bridge.algorithm_config import next_entropy_coefficient
 from lockstep.trainer_bridge.algorithms import build_algorithm
 from lockstep.trainer_bridge.losses import Loss
+from lockstep.trainer_bridge.packing import PackedBatch
 from lockstep.trainer_bridge.responses import Grouped, ScoredResponse
 
 if TYPE_CHECKING:
@@ -53,14 +62,15 @@ class Learner:
             self.teacher.shutdown()
 
     def step(self, groups: Grouped[Sample]) -> dict[str, float]:
-        """One update. Returns the trainer's stats; the critic's begin with `critic_`."""
-        responses = self._scored(groups)
-        batches = policy_batches(self.algorithm, groups, responses, self.trainer.step_count, self._shape)
-        stats = self.trainer.step(batches, self._loss())
+        """The updates of a step. Returns the trainer's stats, see `_of_updates`; the critic's begin with `critic_`."""
+        version = self.config.steps_made(self.trainer)
+        responses = self._scored(groups, version)
+        policy = policy_batches(self.algorithm, groups, responses, version, self._shape)
+        critic = [None] * len(policy)
         if self.critic is not None:
-            batches = critic_batches(self.algorithm, groups, responses, self._shape)
-            critic_stats = self.critic.step(batches, self.algorithm.critic.loss)
-            stats |= {f"critic_{name}": critic_stats[name] for name in ("loss", "grad_norm", "value", "value_error")}
+            critic = critic_batches(self.algorithm, groups, responses, self._shape)
+        epochs = range(self.config.algorithm.epochs)
+        stats = _of_updates([self._update(*both) for _ in epochs for both in zip(policy, critic, strict=True)])
         if self.config.algorithm.entropy_target is not None:
             stats["entropy_coefficient"] = self.entropy_coefficient
             self.entropy_coefficient = next_entropy_coefficient(
@@ -79,21 +89,32 @@ class Learner:
         if self.critic is not None:
             self.critic.load(path / "critic")
 
+    def _update(self, policy: Sequence[PackedBatch], critic: Sequence[PackedBatch] | None) -> dict[str, float]:
+        stats = self.trainer.step(policy, self._loss())
+        if critic is not None:
+            critic_stats = self.critic.step(critic, self.algorithm.critic.loss)
+            stats |= {f"critic_{name}": critic_stats[name] for name in ("loss", "grad_norm", "value", "value_error")}
+        return stats
+
     def _loss(self) -> Loss:
         return functools.partial(self.algorithm.loss, entropy_coefficient=self.entropy_coefficient)
 
-    def _scored(self, groups: Grouped[Sample]) -> list[list[ScoredResponse]]:
-        """With what the reference, the teacher and the critic say of the samples' tokens, where the algorithm asks."""
+    def _scored(self, groups: Grouped[Sample], version: int) -> list[list[ScoredResponse]]:
+        """With what the reference, the teacher, the policy (of `version`) and the critic say of the samples' tokens,
+        where the algorithm asks."""
         tokens = [all_tokens(sample) for group in groups for sample in group]
         temperature = self.config.rollout.temperature
-        reference = teacher = values = None
+        reference = teacher = proximal = values = None
         if self.algorithm.needs_reference:
             reference = self.trainer.reference_logprobs(tokens, temperature)
         if self.teacher is not None:
             teacher = self.teacher.score(tokens, temperature)
+        options = self.config.algorithm
+        if options.off_policy != "none" and options.updates_per_step > 1 and draws_of_other_versions(groups, version):
+            proximal = self.trainer.logprobs(tokens, temperature)
         if self.critic is not None:  # what comes before a token is what the row before it has seen
             values = [[None, *row[:-1]] for row in self.critic.values(tokens)]
-        return scored_responses(groups, reference, teacher, values)
+        return scored_responses(groups, reference, teacher, proximal, values)
 
     def _build_critic(self, model: str) -> MegatronTrainer:
         options = self.config.algorithm
@@ -110,3 +131,26 @@ class Learner:
         if load_tokenizer(path).get_vocab() != load_tokenizer(model).get_vocab():
             raise ValueError(f"teacher {path} has another vocabulary than {model}: it cannot score its tokens")
         return Engine(EngineConfig(model=path, device=engine.device, dtype=engine.dtype))
+
+
+def _of_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """A step's stats: sums of the numbers of tokens, the last learning rate, maxima where the name ends in `_max`, and
+    means of all else.
+
+    Only at the first update is the policy the one that drew the samples: what later ones call `logprob_diff_max` is how
+    far the step has moved it since.
+    """
+    first, *later = updates
+    if not later:
+        return dict(first)
+    stats = {}
+    for name in first:
+        values = [update[name] for update in updates]
+        if name in ("tokens", "trained_tokens"):
+            stats[name] = sum(values)
+        elif name == "lr":
+            stats[name] = values[-1]
+        else:
+            stats[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+    stats["policy_shift_max"] = max(stats["logprob_diff_max"], stats.get("policy_shift_max", 0.0))
+    return stats | {"logprob_diff_max": first["logprob_diff_max"]}

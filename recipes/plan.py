@@ -139,7 +139,9 @@ def _model_rows(source: ModelSource, model: ModelConfig) -> list[Row]:
 
 
 def _rollout_rows(config: RLConfig, prompts: Sequence[int], model: ModelConfig) -> list[Row]:
-    rollout, budget = config.rollout, config.trainer.max_tokens_per_micro_batch
+    rollout, budget, algorithm = config.rollout, config.trainer.max_tokens_per_micro_batch, config.algorithm
+    per_update = math.ceil(rollout.prompts_per_step / algorithm.mini_batches) * rollout.samples_per_prompt
+    dealt = f"{algorithm.epochs} epochs x {algorithm.mini_batches} mini-batches"
     samples = rollout.prompts_per_step * rollout.samples_per_prompt
     turns = 1 if config.environment.kind == SINGLE_TURN else config.environment.max_turns
     per_turns = f" x {turns} turns" if turns > 1 else ""
@@ -149,12 +151,13 @@ def _rollout_rows(config: RLConfig, prompts: Sequence[int], model: ModelConfig) 
         ("samples", f"{samples:,}", f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples"),
         ("prompt tokens", f"{mean_prompt:,}", f"mean of {len(prompts)} looked at; longest {max(prompts):,}"),
         ("generated tokens", f"<= {most:,}", f"{samples:,} samples x {rollout.max_tokens} tokens{per_turns}"),
-        ("micro-batches", f"<= {math.ceil(samples / max(1, budget // longest)):,}", _packing(longest, budget)),
+        ("updates", f"{config.updates_per_step:,}", dealt),
+        ("micro-batches", f"<= {math.ceil(per_update / max(1, budget // longest)):,}", _packing(longest, budget)),
     ]
 
 
 def _packing(longest: int, budget: int) -> str:
-    return f"of {budget:,} tokens: {budget // longest} or more sequences of at most {longest:,}"
+    return f"an update; of {budget:,} tokens: {budget // longest} or more sequences of at most {longest:,}"
 
 
 def _longest_sequence(config: RLConfig, prompts: Sequence[int], model: ModelConfig) -> int:

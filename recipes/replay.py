@@ -131,8 +131,8 @@ class Replay:
                 content_hashes.check_folder(checkpoint_path(self.path, nearest))
                 trainer.load(checkpoint_path(self.path, nearest) / "trainer")
                 self.learner.load(checkpoint_path(self.path, nearest) / "learner")
-        while trainer.step_count < version:
-            self.learner.step(self.groups(trainer.step_count + 1))
+        while (made := self.config.steps_made(trainer)) < version:
+            self.learner.step(self.groups(made + 1))
         if version > self.served:
             self.cluster.publish(version=version)
             self.served = version
@@ -174,7 +174,7 @@ class Replay:
     def compare_weights(self, stored: str) -> None:
         replayed = self.cluster.trainer.weights_hash()
         if stored != replayed:
-            last = self.cluster.trainer.step_count
+            last = self.config.steps_made(self.cluster.trainer)
             self.differences.append(Difference(last + 1, -1, -1, -1, "final weights_hash", stored, replayed))
 
     def report(self, steps: Sequence[int]) -> dict[str, Any]:

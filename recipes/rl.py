@@ -73,6 +73,16 @@ class RLConfig(TrainingRunConfig):
                 f"(draft.train_every={self.draft.train_every}): give it as draft.start, or set draft.train_every=0"
             )
 
+        if self.algorithm.mini_batches > self.rollout.prompts_per_step:
+            raise ValueError(
+                f"algorithm.mini_batches={self.algorithm.mini_batches} is more than a step has groups: "
+                f"rollout.prompts_per_step={self.rollout.prompts_per_step}"
+            )
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.algorithm.updates_per_step
+
     def without_draft_where_none_can_learn(self) -> RLConfig:
         """Drafts change no result, so a run that cannot train one goes without, and says so."""
         reasons = {
@@ -101,8 +111,8 @@ def run(config: RLConfig) -> dict[str, Any]:
         engine, draft_config = with_draft(engine, config.draft, run.path / "new_draft", tasks.train, config.seed)
         with open_cluster(config.cluster, trainer, engine, config.seed, config.num_threads) as cluster:
             run.start(cluster.trainer)
-            if cluster.trainer.step_count > 0:
-                cluster.publish(version=cluster.trainer.step_count)
+            if version := config.steps_made(cluster.trainer):
+                cluster.publish(version)
             with Learner(config, cluster.trainer, start) as learner:
                 draft = open_draft_stage(draft_config, cluster.engine, config.rollout.temperature)
                 run.restore(learner=learner, draft=draft)
@@ -176,9 +186,10 @@ def train(
                 )
             run.record_evaluation(step, results)
 
-    if trainer.step_count == 0:
+    steps_made = config.steps_made(trainer)
+    if steps_made == 0:
         evaluate_if_due(0)
-    for step in range(trainer.step_count + 1, config.steps + 1):
+    for step in range(steps_made + 1, config.steps + 1):
         clock = StepClock(run.trace, step)
         draft.before_rollout()
         groups = clock.rollout(partial(buffer.take, step))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 
 from lockstep.rollout.sample import Sample
 from lockstep.trainer_bridge.algorithm_config import Algorithm
-from lockstep.trainer_bridge.packing import PackedBatch, TrainSequence, pack
+from lockstep.trainer_bridge.packing import PackedBatch, TrainSequence, deal, pack
 from lockstep.trainer_bridge.responses import Grouped, ScoredResponse
 
 Scores = Sequence[Sequence[float | None]]  # per sample, a number for each token of prompt and response
@@ -36,6 +36,7 @@ def scored_responses(
     groups: Grouped[Sample],
     reference: Scores | None = None,
     teacher: Scores | None = None,
+    proximal: Scores | None = None,
     values: Scores | None = None,
 ) -> list[list[ScoredResponse]]:
     """The samples as algorithms take them. The scores are of all samples, group after group."""
@@ -52,6 +53,7 @@ def scored_responses(
                 truncated=sample.finish_reason == "length",
                 ref_logprobs=of_written(reference, index),
                 teacher_logprobs=of_written(teacher, index),
+                proximal_logprobs=of_written(proximal, index),
                 values=of_written(values, index),
             )
             for index, sample in enumerate(samples)
@@ -60,65 +62,84 @@ def scored_responses(
     return [[next(responses) for _ in group] for group in groups]
 
 
+def draws_of_other_versions(groups: Grouped[Sample], version: int) -> bool:
+    """Whether any token was drawn by other weights than those of `version`."""
+    return any(drawn_with != version for group in groups for sample in group for drawn_with in sample.weight_versions)
+
+
 def policy_batches(
     algorithm: Algorithm,
     groups: Grouped[Sample],
     responses: Grouped[ScoredResponse],
     version: int,
     shape: BatchShape,
-) -> list[PackedBatch]:
-    """The samples with their advantages. version: of the weights that learn from them.
+) -> list[list[PackedBatch]]:
+    """The samples with their advantages, for each update of an epoch. version: of the weights before the step.
 
-    Responses that are not learned from are left out; where that would be all of them, they stay with advantages of 0,
-    since a step is an update.
+    Responses that are not learned from are left out; where that would be all of an update's, they stay with advantages
+    of 0.
     """
     advantages = algorithm.advantages(responses)
-    if all(row is None for rows in advantages for row in rows):
-        advantages = [[[0.0] * len(response) for response in group] for group in responses]
-    has_lags = algorithm.config.off_policy != "none" or any(
-        tokens_version != version for group in groups for sample in group for tokens_version in sample.weight_versions
-    )
-    sequences = []
-    for number, (group, scored, rows) in enumerate(zip(groups, responses, advantages, strict=True)):
-        for sample, response, row in zip(group, scored, rows, strict=True):
-            if row is None:
-                continue
-            sequence = replace(
+    has_lags = algorithm.config.off_policy != "none" or draws_of_other_versions(groups, version)
+
+    def sequences(part: slice) -> list[TrainSequence]:
+        rows_of_part = advantages[part]
+        if all(row is None for rows in rows_of_part for row in rows):
+            rows_of_part = [[[0.0] * len(response) for response in group] for group in responses[part]]
+        return [
+            replace(
                 _sequence(sample, number),
                 advantage=_on_written(sample, row),
                 logprobs=_engine_logprobs(sample),
                 ref_logprobs=response.ref_logprobs and _on_written(sample, response.ref_logprobs),
                 lags=_lags(sample, version) if has_lags else None,
+                proximal_logprobs=response.proximal_logprobs and _on_written(sample, response.proximal_logprobs),
             )
-            sequences.append(sequence)
-    return _packed(algorithm, sequences, shape)
+            for number, (group, scored, rows) in enumerate(
+                zip(groups[part], responses[part], rows_of_part, strict=True)
+            )
+            for sample, response, row in zip(group, scored, rows, strict=True)
+            if row is not None
+        ]
+
+    return _of_each_update(algorithm, sequences, len(groups), shape)
 
 
 def critic_batches(
     algorithm: Algorithm, groups: Grouped[Sample], responses: Grouped[ScoredResponse], shape: BatchShape
-) -> list[PackedBatch]:
-    """The samples with the returns that the critic should have given for their tokens."""
+) -> list[list[PackedBatch]]:
+    """The samples with the returns that the critic should have given for their tokens, for each update of an epoch."""
     returns = algorithm.critic.returns(responses)
-    sequences = [
-        replace(
-            _sequence(sample, number),
-            values=_on_written(sample, response.values),
-            returns=_on_written(sample, row),
-        )
-        for number, (group, scored, rows) in enumerate(zip(groups, responses, returns, strict=True))
-        for sample, response, row in zip(group, scored, rows, strict=True)
+
+    def sequences(part: slice) -> list[TrainSequence]:
+        return [
+            replace(
+                _sequence(sample, number),
+                values=_on_written(sample, response.values),
+                returns=_on_written(sample, row),
+            )
+            for number, (group, scored, rows) in enumerate(
+                zip(groups[part], responses[part], returns[part], strict=True)
+            )
+            for sample, response, row in zip(group, scored, rows, strict=True)
+        ]
+
+    return _of_each_update(algorithm, sequences, len(groups), shape)
+
+
+def _of_each_update(
+    algorithm: Algorithm, sequences: Callable[[slice], list[TrainSequence]], num_groups: int, shape: BatchShape
+) -> list[list[PackedBatch]]:
+    """sequences: of the groups of a part of the step."""
+    options = algorithm.config
+    return [
+        pack(sequences(part), shape.max_tokens, options.aggregation, shape.temperature, shape.max_response_tokens)
+        for part in deal(num_groups, options.mini_batches)
     ]
-    return _packed(algorithm, sequences, shape)
 
 
 def _sequence(sample: Sample, group: int) -> TrainSequence:
     return TrainSequence(token_ids=all_tokens(sample), loss_mask=written(sample), group=group)
-
-
-def _packed(algorithm: Algorithm, sequences: Sequence[TrainSequence], shape: BatchShape) -> list[PackedBatch]:
-    return pack(
-        sequences, shape.max_tokens, algorithm.config.aggregation, shape.temperature, shape.max_response_tokens
-    )  # fmt: skip
 
 
 def _engine_logprobs(sample: Sample) -> list[float | None]:

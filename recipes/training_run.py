@@ -61,6 +61,15 @@ class TrainingRunConfig:
     dry_run: bool = False
 
     @property
+    def updates_per_step(self) -> int:
+        """Of the optimizer."""
+        return 1
+
+    def steps_made(self, trainer: MegatronTrainer) -> int:
+        """By the run whose trainer this is: a trainer counts updates."""
+        return trainer.step_count // self.updates_per_step
+
+    @property
     def directory(self) -> Path:
         return Path(self.run) if self.run is not None else Path(self.runs_dir) / self.name
 
@@ -104,7 +113,7 @@ class TrainingRun:
     def start(self, trainer: MegatronTrainer) -> None:
         """Opens the live view and the sinks. Brings the trainer to the newest checkpoint, if there is one."""
         self.restore(trainer=trainer)
-        self.view = LiveView(self.stage, self.config.steps, trainer.step_count)
+        self.view = LiveView(self.stage, self.config.steps, self.config.steps_made(trainer))
         self.sinks = open_sinks(self.config.sinks, self.directory, self.config, self.view)
 
     def restore(self, **parts: CheckpointPart) -> None:

@@ -24,6 +24,8 @@ class AlgorithmConfig:
     """An algorithm and its options; null takes the algorithm's own, which its function says (see docs/algorithms.md).
 
     name: a key of ALGORITHMS.
+    mini_batches, epochs: a step deals its groups, in their order, into so many parts, makes one update from each, and
+        does that so many times.
     aggregation: how tokens' losses become one: a key of aggregation.AGGREGATIONS.
     clip_low, clip_high: ratios are held between 1 - clip_low and 1 + clip_high.
     divide_by_std: whether advantages are divided by their group's standard deviation.
@@ -43,6 +45,8 @@ class AlgorithmConfig:
     """
 
     name: str = "grpo"
+    mini_batches: int = 1
+    epochs: int = 1
     aggregation: Aggregation | None = None
     clip_low: float | None = None
     clip_high: float | None = None
@@ -67,6 +71,9 @@ class AlgorithmConfig:
     teacher_model: str | None = None
 
     def __post_init__(self):
+        for name in ("mini_batches", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"algorithm.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("kl_coefficient", "entropy_coefficient", "overlong_penalty"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"algorithm.{name} must be at least 0, got {getattr(self, name)}")
@@ -76,6 +83,10 @@ class AlgorithmConfig:
         for name in ("off_policy_cap", "value_clip"):
             if not getattr(self, name) > 0.0:
                 raise ValueError(f"algorithm.{name} must be positive, got {getattr(self, name)}")
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.mini_batches * self.epochs
 
     def own(self, **values: Any) -> AlgorithmConfig:
         """With an algorithm's own values where this config has none."""

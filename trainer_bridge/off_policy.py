@@ -3,8 +3,8 @@
 The engine's log-probabilities are those of the version that drew a token, to the bit, so the ratio of the policy to
 what a token was really drawn from is known exactly. Tokens of the current version have a ratio of exactly 1 and need
 no correction. For older ones (batch.lags > 0) two policies are told apart: the *proximal* one, from which a step moves
-away only so far, and the *behaviour* one, which drew the token. A step makes one update, so the proximal policy is the
-one that is trained, before the update:
+away only so far, and the *behaviour* one, which drew the token. The proximal policy is the one that is trained, before
+the step's first update; of the tokens of the current version it is the one that drew them:
 
     loss = min(proximal / behaviour, cap) * surrogate(policy / proximal)
 
@@ -24,8 +24,10 @@ OffPolicy = Literal["none", "token", "sequence"]
 
 
 def proximal_logprobs(logprobs: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    """[T]: what the surrogate takes its ratio to: the engine's where they are of this version, else the policy's."""
-    return torch.where(batch.lags > 0, logprobs.detach(), batch.old_logprobs)
+    """[T]: what the surrogate takes its ratio to: the engine's where they are of this version, else the policy's before
+    the step: those of the batch, or in a step of one update, where it has none, `logprobs` itself."""
+    before = logprobs.detach() if batch.proximal_logprobs is None else batch.proximal_logprobs
+    return torch.where(batch.lags > 0, before, batch.old_logprobs)
 
 
 def importance_weights(logprobs: torch.Tensor, batch: PackedBatch, level: OffPolicy, cap: float) -> torch.Tensor:
@@ -34,7 +36,7 @@ def importance_weights(logprobs: torch.Tensor, batch: PackedBatch, level: OffPol
     level "sequence": the product over the response's older tokens weighs all its tokens. Raises ValueError for another
     level than these two.
     """
-    log_ratio = torch.where(batch.lags > 0, logprobs.detach() - batch.old_logprobs, 0.0)
+    log_ratio = proximal_logprobs(logprobs, batch) - batch.old_logprobs
     if level == "sequence":
         log_ratio = sequence_sums(log_ratio, batch)
     elif level != "token":

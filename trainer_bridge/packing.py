@@ -15,6 +15,7 @@ _COLUMNS = {
     "logprobs": "old_logprobs",
     "ref_logprobs": "ref_logprobs",
     "lags": "lags",
+    "proximal_logprobs": "proximal_logprobs",
     "values": "old_values",
     "returns": "returns",
 }
@@ -31,6 +32,7 @@ class TrainSequence:
     The rest is read at trained tokens only; None: the loss reads none.
     logprobs, ref_logprobs: the engine's log-probability of each token, and the reference model's.
     lags: how many weight versions before the one that is trained each token was drawn; None: with that one.
+    proximal_logprobs: the policy's log-probability of each token before the step; see off_policy.py.
     values: the critic's of the tokens before each token, before the update. returns: what they should have been.
     """
 
@@ -40,6 +42,7 @@ class TrainSequence:
     logprobs: Sequence[float | None] | None = None
     ref_logprobs: Sequence[float | None] | None = None
     lags: Sequence[int] | None = None
+    proximal_logprobs: Sequence[float | None] | None = None
     values: Sequence[float] | None = None
     returns: Sequence[float] | None = None
     group: int = 0
@@ -52,8 +55,8 @@ class PackedBatch:
     token_ids, positions (in the own sequence), targets: int64 [T]; cu_seqlens: int32 [B+1].
     weights: fp32 [T], the share of each prediction in the step's loss (see aggregation.py), 0 where the target is not
     trained on (a sequence's last row, whose target is 0, included).
-    advantages, old_logprobs, ref_logprobs, lags, old_values, returns: fp32 [T], 0 where weights are 0; what the
-    sequences lack is None, but for old_logprobs, which are 0 then.
+    advantages, old_logprobs, ref_logprobs, lags, proximal_logprobs, old_values, returns: fp32 [T], 0 where weights are
+    0; what the sequences lack is None, but for old_logprobs, which are 0 then.
     entropies: fp32 [T], of the distributions that the targets are from, with a gradient. The trainer fills them in when
     it calls the loss.
     """
@@ -68,6 +71,7 @@ class PackedBatch:
     ref_logprobs: torch.Tensor | None
     temperature: float
     lags: torch.Tensor | None = None
+    proximal_logprobs: torch.Tensor | None = None
     old_values: torch.Tensor | None = None
     returns: torch.Tensor | None = None
     entropies: torch.Tensor | None = None

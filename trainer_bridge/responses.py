@@ -16,7 +16,8 @@ class ScoredResponse:
     """One sample. Per-token fields hold one number for each token that the policy wrote, in order.
 
     logprobs: of the policy that drew it. truncated: it ran into the limit of tokens. ref_logprobs, teacher_logprobs:
-    the KL penalty's reference model's, and the teacher's. values: the critic's, of what comes before each token.
+    the KL penalty's reference model's, and the teacher's. proximal_logprobs: of the policy before the step. values: the
+    critic's, of what comes before each token.
     """
 
     reward: float
@@ -24,6 +25,7 @@ class ScoredResponse:
     truncated: bool = False
     ref_logprobs: Sequence[float] | None = None
     teacher_logprobs: Sequence[float] | None = None
+    proximal_logprobs: Sequence[float] | None = None
     values: Sequence[float] | None = None
 
     def __len__(self) -> int:

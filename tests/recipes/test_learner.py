@@ -17,6 +17,7 @@ from lockstep.rollout.tasks import ReasoningGymConfig
 from lockstep.rollout.worker import RolloutConfig
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 from lockstep.trainer_bridge.algorithms import AlgorithmConfig, build_algorithm
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 CONFIG = rl.RLConfig(
     seed=3,
@@ -80,7 +81,8 @@ SHAPE = BatchShape(max_tokens=64, temperature=0.5, max_response_tokens=12)
 
 def batches_of(samples, version, **options):
     algorithm = build_algorithm(AlgorithmConfig(**options), SHAPE.max_response_tokens)
-    return policy_batches(algorithm, [samples], scored_responses([samples], None, None, None), version, SHAPE)
+    (batches,) = policy_batches(algorithm, [samples], scored_responses([samples]), version, SHAPE)
+    return batches
 
 
 def test_a_samples_tokens_land_on_the_rows_that_predict_them():
@@ -141,6 +143,57 @@ def test_an_entropy_bonus_raises_the_entropy(model, groups):
             return [one.step(groups)["entropy"] for _ in range(4)][-1]
 
     assert entropy_after(1.0) > entropy_after(0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "lag"),
+    [({"name": "reinforce_pp"}, 0), ({"name": "grpo", "aggregation": "token_mean", "off_policy": "token"}, 1)],
+    ids=["advantages normalised over the step", "tokens of an earlier version"],
+)
+def test_each_mini_batch_of_each_epoch_is_an_update(model, groups, options, lag):
+    """Against updates made by hand, all of which have the log-probs and the advantages from before the step."""
+    groups = [
+        [replace(s, weight_versions=(-lag,) * len(s.response_ids), reward=s.reward * (1 + 2 * number)) for s in group]
+        for number, group in enumerate(groups)
+    ]
+    with learner(model, mini_batches=2, epochs=2, **options) as one:
+        stats = one.step(groups)
+    by_hand = MegatronTrainer(replace(CONFIG.trainer, model=model))
+    algorithm = build_algorithm(AlgorithmConfig(**options), CONFIG.rollout.max_tokens)
+    advantages = algorithm.advantages(scored_responses(groups))
+
+    def sequence(sample, advantage):
+        of_prompt = len(sample.prompt_ids)
+        tokens = [*sample.prompt_ids, *sample.response_ids]
+        old = {
+            "lags": [lag] * len(tokens),
+            "proximal_logprobs": by_hand.logprobs([tokens])[0],
+        }
+        return TrainSequence(
+            tokens,
+            [index >= of_prompt for index in range(len(tokens))],
+            [0.0] * of_prompt + advantage,
+            [None] * of_prompt + list(sample.logprobs),
+            **(old if lag else {}),
+        )
+
+    updates = [pack(list(map(sequence, *both)), 64) for both in zip(groups, advantages, strict=True)]
+    expected = [by_hand.step(batches, algorithm.loss) for batches in updates * 2]
+    assert one.trainer.weights_hash() == by_hand.weights_hash()
+    assert one.trainer.step_count == 4
+    assert one.config.steps_made(one.trainer) == 1
+    assert stats["logprob_diff_max"] == expected[0]["logprob_diff_max"] == 0.0
+    shifts = [update["policy_shift_max" if lag else "logprob_diff_max"] for update in expected]
+    assert stats["policy_shift_max"] == max(shifts) > 0.0
+    assert stats["clip_fraction"] == sum(update["clip_fraction"] for update in expected) / 4 > 0.0
+    assert stats["tokens"] == 2 * sum(len(s.prompt_ids) + len(s.response_ids) for group in groups for s in group)
+
+
+def test_more_mini_batches_than_groups_are_refused():
+    with pytest.raises(ValueError, match=r"mini_batches=9 is more than .*rollout\.prompts_per_step=8"):
+        replace(CONFIG, rollout=RolloutConfig(prompts_per_step=8), algorithm=AlgorithmConfig(mini_batches=9))
+    with pytest.raises(ValueError, match=r"algorithm\.epochs must be at least 1"):
+        AlgorithmConfig(epochs=0)
 
 
 def test_a_second_model_needs_a_local_cluster(model):

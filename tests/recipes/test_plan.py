@@ -55,7 +55,7 @@ def test_turns_count(tmp_path):
     plan = rl_plan(config)
     rows = {name: (value, how) for name, value, how in plan.sections["A step"]}
     assert rows["generated tokens"] == ("<= 3,600", "24 samples x 50 tokens x 3 turns")
-    assert rows["micro-batches"] == ("<= 12", "of 600 tokens: 2 or more sequences of at most 300")
+    assert rows["micro-batches"] == ("<= 12", "an update; of 600 tokens: 2 or more sequences of at most 300")
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,19 @@
 """`lockstep replay`: nothing differs from what an asynchronous run stored, and what was changed is found and named."""
 
 import hashlib
+import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from short_runs import STEPS, stale_config
+from short_runs import STEPS, Killed, assert_same_run, stale_config
 
 from lockstep.recipes import replay, rl
 from lockstep.recipes.run_directory import checkpoint_steps, read_metrics, read_rollouts
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
+from lockstep.trainer_bridge.algorithms import AlgorithmConfig
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +134,28 @@ def test_impossible_replays_are_refused(stored, tmp_path):
         replay.run(replay.ReplayConfig(run=str(stored), step="9"))
     with pytest.raises(ValueError, match="there is no run"):
         replay.run(replay.ReplayConfig(run=str(tmp_path)))
+
+
+def test_steps_of_several_updates_are_resumed_and_replayed(tmp_path, monkeypatch):
+    algorithm = AlgorithmConfig(mini_batches=2, epochs=2, off_policy="token")
+    config = replace(stale_config(tmp_path / "undisturbed"), algorithm=algorithm)
+    undisturbed = config.directory, rl.run(config)
+    killed = replace(config, runs_dir=str(tmp_path / "killed"))
+    calls, step = itertools.count(1), MegatronTrainer.step
+
+    def die_within_step_3(*arguments):
+        if next(calls) == 2 * algorithm.updates_per_step + 2:
+            raise Killed
+        return step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MegatronTrainer, "step", die_within_step_3)
+        with pytest.raises(Killed):
+            rl.run(killed)
+    assert checkpoint_steps(killed.directory)[-1] == 2
+    assert_same_run(killed.directory, rl.run(killed), undisturbed)
+    assert replay.run(replay.ReplayConfig(run=str(killed.directory)))["differences"] == 0
+    records = [record for record in read_metrics(killed.directory) if record["stage"] == "rl"]
+    assert max(record["staleness_max"] for record in records) > 0
+    assert {record["logprob_diff_max"] for record in records} == {0.0}
+    assert min(record["policy_shift_max"] for record in records) > 0.0

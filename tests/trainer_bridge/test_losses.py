@@ -124,6 +124,21 @@ def test_tokens_of_earlier_versions_have_truncated_weights(level, weights):
         assert (stats["importance_weight"][rows][2:] == 1.0).all()
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_in_a_later_update_tokens_of_earlier_versions_keep_the_weight_of_the_policy_before_the_step(level):
+    """Weights as above, and a ratio to that policy: 1.1 everywhere."""
+    batch, before = stale_batch()
+    without, _ = grpo_loss(before, batch, off_policy=level, off_policy_cap=2.0)
+    at_old_tokens = torch.where(batch.lags > 0, before.detach(), 77.0)  # nobody reads the rest
+    batch = dataclasses.replace(batch, proximal_logprobs=at_old_tokens)
+    first_loss, first_stats = grpo_loss(before, batch, off_policy=level, off_policy_cap=2.0)
+    assert torch.equal(first_loss, without)
+    later = before.detach() + math.log(1.1)
+    loss, stats = grpo_loss(later, batch, off_policy=level, off_policy_cap=2.0)
+    assert torch.equal(stats["importance_weight"], first_stats["importance_weight"])
+    torch.testing.assert_close(loss, 1.1 * first_loss)
+
+
 def test_without_a_correction_the_ratio_is_to_what_drew_the_token():
     batch, logprobs = stale_batch()
     loss, _ = grpo_loss(logprobs, batch)
