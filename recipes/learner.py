@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lockstep.engine import Engine, EngineConfig
+from lockstep.engine import EngineConfig
 from lockstep.recipes.training_batches import (
     BatchShape,
     all_tokens,
@@ -20,7 +20,7 @@ from lockstep.recipes.training_batches import (
 )
 from lockstep.rollout.sample import Sample
 from lockstep.rollout.tokenizer import load_tokenizer
-from lockstep.trainer_bridge import MegatronTrainer
+from lockstep.trainer_bridge import TrainerConfig
 from lockstep.trainer_bridge.algorithm_config import next_entropy_coefficient
 from lockstep.trainer_bridge.algorithms import build_algorithm
 from lockstep.trainer_bridge.losses import Loss
@@ -28,6 +28,7 @@ from lockstep.trainer_bridge.packing import PackedBatch
 from lockstep.trainer_bridge.responses import Grouped, ScoredResponse
 
 if TYPE_CHECKING:
+    from lockstep.recipes.cluster.local import LocalCluster
     from lockstep.recipes.rl import RLConfig
 
 
@@ -37,19 +38,17 @@ class Learner:
     `save` and `load` are of all that lasts longer than a step, but for the trainer itself. Use as a context manager.
     """
 
-    def __init__(self, config: RLConfig, trainer: MegatronTrainer, model: str):
+    def __init__(self, config: RLConfig, cluster: LocalCluster, model: str):
         """model: the directory that the run starts from.
 
         Raises ValueError for algorithm options that do not fit together, or a teacher with another vocabulary.
         """
         self.config = config
-        self.trainer = trainer
+        self.trainer = cluster.trainer
         self.algorithm = build_algorithm(config.algorithm, config.rollout.max_tokens)
         self.entropy_coefficient = config.algorithm.entropy_coefficient
-        if config.cluster.kind != "local" and (self.algorithm.critic or self.algorithm.needs_teacher):
-            raise ValueError(f"algorithm {config.algorithm.name} has a second model, which needs cluster.kind=local")
-        self.critic = self._build_critic(model) if self.algorithm.critic else None
-        self.teacher = self._open_teacher(model) if self.algorithm.needs_teacher else None
+        self.critic = cluster.open_critic(self._critic_config(model)) if self.algorithm.critic else None
+        self.teacher = cluster.open_teacher(self._teacher_config(model)) if self.algorithm.needs_teacher else None
         self._shape = BatchShape(
             config.trainer.max_tokens_per_micro_batch, config.rollout.temperature, config.rollout.max_tokens
         )  # fmt: skip
@@ -116,21 +115,20 @@ class Learner:
             values = [[None, *row[:-1]] for row in self.critic.values(tokens)]
         return scored_responses(groups, reference, teacher, proximal, values)
 
-    def _build_critic(self, model: str) -> MegatronTrainer:
+    def _critic_config(self, model: str) -> TrainerConfig:
         options = self.config.algorithm
-        critic = replace(
+        return replace(
             self.config.trainer,
             model=options.critic_model or model,
             head="scalar",
             learning_rate=options.critic_learning_rate,
         )
-        return MegatronTrainer(critic)
 
-    def _open_teacher(self, model: str) -> Engine:
+    def _teacher_config(self, model: str) -> EngineConfig:
         path, engine = self.config.algorithm.teacher_model, self.config.engine
         if load_tokenizer(path).get_vocab() != load_tokenizer(model).get_vocab():
             raise ValueError(f"teacher {path} has another vocabulary than {model}: it cannot score its tokens")
-        return Engine(EngineConfig(model=path, device=engine.device, dtype=engine.dtype))
+        return EngineConfig(model=path, device=engine.device, dtype=engine.dtype)
 
 
 def _of_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from lockstep.recipes.new_model import new_config
 from lockstep.rollout.environments import SINGLE_TURN
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.tokenizer import encode_response, load_tokenizer, render_prompt
+from lockstep.trainer_bridge.algorithms import build_algorithm
 
 if TYPE_CHECKING:
     from lockstep.recipes.rl import RLConfig
@@ -73,7 +74,14 @@ def rl_plan(config: RLConfig) -> Plan:
     num_ranks = config.cluster.trainer_ranks
     trainer = trainer_memory(model, config.trainer, num_ranks)
     engine = engine_memory(model, config.engine, is_remote=is_remote)
+    algorithm = build_algorithm(config.algorithm, config.rollout.max_tokens)
+    if algorithm.needs_reference:
+        trainer.append(replace(trainer[0], name="reference model", how="its weights, for the KL penalty"))
     plan.sections[f"Memory of the trainer ({_ranks(num_ranks)})"] = _memory_rows(trainer)
+    learning = [trainer]
+    if algorithm.critic:
+        learning.append(trainer_memory(model.with_scalar_head(), config.trainer, num_ranks))
+        plan.sections["Memory of the critic (beside the trainer)"] = _memory_rows(learning[-1])
     title = f"Memory of the engine ({config.cluster.num_engines} x {_ranks(config.engine.tp_size)})"
     plan.sections[title] = [*_memory_rows(engine), *_kv_rows(config, model, prompts)]
     longest = _longest_sequence(config, prompts, model)
@@ -81,7 +89,7 @@ def rl_plan(config: RLConfig) -> Plan:
     plan.problems += _too_long(max(prompts) + 1, allowed, longest, config.trainer.max_tokens_per_micro_batch)
     if (kv_tokens := config.engine.kv_cache_tokens) is not None and kv_tokens < longest:
         plan.problems.append(f"engine.kv_cache_tokens={kv_tokens:,} is less than one sequence of {longest:,} tokens")
-    plan.problems += _too_big(config.trainer.device, [trainer] if is_remote else [trainer, engine])
+    plan.problems += _too_big(config.trainer.device, learning if is_remote else [*learning, engine])
     return plan
 
 

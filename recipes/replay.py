@@ -63,14 +63,14 @@ def run(config: ReplayConfig) -> dict[str, Any]:
 
     Raises ValueError for a rollout file or checkpoint that was changed since it was written, and names it.
     """
-    run_config = resumed(rl.RLConfig(run=config.run))
+    run_config = replace(resumed(rl.RLConfig(run=config.run)), cluster=config.cluster)
     steps = _chosen_steps(config)
     launch.set_up_process(run_config.seed, run_config.num_threads)
     start = str(rl.starting_model(run_config, run_config.task.build()))
     trainer, engine = replace(run_config.trainer, model=start), replace(run_config.engine, model=start)
     with (
-        open_cluster(config.cluster, trainer, engine, run_config.seed, run_config.num_threads) as cluster,
-        Learner(run_config, cluster.trainer, start) as learner,
+        open_cluster(run_config.cluster, trainer, engine, run_config.seed, run_config.num_threads) as cluster,
+        Learner(run_config, cluster, start) as learner,
     ):
         replay = Replay(run_config, cluster, learner)
         for version in replay.versions(steps):

@@ -73,6 +73,8 @@ class RLConfig(TrainingRunConfig):
                 f"(draft.train_every={self.draft.train_every}): give it as draft.start, or set draft.train_every=0"
             )
 
+        if self.algorithm.teacher_model is not None and self.cluster.kind == "ray" and not self.cluster.teacher_engines:
+            raise ValueError("a teacher needs engines of its own on a Ray cluster: set cluster.teacher_engines=1")
         if self.algorithm.mini_batches > self.rollout.prompts_per_step:
             raise ValueError(
                 f"algorithm.mini_batches={self.algorithm.mini_batches} is more than a step has groups: "
@@ -113,7 +115,7 @@ def run(config: RLConfig) -> dict[str, Any]:
             run.start(cluster.trainer)
             if version := config.steps_made(cluster.trainer):
                 cluster.publish(version)
-            with Learner(config, cluster.trainer, start) as learner:
+            with Learner(config, cluster, start) as learner:
                 draft = open_draft_stage(draft_config, cluster.engine, config.rollout.temperature)
                 run.restore(learner=learner, draft=draft)
                 train(config, run, tasks, cluster, learner, draft)

@@ -25,7 +25,7 @@ from lockstep.trainer_bridge.transports.transport import WeightTransport
 from lockstep.trainer_bridge.weight_plan import Transfer
 
 if TYPE_CHECKING:
-    from lockstep.trainer_bridge import TrainerConfig
+    from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,13 @@ def connect(address: tuple[str, int], timeout_s: float) -> dist.TCPStore:
 
 
 class TrainerActor:
-    """A rank of a MegatronTrainer. One call at a time, in one thread, whose number of torch's threads is set."""
+    """A rank of one MegatronTrainer or more; the first one's weights are sent. One call at a time, in one thread, whose
+    number of torch's threads is set."""
 
     def __init__(self, rank: int, num_ranks: int, seed: int, num_threads: int | None):
         launch.set_up_process(seed, num_threads)
         self._rank, self._num_ranks = rank, num_ranks
+        self.trainers: list[MegatronTrainer] = []
         self._store: dist.TCPStore | None = None
         self._meeting: str | None = None
         self._transport: WeightTransport | None = None
@@ -90,10 +92,8 @@ class TrainerActor:
         self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         return self._store.host, self._store.port
 
-    def build(self, config: TrainerConfig, address: tuple[str, int]) -> None:
-        """Joins the other ranks and makes the trainer."""
-        from lockstep.trainer_bridge import MegatronTrainer  # engines' processes do without Megatron-core
-
+    def join(self, config: TrainerConfig, address: tuple[str, int]) -> None:
+        """Joins the other ranks."""
         if self._store is None:
             self._store = connect(address, config.rank_timeout_s)
         if self._num_ranks > 1:
@@ -104,20 +104,27 @@ class TrainerActor:
                 world_size=self._num_ranks,
                 timeout=timedelta(seconds=config.rank_timeout_s),
             )
-        self.trainer = MegatronTrainer(config)
 
-    def call(self, name: str, *arguments: Any) -> tuple[Any, int]:
-        """(the result of a method of the trainer, its step count after it); of the first rank: all make the call."""
-        result = getattr(self.trainer, name)(*arguments)
-        return (result if self._rank == 0 else None), self.trainer.step_count
+    def build(self, config: TrainerConfig) -> int:
+        """Makes a trainer; the number that `call` knows it by."""
+        from lockstep.trainer_bridge import MegatronTrainer  # engines' processes do without Megatron-core
+
+        self.trainers.append(MegatronTrainer(config))
+        return len(self.trainers) - 1
+
+    def call(self, number: int, name: str, *arguments: Any) -> tuple[Any, int]:
+        """(the result of a method of a trainer, its step count after it); of the first rank: all make the call."""
+        trainer = self.trainers[number]
+        result = getattr(trainer, name)(*arguments)
+        return (result if self._rank == 0 else None), trainer.step_count
 
     def send(self, meeting: Meeting, version: int) -> dict[str, float]:
         """Joins the meeting if it is a new one, and sends the weights as `version`."""
         if self._meeting != meeting.name:
-            self._transport = meeting.sender_end(self._rank, self.trainer.device, self._store)
+            self._transport = meeting.sender_end(self._rank, self.trainers[0].device, self._store)
             self._meeting = meeting.name
         try:
-            return self._transport.send(dict(self.trainer.named_weights()), version)
+            return self._transport.send(dict(self.trainers[0].named_weights()), version)
         except OSError:
             self._transport = self._meeting = None  # closes its connections: no engine waits for this rank any longer
             raise

@@ -23,6 +23,7 @@ class ClusterConfig:
         fractions share. An engine of engine.tp_size > 1 needs as many GPUs.
     reward_workers: actors that compute rewards, each with reward_cpus and reward_gpus (for reward models and judges); a
         reward must then not depend on which completions it scores together. 0: rewards are computed by the driver.
+    teacher_engines: engines that score for algorithm.name=distillation; each reserves what an engine does.
     colocate: rank r of the trainer shares the reservation of engine r, and the engines give back the memory of their KV
         cache while it trains.
     start_timeout_s: until an actor is ready. step_timeout_s: of one call of the trainer. publish_timeout_s: of a weight
@@ -44,6 +45,7 @@ class ClusterConfig:
     reward_workers: int = 0
     reward_cpus: float = 0.5
     reward_gpus: float = 0.0
+    teacher_engines: int = 0
     colocate: bool = False
     start_timeout_s: float = 300.0
     step_timeout_s: float = 3600.0
@@ -63,10 +65,11 @@ class ClusterConfig:
             raise ValueError(f"cluster.trainer_ranks must be at least 1, got {self.trainer_ranks}")
         if self.kind == "local" and self.trainer_ranks != 1:
             raise ValueError(f"cluster.trainer_ranks={self.trainer_ranks} needs cluster.kind=ray (cluster=ray)")
-        if self.reward_workers < 0:
-            raise ValueError(f"cluster.reward_workers must not be negative, got {self.reward_workers}")
-        if self.kind == "local" and self.reward_workers:
-            raise ValueError(f"cluster.reward_workers={self.reward_workers} needs cluster.kind=ray (cluster=ray)")
+        for name in ("reward_workers", "teacher_engines"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"cluster.{name} must not be negative, got {getattr(self, name)}")
+            if self.kind == "local" and getattr(self, name):
+                raise ValueError(f"cluster.{name}={getattr(self, name)} needs cluster.kind=ray (cluster=ray)")
         if self.colocate and self.trainer_ranks > self.num_engines:
             raise ValueError(
                 f"cluster.colocate puts rank r of the trainer beside engine r: trainer_ranks={self.trainer_ranks} is "
@@ -89,3 +92,8 @@ class ClusterConfig:
         """Of each reward worker."""
         first = max(self.num_engines, 1 + self.trainer_bundles()[-1])
         return list(range(first, first + self.reward_workers))
+
+    def teacher_bundles(self) -> list[int]:
+        """Of each teacher."""
+        first = max(self.num_engines, 1 + self.trainer_bundles()[-1]) + self.reward_workers
+        return list(range(first, first + self.teacher_engines))

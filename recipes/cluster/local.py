@@ -10,7 +10,8 @@ from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig, publish
 
 
 class LocalCluster:
-    """`trainer`, `engine`, `publish` between them, and `rewards`. Use as a context manager.
+    """`trainer`, `engine`, `publish` between them, `rewards`, and what an algorithm may have beside these: a critic, a
+    teacher. Use as a context manager.
 
     overlaps: whether the trainer can make a step while the engine generates; here they share the device.
     """
@@ -21,6 +22,12 @@ class LocalCluster:
         self.trainer = MegatronTrainer(trainer)
         self.engine = Engine(engine)
         self.rewards = LocalRewards()
+
+    def open_critic(self, config: TrainerConfig) -> MegatronTrainer:
+        return MegatronTrainer(config)
+
+    def open_teacher(self, config: EngineConfig) -> Engine:
+        return Engine(config)
 
     def publish(self, version: int) -> dict[str, Any]:
         return publish(self.trainer, self.engine, version)

@@ -11,7 +11,7 @@ from lockstep.trainer_bridge import TrainerConfig
 def open_cluster(
     config: ClusterConfig, trainer: TrainerConfig, engine: EngineConfig, seed: int, num_threads: int | None
 ):
-    """A context manager with `trainer`, `engine`, `rewards`, `publish(version)`: of this process or of Ray's actors."""
+    """What LocalCluster is, in this process or as Ray's actors."""
     if config.kind == "local":
         return LocalCluster(trainer, engine)
     try:

@@ -48,7 +48,9 @@ class RayCluster:
         if self._started_ray:
             _start_ray(config)
         self._placement = _reserve(config)
-        self.engine = RemoteEngines(config, engine, seed, num_threads, self._start, self._publish_to)
+        self._process = (seed, num_threads)
+        engines = range(config.num_engines)
+        self.engine = RemoteEngines(config, engine, seed, num_threads, self._start, engines, self._publish_to)
         self.trainer = RemoteTrainer(config, trainer, seed, num_threads, self._start, self.engine)
         self.rewards = LocalRewards()
         if config.reward_workers:
@@ -70,6 +72,17 @@ class RayCluster:
     def overlaps(self) -> bool:
         """Whether the trainer can make a step while the engines generate: unless they share devices."""
         return not self._config.colocate
+
+    def open_critic(self, config: TrainerConfig) -> RemoteTrainer:
+        """In the trainer's processes."""
+        return self.trainer.beside(config)
+
+    def open_teacher(self, config: EngineConfig) -> RemoteEngines:
+        """On reservations of its own."""
+        bundles = self._config.teacher_bundles()
+        teacher = RemoteEngines(self._config, config, *self._process, self._start, bundles, title="teacher")
+        teacher.wait_until_ready()
+        return teacher
 
     def publish(self, version: int) -> dict[str, Any]:
         """Brings all engines to the trainer's weights. An engine that fails at it is replaced."""
@@ -220,7 +233,8 @@ class RayCluster:
 
     def close(self) -> None:
         self.rewards.close()
-        for actor in [*self.engine.actors, *self.trainer.actors]:
+        self.engine.shutdown()
+        for actor in self.trainer.actors:
             ray.kill(actor)
         remove_placement_group(self._placement)
         if self._started_ray:
@@ -260,7 +274,8 @@ def _check(config: ClusterConfig, trainer: TrainerConfig, engine: EngineConfig) 
 
 
 def _reserve(config: ClusterConfig) -> Any:
-    """A bundle for each engine, then one for each of the trainer's ranks that shares none, then the reward workers'."""
+    """A bundle for each engine, one for each of the trainer's ranks that shares none, for each reward worker, for each
+    teacher, in this order."""
     bundles = [{"CPU": config.engine_cpus, "GPU": config.engine_gpus} for _ in range(config.num_engines)]
     for bundle in config.trainer_bundles():
         if bundle == len(bundles):
@@ -268,6 +283,7 @@ def _reserve(config: ClusterConfig) -> Any:
         bundles[bundle]["CPU"] += config.trainer_cpus
         bundles[bundle]["GPU"] += config.trainer_gpus
     bundles += [{"CPU": config.reward_cpus, "GPU": config.reward_gpus} for _ in config.reward_bundles()]
+    bundles += [{"CPU": config.engine_cpus, "GPU": config.engine_gpus} for _ in config.teacher_bundles()]
     group = placement_group([{name: n for name, n in bundle.items() if n} for bundle in bundles])
     if not group.wait(config.start_timeout_s):
         have = {name: n for name, n in ray.cluster_resources().items() if name in ("CPU", "GPU")}

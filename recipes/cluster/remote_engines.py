@@ -40,16 +40,22 @@ class RemoteEngines:
         seed: int,
         num_threads: int | None,
         start: Callable,
-        bring_up_to_date: Callable[[Sequence[int]], Any],
+        bundles: Sequence[int],
+        bring_up_to_date: Callable[[Sequence[int]], Any] = lambda engines: None,
+        title: str = "engine",
     ):
+        """bundles: the reservation of each engine. bring_up_to_date: gives a new engine the weights that the others
+        serve, if those are not the model's own. title: what errors call an engine."""
         self.config = config
         self.num_replaced = 0
         self._cluster = cluster
         self._arguments = (config, seed, num_threads)
         self._start_actor = start
+        self._bundles = bundles
+        self._title = title
         self._bring_up_to_date = bring_up_to_date
         self._asleep = False
-        self.actors = [self._start(number) for number in range(cluster.num_engines)]
+        self.actors = [self._start(number) for number in range(len(bundles))]
 
     def wait_until_ready(self) -> None:
         for number, actor in enumerate(self.actors):
@@ -109,11 +115,17 @@ class RemoteEngines:
         """Ends the engine and starts another in its place, at the first model's weights."""
         self.num_replaced += 1
         if self.num_replaced > self._cluster.max_replacements:
-            raise EngineFailedError(f"engine {number} failed, and max_replacements are spent: {reason}") from reason
-        print(f"engine {number} is replaced: {reason}", file=sys.stderr, flush=True)
+            raise EngineFailedError(
+                f"{self._title} {number} failed, and max_replacements are spent: {reason}"
+            ) from reason
+        print(f"{self._title} {number} is replaced: {reason}", file=sys.stderr, flush=True)
         ray.kill(self.actors[number])
         self.actors[number] = self._start(number)
         self._wait_until_ready(number, self.actors[number])
+
+    def shutdown(self) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
 
     def _shares(self, prompts: Sequence[Sequence[int]], costs: Sequence[int]) -> list[list[int]]:
         """Indices of the requests for each engine."""
@@ -123,7 +135,7 @@ class RemoteEngines:
     def _start(self, number: int) -> Any:
         options = self._start_actor(
             EngineActor,
-            number,
+            self._bundles[number],
             self._cluster.engine_cpus,
             self._cluster.engine_gpus,
             concurrency_groups={"health": 1, "peers": 1},
@@ -136,13 +148,13 @@ class RemoteEngines:
             ray.get(_health(actor, "identity"), timeout=timeout)
         except GetTimeoutError as error:
             raise EngineFailedError(
-                f"engine {number} was not ready within start_timeout_s={timeout}; does the cluster have "
+                f"{self._title} {number} was not ready within start_timeout_s={timeout}; does the cluster have "
                 f"{self._cluster.engine_cpus} CPUs and {self._cluster.engine_gpus} GPUs for it?"
             ) from error
         except RayTaskError as error:
             raise error.as_instanceof_cause() from error
         except RayActorError as error:
-            raise EngineFailedError(f"engine {number} could not start: {error}") from error
+            raise EngineFailedError(f"{self._title} {number} could not start: {error}") from error
 
     def _run(self, calls: dict[int, tuple]) -> dict[int, Any]:
         """The results of a call per engine. A failed engine is replaced and does its call again."""
@@ -189,7 +201,7 @@ class RemoteEngines:
         if now != steps:
             seen[number] = (now, time.monotonic())
         elif time.monotonic() - since > self._cluster.stall_timeout_s:
-            return TimeoutError(f"engine {number} made no step for {self._cluster.stall_timeout_s} s")
+            return TimeoutError(f"{self._title} {number} made no step for {self._cluster.stall_timeout_s} s")
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -48,7 +49,18 @@ class RemoteTrainer:
     def wait_until_ready(self) -> None:
         """Builds the trainer."""
         (self.store,) = self._get([self.actors[0].open_store.remote()])
-        self._get([actor.build.remote(self.config, self.store) for actor in self.actors])
+        self._get([actor.join.remote(self.config, self.store) for actor in self.actors])
+        self._number = self._build()
+
+    def beside(self, config: TrainerConfig) -> RemoteTrainer:
+        """Another trainer, of the same parallel sizes, in the same processes."""
+        other = copy.copy(self)
+        other.config, other.step_count = config, 0
+        other._number = other._build()
+        return other
+
+    def _build(self) -> int:
+        return self._get([actor.build.remote(self.config) for actor in self.actors])[0]
 
     def start_send(self, meeting: Meeting, version: int) -> list[Any]:
         """References to what each rank reports of it, for `finish_send`."""
@@ -63,6 +75,9 @@ class RemoteTrainer:
 
     def reference_logprobs(self, sequences, temperature: float = 1.0):
         return self._call("reference_logprobs", sequences, temperature)
+
+    def values(self, sequences) -> list[list[float]]:
+        return self._call("values", sequences)
 
     def step(self, batches, loss) -> dict[str, float]:
         if self._cluster.colocate:
@@ -105,6 +120,6 @@ class RemoteTrainer:
             ) from error
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        results = self._get([actor.call.remote(name, *arguments) for actor in self.actors])
+        results = self._get([actor.call.remote(self._number, name, *arguments) for actor in self.actors])
         result, self.step_count = results[0]
         return result

@@ -9,11 +9,13 @@ from dataclasses import replace
 import pytest
 from fragile_actors import broken_engine, fragile_engine, fragile_trainer
 from models import make_hf_model
+from short_runs import Killed, without_times
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.recipes import rl
 from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.inputs import ModelSource, TaskConfig
+from lockstep.recipes.learner import Learner
 from lockstep.recipes.new_model import ModelShape
 from lockstep.recipes.run_directory import read_metrics
 from lockstep.recipes.training_run import START
@@ -22,6 +24,7 @@ from lockstep.rollout.rewards import Completion, LocalRewards
 from lockstep.rollout.tasks import ReasoningGymConfig
 from lockstep.rollout.worker import RolloutConfig
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
+from lockstep.trainer_bridge.algorithms import AlgorithmConfig
 from lockstep.trainer_bridge.losses import sft_loss
 from lockstep.trainer_bridge.packing import TrainSequence, pack
 
@@ -51,6 +54,7 @@ def model(tmp_path_factory):
         ({"engine_gpus": 0.5, "colocate": True}, "needs cluster.transport=cuda_ipc"),
         ({"stall_timeout_s": 0.0}, "stall_timeout_s must be positive"),
         ({"kind": "local", "num_engines": 1, "reward_workers": 1}, "reward_workers=1 needs cluster.kind=ray"),
+        ({"kind": "local", "num_engines": 1, "teacher_engines": 1}, "teacher_engines=1 needs cluster.kind=ray"),
         ({"reward_workers": -1}, "reward_workers must not be negative"),
     ],
 )
@@ -189,6 +193,44 @@ def test_a_run_whose_engines_are_killed_ends_with_the_weights_of_one_without_fau
     assert rollouts[0].read_bytes() == rollouts[1].read_bytes()
     metrics = read_metrics(tmp_path / "local" / "run")
     assert any(record.get("grad_norm", 0) > 0 for record in metrics), "nothing was learned: the test lost its point"
+
+
+def test_a_critic_beside_a_trainer_of_two_ranks_gives_the_run_of_one_process(tmp_path, monkeypatch):
+    options = {"algorithm": AlgorithmConfig(name="ppo", critic_learning_rate=1e-2, mini_batches=2)}
+    same_run_with_actors(tmp_path, monkeypatch, options, replace(CONFIG, num_engines=1, trainer_ranks=2))
+
+
+def test_a_teacher_as_an_actor_gives_the_run_of_one_process(tmp_path, monkeypatch):
+    config = rl_config(tmp_path, ClusterConfig())
+    teacher = str(config.model.resolve(tmp_path / "teacher", config.task.build().train, seed=7))
+    options = {"algorithm": AlgorithmConfig(name="distillation", teacher_model=teacher), "reward": {}}
+    same_run_with_actors(tmp_path, monkeypatch, options, replace(CONFIG, num_engines=1, teacher_engines=2))
+    with pytest.raises(ValueError, match=r"set cluster\.teacher_engines=1"):
+        replace(config, cluster=CONFIG, **options)
+
+
+def same_run_with_actors(tmp_path, monkeypatch, options, cluster):
+    """A local run, and one on the cluster that dies in its second step and is resumed, end with the same weights."""
+    options["checkpoint_every"] = 1
+    local = replace(rl_config(tmp_path / "local", ClusterConfig()), **options)
+    local = replace(local, trainer=replace(local.trainer, gradient_splits=2))
+    remote = replace(local, runs_dir=str(tmp_path / "ray"), cluster=cluster)
+    expected = rl.run(local)
+    learn = Learner.step
+
+    def die_at_step_2(learner, groups):
+        if learner.config.steps_made(learner.trainer) == 1:
+            raise Killed
+        return learn(learner, groups)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", die_at_step_2)
+        with pytest.raises(Killed):
+            rl.run(remote)
+    assert rl.run(remote)["weights_hash"] == expected["weights_hash"]
+    metrics = [[record for record in read_metrics(c.directory) if record["stage"] == "rl"] for c in (local, remote)]
+    assert without_times(metrics[0]) == without_times(metrics[1])
+    assert all(record["grad_norm"] > 0 for record in metrics[0]), "nothing was learned: the test lost its point"
 
 
 FAULTY_REWARD = """

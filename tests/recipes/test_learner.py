@@ -6,7 +6,7 @@ import pytest
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.recipes import rl
-from lockstep.recipes.cluster.config import ClusterConfig
+from lockstep.recipes.cluster.local import LocalCluster
 from lockstep.recipes.inputs import ModelSource, TaskConfig
 from lockstep.recipes.learner import Learner
 from lockstep.recipes.new_model import ModelShape
@@ -73,7 +73,8 @@ def groups(model):
 
 def learner(model, **options):
     config = replace(CONFIG, algorithm=AlgorithmConfig(**options))
-    return Learner(config, MegatronTrainer(replace(config.trainer, model=model)), model)
+    cluster = LocalCluster(replace(config.trainer, model=model), replace(config.engine, model=model))
+    return Learner(config, cluster, model)
 
 
 SHAPE = BatchShape(max_tokens=64, temperature=0.5, max_response_tokens=12)
@@ -194,9 +195,3 @@ def test_more_mini_batches_than_groups_are_refused():
         replace(CONFIG, rollout=RolloutConfig(prompts_per_step=8), algorithm=AlgorithmConfig(mini_batches=9))
     with pytest.raises(ValueError, match=r"algorithm\.epochs must be at least 1"):
         AlgorithmConfig(epochs=0)
-
-
-def test_a_second_model_needs_a_local_cluster(model):
-    config = replace(CONFIG, algorithm=AlgorithmConfig(name="ppo"), cluster=ClusterConfig(kind="ray"))
-    with pytest.raises(ValueError, match=r"ppo has a second model, which needs cluster\.kind=local"):
-        Learner(config, None, model)

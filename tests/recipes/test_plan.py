@@ -17,6 +17,7 @@ from lockstep.rollout.tasks import GuessNumberTaskConfig
 from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer
 from lockstep.rollout.worker import RolloutConfig
 from lockstep.trainer_bridge import TrainerConfig
+from lockstep.trainer_bridge.algorithms import AlgorithmConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path.stem for path in (ROOT / "configs" / "recipe").glob("*.yaml"))
@@ -46,6 +47,19 @@ def test_the_arithmetic_of_a_step(tmp_path, capsys):
     assert "6 prompts x 4 samples" in shown
     assert "0.2 epochs of 300 problems" in shown
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_critic_and_a_reference_model_count(tmp_path):
+    sections = rl_plan(small_config(tmp_path, algorithm=AlgorithmConfig(name="ppo", kl_coefficient=0.1))).sections
+    trainer, critic = (
+        {name: value for name, value, _ in sections[title]}
+        for title in ("Memory of the trainer (one process)", "Memory of the critic (beside the trainer)")
+    )
+    assert trainer["reference model"] == trainer["weights"] != "0 B"
+    assert critic["optimizer"] != "0 B"
+    assert "reference model" not in critic
+    plain = rl_plan(small_config(tmp_path)).sections
+    assert not any("critic" in title for title in plain)
 
 
 def test_turns_count(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 from models import make_hf_model
 
 from lockstep.engine import Engine, EngineConfig
+from lockstep.recipes.cluster.local import LocalCluster
 from lockstep.recipes.learner import Learner
 from lockstep.recipes.rl import RLConfig
 from lockstep.rollout.environments import EnvironmentConfig, environment_factory
@@ -14,7 +15,7 @@ from lockstep.rollout.evaluation import EvaluationConfig, evaluate
 from lockstep.rollout.tasks import ReasoningGymConfig, build_task
 from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer
 from lockstep.rollout.worker import RolloutConfig, RolloutWorker
-from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
+from lockstep.trainer_bridge import TrainerConfig
 
 ECHO = EnvironmentConfig(kind="user_environments.Echo", options={"num_turns": 2})
 
@@ -69,8 +70,8 @@ def test_an_update_learns_from_the_written_tokens_with_the_engines_log_probs(par
         assert sample.reward == pytest.approx(played + len(sample.text) / 10)
     assert play_step(worker) == groups
 
-    trainer = MegatronTrainer(TrainerConfig(model=path, learning_rate=1e-3))
-    with Learner(RLConfig(rollout=rollout), trainer, path) as learner:
+    cluster = LocalCluster(TrainerConfig(model=path, learning_rate=1e-3), EngineConfig(model=path))
+    with Learner(RLConfig(rollout=rollout), cluster, path) as learner:
         stats = learner.step(groups)
     assert stats["logprob_diff_max"] == 0.0
     assert stats["trained_tokens"] == sum(sum(sample.response_mask) for sample in samples)
