@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
+from itertools import compress, pairwise
 
 from lockstep.rollout.sample import Sample
 from lockstep.trainer_bridge.algorithm_config import Algorithm
@@ -55,6 +55,7 @@ def scored_responses(
                 teacher_logprobs=of_written(teacher, index),
                 proximal_logprobs=of_written(proximal, index),
                 values=of_written(values, index),
+                turn_rewards=_at_turn_ends(sample) if len(sample.turn_rewards) > 1 else None,
             )
             for index, sample in enumerate(samples)
         ]
@@ -140,6 +141,18 @@ def _of_each_update(
 
 def _sequence(sample: Sample, group: int) -> TrainSequence:
     return TrainSequence(token_ids=all_tokens(sample), loss_mask=written(sample), group=group)
+
+
+def _at_turn_ends(sample: Sample) -> list[float]:
+    """A number for each token that the policy wrote: a turn's reward at its last one, 0 elsewhere."""
+    remaining = iter(sample.turn_rewards)
+    rewards = [
+        0.0 if is_followed else next(remaining)
+        for is_written, is_followed in pairwise([*sample.written, False])
+        if is_written
+    ]
+    rewards[-1] += sum(remaining)  # of a turn that was aborted before its first token
+    return rewards
 
 
 def _engine_logprobs(sample: Sample) -> list[float | None]:

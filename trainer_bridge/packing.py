@@ -42,10 +42,10 @@ class TrainSequence:
     logprobs: Sequence[float | None] | None = None
     ref_logprobs: Sequence[float | None] | None = None
     lags: Sequence[int] | None = None
-    proximal_logprobs: Sequence[float | None] | None = None
     values: Sequence[float] | None = None
     returns: Sequence[float] | None = None
     group: int = 0
+    proximal_logprobs: Sequence[float | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ class PackedBatch:
     ref_logprobs: torch.Tensor | None
     temperature: float
     lags: torch.Tensor | None = None
-    proximal_logprobs: torch.Tensor | None = None
     old_values: torch.Tensor | None = None
     returns: torch.Tensor | None = None
     entropies: torch.Tensor | None = None
+    proximal_logprobs: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "PackedBatch":
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -16,8 +16,9 @@ class ScoredResponse:
     """One sample. Per-token fields hold one number for each token that the policy wrote, in order.
 
     logprobs: of the policy that drew it. truncated: it ran into the limit of tokens. ref_logprobs, teacher_logprobs:
-    the KL penalty's reference model's, and the teacher's. proximal_logprobs: of the policy before the step. values: the
-    critic's, of what comes before each token.
+    the KL penalty's reference model's, and the teacher's. values: the critic's, of what comes before each token.
+    proximal_logprobs: of the policy before the step. turn_rewards: each turn's at its last token, 0 elsewhere, in all
+    `reward`; None: all of it is the last token's.
     """
 
     reward: float
@@ -25,8 +26,9 @@ class ScoredResponse:
     truncated: bool = False
     ref_logprobs: Sequence[float] | None = None
     teacher_logprobs: Sequence[float] | None = None
-    proximal_logprobs: Sequence[float] | None = None
     values: Sequence[float] | None = None
+    proximal_logprobs: Sequence[float] | None = None
+    turn_rewards: Sequence[float] | None = None
 
     def __len__(self) -> int:
         return len(self.logprobs)
@@ -50,7 +52,7 @@ class RewardShaping:
 
 
 def token_rewards(response: ScoredResponse, shaping: RewardShaping) -> list[float]:
-    """A reward per token: KL penalties, and at the last token also the response's reward and the overlong penalty.
+    """A reward per token: KL penalties, at a turn's last token what it earned, at the last of all the overlong penalty.
 
     Raises ValueError for a response without tokens, a non-finite reward, or a KL penalty without reference.
     """
@@ -65,8 +67,11 @@ def token_rewards(response: ScoredResponse, shaping: RewardShaping) -> list[floa
         kl = KL_ESTIMATORS[shaping.kl_estimator]
         pairs = zip(response.logprobs, response.ref_logprobs, strict=True)
         rewards = [-shaping.kl_coefficient * kl(logprob - reference) for logprob, reference in pairs]
-    rewards[-1] += response.reward - _overlong_penalty(len(response), shaping)
-    return rewards
+    earned = [0.0] * (len(response) - 1) + [response.reward]
+    if response.turn_rewards is not None:
+        earned = list(response.turn_rewards)
+    earned[-1] -= _overlong_penalty(len(response), shaping)
+    return [reward + own for reward, own in zip(rewards, earned, strict=True)]
 
 
 def _overlong_penalty(length: int, shaping: RewardShaping) -> float:

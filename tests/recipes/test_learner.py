@@ -18,6 +18,8 @@ from lockstep.rollout.worker import RolloutConfig
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 from lockstep.trainer_bridge.algorithms import AlgorithmConfig, build_algorithm
 from lockstep.trainer_bridge.packing import TrainSequence, pack
+from lockstep.trainer_bridge.responses import RewardShaping, token_rewards
+from lockstep.trainer_bridge.returns import whitened
 
 CONFIG = rl.RLConfig(
     seed=3,
@@ -97,6 +99,27 @@ def test_a_samples_tokens_land_on_the_rows_that_predict_them():
     assert batch.lags.tolist() == [0, 1, 0, 0, 0, 0, 0]
     (batch,) = batches_of([samples[1], replace(samples[1], reward=1.0)], version=4, name="rloo")
     assert batch.lags is None
+
+
+def test_a_turns_reward_is_credited_to_what_was_written_up_to_its_end():
+    """Of three turns the second is followed by nothing: it was aborted before its first token, as was the last."""
+    episode = replace(
+        sample([1, 2, 7, 8, 3], [-0.5, -0.5, None, None, -0.5], reward=1.5),
+        response_mask=(True, True, False, False, True),
+        turn_rewards=(0.5, 1.25, -0.25),
+    )
+    ((response,),) = scored_responses([[episode]])
+    assert response.turn_rewards == [0.0, 0.5, 1.0]
+    assert token_rewards(response, RewardShaping()) == [0.0, 0.5, 1.0]
+    algorithm = build_algorithm(AlgorithmConfig(name="reinforce_pp", gamma=0.5), SHAPE.max_response_tokens)
+    returns = [0.5 * (0.5 + 0.5 * 1.0), 0.5 + 0.5 * 1.0, 1.0]
+    assert algorithm.advantages([[response]]) == whitened([[returns]])
+    group = build_algorithm(AlgorithmConfig(name="rloo"), SHAPE.max_response_tokens)
+    ((first, second),) = group.advantages([[response, replace(response, reward=0.0, turn_rewards=None)]])
+    assert (first, second) == ([1.5] * 3, [-1.5] * 3)
+    shaping = RewardShaping(kl_coefficient=0.5, max_tokens=4, overlong_tokens=2, overlong_penalty=2.0)
+    penalised = replace(response, ref_logprobs=[-1.5, -0.5, -0.5])
+    assert token_rewards(penalised, shaping) == [-0.5, 0.5, 0.0]
 
 
 def test_responses_that_are_not_learned_from_are_left_out():
