@@ -1,6 +1,7 @@
 """The inference engine. See docs/design.md for the promises; `Engine` is the public class."""
 
-from lockstep.engine.engine import Engine, EngineConfig
+from lockstep.engine.config import EngineConfig
+from lockstep.engine.engine import Engine
 from lockstep.engine.replicated_engine import ReplicatedEngine
 from lockstep.engine.request import RequestOutput, SamplingParams
 from lockstep.engine.serving import TokenEvent

@@ -17,7 +17,7 @@ from lockstep.engine.speculation.build import has_draft_model
 from lockstep.kernels import numerics
 
 if TYPE_CHECKING:
-    from lockstep.engine.engine import EngineConfig
+    from lockstep.engine.config import EngineConfig
 
 PAGE_SIZE = {"cpu": 16, "cuda": 64}
 CPU_KV_CACHE_BYTES = 512 * 2**20

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from lockstep.engine.engine import Engine, EngineConfig
+from lockstep.engine.config import EngineConfig
+from lockstep.engine.engine import Engine
 from lockstep.engine.request import Kind, Request, RequestOutput, SamplingParams
 from lockstep.engine.serving import Serving
 from lockstep.engine.spread import spread

@@ -18,7 +18,7 @@ from lockstep.engine.scheduler import StepBatch
 from lockstep.engine.workers import Workers
 
 if TYPE_CHECKING:
-    from lockstep.engine.engine import EngineConfig
+    from lockstep.engine.config import EngineConfig
 
 
 def start_workers(config: EngineConfig, model_config: ModelConfig) -> Workers:

@@ -17,7 +17,7 @@ from lockstep.engine.speculation.policy import PolicyConfig, SpeculationPolicy
 from lockstep.engine.speculation.speculation import MAX_DRAFT_TOKENS, Speculation
 
 if TYPE_CHECKING:
-    from lockstep.engine.engine import EngineConfig
+    from lockstep.engine.config import EngineConfig
 
 NGRAM = "ngram"
 

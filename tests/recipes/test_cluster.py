@@ -196,26 +196,9 @@ def test_a_run_whose_engines_are_killed_ends_with_the_weights_of_one_without_fau
 
 
 def test_a_critic_beside_a_trainer_of_two_ranks_gives_the_run_of_one_process(tmp_path, monkeypatch):
+    """Also when it dies in its second step and is resumed."""
     options = {"algorithm": AlgorithmConfig(name="ppo", critic_learning_rate=1e-2, mini_batches=2)}
-    same_run_with_actors(tmp_path, monkeypatch, options, replace(CONFIG, num_engines=1, trainer_ranks=2))
-
-
-def test_a_teacher_as_an_actor_gives_the_run_of_one_process(tmp_path, monkeypatch):
-    config = rl_config(tmp_path, ClusterConfig())
-    teacher = str(config.model.resolve(tmp_path / "teacher", config.task.build().train, seed=7))
-    options = {"algorithm": AlgorithmConfig(name="distillation", teacher_model=teacher), "reward": {}}
-    same_run_with_actors(tmp_path, monkeypatch, options, replace(CONFIG, num_engines=1, teacher_engines=2))
-    with pytest.raises(ValueError, match=r"set cluster\.teacher_engines=1"):
-        replace(config, cluster=CONFIG, **options)
-
-
-def same_run_with_actors(tmp_path, monkeypatch, options, cluster):
-    """A local run, and one on the cluster that dies in its second step and is resumed, end with the same weights."""
-    options["checkpoint_every"] = 1
-    local = replace(rl_config(tmp_path / "local", ClusterConfig()), **options)
-    local = replace(local, trainer=replace(local.trainer, gradient_splits=2))
-    remote = replace(local, runs_dir=str(tmp_path / "ray"), cluster=cluster)
-    expected = rl.run(local)
+    local, remote = local_and_remote(tmp_path, options, replace(CONFIG, num_engines=1, trainer_ranks=2))
     learn = Learner.step
 
     def die_at_step_2(learner, groups):
@@ -227,7 +210,26 @@ def same_run_with_actors(tmp_path, monkeypatch, options, cluster):
         patch.setattr(Learner, "step", die_at_step_2)
         with pytest.raises(Killed):
             rl.run(remote)
-    assert rl.run(remote)["weights_hash"] == expected["weights_hash"]
+    assert_same_training(local, remote)
+
+
+def test_a_teacher_as_an_actor_gives_the_run_of_one_process(tmp_path):
+    config = rl_config(tmp_path, ClusterConfig())
+    teacher = str(config.model.resolve(tmp_path / "teacher", config.task.build().train, seed=7))
+    options = {"algorithm": AlgorithmConfig(name="distillation", teacher_model=teacher), "reward": {}}
+    assert_same_training(*local_and_remote(tmp_path, options, replace(CONFIG, num_engines=1, teacher_engines=2)))
+    with pytest.raises(ValueError, match=r"set cluster\.teacher_engines=1"):
+        replace(config, cluster=CONFIG, **options)
+
+
+def local_and_remote(tmp_path, options, cluster):
+    local = replace(rl_config(tmp_path / "local", ClusterConfig()), checkpoint_every=1, **options)
+    local = replace(local, trainer=replace(local.trainer, gradient_splits=2))
+    return local, replace(local, runs_dir=str(tmp_path / "ray"), cluster=cluster)
+
+
+def assert_same_training(local, remote):
+    assert rl.run(remote)["weights_hash"] == rl.run(local)["weights_hash"]
     metrics = [[record for record in read_metrics(c.directory) if record["stage"] == "rl"] for c in (local, remote)]
     assert without_times(metrics[0]) == without_times(metrics[1])
     assert all(record["grad_norm"] > 0 for record in metrics[0]), "nothing was learned: the test lost its point"

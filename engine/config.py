@@ -1,0 +1,83 @@
+"""The options of an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lockstep.engine.speculation.build import check_speculation
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine serves and how much memory it may take.
+
+    model: an HF directory (config.json, safetensors, optionally a tokenizer).
+    device, dtype: "cpu" with "float32", or "cuda" with "bfloat16".
+    load_format: "auto" reads the directory's weights; "dummy" makes random ones (from `seed`), for benchmarks.
+    page_size: tokens of KV in a page, the unit of sharing between requests. None: 16 on a CPU, 64 on a GPU.
+    max_running_requests: requests that decode together.
+    max_prefill_tokens: prompt tokens computed in one step (the prefill chunk).
+    kv_cache_tokens: tokens of KV held. None: up to 512 MiB on a CPU, `memory_fraction` of the free memory on a GPU.
+    max_model_len: longest prompt plus output. None: the model's max_position_embeddings.
+    cuda_graphs: on a GPU, decode steps are replayed as graphs.
+    group_prefixes: on a GPU, attention reads a prefix that decoding requests share once for all of them.
+    overlap: on a GPU, a step is scheduled while the one before still runs.
+    row_parallel_splits: the parts, a power of two, in which the sums of the row-parallel products are taken: a setting
+        of the numerics, which a trainer must share. See kernels.row_parallel_linear.
+    tp_size: processes, on as many GPUs or on the CPU, that each hold a part of every layer and of the KV. It divides
+        row_parallel_splits and changes no bit. multiprocessing spawns them, so a script's `__main__` has its guard.
+        Decode steps are then not captured in graphs.
+    ep_size: of a model with experts: tp_size, and the processes share out the experts of each layer, whole; or 1, and
+        each holds all experts, which takes more memory and saves an exchange per layer. It changes no bit either.
+    rank_timeout_s: how long one of them may keep the others waiting before the engine gives it up.
+    rank_start_timeout_s: how long they may take to start and to read their weights.
+    draft_model: what drafts tokens ahead: "ngram" (copies from the request's text and its group's), or the directory
+        of an EAGLE-3 model in the format of SGLang and vLLM. None: nothing does. It changes no bit of any output.
+    num_draft_tokens: drafts per request and step, 1 to 8.
+    draft_max_requests: the most requests that decode together with drafts. None: as many as were measured to be faster
+        with them, by batch size.
+    draft_min_accepted: a request of whose drafts fewer than this are accepted per step goes on without for a while.
+    """
+
+    model: str
+    device: str = "cpu"
+    dtype: str = "float32"
+    load_format: str = "auto"
+    seed: int = 0
+    page_size: int | None = None
+    max_running_requests: int = 256
+    max_prefill_tokens: int = 8192
+    kv_cache_tokens: int | None = None
+    memory_fraction: float = 0.85
+    max_model_len: int | None = None
+    enable_prefix_cache: bool = True
+    cuda_graphs: bool = True
+    group_prefixes: bool = True
+    overlap: bool = True
+    row_parallel_splits: int = 1
+    tp_size: int = 1
+    ep_size: int = 1
+    rank_timeout_s: float = 120.0
+    rank_start_timeout_s: float = 900.0
+    draft_model: str | None = None
+    num_draft_tokens: int = 0
+    draft_max_requests: int | None = None
+    draft_min_accepted: float = 0.25
+
+    def __post_init__(self):
+        for field in ("page_size", "max_running_requests", "max_prefill_tokens"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"EngineConfig.{field} must be at least 1, got {value}")
+        if self.load_format not in ("auto", "dummy"):
+            raise ValueError(f'EngineConfig.load_format must be "auto" or "dummy", got {self.load_format!r}')
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f'EngineConfig.dtype must be "float32", "bfloat16" or "float16", got {self.dtype!r}')
+        if self.device.startswith("cpu") and self.dtype != "float32":
+            raise ValueError(f"on the CPU the row contract holds in float32 only, got dtype={self.dtype!r}")
+        if not 0.0 < self.memory_fraction <= 1.0:
+            raise ValueError(f"EngineConfig.memory_fraction must be in (0, 1], got {self.memory_fraction}")
+        for field in ("rank_timeout_s", "rank_start_timeout_s"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"EngineConfig.{field} must be positive, got {getattr(self, field)}")
+        check_speculation(self)
