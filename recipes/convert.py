@@ -57,7 +57,7 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     if config.checkpoint is not None:
         trainer.load(config.checkpoint)
     trainer.export_hf(config.output)
-    summary = {"output": config.output, "updates": trainer.step_count, "weights_hash": trainer.weights_hash()}
+    summary = {"output": config.output, "step": trainer.step_count, "weights_hash": trainer.weights_hash()}
     for name, value in summary.items():
         console.print(f"{name}: {value}", markup=False)
     return summary

@@ -159,7 +159,7 @@ def _rollout_rows(config: RLConfig, prompts: Sequence[int], model: ModelConfig) 
         ("samples", f"{samples:,}", f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples"),
         ("prompt tokens", f"{mean_prompt:,}", f"mean of {len(prompts)} looked at; longest {max(prompts):,}"),
         ("generated tokens", f"<= {most:,}", f"{samples:,} samples x {rollout.max_tokens} tokens{per_turns}"),
-        ("updates", f"{config.updates_per_step:,}", dealt),
+        ("updates", f"{algorithm.updates_per_step:,}", dealt),
         ("micro-batches", f"<= {math.ceil(per_update / max(1, budget // longest)):,}", _packing(longest, budget)),
     ]
 

@@ -32,6 +32,7 @@ from lockstep.rollout.sample import Sample
 from lockstep.rollout.tasks import Task, TaskSplits
 from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.rollout.worker import RolloutConfig, RolloutWorker
+from lockstep.trainer_bridge import MegatronTrainer
 from lockstep.trainer_bridge.algorithms import AlgorithmConfig
 
 WARMUP = "sft"  # the folder of the warm-up's run in the run directory
@@ -81,9 +82,9 @@ class RLConfig(TrainingRunConfig):
                 f"rollout.prompts_per_step={self.rollout.prompts_per_step}"
             )
 
-    @property
-    def updates_per_step(self) -> int:
-        return self.algorithm.updates_per_step
+    def steps_made(self, trainer: MegatronTrainer) -> int:
+        """By the run whose trainer this is, which counts updates."""
+        return trainer.step_count // self.algorithm.updates_per_step
 
     def without_draft_where_none_can_learn(self) -> RLConfig:
         """Drafts change no result, so a run that cannot train one goes without, and says so."""
@@ -112,7 +113,7 @@ def run(config: RLConfig) -> dict[str, Any]:
         trainer, engine = replace(config.trainer, model=start), replace(config.engine, model=start)
         engine, draft_config = with_draft(engine, config.draft, run.path / "new_draft", tasks.train, config.seed)
         with open_cluster(config.cluster, trainer, engine, config.seed, config.num_threads) as cluster:
-            run.start(cluster.trainer)
+            run.start(cluster.trainer, config.algorithm.updates_per_step)
             if version := config.steps_made(cluster.trainer):
                 cluster.publish(version)
             with Learner(config, cluster, start) as learner:

@@ -61,15 +61,6 @@ class TrainingRunConfig:
     dry_run: bool = False
 
     @property
-    def updates_per_step(self) -> int:
-        """Of the optimizer."""
-        return 1
-
-    def steps_made(self, trainer: MegatronTrainer) -> int:
-        """By the run whose trainer this is: a trainer counts updates."""
-        return trainer.step_count // self.updates_per_step
-
-    @property
     def directory(self) -> Path:
         return Path(self.run) if self.run is not None else Path(self.runs_dir) / self.name
 
@@ -110,10 +101,10 @@ class TrainingRun:
         self.trace.close()
         self.directory.close()
 
-    def start(self, trainer: MegatronTrainer) -> None:
+    def start(self, trainer: MegatronTrainer, updates_per_step: int = 1) -> None:
         """Opens the live view and the sinks. Brings the trainer to the newest checkpoint, if there is one."""
         self.restore(trainer=trainer)
-        self.view = LiveView(self.stage, self.config.steps, self.config.steps_made(trainer))
+        self.view = LiveView(self.stage, self.config.steps, trainer.step_count // updates_per_step)
         self.sinks = open_sinks(self.config.sinks, self.directory, self.config, self.view)
 
     def restore(self, **parts: CheckpointPart) -> None:

@@ -31,6 +31,8 @@ from lockstep.trainer_bridge import TrainerConfig
 from lockstep.trainer_bridge.layout import trainer_layout
 from lockstep.trainer_bridge.weight_plan import Transfer, engine_layout, plan_transfers
 
+# Of a cluster that is started here. Ray would make its workers as nice as 15: what else runs would come before them.
+_OWN_CLUSTER = {"object_store_memory": 200 * 2**20, "_system_config": {"worker_niceness": 0}}
 # Libraries read these when they are imported, which in an actor may be before our code runs.
 _ENVIRONMENT = {"MKL_CBWR": "AUTO,STRICT", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -252,7 +254,7 @@ def _start_ray(config: ClusterConfig) -> None:
                 log_to_driver=False,
                 configure_logging=False,
                 runtime_env={"env_vars": _ENVIRONMENT | _python_path()},
-                **({} if config.address else {"object_store_memory": 200 * 2**20}),
+                **({} if config.address else _OWN_CLUSTER),
             )
         except Exception as error:  # Ray has no class of its own for this
             if "timed out during startup" not in str(error) or time.monotonic() > deadline:

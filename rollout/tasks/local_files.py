@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from lockstep.rollout.tasks.answers import COMPARISONS
 from lockstep.rollout.tasks.problem import Problem, TaskSplits, check_index, content_hash, conversation, hash_fraction
 
@@ -86,6 +84,8 @@ def build_local_files(config: LocalFilesConfig) -> TaskSplits:
 
 
 def _read(files: Sequence[str], config: LocalFilesConfig) -> list[Problem]:
+    import datasets  # seconds of imports that other tasks do not need
+
     problems = []
     for file in files:
         path = Path(file)

@@ -1,16 +1,18 @@
 """Problems made by reasoning-gym: procedural, verifiable, and without a download."""
 
+from __future__ import annotations
+
 import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
-
-import reasoning_gym
-from reasoning_gym.factory import DATASETS, ProceduralDataset
+from typing import TYPE_CHECKING, Any
 
 from lockstep.rollout.tasks.problem import Problem, TaskSplits, check_index, content_hash, conversation, hash_fraction
 from lockstep.rollout.tasks.solutions import cut_short, num_steps, worked_solution
+
+if TYPE_CHECKING:
+    from reasoning_gym.factory import ProceduralDataset
 
 # Datasets draw problem i from Random(seed + i), so streams must start further apart than any split is long.
 _STREAM_STRIDE = 1_000_003 * 1_009
@@ -106,6 +108,9 @@ def build_reasoning_gym(config: ReasoningGymConfig) -> TaskSplits:
 
 
 def _create_dataset(config: ReasoningGymConfig, seed: int, size: int) -> ProceduralDataset:
+    import reasoning_gym  # seconds of imports that other tasks do not need
+    from reasoning_gym.factory import DATASETS
+
     if config.dataset not in DATASETS:
         close = difflib.get_close_matches(config.dataset, DATASETS, n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
