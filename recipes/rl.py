@@ -113,7 +113,7 @@ def run(config: RLConfig) -> dict[str, Any]:
         trainer, engine = replace(config.trainer, model=start), replace(config.engine, model=start)
         engine, draft_config = with_draft(engine, config.draft, run.path / "new_draft", tasks.train, config.seed)
         with open_cluster(config.cluster, trainer, engine, config.seed, config.num_threads) as cluster:
-            run.start(cluster.trainer, config.algorithm.updates_per_step)
+            run.start(cluster.trainer)
             if version := config.steps_made(cluster.trainer):
                 cluster.publish(version)
             with Learner(config, cluster, start) as learner:

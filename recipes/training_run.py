@@ -101,10 +101,10 @@ class TrainingRun:
         self.trace.close()
         self.directory.close()
 
-    def start(self, trainer: MegatronTrainer, updates_per_step: int = 1) -> None:
+    def start(self, trainer: MegatronTrainer) -> None:
         """Opens the live view and the sinks. Brings the trainer to the newest checkpoint, if there is one."""
         self.restore(trainer=trainer)
-        self.view = LiveView(self.stage, self.config.steps, trainer.step_count // updates_per_step)
+        self.view = LiveView(self.stage, self.config.steps, self.directory.resume_step or 0)
         self.sinks = open_sinks(self.config.sinks, self.directory, self.config, self.view)
 
     def restore(self, **parts: CheckpointPart) -> None:

@@ -90,10 +90,14 @@ class ClusterConfig:
 
     def reward_bundles(self) -> list[int]:
         """Of each reward worker."""
-        first = max(self.num_engines, 1 + self.trainer_bundles()[-1])
+        first = self._behind_the_trainer()
         return list(range(first, first + self.reward_workers))
 
     def teacher_bundles(self) -> list[int]:
         """Of each teacher."""
-        first = max(self.num_engines, 1 + self.trainer_bundles()[-1]) + self.reward_workers
+        first = self._behind_the_trainer() + self.reward_workers
         return list(range(first, first + self.teacher_engines))
+
+    def _behind_the_trainer(self) -> int:
+        """The first reservation that neither an engine nor a rank of the trainer has."""
+        return max(self.num_engines, 1 + self.trainer_bundles()[-1])
