@@ -50,7 +50,7 @@ format: $(INSTALLED)
 # torch goes first and alone: asked for through another package, pip may pick a build several gigabytes larger.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Lockstep needs Python 3.11 or later; set PYTHON=")'
-	@echo "Making $(VENV); pip then says what it downloads, once: about 1 GB, or 4 GB where torch is the build for CUDA"
+	@echo "Making $(VENV); pip then says what it downloads: 3.3 GB on the disk with torch for CPUs, more with CUDA"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --upgrade pip
 	$(BIN)/pip install --constraint constraints.txt torch
