@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None, stages: Mapping[str, Stage] = STAGES) ->
 
 def _run_stage(name: str, stage: Stage, overrides: list[str]) -> None:
     launch.prepare_environment()
-    full_errors = launch.take_over_hydra_errors()
+    full_errors = launch.full_errors_asked()
     with _user_errors(full_errors):
         config_class, run = _resolve(stage.config), _resolve(stage.run)
         config = _compose(name, stage, config_class, overrides)
@@ -134,7 +134,8 @@ def _compose(name: str, stage: Stage, config_class: type, overrides: list[str]) 
     arguments_before = sys.argv
     sys.argv = [f"lockstep {name}", *overrides]  # hydra.main reads its arguments there
     try:
-        hydra.main(version_base="1.3", config_path="pkg://lockstep.configs", config_name=name)(keep)()
+        with launch.hydra_raises():
+            hydra.main(version_base="1.3", config_path="pkg://lockstep.configs", config_name=name)(keep)()
     except Exception as error:  # of many classes: OmegaConf has plain assertions where a null group is set key by key
         raise ValueError(_explain(error, list(config_schema.keys(config_class)))) from error
     finally:

@@ -5,7 +5,8 @@ import random
 import socket
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 # Read by libraries when they are imported. A value that the user has set stays.
@@ -53,11 +54,23 @@ def set_up_process(seed: int, num_threads: int | None = None) -> None:
     torch.set_num_threads(num_threads or usable_cpus())
 
 
-def take_over_hydra_errors() -> bool:
-    """Make Hydra raise its errors, for the caller to report; True if the user asked for full tracebacks."""
-    asked = os.environ.get("HYDRA_FULL_ERROR") == "1"
+def full_errors_asked() -> bool:
+    """Whether the user wants tracebacks in place of one-line errors."""
+    return os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+@contextmanager
+def hydra_raises() -> Iterator[None]:
+    """Within the `with` block Hydra raises its errors, for the caller to report, and does not print and exit."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    return asked
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def wandb_mode(server: str) -> str:

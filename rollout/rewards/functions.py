@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lockstep.rollout.rewards.isolated_main import load_function
+from lockstep.engine.user_code import load_object
 from lockstep.rollout.rewards.isolation import Limits, score_isolated
 from lockstep.rollout.rewards.reward import Completion, Reward, each
 
@@ -41,7 +41,7 @@ class MathOptions:
 
 def function_reward(options: FunctionOptions) -> Reward:
     """Raises ValueError for a path that leads to no function."""
-    function = load_function(options.path)
+    function = load_object(options.path, "reward function")
     if options.limits is not None:
         return _isolated(options.path, options.limits)
     if not options.batch:

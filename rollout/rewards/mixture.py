@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lockstep.engine import user_code
 from lockstep.rollout.rewards import code, functions, models, rules
 from lockstep.rollout.rewards.models import RewardEngines
 from lockstep.rollout.rewards.reward import Completion, Reward, each
@@ -82,8 +83,7 @@ def _build_term(name: str, value: Any, task: Task, engines: RewardEngines) -> tu
     kind = options.pop("kind", name)
     if kind not in REWARDS:
         if "kind" in (value if isinstance(value, Mapping) else ()) or "." not in kind:
-            known = ", ".join(REWARDS)
-            raise ValueError(f"no reward {kind!r}; there are: {known}, or the path of a function")
+            raise ValueError(user_code.unknown_name("no reward", kind, REWARDS, ", or the path of a function"))
         kind, options = "function", {"path": name, **options}
     try:
         return float(weight), REWARDS[kind].build(_options(REWARDS[kind].options, options), task, engines)
