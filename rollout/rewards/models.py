@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.engine.pooling import ScoreAt, scored_part
+from lockstep.rollout.model_output import valid_text
 from lockstep.rollout.rewards.reward import Completion, Reward
 from lockstep.rollout.tokenizer import load_tokenizer, render_prompt
 
@@ -89,7 +90,8 @@ def conversation_ids(
     if tokenizer.chat_template is None:
         raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template")
     turns = [*(dict(message) for message in messages), {"role": "assistant", "content": response}]
-    return tokenizer.encode(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False)
+    text = valid_text(tokenizer.apply_chat_template(turns, tokenize=False))
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def reward_model_reward(options: RewardModelOptions, engines: RewardEngines) -> Reward:
