@@ -46,7 +46,10 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """accuracy: mean@k. standard_error: of the accuracy, over problems. truncated: share that ran out of tokens."""
+    """accuracy: mean@k. standard_error: of the accuracy, over problems. truncated: share that ran out of tokens.
+
+    verifier_failures: samples that scored 0 since a verifier gave no verdict.
+    """
 
     accuracy: float
     standard_error: float
@@ -56,6 +59,7 @@ class EvalResult:
     truncated: float
     digest: str
     samples: list[Sample]
+    verifier_failures: int = 0
 
     def metrics(self) -> dict[str, float | str]:
         """All but the samples, by name."""
@@ -66,6 +70,7 @@ class EvalResult:
             "reward": self.reward,
             "mean_response_tokens": self.mean_response_tokens,
             "truncated": self.truncated,
+            "verifier_failures": self.verifier_failures,
             "digest": self.digest,
         }
 
@@ -79,13 +84,17 @@ def evaluate(
     seed: int,
     environment: EnvironmentConfig = EnvironmentConfig(),  # noqa: B008  frozen
 ) -> EvalResult:
-    """Answers the first `num_problems` problems of a task (all, if it has fewer) and scores them."""
+    """Answers the first `num_problems` problems of a task (all, if it has fewer) and scores them.
+
+    Raises VerifierError where every verdict fails for the same reason.
+    """
     sampling = replace(
         RolloutConfig(), max_tokens=config.max_tokens, temperature=config.temperature, top_p=config.top_p
     )
     worker = build_worker(engine, tokenizer, task, reward, sampling, seed, environment)
     size = config.samples_per_problem
     groups = worker.sample_first(config.num_problems, size, EVALUATION_STEP)
+    num_failed = worker.failures.take()
     samples = [sample for group in groups for sample in group.samples]
     num_correct = [sum(sample.correct for sample in group.samples) for group in groups]
     return EvalResult(
@@ -97,6 +106,7 @@ def evaluate(
         truncated=sum(sample.finish_reason == "length" for sample in samples) / len(samples),
         digest=digest(samples),
         samples=samples,
+        verifier_failures=num_failed,
     )
 
 

@@ -64,13 +64,12 @@ class EpisodeWorker(RolloutWorker):
 
     def _scored(self, episodes: Sequence[Episode], group: Group) -> list[Sample]:
         completions = [Completion(e.problem, e.last_text, len(e.transcript.response_ids)) for e in episodes]
-        rewards = self.reward(completions)
         return [
-            self._sample(episode, group, number, reward)
-            for number, (episode, reward) in enumerate(zip(episodes, rewards, strict=True))
+            self._sample(episode, group, number, reward, correct)
+            for number, (episode, (reward, correct)) in enumerate(zip(episodes, self.judge(completions), strict=True))
         ]
 
-    def _sample(self, episode: Episode, group: Group, sample_index: int, reward: float) -> Sample:
+    def _sample(self, episode: Episode, group: Group, sample_index: int, reward: float, correct: bool) -> Sample:
         problem, text, transcript = episode.problem, episode.last_text, episode.transcript
         *earlier, last = episode.turn_rewards
         turn_rewards = (*earlier, last + reward)
@@ -87,7 +86,7 @@ class EpisodeWorker(RolloutWorker):
             finish_reason=episode.finish_reason,
             text=text,
             reward=sum(turn_rewards),
-            correct=self.correct(problem, text) == 1.0,
+            correct=correct,
             response_mask=tuple(transcript.written),
             turn_seeds=tuple(episode.turn_seeds),
             turn_rewards=turn_rewards,
