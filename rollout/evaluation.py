@@ -50,6 +50,7 @@ class EvalResult:
     """accuracy: mean@k. standard_error: of the accuracy, over problems. truncated: share that ran out of tokens.
 
     environment_failures: episodes that failed, which count as wrong; None where a response is one turn.
+    verifier_failures: samples that scored 0 since a verifier gave no verdict.
     """
 
     accuracy: float
@@ -61,6 +62,7 @@ class EvalResult:
     digest: str
     samples: list[Sample]
     environment_failures: int | None = None
+    verifier_failures: int = 0
 
     def metrics(self) -> dict[str, float | str]:
         """All but the samples, by name."""
@@ -72,6 +74,7 @@ class EvalResult:
             "mean_response_tokens": self.mean_response_tokens,
             "truncated": self.truncated,
             **({} if self.environment_failures is None else {"environment_failures": self.environment_failures}),
+            "verifier_failures": self.verifier_failures,
             "digest": self.digest,
         }
 
@@ -85,13 +88,17 @@ def evaluate(
     seed: int,
     environment: EnvironmentConfig = EnvironmentConfig(),  # noqa: B008  frozen
 ) -> EvalResult:
-    """Answers the first `num_problems` problems of a task (all, if it has fewer) and scores them."""
+    """Answers the first `num_problems` problems of a task (all, if it has fewer) and scores them.
+
+    Raises VerifierError where every verdict fails for the same reason.
+    """
     sampling = replace(
         RolloutConfig(), max_tokens=config.max_tokens, temperature=config.temperature, top_p=config.top_p
     )
     worker = build_worker(engine, tokenizer, task, reward, sampling, seed, environment)
     size = config.samples_per_problem
     groups = worker.sample_first(config.num_problems, size, EVALUATION_STEP)
+    num_unjudged = worker.failures.take()
     samples = [sample for group in groups for sample in group.samples]
     num_correct = [sum(sample.correct for sample in group.samples) for group in groups]
     num_failed = sum(sample.finish_reason == FAILED for sample in samples)
@@ -105,6 +112,7 @@ def evaluate(
         digest=digest(samples),
         samples=samples,
         environment_failures=None if environment.kind == SINGLE_TURN else num_failed,
+        verifier_failures=num_unjudged,
     )
 
 

@@ -40,7 +40,7 @@ class EpisodeWorker(RolloutWorker):
         self.environment = environment
         self.new_environment = environment_factory(environment)
         self.calls = GuardedCalls(environment.timeout_s)
-        self.failures = FailureLog()
+        self.episode_failures = FailureLog()
         self.find_tool_calls = TOOL_CALL_FORMATS[environment.tool_format]
         self.chat = ChatTurns(tokenizer, self.vocab_size)
         self.limits = Limits(
@@ -62,7 +62,7 @@ class EpisodeWorker(RolloutWorker):
         everything = [episode for episodes in played.values() for episode in episodes]
         play(self.engine, everything)
         failures = [failure for episode in everything for failure in episode.failures]
-        self.failures.add(failures, sum(episode.finish_reason != FAILED for episode in everything))
+        self.episode_failures.add(failures, sum(episode.finish_reason != FAILED for episode in everything))
         for group in unfinished:
             self._finish(group, played[group.prompt_index])
         return sum(sum(sample.written) for group in unfinished for sample in group.samples)
@@ -93,20 +93,21 @@ class EpisodeWorker(RolloutWorker):
         """Scores a group's episodes. Failed ones earn nothing; there may be nothing of them to learn from."""
         whole = [episode for episode in episodes if episode.finish_reason != FAILED]
         completions = [Completion(e.problem, e.last_text, sum(e.transcript.written)) for e in whole]
-        rewards = dict(zip(map(id, whole), self.reward(completions) if whole else [], strict=True))
+        scores = dict(zip(map(id, whole), self.judge(completions) if whole else [], strict=True))
         group.samples = [
-            self._sample(episode, group, number, rewards.get(id(episode))) for number, episode in enumerate(episodes)
+            self._sample(episode, group, number, *scores.get(id(episode), (0.0, False)))
+            for number, episode in enumerate(episodes)
         ]
         group.num_failures = sum(len(episode.failures) for episode in episodes)
         skips = self.environment.on_error == "skip" and len(whole) < len(episodes)
         group.is_lost = skips or any(not any(sample.written) for sample in group.samples)
 
-    def _sample(self, episode: Episode, group: Group, sample_index: int, reward: float | None) -> Sample:
-        """reward: of the last turn's text; None for an episode that failed."""
+    def _sample(self, episode: Episode, group: Group, sample_index: int, reward: float, correct: bool) -> Sample:
+        """reward, correct: of the last turn's text."""
         problem, text, transcript = episode.problem, episode.last_text, episode.transcript
-        turn_rewards = tuple(episode.turn_rewards)
-        if reward is not None:
-            turn_rewards = (*turn_rewards[:-1], turn_rewards[-1] + reward)
+        turn_rewards = list(episode.turn_rewards)
+        if turn_rewards:  # none where it failed before its first turn
+            turn_rewards[-1] += reward
         return Sample(
             problem_id=problem.problem_id,
             step=group.step,
@@ -120,10 +121,10 @@ class EpisodeWorker(RolloutWorker):
             finish_reason=episode.finish_reason,
             text=text,
             reward=sum(turn_rewards),
-            correct=reward is not None and self.correct(problem, text) == 1.0,
+            correct=correct,
             response_mask=tuple(transcript.written),
             turn_seeds=tuple(episode.turn_seeds),
-            turn_rewards=turn_rewards,
+            turn_rewards=tuple(turn_rewards),
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +58,11 @@ class RewardEngines:
 
     def __init__(self):
         self._engines: dict[EngineConfig, Engine] = {}
+        self._at_close: set[Callable[[], None]] = set()
+
+    def at_close(self, close: Callable[[], None]) -> None:
+        """Calls it, once, when these engines are closed."""
+        self._at_close.add(close)
 
     def engine(self, model: str, options: Mapping[str, Any]) -> Engine:
         """Raises ValueError for an option that EngineConfig lacks, and as Engine does."""
@@ -76,6 +81,8 @@ class RewardEngines:
         self.close()
 
     def close(self) -> None:
+        for close in self._at_close:
+            close()
         for engine in self._engines.values():
             engine.shutdown()
 
