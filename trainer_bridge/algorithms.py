@@ -49,7 +49,7 @@ _WITHOUT_REWARDS = ("distillation", "sft")
 
 
 def build_algorithm(config: AlgorithmConfig, max_response_tokens: int) -> Algorithm:
-    """max_response_tokens: the longest response that sampling allows.
+    """max_response_tokens: the longest response that sampling allows; of an episode, the longest turn.
 
     Raises ValueError for an unknown name, or options that the algorithm does not have; and for an algorithm of the
     user's own as `user_code.load_object` does, or where it gives no Algorithm.

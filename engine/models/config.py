@@ -39,6 +39,7 @@ class ModelConfig:
                    read nor exported.
     head:          "lm", logits over the vocabulary; or "scalar", a number per token: a reward model's score, which is
                    its last token's, or a critic's values. tie_word_embeddings is false then.
+    pad_token_id:  of config.json; a reward model's score is that of the last token that is another.
     """
 
     family: str
@@ -64,6 +65,7 @@ class ModelConfig:
     mla: MLAConfig | None = None
     num_mtp_layers: int = 0
     head: Head = "lm"
+    pad_token_id: int | None = None
 
     @property
     def has_output_matrix(self) -> bool:
@@ -150,6 +152,7 @@ def parse_model_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | N
         tie_word_embeddings=head == "lm" and read_flag(raw, "tie_word_embeddings"),
         eos_token_ids=_token_ids(eos_token_id),
         head=head,
+        pad_token_id=raw.get("pad_token_id"),
         **family_fields,
     )
 
