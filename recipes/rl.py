@@ -205,7 +205,7 @@ def train(
         stats = clock.side_by_side(partial(learner.step, groups), buffer.advance, overlap=cluster.overlaps)
         clock.publish(partial(cluster.publish, version=step))
         buffer.new_version()
-        run.directory.write_rollouts(step, [sample for group in groups for sample in group])
+        run.directory.write_rollouts(step, learner.learned)
         metrics = step_metrics(step, groups, stats, buffer, clock)
         run.record(step, metrics | {"verifier_failures": failed} | drafted)
         evaluate_if_due(step)
