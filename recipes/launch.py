@@ -1,8 +1,10 @@
 """Process set-up: environment, threads, seeds. Outside `kernels/`, only this file reads or sets the environment."""
 
 import os
+import platform
 import random
 import socket
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,6 +16,9 @@ ENVIRONMENT_DEFAULTS = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    # Bars of seconds' work ("Writing model shards"), which in a log are lines without end. run.log has what is done.
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "WANDB_ERROR_REPORTING": "false",  # wandb's own telemetry, which it sends in offline mode too
     "WANDB_SILENT": "true",
     # By default an OpenMP thread out of work spins for milliseconds, on a core that numba's threads or other processes
@@ -21,6 +26,24 @@ ENVIRONMENT_DEFAULTS = {
     "GOMP_SPINCOUNT": "1000",
 }
 NETWORK_TIMEOUT_S = 1.0
+OLDEST_PYTHON = (3, 11)
+
+
+def check_machine() -> None:
+    """Raises ValueError, one sentence, where Lockstep cannot run; before anything is imported that would fail there."""
+    if sys.version_info < OLDEST_PYTHON:
+        oldest = ".".join(map(str, OLDEST_PYTHON))
+        raise ValueError(f"Lockstep needs Python {oldest} or later, and this is {platform.python_version()}")
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        raise ValueError(
+            f"Lockstep runs on Linux on x86-64, with or without an NVIDIA GPU, and this is {platform.system()} on "
+            f"{platform.machine()}: use a Linux machine or a Linux container of that architecture"
+        )
+
+
+def drop_output() -> None:
+    """Sends what is still buffered for the standard output to nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def prepare_environment() -> None:

@@ -1,11 +1,11 @@
 """The shape of a model as the engine and the trainer see it, read from a transformers directory's config.json."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from lockstep.engine.files import read_json_object
 from lockstep.engine.models.families import FAMILIES
 from lockstep.engine.models.families.family import Family, UnsupportedModelError, read_flag, read_size, unsupported
 from lockstep.engine.models.families.latent import MLAConfig, with_mscale
@@ -106,10 +106,11 @@ def load_model_config(path: str | Path) -> ModelConfig:
     """
     directory = Path(path)
     if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"no config.json in {directory}")
-    raw = json.loads((directory / "config.json").read_text())
+        what = "" if directory.is_dir() else ": it is a file" if directory.exists() else ": there is no such directory"
+        raise FileNotFoundError(f"no config.json in {directory}{what}")
+    raw = read_json_object(directory / "config.json")
     generation_path = directory / "generation_config.json"
-    generation = json.loads(generation_path.read_text()) if generation_path.is_file() else {}
+    generation = read_json_object(generation_path) if generation_path.is_file() else {}
     return parse_model_config(raw, generation)
 
 
