@@ -470,7 +470,7 @@ class Runner:
         Of several rows of a request, whichever is last in `last_tokens` will not be read: no step follows unseen.
         """
         if logits is None:
-            return torch.empty(0, dtype=torch.int64), torch.empty(0)
+            return torch.empty(0, dtype=torch.int64, device="cpu"), torch.empty(0, dtype=torch.float32, device="cpu")
         if self.has_scalar_head:
             return self._values(logits, drawing)
         _, host_slots, positions = rows
@@ -494,7 +494,7 @@ class Runner:
         """Log-probs of the tokens that follow those of the chunk, from the hidden states of `_num_scored` rows."""
         request = chunk.request
         targets = self._send(np.array(request.tokens[chunk.start + 1 : chunk.start + 1 + len(hidden)], np.int64))
-        temperature = torch.full(targets.shape, request.params.temperature, device=self.device)
+        temperature = torch.full(targets.shape, request.params.temperature, dtype=torch.float32, device=self.device)
         scores = [
             token_log_probs(self.model.logits(states), wanted, temperature[: len(wanted)])
             for states, wanted in zip(

@@ -28,7 +28,7 @@ def _step_inputs_cpu(
     tokens: Tensor, requests: Tensor, positions: Tensor, last_tokens: Tensor, page_table: Tensor, page_size: int
 ) -> tuple[Tensor, Tensor]:
     num_rows = tokens.shape[0]
-    token_ids, slots = torch.empty(2, num_rows, dtype=torch.int64)
+    token_ids, slots = torch.empty(2, num_rows, dtype=torch.int64, device="cpu")
     arrays = [address_of(array, torch.int64) for array in (tokens, requests, positions, last_tokens, token_ids, slots)]
     _step_inputs_rows(*arrays, page_table.numpy(), num_rows, last_tokens.shape[0], page_size)
     return token_ids, slots

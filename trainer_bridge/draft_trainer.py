@@ -79,8 +79,8 @@ class DraftTrainer:
         counts = [sum(len(batch.trained[step]) for batch in batches) for step in range(self.config.num_steps)]
         if not counts[0]:
             raise ValueError("no token of the draft's step is trained on")
-        losses = torch.zeros(self.config.num_steps, device=self.device)
-        covered = torch.zeros((), device=self.device)
+        losses = torch.zeros(self.config.num_steps, dtype=torch.float32, device=self.device)
+        covered = torch.zeros((), dtype=torch.float32, device=self.device)
         try:
             for batch in batches:
                 targets = self.unrolled.targets(batch)

@@ -206,6 +206,6 @@ def _pack_bin(
         weights=tensors["loss_mask"],
         advantages=tensors["advantages"],
         **{column: tensors.get(name) for name, column in _COLUMNS.items() if name != "logprobs"},
-        old_logprobs=tensors.get("logprobs", torch.zeros(sum(lengths))),
+        old_logprobs=tensors.get("logprobs", torch.zeros(sum(lengths), dtype=torch.float32, device="cpu")),
         temperature=temperature,
     )

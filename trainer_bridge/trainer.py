@@ -238,18 +238,21 @@ class MegatronTrainer:
         return scores
 
     def _scoring_batch(self, sequences: Sequence[Sequence[int]], temperature: float) -> MicroBatch:
-        token_ids = torch.tensor([token for sequence in sequences for token in sequence])
+        token_ids = torch.tensor(
+            [token for sequence in sequences for token in sequence], dtype=torch.int64, device="cpu"
+        )
         positions, cu_seqlens = sequence_layout([len(sequence) for sequence in sequences])
         self._check_tokens(token_ids, positions)
         if self.config.head == "scalar":
-            return MicroBatch(token_ids, positions, cu_seqlens, torch.arange(len(token_ids)), token_ids, temperature)
+            rows = torch.arange(len(token_ids), dtype=torch.int64, device="cpu")
+            return MicroBatch(token_ids, positions, cu_seqlens, rows, token_ids, temperature)
         # The row before each token that is not the first of its sequence predicts it.
         rows = (positions > 0).nonzero().squeeze(1) - 1
         return MicroBatch(token_ids, positions, cu_seqlens, rows, token_ids[rows + 1], temperature)
 
     def _share_values(self, own: list[torch.Tensor] | None, sizes: Sequence[int]) -> torch.Tensor:
         """The values of all data-parallel ranks, of so many each, from the last stage's to every rank."""
-        values = torch.empty(sum(sizes), device=self.device)
+        values = torch.empty(sum(sizes), dtype=torch.float32, device=self.device)
         parts, data, stages = values.split(list(sizes)), self.ranks.data, self.ranks.pipeline
         if own:
             torch.cat(own, out=parts[data.rank])
@@ -420,7 +423,7 @@ class MegatronTrainer:
 
     def _with_new_head(self, whole: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         yield from ((name, tensor) for name, tensor in whole if name != _HEAD)
-        yield _HEAD, torch.zeros(1, self.model_config.hidden_size)
+        yield _HEAD, torch.zeros(1, self.model_config.hidden_size, dtype=torch.float32, device="cpu")
 
     def _dummy_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for parameter in self.local_layout():

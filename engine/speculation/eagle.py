@@ -152,7 +152,7 @@ class EagleDrafter:
 
     def _num_accepted(self, rows: DrawnRows) -> torch.Tensor:
         """[B], as `verification.num_valid` counts them on the host, less one."""
-        place = torch.arange(self.num_tokens, device=rows.first.device)
+        place = torch.arange(self.num_tokens, dtype=torch.int64, device=rows.first.device)
         drawn = rows.first[:, None] + place
         is_draft = place < rows.num_drafts[:, None]
         drafted = (drawn + 1).clamp(max=len(rows.tokens) - 1)
