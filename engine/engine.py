@@ -25,6 +25,7 @@ from lockstep.engine.serving import Serving
 from lockstep.engine.speculation.build import load_draft_model, new_eagle, new_speculation
 from lockstep.engine.tensor_parallel import LeadingRunner, LeadingWeights, start_workers
 from lockstep.engine.workers import RankError, Workers
+from lockstep.kernels.process_state import own_state
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -37,6 +38,11 @@ class Engine(Serving):
     """
 
     def __init__(self, config: EngineConfig):
+        self.num_threads = torch.get_num_threads()  # with which the row contract is seen to be kept
+        with own_state(torch.device(config.device), builds=True):
+            self._build(config)
+
+    def _build(self, config: EngineConfig) -> None:
         self.config = config
         self.model_config = load_model_config(config.model)
         check_parallel(config, self.model_config)
@@ -145,6 +151,10 @@ class Engine(Serving):
         Raises FloatingPointError that names the request for logits without a number; it is ended then. Raises RankError
         that names a rank which died or did not answer: all ranks have ended then, and the engine serves no more.
         """
+        with own_state(self.runner.device, self.num_threads):
+            return self._step()
+
+    def _step(self) -> list[Request]:
         started = time.perf_counter()
         self.num_steps += 1
         self.editing = [request for request in self.editing if request.finish_reason is None]
