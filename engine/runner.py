@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -61,7 +62,8 @@ class Collected(NamedTuple):
     """What the requests of a step got.
 
     served:   those that got what they were due, in the order of the batch.
-    broken:   those whose logits held no number to draw from.
+    broken:   those for which the model gave no number: logits with nothing to draw from, or a log-prob or a reward that
+              is not finite. They have kept what they got before.
     verified: those of which drafts were verified.
     Requests that had ended before get nothing and are in none.
     """
@@ -226,6 +228,8 @@ class Runner:
         tokens, logprobs = step.tokens.tolist(), step.logprobs.tolist()
         broken, verified = [], []
         chains = [] if step.chains is None else step.chains.tolist()
+        # Of most steps all numbers are finite, which their sum tells.
+        are_finite = math.isfinite(sum(logprobs))
         end = 0
         for place, (request, drafts) in enumerate(zip(step.drawing, step.drafts, strict=True)):
             first, end = end, end + 1 + len(drafts)
@@ -238,6 +242,8 @@ class Runner:
                 stop = first + num_valid(tokens[first:end], drafts)
             elif tokens[first] < 0:
                 stop = first
+            if not are_finite:
+                stop = first + _num_finite(logprobs[first:stop])
             if stop == first:
                 broken.append(request)
             elif request.kind == "reward":
@@ -247,8 +253,13 @@ class Runner:
             if chains:
                 request.drafter_state = Chain(len(request.tokens), chains[place])
         for chunk, scores in step.scored:
+            values = scores.tolist()
             del chunk.request.logprobs[chunk.start :]  # a preempted request starts over
-            chunk.request.logprobs += scores.tolist()
+            if math.isfinite(sum(values)) or (num_finite := _num_finite(values)) == len(values):
+                chunk.request.logprobs += values
+            elif chunk.request.finish_reason is None:
+                chunk.request.logprobs += values[:num_finite]
+                broken.append(chunk.request)
         served = [r for r in step.requests if r.finish_reason is None and r not in broken]
         return Collected(served, broken, verified)
 
@@ -505,6 +516,11 @@ class Runner:
 
     def _send(self, values: np.ndarray) -> torch.Tensor:
         return to_device(values, self.device)
+
+
+def _num_finite(values: Sequence[float]) -> int:
+    """How many of the values there are before the first that is infinite or no number."""
+    return next((index for index, value in enumerate(values) if not math.isfinite(value)), len(values))
 
 
 def _is_prefill(chunk: Chunk) -> bool:

@@ -88,10 +88,6 @@ class EagleDrafter:
     def finished(self, request: Request) -> None:
         """Nothing is learned from it."""
 
-    def check_version(self, version: int) -> None:
-        if version <= self.version:
-            raise ValueError(f"draft version must grow: {version} after {self.version}")
-
     def update_targets(self) -> dict[str, torch.Tensor]:
         """What an update of the draft replaces."""
         return {**dict(self.draft.named_parameters()), "token_map": self.draft.token_map}
