@@ -258,7 +258,7 @@ def _hf_tensors(
         except ValueError as error:
             raise CheckpointError(str(error)) from error
         for hf_name, part in zip(entry.hf_names, parts, strict=True):
-            yield hf_name, torch.empty(part.shape, dtype=dtype or part.dtype).copy_(part)
+            yield hf_name, torch.empty(part.shape, dtype=dtype or part.dtype, device="cpu").copy_(part)
     if pending:
         raise CheckpointError(f"the export is incomplete:{_listing('missing', pending)}")
 
@@ -350,7 +350,7 @@ def _fill_uniform(parameter: torch.Tensor, key: int, center: float, half_width: 
     chunk = 1 << 22
     for start in range(0, flat.numel(), chunk):
         stop = min(start + chunk, flat.numel())
-        x = torch.arange(start, stop, device=flat.device, dtype=torch.int64).bitwise_and_(mask).bitwise_xor_(key)
+        x = torch.arange(start, stop, dtype=torch.int64, device=flat.device).bitwise_and_(mask).bitwise_xor_(key)
         x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_and_(mask)
         x.bitwise_xor_(x >> 15).mul_(0x846CA68B).bitwise_and_(mask)
         x.bitwise_xor_(x >> 16)

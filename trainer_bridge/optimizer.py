@@ -162,7 +162,9 @@ class MasterAdamW:
     def step(self, lr: float, max_grad_norm: float | None, grad_norm: float) -> None:
         """Clips to max_grad_norm, updates the weights on all data-parallel ranks, and drops the gradients."""
         if max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.masters, max_grad_norm, torch.tensor(grad_norm))
+            torch.nn.utils.clip_grads_with_norm_(
+                self.masters, max_grad_norm, torch.tensor(grad_norm, dtype=torch.float32, device="cpu")
+            )
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()

@@ -17,6 +17,7 @@ from lockstep.engine.models.names import head_matrix_shapes
 from lockstep.engine.models.sharding import product_shapes
 from lockstep.engine.weights import checksum
 from lockstep.kernels import numerics
+from lockstep.kernels.process_state import own_state
 from lockstep.trainer_bridge.checkpoint import load_tensors, read_common, save_checkpoint
 from lockstep.trainer_bridge.grad_norm import gradient_norm
 from lockstep.trainer_bridge.layout import LocalParameter, local_layout, local_parts, whole_tensors
@@ -117,6 +118,11 @@ class MegatronTrainer:
     def __init__(self, config: TrainerConfig):
         self.config = config
         self.device = numerics.usable_device(config.device)
+        self.num_threads = torch.get_num_threads()  # with which the row contract is seen to be kept
+        with own_state(self.device, builds=True, learns=True):
+            self._build(config)
+
+    def _build(self, config: TrainerConfig) -> None:
         self.dtype = getattr(torch, config.dtype)
         self.model_config = self._model_config()
         self.ranks = self._join_ranks()
@@ -214,11 +220,16 @@ class MegatronTrainer:
             lacking = "log-probabilities" if head == "lm" else "values"
             raise ValueError(f'the model has no {lacking}: TrainerConfig.head is "{self.config.head}", not "{head}"')
 
-    @torch.no_grad()
     def _score(
         self, sequences: Sequence[Sequence[int]], temperature: float, weights: list[dict[str, torch.Tensor]] | None
     ) -> list[list[float]]:
         """What the head gives for each sequence: its tokens' values, or the log-probs of all but the first."""
+        with own_state(self.device, self.num_threads), torch.no_grad():
+            return self._scores(sequences, temperature, weights)
+
+    def _scores(
+        self, sequences: Sequence[Sequence[int]], temperature: float, weights: list[dict[str, torch.Tensor]] | None
+    ) -> list[list[float]]:
         bins = first_fit([len(s) for s in sequences], self.config.max_tokens_per_micro_batch)
         micro_batches = [self._scoring_batch([sequences[i] for i in members], temperature) for members in bins]
         shares = deal(len(bins), self.ranks.sizes.data)
@@ -238,18 +249,21 @@ class MegatronTrainer:
         return scores
 
     def _scoring_batch(self, sequences: Sequence[Sequence[int]], temperature: float) -> MicroBatch:
-        token_ids = torch.tensor([token for sequence in sequences for token in sequence])
+        token_ids = torch.tensor(
+            [token for sequence in sequences for token in sequence], dtype=torch.int64, device="cpu"
+        )
         positions, cu_seqlens = sequence_layout([len(sequence) for sequence in sequences])
         self._check_tokens(token_ids, positions)
         if self.config.head == "scalar":
-            return MicroBatch(token_ids, positions, cu_seqlens, torch.arange(len(token_ids)), token_ids, temperature)
+            rows = torch.arange(len(token_ids), dtype=torch.int64, device="cpu")
+            return MicroBatch(token_ids, positions, cu_seqlens, rows, token_ids, temperature)
         # The row before each token that is not the first of its sequence predicts it.
         rows = (positions > 0).nonzero().squeeze(1) - 1
         return MicroBatch(token_ids, positions, cu_seqlens, rows, token_ids[rows + 1], temperature)
 
     def _share_values(self, own: list[torch.Tensor] | None, sizes: Sequence[int]) -> torch.Tensor:
         """The values of all data-parallel ranks, of so many each, from the last stage's to every rank."""
-        values = torch.empty(sum(sizes), device=self.device)
+        values = torch.empty(sum(sizes), dtype=torch.float32, device=self.device)
         parts, data, stages = values.split(list(sizes)), self.ranks.data, self.ranks.pipeline
         if own:
             torch.cat(own, out=parts[data.rank])
@@ -282,6 +296,10 @@ class MegatronTrainer:
         Raises FloatingPointError that names the step for a non-finite loss or gradient. On any error the weights and
         the optimizer are as before.
         """
+        with own_state(self.device, self.num_threads, learns=True):
+            return self._step([batch.for_autograd() for batch in batches], loss)
+
+    def _step(self, batches: Sequence[PackedBatch], loss: Loss) -> dict[str, float]:
         for batch in batches:
             self._check_tokens(batch.token_ids, batch.positions)
         trained_tokens = sum(int(batch.weights.count_nonzero()) for batch in batches)
@@ -420,7 +438,7 @@ class MegatronTrainer:
 
     def _with_new_head(self, whole: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         yield from ((name, tensor) for name, tensor in whole if name != _HEAD)
-        yield _HEAD, torch.zeros(1, self.model_config.hidden_size)
+        yield _HEAD, torch.zeros(1, self.model_config.hidden_size, dtype=torch.float32, device="cpu")
 
     def _dummy_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for parameter in self.local_layout():
