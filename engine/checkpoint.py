@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lockstep.engine.files import whole_folder
+from lockstep.engine.foreign_files import inner_file
 from lockstep.engine.models.config import ModelConfig, architecture, parse_model_config
 from lockstep.engine.models.families import FAMILIES
 from lockstep.engine.models.names import Entry, as_stacked, expand, to_hf, to_megatron
@@ -47,6 +48,18 @@ class CheckpointError(ValueError):
     """A model directory does not hold the tensors that its config.json promises; the message names them."""
 
 
+@contextmanager
+def opened_tensors(directory: Path, name: str) -> Iterator[Any]:
+    """safetensors' reader of a file of the directory. Raises MissingFileError, ValueError and CheckpointError."""
+    path = inner_file(directory, name)
+    try:
+        opened = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged, fetch or write it again: {error}") from None
+    with opened:
+        yield opened
+
+
 class _TensorFiles:
     """The tensors of a directory by name, over one file or many, read one at a time through memory maps."""
 
@@ -74,10 +87,7 @@ class _TensorFiles:
         self._open_files.close()
 
     def _open(self, opened: ExitStack, name: str) -> Any:
-        try:
-            return opened.enter_context(safe_open(self._directory / name, framework="pt"))
-        except SafetensorError as error:
-            raise CheckpointError(f"{self._directory / name} is damaged: {error}") from error
+        return opened.enter_context(opened_tensors(self._directory, name))
 
     def _open_shards(self, opened: ExitStack, weight_map: Mapping[str, str]) -> None:
         for shard in sorted(set(weight_map.values())):
