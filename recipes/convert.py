@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lockstep.engine.checkpoint import iterate_weights, save_hf
-from lockstep.engine.foreign_files import read_json
-from lockstep.engine.models.config import ModelConfig, as_scalar_model, load_model_config
+from lockstep.engine.checkpoint import iterate_weights
+from lockstep.engine.export import save_hf
+from lockstep.engine.models.config import ModelConfig, as_scalar_model, load_model_config, read_config_json
 from lockstep.engine.models.names import expand, format_table
 from lockstep.engine.models.sharding import check_divides, check_expert_ranks
 from lockstep.engine.weights import checksum
@@ -108,7 +108,7 @@ def _write(
     config: ConvertConfig, model: ModelConfig, step: int, weights: Callable[[], Iterable[tuple[str, torch.Tensor]]]
 ) -> dict[str, Any]:
     """Writes the HF directory; returns what is printed."""
-    source_config = read_json(Path(config.model), "config.json")
+    source_config = read_config_json(Path(config.model))
     if model.head == "scalar":
         source_config = as_scalar_model(source_config)
     save_hf(config.output, source_config, weights(), model, source_dir=config.model)

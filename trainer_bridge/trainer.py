@@ -1,6 +1,5 @@
 """The trainer: one model on Megatron-core, its optimizer, and their checkpoints."""
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -11,8 +10,10 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from lockstep.engine.checkpoint import fill_dummy, iterate_weights, save_hf
-from lockstep.engine.models.config import Head, ModelConfig, as_scalar_model, load_model_config
+from lockstep.engine.checkpoint import check_weights, iterate_weights
+from lockstep.engine.dummy_weights import fill_dummy
+from lockstep.engine.export import save_hf
+from lockstep.engine.models.config import Head, ModelConfig, as_scalar_model, load_model_config, read_config_json
 from lockstep.engine.models.names import head_matrix_shapes
 from lockstep.engine.models.sharding import ParameterShard, product_shapes
 from lockstep.engine.weights import checksum
@@ -154,6 +155,8 @@ class MegatronTrainer:
 
     def _model_config(self) -> ModelConfig:
         held = load_model_config(self.config.model)
+        if self.config.load_format == "auto":
+            check_weights(self.config.model, held)
         if self.config.head == "scalar":
             return held.with_scalar_head()
         if held.head == "scalar":
@@ -394,7 +397,7 @@ class MegatronTrainer:
         """Writes, on rank 0, a directory that transformers loads, with the tokenizer files of the first model."""
         if dist.get_rank() == 0:
             source = Path(self.config.model)
-            source_config = json.loads((source / "config.json").read_text())
+            source_config = read_config_json(source)
             if self.config.head == "scalar":
                 source_config = as_scalar_model(source_config)
             save_hf(path, source_config, self.whole_weights(), self.model_config, source_dir=source)
