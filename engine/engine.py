@@ -542,6 +542,6 @@ class Engine(Serving):
 def _load_tokenizer(path: str):
     if not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
         return None
-    from transformers import AutoTokenizer  # a second of imports that token-id users do not need
+    from lockstep.engine.tokenizer import load_tokenizer  # a second of imports that token-id users do not need
 
-    return AutoTokenizer.from_pretrained(path)
+    return load_tokenizer(path)
