@@ -14,6 +14,7 @@ from lockstep.engine.build import build_model, check_parallel, num_kv_pages, ran
 from lockstep.engine.capture import Capture, CaptureConfig
 from lockstep.engine.config import EngineConfig
 from lockstep.engine.detokenizer import Detokenizer, decode_text
+from lockstep.engine.foreign_files import has_file
 from lockstep.engine.laps import Laps
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.page_pool import PagePool
@@ -540,7 +541,7 @@ class Engine(Serving):
 
 
 def _load_tokenizer(path: str):
-    if not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+    if not any(has_file(Path(path), name) for name in TOKENIZER_FILES):
         return None
     from lockstep.engine.tokenizer import load_tokenizer  # a second of imports that token-id users do not need
 
