@@ -26,6 +26,7 @@ from lockstep.engine.checkpoint import CheckpointError, opened_tensors
 from lockstep.engine.files import TEMPORARY, flush_to_disk, write_whole
 from lockstep.engine.foreign_files import MissingFileError, has_file, read_json
 from lockstep.engine.models.config import ModelConfig
+from lockstep.engine.models.families.family import shown
 from lockstep.engine.models.names import expand
 from lockstep.engine.models.sharding import ParameterShard, Piece, slices
 from lockstep.engine.weights import checksum
@@ -172,9 +173,14 @@ class CheckpointFiles:
 
     def require(self, model: ModelConfig) -> None:
         """Raises CheckpointError unless it is a trainer's, of this model, and has all of its tensors and no other."""
-        common = self.common
-        if common.get("model") != (expected := plain_json(asdict(model))):
-            raise CheckpointError(f"checkpoint {self.path} has model {common.get('model')}, wanted is {expected}")
+        common, expected = self.common, plain_json(asdict(model))
+        saved = common.get("model")
+        if not isinstance(saved, dict) or "family" not in saved:
+            raise CheckpointError(f"checkpoint {self.path} is damaged: {COMMON_FILE} has no model")
+        # What an earlier version did not know of, it did not save.
+        if different := sorted(key for key in saved if key not in expected or saved[key] != expected[key]):
+            listed = ", ".join(f"{key} {shown(saved[key])} (wanted: {shown(expected.get(key))})" for key in different)
+            raise CheckpointError(f"checkpoint {self.path} is of another model, with {listed}")
         kinds = {"step_count": int, "metadata": dict, "state_hash": str}
         if wrong := [name for name, kind in kinds.items() if type(common.get(name)) is not kind]:
             raise CheckpointError(f"checkpoint {self.path} is damaged: {COMMON_FILE} has no {', '.join(wrong)}")

@@ -61,6 +61,7 @@ class ModelConfig:
                    read nor exported.
     head:          "lm", logits over the vocabulary; or "scalar", a number per token: a reward model's score, which is
                    its last token's, or a critic's values. tie_word_embeddings is false then.
+    pad_token_id:  of config.json; a reward model's score is that of the last token that is another.
     """
 
     family: str
@@ -86,6 +87,7 @@ class ModelConfig:
     mla: MLAConfig | None = None
     num_mtp_layers: int = 0
     head: Head = "lm"
+    pad_token_id: int | None = None
 
     @property
     def has_output_matrix(self) -> bool:
@@ -136,7 +138,8 @@ def load_model_config(path: str | Path) -> ModelConfig:
 def read_config_json(directory: Path) -> dict[str, Any]:
     """The contents of a model directory's config.json. Raises MissingFileError and ValueError."""
     if not directory.is_dir():
-        raise MissingFileError(f"{directory} is no model directory: there is no such directory")
+        what = "it is a file" if directory.exists() else "there is no such directory"
+        raise MissingFileError(f"no {CONFIG_FILE} in {directory}: {what}")
     if not has_file(directory, CONFIG_FILE):
         others = [name for name in OTHER_FORMATS if any(directory.glob(name))]
         hint = f"; {OTHER_FORMATS[others[0]]}" if others else ""
@@ -186,6 +189,7 @@ def parse_model_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | N
         tie_word_embeddings=head == "lm" and read_flag(raw, "tie_word_embeddings"),
         eos_token_ids=_token_ids(eos_token_id, eos_file),
         head=head,
+        pad_token_id=_pad_token_id(raw),
         **family_fields,
     )
 
@@ -231,6 +235,13 @@ def _token_ids(value: object, file: str) -> tuple[int, ...]:
         expected = "expected a token id or a list of token ids"
         raise UnsupportedModelError(f"{file}: eos_token_id = {shown(value)} is not supported: {expected}")
     return tuple(ids)
+
+
+def _pad_token_id(raw: Mapping[str, Any]) -> int | None:
+    token_id = raw.get("pad_token_id")  # -1 in some Llamas, for none
+    if token_id is not None and (type(token_id) is not int or abs(token_id) >= MAX_SIZE):
+        raise unsupported("pad_token_id", token_id, "expected a token id or null")
+    return token_id
 
 
 # Options that change the arithmetic of some relative of these families: (key, values that mean "off").

@@ -107,7 +107,7 @@ DAMAGE = {
         lambda p: edit_json(p / INDEX, tensors={NORM: json.loads((p / INDEX).read_text())["tensors"][NORM]}),
         "only one side has",
     ),
-    "no state": (lambda p: edit_json(p / "checkpoint.json", common={}), "has model None"),
+    "no state": (lambda p: edit_json(p / "checkpoint.json", common={}), "has no model"),
     "a pickle": (lambda p: (p / "checkpoint.json").write_bytes(payload(p / "ran")), "not (UTF-8|valid JSON)"),
 }
 
