@@ -158,7 +158,8 @@ def new_draft(
     draft = Eagle3Draft(Eagle3Config.of_target(target, size, **options), embedding, embedding.dtype)
     initialize(draft, seed)
     learned = [token for text in texts for token in text.token_ids[text.num_prompt :]]
-    draft.set_vocabulary(frequent_tokens(torch.bincount(torch.tensor(learned), minlength=target.vocab_size), size))
+    counts = torch.bincount(torch.tensor(learned, dtype=torch.int64, device="cpu"), minlength=target.vocab_size)
+    draft.set_vocabulary(frequent_tokens(counts, size))
     return draft
 
 
