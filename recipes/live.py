@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group
@@ -70,6 +70,9 @@ class LiveView:
                 self._print_waiting([stage])
             elif time.monotonic() - max(self._printed_s.values(), default=-math.inf) >= LINE_EVERY_S:
                 self._print_waiting([min(self._waiting, key=lambda waiting: self._printed_s.get(waiting, -math.inf))])
+
+    def record_samples(self, step: int, stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The report shows samples; here there is no room."""
 
     def close(self) -> None:
         """Leave the last state on the terminal. May be called again."""
