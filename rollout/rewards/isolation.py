@@ -99,9 +99,10 @@ def _run_program(
         "path": path,
         "wall_time_s": limits.wall_time_s,
     }
-    with tempfile.TemporaryDirectory(prefix="lockstep-reward-", ignore_cleanup_errors=True) as folder:
+    folder = Path(tempfile.mkdtemp(prefix="lockstep-reward-"))
+    try:
         # The job's own directory is another one: it shall not read what it is judged by.
-        work, input_path, errors = (Path(folder, name) for name in ("work", "stdin", "stderr"))
+        work, input_path, errors = (folder / name for name in ("work", "stdin", "stderr"))
         work.mkdir()
         input_path.write_bytes(stdin.encode(errors="surrogatepass"))
         ours, theirs = socket.socketpair()
@@ -114,8 +115,9 @@ def _run_program(
             finally:
                 stop(process)
                 process.stdout.close()
-                remove_tree(work)
         return Outcome(output, failure and one_line(failure))
+    finally:
+        remove_tree(folder)
 
 
 def score_isolated(function: str, items: Sequence[tuple[Problem, str]], limits: Limits) -> list[tuple[float, str]]:
@@ -280,7 +282,8 @@ def _library_path() -> tuple[list[str], list[str]]:
 def remove_tree(directory: Path) -> None:
     """However deep it is and whatever its modes are: nothing recurses, and no path is longer than two names.
 
-    Every directory within is moved up into one beside it before it is emptied. Nothing may write to it any more.
+    Every directory within is moved up into one beside `directory` before it is emptied. Nothing may still write there.
+    What cannot be removed is left, with a warning.
     """
     with contextlib.suppress(OSError):
         os.rmdir(directory)  # mostly empty
