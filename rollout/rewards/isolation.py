@@ -30,6 +30,7 @@ _MAIN = Path(__file__).with_name("isolated_main.py")
 _SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/dev/random")
 _NUM_OPEN_FILES = 64
 _GRACE_S = 30.0  # beyond wall_time_s, which our own process keeps, until that one is taken for dead
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _LONGEST_REASON = 300  # characters
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 SANDBOXES = ("auto", "bubblewrap", "landlock")
@@ -280,41 +281,46 @@ def _library_path() -> tuple[list[str], list[str]]:
 
 
 def remove_tree(directory: Path) -> None:
-    """However deep it is and whatever its modes are: nothing recurses, and no path is longer than two names.
+    """However deep it is and whatever its modes are: nothing recurses, and no path is longer than one name.
 
-    Every directory within is moved up into one beside `directory` before it is emptied. Nothing may still write there.
-    What cannot be removed is left, with a warning.
+    Nothing may still move what lies within. What cannot be removed is left, with a warning.
     """
-    with contextlib.suppress(OSError):
-        os.rmdir(directory)  # mostly empty
-        return
-    heap = tempfile.mkdtemp(dir=directory.parent, prefix="removed-")
-    os.rename(directory, Path(heap, "0"))
-    pending, num_moved = ["0"], 0
-    top = os.open(heap, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        while pending:
-            name = pending.pop()
-            os.chmod(name, 0o700, dir_fd=top)
-            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
-            try:
-                for entry in list(os.scandir(inner)):
-                    if entry.is_dir(follow_symlinks=False):
-                        num_moved += 1
-                        os.chmod(entry.name, 0o700, dir_fd=inner)
-                        os.rename(entry.name, str(num_moved), src_dir_fd=inner, dst_dir_fd=top)
-                        pending.append(str(num_moved))
-                    else:
-                        os.unlink(entry.name, dir_fd=inner)
-            finally:
-                os.close(inner)
-            os.rmdir(name, dir_fd=top)
+        opened = os.open(directory, _DIRECTORY)
+        levels = [("", _emptied(opened))]
+        while levels:
+            name, inner = levels[-1]
+            if inner:
+                below = inner.pop()
+                os.chmod(below, 0o700, dir_fd=opened)
+                opened = _moved(opened, below)
+                levels.append((below, _emptied(opened)))
+            else:
+                levels.pop()
+                if levels:
+                    opened = _moved(opened, "..")
+                    os.rmdir(name, dir_fd=opened)
+        os.close(opened)
+        os.rmdir(directory)
     except OSError as error:
-        _LOG.warning("what a judged program wrote is left in %s: %s", heap, error)
-    finally:
-        os.close(top)
-    with contextlib.suppress(OSError):
-        os.rmdir(heap)
+        _LOG.warning("what a judged program wrote is left in %s: %s", directory, error)
+
+
+def _emptied(opened: int) -> list[str]:
+    """Removes a directory's files; the names of the directories in it."""
+    with os.scandir(opened) as entries:
+        found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+    for name, is_directory in found:
+        if not is_directory:
+            os.unlink(name, dir_fd=opened)
+    return [name for name, is_directory in found if is_directory]
+
+
+def _moved(opened: int, name: str) -> int:
+    """Another open directory in place of this one."""
+    other = os.open(name, _DIRECTORY, dir_fd=opened)
+    os.close(opened)
+    return other
 
 
 @functools.cache

@@ -339,8 +339,8 @@ def test_any_tree_is_removed(tmp_path):
     (kept / "file").write_text("x")
     tree.mkdir()
     inner = os.open(tree, os.O_RDONLY)
-    for level in range(3000):
-        for name in ("dddddddddddddddd", "e"):
+    for level in range(1200):
+        for name in ("dddddddddddddddd", "e")[: 1 + (level % 100 == 0)]:
             os.mkdir(name, dir_fd=inner)
         if level % 100 == 0:
             os.symlink(kept, "link", dir_fd=inner)
