@@ -19,7 +19,7 @@ from lockstep.recipes.inputs import TaskConfig
 from lockstep.recipes.metrics import format_value, title_of
 from lockstep.rollout.environments import EnvironmentConfig
 from lockstep.rollout.evaluation import EvalResult, EvaluationConfig, evaluate
-from lockstep.rollout.rewards import LocalRewards
+from lockstep.rollout.rewards import LocalRewards, check_reward
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.tokenizer import load_tokenizer
 
@@ -47,6 +47,7 @@ class EvalConfig:
 def run(config: EvalConfig) -> dict[str, dict[str, Any]]:
     """Prints and returns each data set's metrics. The digests are the same for any engine settings and batch size."""
     launch.set_up_process(config.seed, config.num_threads)
+    check_reward(config.reward)
     tasks = {name: task.build().held_out for name, task in config.tasks.items()}
     if not tasks:
         task = config.task.build().held_out

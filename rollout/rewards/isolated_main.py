@@ -10,13 +10,11 @@ bubblewrap or without it:
     rlimits      CPU time, address space, size of a file, open files, core dumps
     no capability, no way to gain one, and an end with the parent
 
-`overuse` watches from outside what the kernel has no limit for.
+`overuse` watches from outside what the kernel has no limit for; `remove_tree` removes what is left.
 """
 
 import contextlib
 import ctypes
-import importlib
-import importlib.util
 import json
 import os
 import platform
@@ -50,6 +48,7 @@ _OWN_PID = 0x7FFFFFFE  # as in system_calls.py, which this file cannot import
 
 _WATCH_EVERY_S = 0.1
 _LONGEST_PATH = 2000  # bytes
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 def confine(job: dict) -> None:
@@ -215,26 +214,48 @@ def _be_program(job: dict, ready: int) -> None:
         sys.exit(1)
 
 
-def load_function(reference: str):
-    """`path/to/file.py:name`, or the dotted path of a function. Raises ValueError that says what is wrong."""
-    is_file = ".py:" in reference
-    module_name, _, name = reference.rpartition(":" if is_file else ".")
-    try:
-        if is_file:
-            spec = importlib.util.spec_from_file_location(os.path.basename(module_name)[:-3], module_name)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
+def remove_tree(directory) -> None:
+    """However deep it is and whatever its modes are: nothing recurses, and no path is longer than one name.
+
+    Nothing may still move what lies within. Raises OSError for what cannot be removed.
+    """
+    opened = os.open(directory, _DIRECTORY)
+    levels = [("", _emptied(opened))]
+    while levels:
+        name, inner = levels[-1]
+        if inner:
+            below = inner.pop()
+            os.chmod(below, 0o700, dir_fd=opened)
+            opened = _moved(opened, below)
+            levels.append((below, _emptied(opened)))
         else:
-            module = importlib.import_module(module_name)
-        function = getattr(module, name)
-    except (ImportError, OSError, AttributeError) as error:
-        raise ValueError(f"cannot find the reward function {reference!r}: {error}") from error
-    if not callable(function):
-        raise ValueError(f"reward {reference!r} is a {type(function).__name__}, not a function")
-    return function
+            levels.pop()
+            if levels:
+                opened = _moved(opened, "..")
+                os.rmdir(name, dir_fd=opened)
+    os.close(opened)
+    os.rmdir(directory)
+
+
+def _emptied(opened: int) -> list:
+    """Removes a directory's files; the names of the directories in it."""
+    with os.scandir(opened) as entries:
+        found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+    for name, is_directory in found:
+        if not is_directory:
+            os.unlink(name, dir_fd=opened)
+    return [name for name, is_directory in found if is_directory]
+
+
+def _moved(opened: int, name: str) -> int:
+    """Another open directory in place of this one."""
+    other = os.open(name, _DIRECTORY, dir_fd=opened)
+    os.close(opened)
+    return other
 
 
 def main() -> None:
+    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "a signal at the parent's death")
     # No process of the same user may look into this one's memory, or a child answer for another one.
     _check(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "memory that others cannot read")
     path, descriptor = sys.argv[1:]

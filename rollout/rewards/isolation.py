@@ -15,14 +15,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from lockstep.rollout.rewards import bubblewrap, call_filter
 from lockstep.rollout.rewards.bubblewrap import ANY_FILE
-from lockstep.rollout.rewards.isolated_main import landlock_version
-from lockstep.rollout.tasks.problem import Problem
+from lockstep.rollout.rewards.isolated_main import landlock_version, remove_tree
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,7 +32,6 @@ _MAIN = Path(__file__).with_name("isolated_main.py")
 _SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/dev/random")
 _NUM_OPEN_FILES = 64
 _GRACE_S = 30.0  # beyond wall_time_s, which our own process keeps, until that one is taken for dead
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _LONGEST_REASON = 300  # characters
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 SANDBOXES = ("auto", "bubblewrap", "landlock")
@@ -90,10 +91,8 @@ def run_program(program: str, stdin: str, limits: Limits) -> Outcome:
     return _run_program(program, stdin, limits, _resolved(limits.sandbox))
 
 
-def _run_program(
-    program: str, stdin: str, limits: Limits, sandbox: str, files: tuple[list[str], list[str]] | None = None
-) -> Outcome:
-    path, readable = files or _library_path()
+def _run_program(program: str, stdin: str, limits: Limits, sandbox: str) -> Outcome:
+    path, readable = _library_path()
     job = {
         **_confinement(limits, readable, "program", sandbox),
         "program": program,
@@ -118,48 +117,36 @@ def _run_program(
                 process.stdout.close()
         return Outcome(output, failure and one_line(failure))
     finally:
-        remove_tree(folder)
-
-
-def score_isolated(function: str, items: Sequence[tuple[Problem, str]], limits: Limits) -> list[tuple[float, str]]:
-    """(score, failure or "") of each (problem, response) by `function`: a dotted path or `path/to/file.py:name`.
-
-    Each in a process of its own. The function may read any file.
-    """
-    loaded = f"import runpy; load = runpy.run_path({str(_MAIN)!r})['load_function']"
-    program = f"import json, types, sys\n{loaded}\nitem, response = json.loads(input())\n"
-    program += "out, sys.stdout = sys.stdout, sys.stderr\n"
-    program += f"print(float(load({function!r})(types.SimpleNamespace(**item), response)), file=out)"
-    files, scores = ([os.path.abspath(entry) for entry in sys.path], [ANY_FILE]), []
-    for problem, response in items:
-        item = {**asdict(problem), "question": problem.question}
-        stdin = json.dumps([item, response], default=str)
-        outcome = _run_program(program, stdin, limits, _resolved(limits.sandbox), files)
-        failed = outcome.failure is not None
-        scores.append((0.0, outcome.failure) if failed else (float(outcome.output), ""))
-    return scores
+        try:
+            remove_tree(folder)
+        except OSError as error:
+            _LOG.warning("what a judged program wrote is left in %s: %s", folder, error)
 
 
 def start(
-    main: Path, descriptor: int, folder: str, limits: Limits, readable: Sequence[str] = (ANY_FILE,)
+    main: Path, descriptor: int, folder: str, limits: Limits, readable: Sequence[str] = (ANY_FILE,), needed: bool = True
 ) -> subprocess.Popen:
     """Starts `python -I main DESCRIPTOR` in `folder`, within bubblewrap where that works: our own code, which forks
     what it judges and has each child call `isolated_main.confine` with what `confinement` gives.
 
     descriptor: inherited, for the job and the answers. readable: files and directories that are there at all.
-    It has no standard streams. `stop` ends it with all that it started. Raises IsolationError.
+    needed: where nothing works on this machine, IsolationError is raised; else it starts all the same.
+    It has no standard streams. `stop` ends it with all that it started.
     """
-    nothing = subprocess.DEVNULL
-    sandbox = _resolved(limits.sandbox)
-    return _start(main, descriptor, folder, readable, limits, sandbox, stdin=nothing, stdout=nothing, stderr=nothing)
+    sandbox = _resolved(limits.sandbox, needed)
+    standard = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    return _start(main, descriptor, folder, readable, limits, sandbox, **standard)
 
 
-def confinement(limits: Limits, readable: Sequence[str] = (ANY_FILE,), profile: str = "function") -> dict[str, Any]:
+def confinement(
+    limits: Limits, readable: Sequence[str] = (ANY_FILE,), profile: str = "function", needed: bool = True
+) -> dict[str, Any] | None:
     """Plain values that `isolated_main.confine` (with "parent" beside them) and `isolated_main.overuse` take.
 
-    Raises IsolationError.
+    needed: where nothing works on this machine, IsolationError is raised; else this is None.
     """
-    return _confinement(limits, readable, profile, _resolved(limits.sandbox))
+    sandbox = _resolved(limits.sandbox, needed)
+    return None if sandbox is None else _confinement(limits, readable, profile, sandbox)
 
 
 def _confinement(limits: Limits, readable: Sequence[str], profile: str, sandbox: str) -> dict[str, Any]:
@@ -189,33 +176,50 @@ def _all_files() -> list[str]:
 
 
 def _start(
-    main: Path, descriptor: int, folder: str, readable: Sequence[str], limits: Limits, sandbox: str, **standard: Any
+    main: Path,
+    descriptor: int,
+    folder: str,
+    readable: Sequence[str],
+    limits: Limits,
+    sandbox: str | None,
+    **options: Any,
 ) -> subprocess.Popen:
     command = [sys.executable, "-I", str(_MAIN), str(main), str(descriptor)]
-    options = {
-        "cwd": folder,
-        "env": {"HOME": folder, "TMPDIR": folder, **_ENVIRONMENT},
-        "start_new_session": True,
-        **standard,
-    }
+    environment = {"HOME": folder, "TMPDIR": folder, **_ENVIRONMENT}
+    options |= {"cwd": folder, "env": environment, "start_new_session": True}
     if sandbox != "bubblewrap":
-        return subprocess.Popen(command, pass_fds=[descriptor], **options)
+        return _popen(command, pass_fds=[descriptor], **options)
     reader, writer = os.pipe()
     try:
         with os.fdopen(writer, "wb") as file:  # smaller than a pipe
             file.write(call_filter.filter_of("supervisor"))
         seen = [*readable, str(_MAIN), str(main)]
         wrapped = [*bubblewrap.command(seen, folder, limits.disk_bytes, reader), *command]
-        return subprocess.Popen(wrapped, pass_fds=[descriptor, reader], **options)
+        return _popen(wrapped, pass_fds=[descriptor, reader], **options)
     finally:
         os.close(reader)
 
 
+def _popen(command: list[str], **options: Any) -> subprocess.Popen:
+    """In a thread that stays: a process that is to end with its parent ends with the thread that started it."""
+    return _starter(os.getpid()).submit(subprocess.Popen, command, **options).result()
+
+
+@functools.cache
+def _starter(pid: int) -> ThreadPoolExecutor:
+    """pid: of this process; a fork has no threads of its parent's."""
+    return ThreadPoolExecutor(1, "isolation")
+
+
 def stop(process: subprocess.Popen) -> None:
     """Ends a process of `start` and all that it started."""
+    started: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        started = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    psutil.wait_procs(started, timeout=_GRACE_S)  # they end with it, a moment later
 
 
 def _exchange(
@@ -280,49 +284,6 @@ def _library_path() -> tuple[list[str], list[str]]:
     return path, list(dict.fromkeys([*_SYSTEM, sys.prefix, sys.base_prefix, *path]))
 
 
-def remove_tree(directory: Path) -> None:
-    """However deep it is and whatever its modes are: nothing recurses, and no path is longer than one name.
-
-    Nothing may still move what lies within. What cannot be removed is left, with a warning.
-    """
-    try:
-        opened = os.open(directory, _DIRECTORY)
-        levels = [("", _emptied(opened))]
-        while levels:
-            name, inner = levels[-1]
-            if inner:
-                below = inner.pop()
-                os.chmod(below, 0o700, dir_fd=opened)
-                opened = _moved(opened, below)
-                levels.append((below, _emptied(opened)))
-            else:
-                levels.pop()
-                if levels:
-                    opened = _moved(opened, "..")
-                    os.rmdir(name, dir_fd=opened)
-        os.close(opened)
-        os.rmdir(directory)
-    except OSError as error:
-        _LOG.warning("what a judged program wrote is left in %s: %s", directory, error)
-
-
-def _emptied(opened: int) -> list[str]:
-    """Removes a directory's files; the names of the directories in it."""
-    with os.scandir(opened) as entries:
-        found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
-    for name, is_directory in found:
-        if not is_directory:
-            os.unlink(name, dir_fd=opened)
-    return [name for name, is_directory in found if is_directory]
-
-
-def _moved(opened: int, name: str) -> int:
-    """Another open directory in place of this one."""
-    other = os.open(name, _DIRECTORY, dir_fd=opened)
-    os.close(opened)
-    return other
-
-
 @functools.cache
 def why_not(sandbox: str) -> str:
     """Why a sandbox does not work on this machine, found by trying it; empty where it does."""
@@ -336,12 +297,14 @@ def why_not(sandbox: str) -> str:
     return "" if outcome.output == b"works\n" else outcome.failure or "a program printed nothing"
 
 
-def _resolved(sandbox: str) -> str:
-    """The sandbox that is used. Raises IsolationError."""
+def _resolved(sandbox: str, needed: bool = True) -> str | None:
+    """The sandbox that is used; without one, IsolationError where it is needed, else None."""
     wanted = ("bubblewrap", "landlock") if sandbox == "auto" else (sandbox,)
     for name in wanted:
         if not why_not(name):
             return name
+    if not needed:
+        return None
     tried = "; ".join(f"{name}: {why_not(name)}" for name in wanted)
     raise IsolationError(f"this machine cannot isolate a process ({tried})")
 

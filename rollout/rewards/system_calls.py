@@ -232,7 +232,8 @@ _UNKNOWN = {
 # What the process around judged code needs beside: children, their limits and signals, and its own confinement.
 _SUPERVISOR = (
     "fcntl ioctl prctl clone mmap kill tgkill prlimit64 fork vfork execve seccomp landlock_create_ruleset "
-    "landlock_add_rule landlock_restrict_self capset setrlimit setsid setpgid flock sched_setaffinity pidfd_open"
+    "landlock_add_rule landlock_restrict_self capset setrlimit setsid setpgid flock sched_setaffinity pidfd_open "
+    "chmod fchmod fchmodat fchmodat2"
 )
 _SUPERVISOR_NAMES = frozenset(_SUPERVISOR.split())
 

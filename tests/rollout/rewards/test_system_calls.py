@@ -165,6 +165,7 @@ def _fuzz(sandbox: str, outside: Path, folder: Path) -> dict:
                 "path": [str(Path(isolation.__file__).parent)],
                 "together": together,
                 "alone": alone,
+                "may_wait": [number for number in alone if actions.get(number) not in (KILL, REFUSE)],
                 "outside": str(outside),
                 "parent": os.getpid(),
             }
