@@ -225,7 +225,7 @@ def step_metrics(
         "reward": sum(sample.reward for sample in samples) / len(samples),
         "train_accuracy": sum(sample.correct for sample in samples) / len(samples),
         "response_length": generated / len(samples),
-        **({"turns": sum(len(s.turn_rewards) for s in samples) / len(samples)} if samples[0].turn_rewards else {}),
+        **(_episode_metrics(samples, buffer) if samples[0].response_mask is not None else {}),
         "truncated": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
         "mixed_groups": sum(len({sample.reward for sample in group}) > 1 for group in groups) / len(groups),
         "staleness": sum(ages) / len(ages),
@@ -236,4 +236,12 @@ def step_metrics(
         **{name: value for name, value in stats.items() if name != "lr"},
         "tokens_per_s": buffer.num_tokens / clock.rollout_s,
         **{f"time/{name}": seconds for name, seconds in clock.times().items()},
+    }
+
+
+def _episode_metrics(samples: Sequence[Sample], buffer: RolloutBuffer) -> dict[str, float]:
+    """environment_failures: of all episodes since the step before, retries and dropped groups included."""
+    return {
+        "turns": sum(len(sample.turn_rewards) for sample in samples) / len(samples),
+        "environment_failures": buffer.num_failures,
     }

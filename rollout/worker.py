@@ -47,9 +47,9 @@ class RolloutWorker:
         self.config = config
         self.seed = seed
         self.order = ProblemOrder(len(task), seed)
-        self.max_model_len = (
-            engine.config.max_model_len or load_model_config(engine.config.model).max_position_embeddings
-        )
+        model = load_model_config(engine.config.model)
+        self.max_model_len = engine.config.max_model_len or model.max_position_embeddings
+        self.vocab_size = model.vocab_size
 
     def begin_at(self, position: int) -> Group:
         """The group of training's prompt number `position`; each step has `prompts_per_step` of them, in order."""

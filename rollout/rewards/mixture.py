@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lockstep.engine import user_code
 from lockstep.rollout.rewards import code, functions, models, rules
 from lockstep.rollout.rewards.failures import FailedScore
 from lockstep.rollout.rewards.models import RewardEngines
@@ -112,8 +113,7 @@ def _term(name: str, value: Any) -> tuple[float, str, dict[str, Any]]:
     kind = options.pop("kind", name)
     if kind not in REWARDS:
         if "kind" in (value if isinstance(value, Mapping) else ()) or "." not in kind:
-            known = ", ".join(REWARDS)
-            raise ValueError(f"no reward {kind!r}; there are: {known}, or the path of a function")
+            raise ValueError(user_code.unknown_name("no reward", kind, REWARDS, ", or the path of a function"))
         kind, options = "function", {"path": name, **options}
     return float(weight), kind, options
 

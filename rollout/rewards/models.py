@@ -10,16 +10,25 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
+from lockstep.engine.pooling import ScoreAt, scored_part
+from lockstep.rollout.model_output import valid_text
 from lockstep.rollout.rewards.reward import Completion, Reward
 from lockstep.rollout.tokenizer import load_tokenizer, render_prompt
 
 
 @dataclass(frozen=True)
 class RewardModelOptions:
-    """model: an HF directory (...ForSequenceClassification with one label); engine: other options of EngineConfig."""
+    """model: an HF directory (...ForSequenceClassification with one label); engine: other options of EngineConfig.
+
+    score_at: whose token's value is the score: "last_non_pad", as transformers has it, or "last"; engine/pooling.py.
+    """
 
     model: str
     engine: Mapping[str, Any] = field(default_factory=dict)
+    score_at: ScoreAt = "last_non_pad"
+
+    def __post_init__(self):
+        scored_part([], None, self.score_at)
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,8 @@ def conversation_ids(
     if tokenizer.chat_template is None:
         raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template")
     turns = [*(dict(message) for message in messages), {"role": "assistant", "content": response}]
-    return tokenizer.encode(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False)
+    text = valid_text(tokenizer.apply_chat_template(turns, tokenize=False))
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def reward_model_reward(options: RewardModelOptions, engines: RewardEngines) -> Reward:
@@ -98,7 +108,8 @@ def reward_model_reward(options: RewardModelOptions, engines: RewardEngines) -> 
         raise ValueError(f"{options.model} is no reward model: it is not a ...ForSequenceClassification")
 
     def reward(completions: Sequence[Completion]) -> list[float]:
-        return engine.reward([conversation_ids(tokenizer, c.problem.messages, c.text) for c in completions])
+        conversations = [conversation_ids(tokenizer, c.problem.messages, c.text) for c in completions]
+        return engine.reward(conversations, options.score_at)
 
     return reward
 

@@ -41,7 +41,10 @@ class JsonSchemaOptions:
 
 @dataclass(frozen=True)
 class LengthOptions:
-    """max_tokens: what a response should stay below; buffer_tokens: from so many before on it costs."""
+    """max_tokens: what a response should stay below; buffer_tokens: from so many before on it costs.
+
+    Of an episode, all that the policy wrote counts, and nothing that it read.
+    """
 
     max_tokens: int
     buffer_tokens: int
