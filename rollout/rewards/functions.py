@@ -60,10 +60,12 @@ class MathOptions:
     """limits: of the comparison of one answer, which simplifies expressions and may take for ever.
 
     num_workers: isolated processes that compare at a time.
+    ignore_units: 10 is right where the reference is 10 cm, and 50 where it is 50%.
     """
 
     limits: Limits = field(default_factory=Limits)
     num_workers: int = 2
+    ignore_units: bool = False
 
 
 def checked_function(options: FunctionOptions) -> Callable[..., Any]:
@@ -99,8 +101,9 @@ def function_reward(options: FunctionOptions, engines: RewardEngines | None) -> 
 
 
 def math_reward(options: MathOptions, engines: RewardEngines | None) -> Reward:
-    """1 where math-verify finds the answer equal to the reference, else 0."""
-    verifier = Verifier("math", _MATH_CHECK, limits=options.limits, each_alone=False)
+    """1 where math-verify finds the answer equal to the reference, else 0; see `math_check`."""
+    arguments = {"ignore_units": options.ignore_units}
+    verifier = Verifier("math", _MATH_CHECK, arguments, options.limits, each_alone=False)
     return _pooled(verifier, options.num_workers, engines)
 
 

@@ -16,7 +16,6 @@ import pickle
 import resource
 import select
 import signal
-import subprocess
 import sys
 import time
 from multiprocessing import Pipe
@@ -25,6 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 _HIGHEST_DESCRIPTOR = 1 << 20
+_WATCH_EVERY_S = 0.1  # what a child uses that the kernel has no limit for
 _LONGEST_RESULT = 1 << 14  # bytes of one line
 
 
@@ -50,7 +50,8 @@ def main() -> None:
                 judge.judge(pickle.loads(channel.recv_bytes()))
     finally:
         judge.end_child()
-        _remove(job["directory"])
+        with contextlib.suppress(OSError):  # within bubblewrap it is a mount, which vanishes
+            isolated.remove_tree(job["directory"])
 
 
 def _sibling(name: str):
@@ -67,6 +68,7 @@ class _Judge:
     def __init__(self, channel, job, function, isolated, values):
         self.channel = channel
         self.job = job
+        self.confinement = job["confinement"]
         self.function = function
         self.isolated = isolated
         self.values = values
@@ -101,7 +103,7 @@ class _Judge:
         if status is None:
             os.kill(child.pid, signal.SIGKILL)
             status = _reaped(child.pid, None)
-        _remove(child.directory)
+        self.isolated.remove_tree(child.directory)
         return os.waitstatus_to_exitcode(status)
 
     def _forked(self) -> SimpleNamespace:
@@ -125,9 +127,14 @@ class _Judge:
         with contextlib.suppress(BrokenPipeError):  # its end is read below
             child.requests.send_bytes(pickle.dumps(items))
         while done < len(items):
-            ready, _, _ = select.select([child.results, self.channel], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
+            left = max(0.0, deadline - time.monotonic())
+            ready, _, _ = select.select([child.results, self.channel], [], [], min(left, _WATCH_EVERY_S))
+            if not ready and left <= _WATCH_EVERY_S:
                 return done, f"wall time: more than {wall_time_s} s"
+            if not ready:
+                if too_much := self.confinement and self.isolated.overuse(child.pid, child.directory, self.confinement):
+                    return done, too_much
+                continue
             if self.channel in ready:
                 raise EOFError  # the parent asks nothing while it waits, so this is its end
             chunk = os.read(child.results, 1 << 16)
@@ -172,17 +179,17 @@ class _Judge:
             return [0.0, self.values.reason_of(error)]
 
     def _confine(self, result_end: int) -> None:
-        limits = dict(self.job["rlimits"])
+        if self.confinement is None:
+            return
+        limits = dict(self.confinement["rlimits"])
         if not self.job["each_alone"]:
             del limits["RLIMIT_CPU"]  # would count all items together; each has its wall time
         limits["RLIMIT_AS"] += _address_space()  # what the verifier's own library takes is not the text's
-        confined = {"parent": os.getppid(), "rlimits": limits, "readable": self.job["readable"]}
         try:
-            self.isolated.confine(confined)
+            self.isolated.confine({**self.confinement, "parent": os.getppid(), "rlimits": limits})
         except OSError as error:
-            if self.job["must_confine"]:
-                _write(result_end, [0.0, {"cannot_confine": str(error)}])
-                os._exit(0)
+            _write(result_end, [0.0, {"cannot_confine": str(error)}])
+            os._exit(0)
 
 
 def _close_others(kept: list) -> None:
@@ -226,16 +233,6 @@ def _write(descriptor: int, result) -> None:
 def _address_space() -> int:
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[0]) * resource.getpagesize()
-
-
-def _remove(directory: str) -> None:
-    """However deep it is: rm does not recurse as shutil does."""
-    try:
-        os.rmdir(directory)
-    except FileNotFoundError:
-        pass
-    except OSError:
-        subprocess.run(["rm", "-rf", "--", directory], check=False, timeout=600, stdin=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":
