@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lockstep.engine import user_code
 from lockstep.rollout.rewards.failures import FailureWarnings
 from lockstep.rollout.rewards.isolation import Limits
 from lockstep.rollout.rewards.models import RewardEngines
 from lockstep.rollout.rewards.reward import Completion, Reward
-from lockstep.rollout.rewards.score_values import check_signature, load_function, plain_score, reason_of, settled
+from lockstep.rollout.rewards.score_values import check_signature, plain_score, reason_of, settled
 from lockstep.rollout.rewards.verifiers import Verifier, open_pool
 
 _MATH_CHECK = f"{Path(__file__).with_name('math_check.py')}:same_mathematics"
@@ -70,7 +71,7 @@ class MathOptions:
 
 def checked_function(options: FunctionOptions) -> Callable[..., Any]:
     """The function. Raises ValueError for a path that leads to none, and for one that takes other arguments."""
-    function = load_function(options.reference)
+    function = user_code.load_object(options.reference, "reward function")
     check_signature(function, options.path, _BATCH_TAKES if options.batch else _TAKES)
     return function
 

@@ -7,7 +7,7 @@ import math
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -119,6 +119,7 @@ def test_wandbs_names_are_options_are_cleaned_and_ids_are_unique_and_kept(tmp_pa
     assert named["project"].startswith("my-project-xxx")
 
 
+@settings(deadline=None)
 @given(st.text(min_size=1, max_size=200))
 def test_every_name_becomes_one_that_wandb_takes(name):
     wandb = pytest.importorskip("wandb")

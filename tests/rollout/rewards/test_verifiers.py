@@ -184,7 +184,7 @@ def test_problems_that_cannot_be_sent_and_files_that_do_not_load_are_named(pool,
     with pytest.raises(ValueError, match="problem bad cannot be sent to a verifier"):
         pool.verify([(unsendable, "a")])
     (folder / "exits.py").write_text("import sys\nsys.exit(0)\n")
-    with pytest.raises(ValueError, match=r"exits: cannot load the reward function .*exits.py:score': SystemExit: 0"):
+    with pytest.raises(ValueError, match=r"exits: cannot load the reward function .*exits.py:2: SystemExit: 0"):
         VerifierPool(Verifier("exits", f"{folder}/exits.py:score")).open()
     (folder / "leaves.py").write_text("import os\nos._exit(4)\n")
     with pytest.raises(ValueError, match=r"leaves: its process ended while it was loaded .*exit code 4"):
