@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 from lockstep.trainer_bridge.layout import trainer_layout
 from lockstep.trainer_bridge.parallel import ParallelSizes
 from lockstep.trainer_bridge.weight_plan import engine_layout, format_plan, plan_transfers
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ def run(config: ConvertConfig) -> dict[str, Any]:
         raise ValueError("convert: set output=DIRECTORY (or table=true to print the names, plan=true a weight plan)")
     if Path(config.output).exists():
         raise ValueError(f"convert: {config.output} exists; choose another output")
+    _LOG.info("loading the model %s", config.checkpoint or config.model)
     trainer = MegatronTrainer(TrainerConfig(model=config.model))
     if config.checkpoint is not None:
         trainer.load(config.checkpoint)

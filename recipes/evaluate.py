@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +20,11 @@ from lockstep.recipes.inputs import TaskConfig
 from lockstep.recipes.metrics import format_value, title_of
 from lockstep.rollout.environments import EnvironmentConfig
 from lockstep.rollout.evaluation import EvalResult, EvaluationConfig, evaluate
-from lockstep.rollout.rewards import LocalRewards
+from lockstep.rollout.rewards import LocalRewards, check_reward
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.tokenizer import load_tokenizer
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,14 @@ class EvalConfig:
 def run(config: EvalConfig) -> dict[str, dict[str, Any]]:
     """Prints and returns each data set's metrics. The digests are the same for any engine settings and batch size."""
     launch.set_up_process(config.seed, config.num_threads)
+    check_reward(config.reward)
     tasks = {name: task.build().held_out for name, task in config.tasks.items()}
     if not tasks:
         task = config.task.build().held_out
         tasks = {task.name: task}
+    _LOG.info("loading the model %s", config.engine.model)
     engine = Engine(config.engine)
+    _LOG.info("evaluating %s", ", ".join(tasks))
     tokenizer = load_tokenizer(config.engine.model)
     with LocalRewards() as rewards:
         results = evaluate_tasks(

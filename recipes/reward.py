@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -9,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lockstep.engine import Engine, EngineConfig
+from lockstep.engine.models.config import load_model_config
+from lockstep.engine.pooling import scored_part
 from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.preferences import PairSamplingConfig, Preference, read_pairs, sample_pairs, write_pairs
@@ -16,6 +19,8 @@ from lockstep.rollout.rewards.models import conversation_ids
 from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.trainer_bridge import MegatronTrainer
 from lockstep.trainer_bridge.preference import PreferencePair, bradley_terry_loss, pack_pairs
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,11 @@ def run(config: RewardConfig) -> dict[str, Any]:
     with TrainingRun(config, "reward") as run:
         model = str(config.model.resolve(run.path / "new_model", config.task.build().train, config.seed))
         train, held_out = preference_pairs(config, run, model)
-        tokenizer = load_tokenizer(model)
-        train_tokens, held_out_tokens = ([tokenized(tokenizer, p) for p in pairs] for pairs in (train, held_out))
+        tokenizer, pad_token_id = load_tokenizer(model), load_model_config(model).pad_token_id
+        train_tokens, held_out_tokens = (
+            [tokenized(tokenizer, pair, pad_token_id) for pair in pairs] for pairs in (train, held_out)
+        )
+        _LOG.info("loading the model %s", model)
         trainer = MegatronTrainer(replace(config.trainer, model=model, head="scalar"))
         run.start(trainer)
         order = ProblemOrder(len(train_tokens), config.seed)
@@ -91,6 +99,7 @@ def sampled_pairs(config: RewardConfig, run: TrainingRun, policy: str) -> tuple[
     files = {name: run.path / f"{name}_pairs.jsonl" for name in ("train", "held_out")}
     if not all(file.exists() for file in files.values()):
         tasks, tokenizer, sampling = config.task.build(), load_tokenizer(policy), config.sampling
+        _LOG.info("sampling answers of the model %s, to make pairs", policy)
         engine = Engine(replace(config.engine, model=policy))
         try:
             for task, number, file in (
@@ -103,8 +112,10 @@ def sampled_pairs(config: RewardConfig, run: TrainingRun, policy: str) -> tuple[
     return read_pairs([str(files["train"])]), read_pairs([str(files["held_out"])])
 
 
-def tokenized(tokenizer, pair: Preference) -> PreferencePair:
-    return PreferencePair(*(conversation_ids(tokenizer, pair.messages, text) for text in (pair.chosen, pair.rejected)))
+def tokenized(tokenizer, pair: Preference, pad_token_id: int | None) -> PreferencePair:
+    """Both conversations up to where the model's score will be read."""
+    conversations = (conversation_ids(tokenizer, pair.messages, text) for text in (pair.chosen, pair.rejected))
+    return PreferencePair(*(scored_part(token_ids, pad_token_id) for token_ids in conversations))
 
 
 def evaluate_pairs(trainer: MegatronTrainer, pairs: Sequence[PreferencePair]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lockstep.rollout.model_output import valid_text
 from lockstep.rollout.tasks.answers import ANSWER_CLOSE, ANSWER_OPEN
 
 PAD = "<|pad|>"
@@ -101,14 +102,15 @@ def apply_template(
     """The text of `render_prompt`'s tokens."""
     if tokenizer.chat_template is None:
         raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template")
-    return tokenizer.apply_chat_template(
+    text = tokenizer.apply_chat_template(
         [dict(message) for message in messages],
         tools=[dict(tool) for tool in tools] or None,
         tokenize=False,
         add_generation_prompt=True,
     )
+    return valid_text(text)
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a whole response, the end token included."""
-    return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    return [*tokenizer.encode(valid_text(text), add_special_tokens=False), tokenizer.eos_token_id]

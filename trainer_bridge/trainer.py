@@ -149,7 +149,7 @@ class MegatronTrainer:
     def __init__(self, config: TrainerConfig):
         check_device_is_there("TrainerConfig.device", config.device)
         self.config = config
-        self.device = torch.device(config.device)
+        self.device = numerics.usable_device(config.device)
         self.num_threads = torch.get_num_threads()  # with which the row contract is seen to be kept
         with own_state(self.device, builds=True, learns=True):
             self._build(config)
