@@ -15,6 +15,7 @@ from lockstep.engine.capture import Capture, CaptureConfig
 from lockstep.engine.checks import Choice, check_device_is_there
 from lockstep.engine.config import EngineConfig
 from lockstep.engine.detokenizer import Detokenizer, decode_text
+from lockstep.engine.foreign_files import has_file
 from lockstep.engine.intake import check_is_request, check_not_queued, checked_version, new_requests
 from lockstep.engine.laps import Laps
 from lockstep.engine.models.config import load_model_config
@@ -548,8 +549,8 @@ class Engine(Serving):
 
 
 def _load_tokenizer(path: str):
-    if not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+    if not any(has_file(Path(path), name) for name in TOKENIZER_FILES):
         return None
-    from transformers import AutoTokenizer  # a second of imports that token-id users do not need
+    from lockstep.engine.tokenizer import load_tokenizer  # a second of imports that token-id users do not need
 
-    return AutoTokenizer.from_pretrained(path)
+    return load_tokenizer(path)

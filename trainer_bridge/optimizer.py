@@ -12,8 +12,6 @@ from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
 
 from lockstep.engine.checks import Choice, Real, Rule, Whole, conform
 from lockstep.engine.rank_sum import all_gather
@@ -73,6 +71,11 @@ _RULES: dict[str, Rule] = {
     "adam_epsilon": Real(0.0, expected="a finite number > 0", open_low=True),
     "max_grad_norm": Real(0.0, expected="a finite number > 0, or None for no clipping", open_low=True, none=True),
 }
+
+
+def state_names(dtype: torch.dtype) -> tuple[str, ...]:
+    """What MasterAdamW keeps of a parameter of this dtype, step count excepted."""
+    return ("exp_avg", "exp_avg_sq") if dtype == torch.float32 else ("exp_avg", "exp_avg_sq", "master")
 
 
 class GradientSums:
@@ -190,7 +193,7 @@ class MasterAdamW:
 
     def state_names(self, index: int) -> tuple[str, ...]:
         """Of what the optimizer keeps of parameter number `index`, step count excepted."""
-        return ("exp_avg", "exp_avg_sq") if self._trains_in_place(index) else ("exp_avg", "exp_avg_sq", "master")
+        return state_names(self.parameters[index].dtype)
 
     def state_tensor(self, index: int, name: str) -> torch.Tensor:
         """One of them in the parameter's shape: gathered from the data-parallel ranks, all of which must call this, or
@@ -205,22 +208,6 @@ class MasterAdamW:
         """Sets the number of updates that the moments have seen, which corrects their bias."""
         for state in self._adamw.state.values():
             state["step"].fill_(num_steps)
-
-    def sharded_state_dict(self, model_state: ShardedStateDict) -> ShardedStateDict:
-        """The state tensors, sharded as their parameters are in `model_state` (model.sharded_state_dict()).
-
-        Whole over data-parallel ranks, so that a checkpoint can be read by any number of them.
-        """
-        sharded_parameters = get_param_id_to_sharded_param_map(model_state, self.parameters)
-        return {
-            str(index): {
-                name: make_sharded_optimizer_tensor(
-                    sharded_parameters[index], self.state_tensor(index, name), f"optimizer.state.{name}"
-                )
-                for name in self.state_names(index)
-            }
-            for index in range(len(self.parameters))
-        }
 
     def _trains_in_place(self, index: int) -> bool:
         return self.parameters[index].dtype == torch.float32

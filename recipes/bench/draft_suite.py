@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lockstep.engine.checkpoint import fill_dummy
+from lockstep.engine.dummy_weights import fill_dummy
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.models.eagle3 import Eagle3Config, Eagle3Draft, initialize
 from lockstep.kernels import numerics
