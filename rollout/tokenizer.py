@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lockstep.engine.tokenizer import load_tokenizer as load_foreign_tokenizer
 from lockstep.rollout.model_output import valid_text
 from lockstep.rollout.tasks.answers import ANSWER_CLOSE, ANSWER_OPEN
 
@@ -82,8 +83,8 @@ def build_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> PreTrained
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in a local directory; OSError when there is none."""
-    return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    """The tokenizer saved in a local directory. Raises as the engine's `load_tokenizer` does."""
+    return load_foreign_tokenizer(path)
 
 
 def render_prompt(
