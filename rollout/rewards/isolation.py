@@ -133,6 +133,7 @@ def start(
     needed: where nothing works on this machine, IsolationError is raised; else it starts all the same.
     It has no standard streams. `stop` ends it with all that it started.
     """
+    announce(limits, needed)
     sandbox = _resolved(limits.sandbox, needed)
     standard = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     return _start(main, descriptor, folder, readable, limits, sandbox, **standard)
@@ -240,7 +241,10 @@ def _exchange(
             if not ready:
                 return bytes(output), f"wall time: more than {limits.wall_time_s} s"
             for key, _ in ready:
-                chunk = os.read(key.fd, 1 << 16)
+                try:
+                    chunk = os.read(key.fd, 1 << 16)
+                except ConnectionResetError:  # it ended before it had read its job
+                    chunk = b""
                 key.data.extend(chunk)
                 if not chunk:
                     selector.unregister(key.fileobj)
@@ -312,8 +316,21 @@ def _resolved(sandbox: str, needed: bool = True) -> str | None:
 def protection(limits: Limits | None = None) -> str:
     """What isolates processes on this machine, in one line. Raises IsolationError where nothing can."""
     sandbox = _resolved((limits or Limits()).sandbox)
-    library = "libseccomp" if call_filter.has_libseccomp() else "own filter"
+    library = "" if call_filter.has_libseccomp() else " (without libseccomp)"
     if sandbox == "bubblewrap":
-        landlock = " + Landlock" if landlock_version() else ""
-        return f"isolation: bubblewrap{landlock} + seccomp ({library})"
-    return f"isolation: Landlock + seccomp ({library}); {why_not('bubblewrap') or 'bubblewrap works too'}"
+        return f"isolation: bubblewrap{' + Landlock' if landlock_version() else ''} + seccomp{library}"
+    reason = why_not("bubblewrap")
+    return f"isolation: Landlock + seccomp{library}" + (f"; not bubblewrap: {reason}" if reason else "")
+
+
+def announce(limits: Limits, needed: bool = True) -> None:
+    """Says once what isolates processes. needed: as for `start`."""
+    _say(limits.sandbox, needed)
+
+
+@functools.cache
+def _say(sandbox: str, needed: bool) -> None:
+    if _resolved(sandbox, needed) is None:
+        _LOG.warning("isolation: none on this machine; %s", why_not("landlock"))
+    else:
+        _LOG.info("%s", protection(Limits(sandbox=sandbox)))

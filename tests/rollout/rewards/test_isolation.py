@@ -1,5 +1,6 @@
 """Whatever a judged program does, it is stopped at a limit, says why, and harms nothing, in each kind of sandbox."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lockstep.rollout.rewards import isolation
+from lockstep.rollout.rewards import RewardEngines, build_reward, isolation
 from lockstep.rollout.rewards.isolation import IsolationError, Limits, Outcome, remove_tree, run_program
 
 # A busy machine may take seconds to start a process: the wall clock is short only where it is what stops one.
@@ -381,8 +382,14 @@ def test_all_that_it_writes_is_bounded(sandbox):
         ({"bubblewrap": "not installed", "landlock": "no Landlock"}, None),
     ],
 )
-def test_what_protects_this_machine_is_said(broken, said, monkeypatch):
+def test_what_protects_this_machine_is_said(broken, said, monkeypatch, caplog):
     monkeypatch.setattr(isolation, "why_not", lambda name: broken.get(name, ""))
+    isolation._say.cache_clear()
+    with caplog.at_level("INFO", logger="lockstep"), contextlib.suppress(ValueError):
+        for _ in range(2):
+            build_reward({"code": 1.0}, None, RewardEngines())
+    assert [record.message.startswith(said) for record in caplog.records] == ([True] if said else [])
+    isolation._say.cache_clear()
     if said is None:
         with pytest.raises(IsolationError, match="bubblewrap: not installed; landlock: no Landlock"):
             isolation.protection()
