@@ -36,7 +36,7 @@ def main() -> None:
     try:
         function = values.load_function(job["function"])
         if job["arguments"] is not None:
-            function = function(**job["arguments"])
+            function = function(**pickle.loads(job["arguments"]))  # of classes that `path` leads to
         if job["takes"]:
             values.check_signature(function, job["name"], job["takes"])
     except BaseException as error:
