@@ -40,7 +40,7 @@ def main() -> None:
     try:
         function = user_code.load_object(job["function"], "reward function")
         if job["arguments"] is not None:
-            function = function(**job["arguments"])
+            function = function(**pickle.loads(job["arguments"]))  # of classes that `path` leads to
         if job["takes"]:
             values.check_signature(function, job["name"], job["takes"])
     except BaseException as error:
