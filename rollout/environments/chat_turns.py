@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from lockstep.rollout.chat_template import apply_template
+from lockstep.rollout.end_of_turn import MARK, split_at_end, stop_token_ids
 from lockstep.rollout.environments.environment import Messages, Opening, TokenIds
-from lockstep.rollout.tokenizer import apply_template, render_prompt
-
-_MARK = "a7f3-turn-4c1e"  # stands for a turn of the policy; no template changes it and no message holds it
+from lockstep.rollout.tokenizer import render_prompt
 
 
 class ChatTurns:
@@ -22,7 +22,7 @@ class ChatTurns:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self._special_ids = frozenset(tokenizer.all_special_ids)
+        self._stop_ids = stop_token_ids(tokenizer)
 
     def opening_ids(self, opening: Opening) -> list[int]:
         """The episode's prompt, up to where the policy begins to write."""
@@ -39,15 +39,15 @@ class ChatTurns:
             raise ValueError("an episode that goes on needs an observation")
         if _is_token_ids(observation):
             return list(observation)
-        turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
-        _, _, after = apply_template(self.tokenizer, [*turn, *observation]).rpartition(_MARK)
-        end, *ids = self.tokenizer.encode(after, add_special_tokens=False)
-        if end not in self._special_ids:
+        turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
+        _, _, after = apply_template(self.tokenizer, [*turn, *observation]).rpartition(MARK)
+        split = split_at_end(self.tokenizer, after, self._stop_ids)
+        if split is None:
             raise ValueError(
                 f"the chat template of {self.tokenizer.name_or_path!r} ends an assistant's turn with "
-                f"{self.tokenizer.decode([end])!r}, which is no special token: turns cannot be told apart"
+                f"{after[:20]!r}, which is no special token at which generation stops: turns cannot be told apart"
             )
-        return ids  # without the template's end of turn: the policy's own stop token stands there
+        return split[-1]  # without the template's end of turn: the policy's own stop token stands there
 
 
 def _is_token_ids(content: Messages | TokenIds) -> bool:

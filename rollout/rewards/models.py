@@ -10,6 +10,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
+from lockstep.rollout.chat_template import apply_template
+from lockstep.rollout.end_of_turn import stop_token_ids
 from lockstep.rollout.rewards.reward import Completion, Reward
 from lockstep.rollout.tokenizer import load_tokenizer, render_prompt
 
@@ -76,12 +78,11 @@ def conversation_ids(
 ) -> list[int]:
     """Token ids of a whole conversation, the response as its last turn: what a reward model learns from and scores.
 
-    Raises ValueError when the tokenizer has no chat template.
+    Raises ValueError as `apply_template` does.
     """
-    if tokenizer.chat_template is None:
-        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template")
-    turns = [*(dict(message) for message in messages), {"role": "assistant", "content": response}]
-    return tokenizer.encode(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False)
+    turns = [*messages, {"role": "assistant", "content": response}]
+    text = apply_template(tokenizer, turns, add_generation_prompt=False)
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def reward_model_reward(options: RewardModelOptions, engines: RewardEngines) -> Reward:
@@ -101,7 +102,7 @@ def judge_reward(options: JudgeOptions, engines: RewardEngines) -> Reward:
     engine, tokenizer = engines.engine(options.model, options.engine), load_tokenizer(options.model)
     pattern = re.compile(options.pattern)
     sampling = SamplingParams(
-        max_tokens=options.max_tokens, temperature=options.temperature, stop_token_ids=(tokenizer.eos_token_id,)
+        max_tokens=options.max_tokens, temperature=options.temperature, stop_token_ids=stop_token_ids(tokenizer)
     )
 
     def verdict(text: str) -> float:
