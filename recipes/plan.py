@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,13 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from lockstep.engine.models.config import ModelConfig, load_model_config, parse_model_config
+from lockstep.engine.models.config import ModelConfig
 from lockstep.recipes.inputs import ModelSource
 from lockstep.recipes.memory import Item, engine_memory, kv_bytes_per_token, num_parameters, trainer_memory
-from lockstep.recipes.new_model import new_config
 from lockstep.rollout.environments import SINGLE_TURN
 from lockstep.rollout.tasks import Task
-from lockstep.rollout.tokenizer import encode_response, load_tokenizer, render_prompt
+from lockstep.rollout.tokenizer import encode_response, render_prompt
 from lockstep.trainer_bridge.algorithms import build_algorithm
 
 if TYPE_CHECKING:
@@ -63,7 +61,7 @@ def dry_run(plan: Plan) -> dict[str, Any]:
 
 def rl_plan(config: RLConfig) -> Plan:
     tasks = config.task.build()
-    model, tokenizer = _model(config.model, tasks.train)
+    model, tokenizer = config.model.described(tasks.train, config.chat)
     prompts = _prompt_lengths(tokenizer, tasks.train)
     plan = Plan(f"lockstep rl: {config.directory}")
     plan.sections["Model"] = _model_rows(config.model, model)
@@ -95,7 +93,7 @@ def rl_plan(config: RLConfig) -> Plan:
 
 def sft_plan(config: SFTConfig) -> Plan:
     tasks = config.task.build()
-    model, tokenizer = _model(config.model, tasks.train)
+    model, tokenizer = config.model.described(tasks.train, config.chat)
     prompts = _prompt_lengths(tokenizer, tasks.train)
     solutions = [tasks.train.problem(index).solution for index in range(min(LOOKED_AT, len(tasks.train)))]
     if None in solutions:
@@ -120,16 +118,6 @@ def sft_plan(config: SFTConfig) -> Plan:
     plan.problems += _too_long(max(lengths), model.max_position_embeddings, max(lengths), budget)
     plan.problems += _too_big(config.trainer.device, [trainer])
     return plan
-
-
-def _model(source: ModelSource, task: Task) -> tuple[ModelConfig, PreTrainedTokenizerBase]:
-    """The model's sizes and its tokenizer, which is made in memory where the run would make one."""
-    if source.path is not None:
-        if not (Path(source.path) / "config.json").exists():
-            raise ValueError(f"model.path={source.path} is no model directory: it has no config.json")
-        return load_model_config(source.path), load_tokenizer(source.path)
-    tokenizer = source.new_tokenizer(task)
-    return parse_model_config(new_config(source.shape, tokenizer).to_dict()), tokenizer
 
 
 def _prompt_lengths(tokenizer: PreTrainedTokenizerBase, task: Task) -> list[int]:

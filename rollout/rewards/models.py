@@ -10,7 +10,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
-from lockstep.rollout.chat_template import apply_template
+from lockstep.rollout import hub
+from lockstep.rollout.chat_template import ChatConfig, apply_template
 from lockstep.rollout.end_of_turn import stop_token_ids
 from lockstep.rollout.rewards.reward import Completion, Reward
 from lockstep.rollout.tokenizer import load_tokenizer, render_prompt
@@ -18,15 +19,19 @@ from lockstep.rollout.tokenizer import load_tokenizer, render_prompt
 
 @dataclass(frozen=True)
 class RewardModelOptions:
-    """model: an HF directory (...ForSequenceClassification with one label); engine: other options of EngineConfig."""
+    """model: an HF directory (...ForSequenceClassification with one label), or one of the hub, org/name@revision.
+
+    engine: other options of EngineConfig. date: see ChatConfig; null: the run's.
+    """
 
     model: str
     engine: Mapping[str, Any] = field(default_factory=dict)
+    date: str | None = None
 
 
 @dataclass(frozen=True)
 class JudgeOptions:
-    """model, engine: a language model's, as for a reward model.
+    """model, engine, date: a language model's, as for a reward model. chat_template_kwargs: see ChatConfig.
 
     template: what the judge is asked; {question}, {answer} (the reference) and {response} are filled in.
     pattern: its first group, where it is found last in the judge's text, is the verdict: a number, or a key of scores.
@@ -44,6 +49,8 @@ class JudgeOptions:
     unparsed: float = 0.0
     max_tokens: int = 512
     temperature: float = 0.0
+    date: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class RewardEngines:
@@ -53,9 +60,9 @@ class RewardEngines:
         self._engines: dict[EngineConfig, Engine] = {}
 
     def engine(self, model: str, options: Mapping[str, Any]) -> Engine:
-        """Raises ValueError for an option that EngineConfig lacks, and as Engine does."""
+        """Raises ValueError for an option that EngineConfig lacks, for a hub id without files, and as Engine does."""
         try:
-            config = EngineConfig(model=model, **options)
+            config = EngineConfig(model=hub.model_directory(model), **options)
         except TypeError as error:
             raise ValueError(f"engine options of {model}: {error}") from error
         if config not in self._engines:
@@ -87,7 +94,8 @@ def conversation_ids(
 
 def reward_model_reward(options: RewardModelOptions, engines: RewardEngines) -> Reward:
     """The model's score of the conversation, in its own tokens."""
-    engine, tokenizer = engines.engine(options.model, options.engine), load_tokenizer(options.model)
+    engine = engines.engine(options.model, options.engine)
+    tokenizer = load_tokenizer(engine.config.model, ChatConfig(date=options.date))
     if engine.model_config.head != "scalar":
         raise ValueError(f"{options.model} is no reward model: it is not a ...ForSequenceClassification")
 
@@ -99,7 +107,8 @@ def reward_model_reward(options: RewardModelOptions, engines: RewardEngines) -> 
 
 def judge_reward(options: JudgeOptions, engines: RewardEngines) -> Reward:
     """The verdict of a language model that reads the response."""
-    engine, tokenizer = engines.engine(options.model, options.engine), load_tokenizer(options.model)
+    engine = engines.engine(options.model, options.engine)
+    tokenizer = load_tokenizer(engine.config.model, ChatConfig(None, options.chat_template_kwargs, options.date))
     pattern = re.compile(options.pattern)
     sampling = SamplingParams(
         max_tokens=options.max_tokens, temperature=options.temperature, stop_token_ids=stop_token_ids(tokenizer)

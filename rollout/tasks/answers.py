@@ -6,6 +6,7 @@ from decimal import Decimal, InvalidOperation
 
 ANSWER_OPEN = "<answer>"
 ANSWER_CLOSE = "</answer>"
+ANSWER_INSTRUCTION = f"Give the final answer alone, between {ANSWER_OPEN} and {ANSWER_CLOSE}."
 
 # The body may not hold another opening tag, so a tag left open earlier cannot swallow the last answer.
 _TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)

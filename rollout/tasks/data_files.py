@@ -132,7 +132,7 @@ def read_rows(file: str | Path) -> Iterator[Row]:
     A .json file is one list of objects, or has an object a line as .jsonl does. Raises FileNotFoundError for a missing
     file, and ValueError that names the file, and the line or row, for what cannot be read.
     """
-    path = Path(file)
+    path = Path(file).expanduser()
     if path.is_dir():
         raise ValueError(f"{file} is a folder; name the data files in it")
     if not path.is_file():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lockstep.rollout import hub
 from lockstep.rollout.tasks.answers import COMPARISONS
 from lockstep.rollout.tasks.chats import Messages, looks_like_chat, read_messages, to_ask
 from lockstep.rollout.tasks.data_files import Row, RowError, read_rows
@@ -17,7 +18,8 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LocalFilesConfig:
-    """train_files, held_out_files: paths of .jsonl, .json or .parquet files with the same columns.
+    """train_files, held_out_files: paths of .jsonl, .json or .parquet files with the same columns, or addresses of such
+        on the hub: hf://datasets/org/name@revision/path/*.parquet.
 
     held_out_fraction: used without held_out_files: a question is held out when its hash falls below this fraction, so
         the choice does not depend on the rows' order.
@@ -113,7 +115,7 @@ def _answer_pattern(pattern: str | None) -> re.Pattern[str] | None:
 
 def _read(files: Sequence[str], config: LocalFilesConfig, pattern: re.Pattern[str] | None) -> list[Problem]:
     problems = []
-    for file in files:
+    for file in (local for name in files for local in hub.data_files(name)):
         skipped: list[RowError] = []
         problems += _problems(read_rows(file), config, pattern, skipped)
         if skipped:
