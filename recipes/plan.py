@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lockstep.engine.models.config import ModelConfig
 from lockstep.recipes.inputs import ModelSource
 from lockstep.recipes.memory import Item, engine_memory, kv_bytes_per_token, num_parameters, trainer_memory
+from lockstep.recipes.room import rl_with_room, sft_with_room
 from lockstep.rollout.environments import SINGLE_TURN
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.tokenizer import encode_response, render_prompt
@@ -60,7 +61,12 @@ def dry_run(plan: Plan) -> dict[str, Any]:
 
 
 def rl_plan(config: RLConfig) -> Plan:
-    tasks = config.task.build()
+    tasks, crowded = config.task.build(), []
+    further = {name: task.build().held_out for name, task in config.evaluation_tasks.items()}
+    try:
+        tasks, _ = rl_with_room(config, tasks, further)
+    except ValueError as error:
+        crowded.append(str(error))
     model, tokenizer = config.model.described(tasks.train, config.chat)
     prompts = _prompt_lengths(tokenizer, tasks.train)
     plan = Plan(f"lockstep rl: {config.directory}")
@@ -84,6 +90,7 @@ def rl_plan(config: RLConfig) -> Plan:
     plan.sections[title] = [*_memory_rows(engine), *_kv_rows(config, model, prompts)]
     longest = _longest_sequence(config, prompts, model)
     allowed = config.engine.max_model_len or model.max_position_embeddings
+    plan.problems += crowded
     plan.problems += _too_long(max(prompts) + 1, allowed, longest, config.trainer.max_tokens_per_micro_batch)
     if (kv_tokens := config.engine.kv_cache_tokens) is not None and kv_tokens < longest:
         plan.problems.append(f"engine.kv_cache_tokens={kv_tokens:,} is less than one sequence of {longest:,} tokens")
@@ -92,12 +99,10 @@ def rl_plan(config: RLConfig) -> Plan:
 
 
 def sft_plan(config: SFTConfig) -> Plan:
-    tasks = config.task.build()
+    tasks = sft_with_room(config, config.task.build())
     model, tokenizer = config.model.described(tasks.train, config.chat)
     prompts = _prompt_lengths(tokenizer, tasks.train)
     solutions = [tasks.train.problem(index).solution for index in range(min(LOOKED_AT, len(tasks.train)))]
-    if None in solutions:
-        raise ValueError(f"task {tasks.train.name!r} has problems without a worked solution to learn from")
     lengths = [n + len(encode_response(tokenizer, text)) for n, text in zip(prompts, solutions, strict=True)]
     budget, tokens = config.trainer.max_tokens_per_micro_batch, round(sum(lengths) / len(lengths))
     per_step = config.examples_per_step * tokens

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lockstep.recipes.sft import SFTConfig
 
 LOOKED_AT = 64  # first problems that are looked at, of a task that makes them when they are asked for
-MOST_LOOKED_AT = 10_000  # tasks of so many problems, and data files of any number, are looked at whole
+MOST_LOOKED_AT = 1_000  # tasks of so many problems, and data files of any number, are looked at whole
 _TOKENS_PER_BYTE = 4  # no tokenizer makes more
 
 

@@ -137,6 +137,7 @@ def _snapshot(hub_id: HubId, files: Sequence[str]) -> Path:
 
 
 def _why_not(hub_id: HubId, kind: str, error: Exception) -> str:
+    import httpx
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -150,6 +151,7 @@ def _why_not(hub_id: HubId, kind: str, error: Exception) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return f"{what} is neither a local directory nor on the hub (a private one needs `hf auth login`)"
     where = f"the cache {constants.HF_HUB_CACHE}"
-    if isinstance(error, FileNotFoundError):  # the library's errors of what is not cached are such too
+    # The library's error of what is not cached is a FileNotFoundError.
+    if isinstance(error, FileNotFoundError | ConnectionError | httpx.TransportError):
         return f"{what} is neither a local directory nor in {where}, and the hub cannot be reached"
     return f"{what} cannot be had from the hub: {' '.join(str(error).split())[:200]}"
