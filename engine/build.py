@@ -25,7 +25,7 @@ CPU_KV_CACHE_BYTES = 512 * 2**20
 
 def rank_device(config: EngineConfig, rank: int) -> torch.device:
     """Where a rank computes: on the CPU, or on the GPU that is `rank` behind the config's. Raises ValueError."""
-    device = torch.device(config.device)
+    device = numerics.usable_device(config.device)
     if device.type == "cpu" or config.tp_size == 1:
         return device
     first = torch.cuda.current_device() if device.index is None else device.index

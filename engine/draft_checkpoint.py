@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lockstep.engine.checkpoint import SINGLE_FILE, CheckpointError
-from lockstep.engine.files import whole_folder
+from lockstep.engine.files import read_json_object, whole_folder
 from lockstep.engine.models.config import ModelConfig, UnsupportedModelError, parse_model_config
 from lockstep.engine.models.eagle3 import NUM_AUX, Eagle3Config, Eagle3Draft, default_aux_layers, expand
 from lockstep.engine.models.names import to_hf, to_megatron
@@ -81,7 +81,7 @@ def load_draft_config(path: str | Path, target: ModelConfig) -> Eagle3Config:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"no config.json in {path}")
-    raw = json.loads(file.read_text())
+    raw = read_json_object(file)
     if raw.get("architectures") != [ARCHITECTURE]:
         raise _unsupported(path, "architectures", raw.get("architectures"), f"an EAGLE-3 draft is a {ARCHITECTURE}")
     if raw.get("num_hidden_layers") != 1:

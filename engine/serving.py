@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from lockstep.engine.models.config import ModelConfig
+from lockstep.engine.pooling import ScoreAt, scored_part
 from lockstep.engine.request import Kind, Request, RequestOutput, SamplingParams
 
 
@@ -22,6 +24,8 @@ class TokenEvent:
 
 class Serving(ABC):
     """An engine, or several as one. Not thread-safe: one thread owns it."""
+
+    model_config: ModelConfig
 
     @abstractmethod
     def prepare(
@@ -75,13 +79,14 @@ class Serving(ABC):
         self._complete(requests)
         return [[None, *request.logprobs] for request in requests]
 
-    def reward(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+    def reward(self, sequences: Sequence[Sequence[int]], score_at: ScoreAt = "last_non_pad") -> list[float]:
         """The scores that a reward model (transformers' ...ForSequenceClassification with one label) gives sequences.
 
-        A sequence's score is the value of its last token; the bits are those of the trainer's `values`. A prefix that
-        sequences share is computed once. Raises as `generate` does.
+        A sequence's score is the value of the token that `score_at` names, see `scored_part`; the bits are those of the
+        trainer's `values`. A prefix that sequences share is computed once. Raises as `generate` does.
         """
-        requests = self.submit(sequences, kind="reward")
+        pad_token_id = self.model_config.pad_token_id
+        requests = self.submit([scored_part(s, pad_token_id, score_at) for s in sequences], kind="reward")
         self._complete(requests)
         return [request.reward for request in requests]
 
@@ -93,7 +98,8 @@ class Serving(ABC):
     ) -> list[Request]:
         """Queues requests and returns at once; `step` makes progress, `output` reads a request that has ended.
 
-        kind: "generate"; "score" for the log-probs of the given tokens; "reward" for a reward model's score of them.
+        kind: "generate"; "score" for the log-probs of the given tokens; "reward" for a reward model's value of the
+        last of them, whatever it is.
         Raises as `generate` does.
         """
         requests = self.prepare(prompts, params, kind)

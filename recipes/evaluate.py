@@ -22,7 +22,7 @@ from lockstep.rollout import hub
 from lockstep.rollout.chat_template import ChatConfig
 from lockstep.rollout.environments import EnvironmentConfig
 from lockstep.rollout.evaluation import EvalResult, EvaluationConfig, evaluate
-from lockstep.rollout.rewards import LocalRewards
+from lockstep.rollout.rewards import LocalRewards, check_reward
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.tokenizer import load_tokenizer
 
@@ -53,14 +53,15 @@ class EvalConfig:
 def run(config: EvalConfig) -> dict[str, dict[str, Any]]:
     """Prints and returns each data set's metrics. The digests are the same for any engine settings and batch size."""
     launch.set_up_process(config.seed, config.num_threads)
+    check_reward(config.reward)
     model = hub.model_directory(hub.pinned(config.engine.model))
     chat, is_new = settled_for_model(config.chat, model), made_from_nothing(model)
     tasks = {name: settled_task(task, is_new).build().held_out for name, task in config.tasks.items()}
     if not tasks:
         task = settled_task(config.task, is_new).build().held_out
         tasks = {task.name: task}
-    tokenizer = load_tokenizer(model, chat)
     engine = Engine(replace(config.engine, model=model))
+    tokenizer = load_tokenizer(model, chat)
     with LocalRewards() as rewards:
         results = evaluate_tasks(
             engine, tokenizer, tasks, config.reward, rewards, config.evaluation, config.seed, config.environment

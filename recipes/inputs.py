@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -14,11 +14,13 @@ from lockstep.recipes.new_model import ModelShape, new_config, new_model
 from lockstep.rollout import hub
 from lockstep.rollout.chat_template import ChatConfig, set_chat_options
 from lockstep.rollout.tasks import (
+    TASKS,
     GuessNumberTaskConfig,
     LocalFilesConfig,
     ReasoningGymConfig,
     Task,
     TaskSplits,
+    build_own_task,
     build_task,
 )
 from lockstep.rollout.tasks.views import instructed
@@ -30,7 +32,9 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """The problems to learn from. `kind` chooses which of the next fields counts: a key of rollout.tasks.TASKS.
+    """The problems to learn from. `kind` chooses which of the next fields counts: a key of rollout.tasks.TASKS; or it
+    is a function of your own, by `path/to/file.py:name` or dotted path, which gives TaskSplits for `options`, its
+    keyword arguments.
 
     answer_instruction: what is said behind each question about how to write the answer; null: nothing. "auto":
         ANSWER_INSTRUCTION for a model that is given, nothing for one that was made from nothing, which learns how from
@@ -39,7 +43,8 @@ class TaskConfig:
         out and says how many. See recipes/room.py.
     """
 
-    kind: Literal["reasoning_gym", "local_files", "guess_number"] = "reasoning_gym"
+    kind: str = "reasoning_gym"
+    options: Mapping[str, Any] = field(default_factory=dict)
     reasoning_gym: ReasoningGymConfig = field(default_factory=ReasoningGymConfig)
     local_files: LocalFilesConfig = field(default_factory=LocalFilesConfig)
     guess_number: GuessNumberTaskConfig = field(default_factory=GuessNumberTaskConfig)
@@ -47,8 +52,15 @@ class TaskConfig:
     overlong: Literal["error", "skip"] = "error"
 
     def build(self) -> TaskSplits:
-        """Raises as `build_task` does. An "auto" instruction is none here: `first_start.settled` has the model."""
+        """Raises as `build_task` and `build_own_task` do.
+
+        An "auto" instruction is none here: `first_start.settled` has the model.
+        """
         instruction = None if self.answer_instruction == AUTO else self.answer_instruction
+        if self.kind not in TASKS:
+            return instructed(build_own_task(self.kind, self.options), instruction)
+        if self.options:
+            raise ValueError(f"task.options are for tasks of your own; kind={self.kind} has its own section")
         return instructed(build_task(getattr(self, self.kind)), instruction)
 
 

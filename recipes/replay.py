@@ -167,7 +167,7 @@ class Replay:
                 if stored[0].weight_versions[0] == version:
                     group = self.worker.begin_at(stored[0].prompt_index)
                     self.num_samples += len(stored)
-                    self.num_tokens += self.worker.extend([group])
+                    self.num_tokens += self.worker.play_again(group, stored)
                     for sample, again in zip(stored, group.samples, strict=True):
                         self._compare_fields(step, sample, again)
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lockstep.engine import Engine, EngineConfig
+from lockstep.engine.models.config import load_model_config
+from lockstep.engine.pooling import scored_part
 from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
 from lockstep.rollout import hub
 from lockstep.rollout.order import ProblemOrder
@@ -48,8 +50,10 @@ def run(config: RewardConfig) -> dict[str, Any]:
     with TrainingRun(config, "reward") as run:
         model = str(config.model.resolve(run.path / "new_model", config.task.build().train, config.seed))
         train, held_out = preference_pairs(config, run, model)
-        tokenizer = load_tokenizer(model, config.chat)
-        train_tokens, held_out_tokens = ([tokenized(tokenizer, p) for p in pairs] for pairs in (train, held_out))
+        tokenizer, pad_token_id = load_tokenizer(model, config.chat), load_model_config(model).pad_token_id
+        train_tokens, held_out_tokens = (
+            [tokenized(tokenizer, pair, pad_token_id) for pair in pairs] for pairs in (train, held_out)
+        )
         trainer = MegatronTrainer(replace(config.trainer, model=model, head="scalar"))
         run.start(trainer)
         order = ProblemOrder(len(train_tokens), config.seed)
@@ -104,8 +108,10 @@ def sampled_pairs(config: RewardConfig, run: TrainingRun, policy: str) -> tuple[
     return read_pairs([str(files["train"])]), read_pairs([str(files["held_out"])])
 
 
-def tokenized(tokenizer, pair: Preference) -> PreferencePair:
-    return PreferencePair(*(conversation_ids(tokenizer, pair.messages, text) for text in (pair.chosen, pair.rejected)))
+def tokenized(tokenizer, pair: Preference, pad_token_id: int | None) -> PreferencePair:
+    """Both conversations up to where the model's score will be read."""
+    conversations = (conversation_ids(tokenizer, pair.messages, text) for text in (pair.chosen, pair.rejected))
+    return PreferencePair(*(scored_part(token_ids, pad_token_id) for token_ids in conversations))
 
 
 def evaluate_pairs(trainer: MegatronTrainer, pairs: Sequence[PreferencePair]) -> dict[str, float]:

@@ -29,6 +29,7 @@ from lockstep.rollout.buffer import BufferConfig, RolloutBuffer
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.environments.worker import build_worker
 from lockstep.rollout.evaluation import EvaluationConfig
+from lockstep.rollout.rewards import check_reward
 from lockstep.rollout.sample import Sample
 from lockstep.rollout.tasks import Task, TaskSplits
 from lockstep.rollout.tokenizer import load_tokenizer
@@ -105,6 +106,7 @@ class RLConfig(TrainingRunConfig):
 def run(config: RLConfig) -> dict[str, Any]:
     """Trains until `config.steps` updates are made; see `train` for a step."""
     config = resumed(config)
+    check_reward(config.reward)
     if config.dry_run:
         return dry_run(rl_plan(config))
     tasks, further = tasks_of(config)
@@ -204,12 +206,14 @@ def train(
         clock = StepClock(run.trace, step)
         draft.before_rollout()
         groups = clock.rollout(partial(buffer.take, step))
+        failed = worker.failures.take()  # ends the run, before it learns from them, where all have failed alike
         drafted = clock.draft(partial(draft.after_rollout, groups, step))
         stats = clock.side_by_side(partial(learner.step, groups), buffer.advance, overlap=cluster.overlaps)
         clock.publish(partial(cluster.publish, version=step))
         buffer.new_version()
         run.directory.write_rollouts(step, [sample for group in groups for sample in group])
-        run.record(step, step_metrics(step, groups, stats, buffer, clock) | drafted)
+        metrics = step_metrics(step, groups, stats, buffer, clock)
+        run.record(step, metrics | {"verifier_failures": failed} | drafted)
         evaluate_if_due(step)
         run.checkpoint_if_due(step, trainer=trainer, learner=learner, buffer=buffer, draft=draft)
 
@@ -229,7 +233,7 @@ def step_metrics(
         "reward": sum(sample.reward for sample in samples) / len(samples),
         "train_accuracy": sum(sample.correct for sample in samples) / len(samples),
         "response_length": generated / len(samples),
-        **({"turns": sum(len(s.turn_rewards) for s in samples) / len(samples)} if samples[0].turn_rewards else {}),
+        **(_episode_metrics(samples, buffer) if samples[0].response_mask is not None else {}),
         "truncated": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
         "mixed_groups": sum(len({sample.reward for sample in group}) > 1 for group in groups) / len(groups),
         "staleness": sum(ages) / len(ages),
@@ -240,4 +244,12 @@ def step_metrics(
         **{name: value for name, value in stats.items() if name != "lr"},
         "tokens_per_s": buffer.num_tokens / clock.rollout_s,
         **{f"time/{name}": seconds for name, seconds in clock.times().items()},
+    }
+
+
+def _episode_metrics(samples: Sequence[Sample], buffer: RolloutBuffer) -> dict[str, float]:
+    """environment_failures: of all episodes since the step before, retries and dropped groups included."""
+    return {
+        "turns": sum(len(sample.turn_rewards) for sample in samples) / len(samples),
+        "environment_failures": buffer.num_failures,
     }

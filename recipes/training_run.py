@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from omegaconf import OmegaConf
 
+from lockstep.kernels import numerics
 from lockstep.recipes import config_schema, launch
 from lockstep.recipes.export import complete_export, push
 from lockstep.recipes.first_start import settled
@@ -85,10 +86,21 @@ def resumed(config: Config) -> Config:
     return replace(stored, run=None, runs_dir=str(Path(config.run).parent), name=Path(config.run).name)
 
 
+def devices_here(config: Any) -> list[str]:
+    """Of the engine and the trainer that the config asks for; none of those that Ray places."""
+    cluster = getattr(config, "cluster", None)
+    if cluster is not None and cluster.kind != "local":
+        return []
+    parts = (getattr(config, name, None) for name in ("trainer", "engine"))
+    return [part.device for part in parts if hasattr(part, "device")]
+
+
 class TrainingRun:
     """One training stage's run, open for writing. Use as a context manager, and `start` it once its model is there."""
 
     def __init__(self, config: TrainingRunConfig, stage: str):
+        for device in devices_here(config):
+            numerics.usable_device(device)  # a ValueError before there is a directory
         launch.set_up_process(config.seed, config.num_threads)
         self.config = config
         self.stage = stage

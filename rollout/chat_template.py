@@ -12,6 +12,8 @@ from typing import Any, Literal
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from lockstep.rollout.model_output import valid_text
+
 # What only the messages say, a line each; an assistant's ends in the end of the text, which is its end of turn.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
@@ -108,7 +110,7 @@ def apply_template(
             "chat.without_template=plain for a base model"
         )
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tools=[dict(tool) for tool in tools] or None,
             tokenize=False,
@@ -118,3 +120,4 @@ def apply_template(
     except (jinja2.TemplateError, ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"the chat template of {tokenizer.name_or_path!r} fails: {reason}") from error
+    return valid_text(text)

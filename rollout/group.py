@@ -38,7 +38,8 @@ class Response:
 class Group:
     """The samples of one prompt. `step` and `prompt_index` are coordinates of their seeds.
 
-    samples: the scored samples, once all responses have ended.
+    samples: the scored samples, once all responses have ended. num_failures: of the environments of its episodes.
+    is_lost: it cannot be learned from, or shall not be.
     """
 
     problem: Problem
@@ -47,6 +48,8 @@ class Group:
     prompt_ids: tuple[int, ...]
     responses: list[Response]
     samples: list[Sample] | None = None
+    num_failures: int = 0
+    is_lost: bool = False
 
     @property
     def has_ended(self) -> bool:

@@ -69,6 +69,7 @@ def sample_pairs(
     rollout = RolloutConfig(max_tokens=config.max_tokens, temperature=config.temperature)
     worker = RolloutWorker(engine, tokenizer, task, lambda completions: [0.0] * len(completions), rollout, seed)
     groups = worker.sample_first(num_problems, config.samples_per_problem, EVALUATION_STEP)
+    worker.failures.take()
     pairs = []
     for group in groups:
         right = next((sample.text for sample in group.samples if sample.correct), None)

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from lockstep.rollout.chat_template import ChatConfig, apply_template, set_chat_options
 from lockstep.rollout.end_of_turn import end_of_turn
+from lockstep.rollout.model_output import valid_text
 from lockstep.rollout.tasks.answers import ANSWER_CLOSE, ANSWER_OPEN
 
 PAD = "<|pad|>"
@@ -85,9 +86,13 @@ def build_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> PreTrained
 def load_tokenizer(path: str | Path, chat: ChatConfig | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer saved in a local directory, which renders conversations as `chat` says.
 
-    Raises OSError when there is none, and ValueError as `set_chat_options` does.
+    Raises ValueError when there is none, and as `set_chat_options` does.
     """
-    tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # of many classes, plain ones among them: whatever a damaged file leads to
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} has no tokenizer that can be read: {reason}") from error
     set_chat_options(tokenizer, chat or ChatConfig())
     return tokenizer
 
@@ -105,4 +110,4 @@ def render_prompt(
 def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a whole response as the chat template writes it, the end of turn included."""
     end = end_of_turn(tokenizer)
-    return [*tokenizer.encode(end.before + text + end.after, add_special_tokens=False), end.token_id]
+    return [*tokenizer.encode(end.before + valid_text(text) + end.after, add_special_tokens=False), end.token_id]

@@ -10,7 +10,7 @@ from lockstep.engine.models.config import load_model_config
 from lockstep.rollout.end_of_turn import response_text, stop_token_ids
 from lockstep.rollout.group import Group, Response
 from lockstep.rollout.order import ProblemOrder
-from lockstep.rollout.rewards import Completion, Reward, correct_reward
+from lockstep.rollout.rewards import Completion, Reward, StepFailures, correct_reward
 from lockstep.rollout.sample import derive_seed
 from lockstep.rollout.tasks import Problem, Task
 from lockstep.rollout.tokenizer import render_prompt
@@ -43,13 +43,14 @@ class RolloutWorker:
         self.task = task
         self.reward = reward
         self.correct = correct_reward(task)
+        self.failures = StepFailures()
         self.config = config
         self.seed = seed
         self.stop_token_ids = stop_token_ids(tokenizer)
         self.order = ProblemOrder(len(task), seed)
-        self.max_model_len = (
-            engine.config.max_model_len or load_model_config(engine.config.model).max_position_embeddings
-        )
+        model = load_model_config(engine.config.model)
+        self.max_model_len = engine.config.max_model_len or model.max_position_embeddings
+        self.vocab_size = model.vocab_size
 
     def begin_at(self, position: int) -> Group:
         """The group of training's prompt number `position`; each step has `prompts_per_step` of them, in order."""
@@ -96,10 +97,16 @@ class RolloutWorker:
             for group, group_texts in zip(groups, texts, strict=True)
             for response, text in zip(group.responses, group_texts, strict=True)
         ]
-        rewards = iter(self.reward(completions))
+        scores = iter(self.judge(completions))
         for group, group_texts in zip(groups, texts, strict=True):
-            correct = [self.correct(group.problem, text) == 1.0 for text in group_texts]
-            group.score(group_texts, [next(rewards) for _ in group_texts], correct)
+            rewards, correct = zip(*(next(scores) for _ in group_texts), strict=True)
+            group.score(group_texts, rewards, correct)
+
+    def judge(self, completions: Sequence[Completion]) -> list[tuple[float, bool]]:
+        """The reward of each, and whether its answer is right. `failures` counts those without a verdict."""
+        rewards, correct = self.reward(completions), self.correct(completions)
+        self.failures.add([completion.text for completion in completions], rewards, correct)
+        return [(float(reward), score == 1.0) for reward, score in zip(rewards, correct, strict=True)]
 
     def _room(self, group: Group, response: Response) -> int:
         """Tokens that the response may still have. At least 1: the engine names a prompt that is too long."""

@@ -116,7 +116,7 @@ class MegatronTrainer:
 
     def __init__(self, config: TrainerConfig):
         self.config = config
-        self.device = torch.device(config.device)
+        self.device = numerics.usable_device(config.device)
         self.dtype = getattr(torch, config.dtype)
         self.model_config = self._model_config()
         self.ranks = self._join_ranks()

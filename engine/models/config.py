@@ -1,11 +1,11 @@
 """The shape of a model as the engine and the trainer see it, read from a transformers directory's config.json."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from lockstep.engine.files import read_json_object
 from lockstep.engine.models.families import FAMILIES
 from lockstep.engine.models.families.family import Family, UnsupportedModelError, read_flag, read_size, unsupported
 from lockstep.engine.models.families.latent import MLAConfig, with_mscale
@@ -39,6 +39,7 @@ class ModelConfig:
                    read nor exported.
     head:          "lm", logits over the vocabulary; or "scalar", a number per token: a reward model's score, which is
                    its last token's, or a critic's values. tie_word_embeddings is false then.
+    pad_token_id:  of config.json; a reward model's score is that of the last token that is another.
     """
 
     family: str
@@ -64,6 +65,7 @@ class ModelConfig:
     mla: MLAConfig | None = None
     num_mtp_layers: int = 0
     head: Head = "lm"
+    pad_token_id: int | None = None
 
     @property
     def has_output_matrix(self) -> bool:
@@ -104,10 +106,11 @@ def load_model_config(path: str | Path) -> ModelConfig:
     """
     directory = Path(path)
     if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"no config.json in {directory}")
-    raw = json.loads((directory / "config.json").read_text())
+        what = "" if directory.is_dir() else ": it is a file" if directory.exists() else ": there is no such directory"
+        raise FileNotFoundError(f"no config.json in {directory}{what}")
+    raw = read_json_object(directory / "config.json")
     generation_path = directory / "generation_config.json"
-    generation = json.loads(generation_path.read_text()) if generation_path.is_file() else {}
+    generation = read_json_object(generation_path) if generation_path.is_file() else {}
     return parse_model_config(raw, generation)
 
 
@@ -149,6 +152,7 @@ def parse_model_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | N
         tie_word_embeddings=head == "lm" and read_flag(raw, "tie_word_embeddings"),
         eos_token_ids=_token_ids(eos_token_id),
         head=head,
+        pad_token_id=raw.get("pad_token_id"),
         **family_fields,
     )
 

@@ -11,12 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from lockstep.rollout.tasks.problem import Problem
 
 _MAIN = Path(__file__).with_name("isolated_main.py")
 _CANNOT_CONFINE = 97  # exit code
@@ -65,25 +63,6 @@ def run_program(program: str, stdin: str, limits: Limits) -> Outcome:
     """Runs Python source that may read the standard library and the installed packages, and its own directory."""
     readable = [*_SYSTEM, sys.prefix, sys.base_prefix]
     return _run({"program": program, "readable": readable, "path": _library_path()}, stdin, limits)
-
-
-def score_isolated(function: str, items: Sequence[tuple[Problem, str]], limits: Limits) -> list[tuple[float, str]]:
-    """(score, failure or "") of each (problem, response) by `function`: a dotted path or `path/to/file.py:name`.
-
-    One process scores one item after the other; where it is stopped or raises, that item's score is 0 and another
-    process goes on with those behind it. wall_time_s is an item's own. The function may read any file.
-    """
-    scores: list[tuple[float, str]] = []
-    while len(scores) < len(items):
-        rest = items[len(scores) :]
-        plain = [[{**asdict(problem), "question": problem.question}, response] for problem, response in rest]
-        job = {"function": function, "items": plain, "readable": ["/"], "path": [os.path.abspath(p) for p in sys.path]}
-        outcome = _run(job, "", limits, num_lines=len(rest))
-        done = [float(line) for line in outcome.output.split(b"\n")[:-1]]
-        scores += [(score, "") for score in done]
-        if len(done) < len(rest):
-            scores.append((0.0, outcome.failure or "it ended without a score"))
-    return scores
 
 
 def _run(job: Mapping[str, Any], stdin: str, limits: Limits, num_lines: int | None = None) -> Outcome:

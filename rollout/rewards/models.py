@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
+from lockstep.engine.pooling import ScoreAt, scored_part
 from lockstep.rollout import hub
 from lockstep.rollout.chat_template import ChatConfig, apply_template
 from lockstep.rollout.end_of_turn import stop_token_ids
@@ -22,11 +23,16 @@ class RewardModelOptions:
     """model: an HF directory (...ForSequenceClassification with one label), or one of the hub, org/name@revision.
 
     engine: other options of EngineConfig. date: see ChatConfig; null: the run's.
+    score_at: whose token's value is the score: "last_non_pad", as transformers has it, or "last"; engine/pooling.py.
     """
 
     model: str
     engine: Mapping[str, Any] = field(default_factory=dict)
     date: str | None = None
+    score_at: ScoreAt = "last_non_pad"
+
+    def __post_init__(self):
+        scored_part([], None, self.score_at)
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,11 @@ class RewardEngines:
 
     def __init__(self):
         self._engines: dict[EngineConfig, Engine] = {}
+        self._at_close: set[Callable[[], None]] = set()
+
+    def at_close(self, close: Callable[[], None]) -> None:
+        """Calls it, once, when these engines are closed."""
+        self._at_close.add(close)
 
     def engine(self, model: str, options: Mapping[str, Any]) -> Engine:
         """Raises ValueError for an option that EngineConfig lacks, for a hub id without files, and as Engine does."""
@@ -76,6 +87,8 @@ class RewardEngines:
         self.close()
 
     def close(self) -> None:
+        for close in self._at_close:
+            close()
         for engine in self._engines.values():
             engine.shutdown()
 
@@ -95,12 +108,13 @@ def conversation_ids(
 def reward_model_reward(options: RewardModelOptions, engines: RewardEngines) -> Reward:
     """The model's score of the conversation, in its own tokens."""
     engine = engines.engine(options.model, options.engine)
-    tokenizer = load_tokenizer(engine.config.model, ChatConfig(date=options.date))
+    tokenizer = load_tokenizer(hub.model_directory(options.model), ChatConfig(date=options.date))
     if engine.model_config.head != "scalar":
         raise ValueError(f"{options.model} is no reward model: it is not a ...ForSequenceClassification")
 
     def reward(completions: Sequence[Completion]) -> list[float]:
-        return engine.reward([conversation_ids(tokenizer, c.problem.messages, c.text) for c in completions])
+        conversations = [conversation_ids(tokenizer, c.problem.messages, c.text) for c in completions]
+        return engine.reward(conversations, options.score_at)
 
     return reward
 
@@ -108,7 +122,8 @@ def reward_model_reward(options: RewardModelOptions, engines: RewardEngines) -> 
 def judge_reward(options: JudgeOptions, engines: RewardEngines) -> Reward:
     """The verdict of a language model that reads the response."""
     engine = engines.engine(options.model, options.engine)
-    tokenizer = load_tokenizer(engine.config.model, ChatConfig(None, options.chat_template_kwargs, options.date))
+    chat = ChatConfig(None, options.chat_template_kwargs, options.date)
+    tokenizer = load_tokenizer(hub.model_directory(options.model), chat)
     pattern = re.compile(options.pattern)
     sampling = SamplingParams(
         max_tokens=options.max_tokens, temperature=options.temperature, stop_token_ids=stop_token_ids(tokenizer)

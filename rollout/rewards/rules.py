@@ -2,16 +2,19 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jsonschema
 
+from lockstep.rollout.rewards.failures import FailedScore, FailureWarnings
 from lockstep.rollout.rewards.reward import Completion, Reward, Rule
+from lockstep.rollout.rewards.score_values import plain_score, reason_of
 from lockstep.rollout.tasks.answers import extract_answer, same_text
-from lockstep.rollout.tasks.problem import Problem, Task
+from lockstep.rollout.tasks.problem import BatchTask, Problem, Task
 
+_AWAITED_S = 60.0  # for the score of a user's task whose `score` is async
 _FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
 
 
@@ -38,7 +41,10 @@ class JsonSchemaOptions:
 
 @dataclass(frozen=True)
 class LengthOptions:
-    """max_tokens: what a response should stay below; buffer_tokens: from so many before on it costs."""
+    """max_tokens: what a response should stay below; buffer_tokens: from so many before on it costs.
+
+    Of an episode, all that the policy wrote counts, and nothing that it read.
+    """
 
     max_tokens: int
     buffer_tokens: int
@@ -48,20 +54,42 @@ class LengthOptions:
             raise ValueError(f"buffer_tokens must be in 1 to {self.max_tokens} (max_tokens), got {self.buffer_tokens}")
 
 
-def task_reward(task: Task) -> Rule:
+def task_reward(task: Task) -> Reward:
     """The task's verifier on the extracted answer, partial credit included; 0 without an answer."""
+    score_all = task.score_all if isinstance(task, BatchTask) else _scoring_each(task)
 
-    def rule(problem: Problem, response: str) -> float:
-        answer = extract_answer(response)
-        return 0.0 if answer is None else task.score(problem, answer)
+    def reward(completions: Sequence[Completion]) -> list[float]:
+        answers = [extract_answer(completion.text) for completion in completions]
+        given = [(c.problem, a) for c, a in zip(completions, answers, strict=True) if a is not None]
+        scores = iter(score_all(given))
+        return [0.0 if answer is None else next(scores) for answer in answers]
 
-    return rule
+    return reward
 
 
-def correct_reward(task: Task) -> Rule:
+def correct_reward(task: Task) -> Reward:
     """1 where the task's verifier gives full marks, else 0: what accuracy means in evaluation."""
     scored = task_reward(task)
-    return lambda problem, response: float(scored(problem, response) >= 1.0)
+
+    def reward(completions: Sequence[Completion]) -> list[float]:
+        return [s if isinstance(s, FailedScore) else float(s >= 1.0) for s in scored(completions)]
+
+    return reward
+
+
+def _scoring_each(task: Task) -> Callable[[Sequence[tuple[Problem, str]]], list[float]]:
+    """Of a task that scores in this process. Where it raises, or gives no number, that sample has failed."""
+    warnings = FailureWarnings(f"of task {task.name}")
+
+    def score(problem: Problem, answer: str) -> float:
+        try:
+            return plain_score(task.score(problem, answer), f"the verifier of task {task.name}", _AWAITED_S)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            return warnings.failed(problem.problem_id, reason_of(error))
+
+    return lambda answers: [score(problem, answer) for problem, answer in answers]
 
 
 def exact_match(problem: Problem, response: str) -> float:

@@ -1,15 +1,11 @@
 """The answer inside a response: how it is written, how it is found again, and how plain answers are compared."""
 
-import re
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 
 ANSWER_OPEN = "<answer>"
 ANSWER_CLOSE = "</answer>"
 ANSWER_INSTRUCTION = f"Give the final answer alone, between {ANSWER_OPEN} and {ANSWER_CLOSE}."
-
-# The body may not hold another opening tag, so a tag left open earlier cannot swallow the last answer.
-_TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 
 
 def format_answer(answer: str) -> str:
@@ -18,9 +14,15 @@ def format_answer(answer: str) -> str:
 
 
 def extract_answer(response: str) -> str | None:
-    """The text of the last complete <answer>...</answer> in a response, stripped; None where there is none."""
-    tagged = _TAGGED.findall(response)
-    return tagged[-1].strip() if tagged else None
+    """The text of the last complete <answer>...</answer> in a response, stripped; None where there is none.
+
+    The text holds no other opening tag, so a tag left open earlier cannot swallow the last answer.
+    """
+    start = response.rfind(ANSWER_OPEN, 0, max(0, response.rfind(ANSWER_CLOSE)))
+    if start < 0:
+        return None
+    start += len(ANSWER_OPEN)
+    return response[start : response.index(ANSWER_CLOSE, start)].strip()
 
 
 def same_text(answer: str, reference: str) -> bool:

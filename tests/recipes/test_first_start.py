@@ -16,7 +16,6 @@ from lockstep.recipes.inputs import ModelSource, TaskConfig
 from lockstep.recipes.room import rl_with_room, sft_with_room
 from lockstep.recipes.training_run import resumed
 from lockstep.rollout.chat_template import ChatConfig
-from lockstep.rollout.rewards import correct_reward
 from lockstep.rollout.tasks import LocalFilesConfig, ReasoningGymConfig, TaskSplits
 from lockstep.rollout.tasks.answers import ANSWER_INSTRUCTION
 from lockstep.rollout.tokenizer import load_tokenizer, render_prompt
@@ -114,7 +113,7 @@ def test_questions_say_how_to_write_the_answer_for_models_that_are_given(tmp_pat
         question, other = plain.problem(index), told.problem(index)
         assert other.messages[-1]["content"] == f"{question.question}\n\n{ANSWER_INSTRUCTION}"
         assert (other.question, other.problem_id) == (question.question, question.problem_id)
-        assert told.score(other, other.answer) == correct_reward(told)(other, f"<answer>{other.answer}</answer>") == 1.0
+        assert told.score(other, other.answer) == 1.0
     assert len(told) == len(plain)
     own = replace(given.task, answer_instruction="Say it in one word.")
     assert own.build().train.problem(0).messages[-1]["content"].endswith("\n\nSay it in one word.")

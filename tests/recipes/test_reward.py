@@ -14,7 +14,7 @@ from lockstep.recipes.run_directory import read_metrics
 from lockstep.recipes.training_run import START, TrainingRun
 from lockstep.rollout.preferences import PairSamplingConfig, Preference, read_pairs, sample_pairs, write_pairs
 from lockstep.rollout.rewards.models import conversation_ids
-from lockstep.rollout.tokenizer import load_tokenizer
+from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer, load_tokenizer
 from lockstep.rollout.worker import RolloutWorker
 from lockstep.trainer_bridge import TrainerConfig
 
@@ -121,6 +121,16 @@ def test_pairs_are_read_as_they_are_written_and_in_the_forms_of_others(tmp_path)
     ]
     (tmp_path / "forms.jsonl").write_text("\n".join(json.dumps(form) for form in forms))
     assert read_pairs([str(tmp_path / "forms.jsonl")]) == [pairs[0]] * 3
+
+
+def test_pairs_are_learned_from_where_the_model_will_be_scored():
+    tokenizer = build_tokenizer(["38"], TokenizerConfig(vocab_size=270))
+    pair = Preference(({"role": "user", "content": "38"},), "8", "3")
+    ids = tokenizer.encode("<|user|>38<|end|><|assistant|>8", add_special_tokens=False)
+    end = tokenizer.eos_token_id
+    assert reward.tokenized(tokenizer, pair, end).chosen == ids
+    for other in (None, tokenizer.pad_token_id):
+        assert reward.tokenized(tokenizer, pair, other).chosen == [*ids, end]
 
 
 def test_missing_pairs_are_named(config, tmp_path):

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from lockstep.rollout.rewards import Completion, RewardEngines, build_reward
-from lockstep.rollout.rewards.isolation import Limits, run_program, score_isolated
+from lockstep.rollout.rewards.isolation import Limits, run_program
 from lockstep.rollout.tasks import Problem
 
 # A busy machine may take seconds to start a process: the wall clock is short only where it is what stops one.
@@ -72,40 +72,6 @@ def test_an_honest_program_runs():
     assert run_program("raise SystemExit(3)", "", LIMITS).failure == "exit code 3"
 
 
-FUNCTION = """
-import os, time
-def score(problem, response):
-    print("not a score")
-    if response == "loop":
-        while True: pass
-    if response == "sleep":
-        time.sleep(99)
-    if response == "fork":
-        os.fork()
-    if response == "raise":
-        raise KeyError("missing")
-    return len(response) + len(problem.metadata["list"]) + (problem.question == "?")
-"""
-
-
-def test_a_function_that_is_stopped_scores_0_and_the_others_go_on(tmp_path, caplog):
-    (tmp_path / "mine.py").write_text(FUNCTION)
-    problem = Problem("p", ({"role": "user", "content": "?"},), "7", {"list": [1, 2]})
-    responses = ["a", "sleep", "bb", "fork", "raise", "loop", "ccc"]
-    path = f"{tmp_path}/mine.py:score"
-    limits = replace(LIMITS, wall_time_s=5.0)
-    results = score_isolated(path, [(problem, response) for response in responses], limits)
-    assert [score for score, _ in results] == [4.0, 0.0, 5.0, 0.0, 0.0, 0.0, 6.0]
-    reasons = ["", "wall time", "", "start a process", "KeyError: 'missing'", "time", ""]
-    for (_, failure), reason in zip(results, reasons, strict=True):
-        assert reason in failure
-        assert bool(reason) == bool(failure)
-
-    reward = build_reward({"mine": {"kind": "function", "path": path, "limits": {"wall_time_s": 60}}}, None, None)
-    assert reward([Completion(problem, text, 1) for text in ("a", "raise")]) == [4.0, 0.0]
-    assert "KeyError: 'missing'; scored 0" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("response", "score"),
     [
@@ -134,16 +100,3 @@ def test_test_code_and_partial_credit():
     assert score(two, "print(input())") == 0.0
     with pytest.raises(ValueError, match="has neither 'tests' nor 'test_code'"):
         score(Problem("p", PROBLEM.messages, ""), "print(1)")
-
-
-def test_mathematics():
-    cases = [
-        (r"\frac{1}{2}", "<answer>0.5</answer>", 1.0),
-        ("x^2+2x+1", "so it is $(x+1)^2$", 1.0),
-        ("1/2", r"The result is \boxed{\frac{2}{4}}.", 1.0),
-        ("7", "<answer>8</answer>", 0.0),
-        ("7", "no idea", 0.0),
-    ]
-    reward = build_reward({"math": {"limits": {"wall_time_s": 60}}}, None, None)
-    completions = [Completion(Problem("p", PROBLEM.messages, answer), response, 1) for answer, response, _ in cases]
-    assert reward(completions) == [score for _, _, score in cases]

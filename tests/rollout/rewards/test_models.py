@@ -12,6 +12,7 @@ from lockstep.rollout.tasks import Problem
 from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer
 
 PROBLEM = Problem("p", ({"role": "user", "content": "1+1?"},), "2")
+PAD_ID, END_ID = 0, 1
 COMPLETIONS = [Completion(PROBLEM, text, 1) for text in ("2", "3", "it is {response} 2")]
 
 
@@ -20,8 +21,9 @@ def tokenizer():
     return build_tokenizer(["1+1? it is 2"], TokenizerConfig(vocab_size=270))
 
 
-def test_a_reward_model_scores_the_conversation(tokenizer, tmp_path):
-    hf = make_hf_model(tmp_path, "qwen3", seed=1, vocab_size=272, scalar_head=True)
+@pytest.mark.parametrize("pad", [None, PAD_ID, END_ID], ids=["none", "own", "eos"])
+def test_a_reward_model_scores_the_conversation(pad, tokenizer, tmp_path):
+    hf = make_hf_model(tmp_path, "qwen3", seed=1, vocab_size=272, scalar_head=True, pad_token_id=pad)
     tokenizer.save_pretrained(tmp_path)
     options = {"kind": "reward_model", "model": str(tmp_path), "engine": {"kv_cache_tokens": 256}, "weight": 2.0}
     with RewardEngines() as engines:
