@@ -19,6 +19,7 @@ from lockstep.recipes.first_start import made_from_nothing, settled_for_model, s
 from lockstep.recipes.inputs import TaskConfig
 from lockstep.recipes.metrics import format_value, title_of
 from lockstep.rollout import hub
+from lockstep.rollout.answer_watch import warn_unanswered
 from lockstep.rollout.chat_template import ChatConfig
 from lockstep.rollout.environments import EnvironmentConfig
 from lockstep.rollout.evaluation import EvalResult, EvaluationConfig, evaluate
@@ -70,6 +71,8 @@ def run(config: EvalConfig) -> dict[str, dict[str, Any]]:
     console = Console(highlight=False)
     for name, result in results.items():
         _print_samples(console, name, result, tokenizer, config.show)
+        if result.unanswered == len(result.samples):
+            warn_unanswered(f"{name}: no response", result.samples)
     metrics = {name: {**result.metrics(), "samples": len(result.samples)} for name, result in results.items()}
     console.print(_table(metrics))
     if config.output is not None:

@@ -25,6 +25,7 @@ from lockstep.recipes.room import rl_with_room
 from lockstep.recipes.run_directory import read_rollouts, rollout_steps
 from lockstep.recipes.step_clock import StepClock
 from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
+from lockstep.rollout.answer_watch import AnswerWatch
 from lockstep.rollout.buffer import BufferConfig, RolloutBuffer
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.environments.worker import build_worker
@@ -183,6 +184,7 @@ def train(
     worker = rollout_worker(config, cluster, tasks.train)
     buffer = RolloutBuffer(worker, config.buffer, learner.algorithm.keep_group)
     run.restore(buffer=buffer)
+    watch = AnswerWatch()
 
     def evaluate_if_due(step: int) -> None:
         if step % config.evaluate_every == 0 or step == config.steps:
@@ -213,7 +215,8 @@ def train(
         buffer.new_version()
         run.directory.write_rollouts(step, [sample for group in groups for sample in group])
         metrics = step_metrics(step, groups, stats, buffer, clock)
-        run.record(step, metrics | {"verifier_failures": failed} | drafted)
+        unanswered = watch.step([sample for group in groups for sample in group])
+        run.record(step, metrics | {"verifier_failures": failed, "unanswered": unanswered} | drafted)
         evaluate_if_due(step)
         run.checkpoint_if_due(step, trainer=trainer, learner=learner, buffer=buffer, draft=draft)
 
