@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from lockstep.rollout.answer_tags import ANSWER_CLOSE, ANSWER_OPEN
 from lockstep.rollout.sample import Sample
-from lockstep.rollout.tasks.answers import ANSWER_CLOSE, ANSWER_OPEN, extract_answer
+from lockstep.rollout.tasks.answers import extract_answer
 
 _LOG = logging.getLogger(__name__)
 _SHOWN = 200  # characters of a response

@@ -8,10 +8,10 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lockstep.rollout.answer_tags import ANSWER_CLOSE, ANSWER_OPEN
 from lockstep.rollout.chat_template import ChatConfig, apply_template, set_chat_options
 from lockstep.rollout.end_of_turn import end_of_turn
 from lockstep.rollout.model_output import valid_text
-from lockstep.rollout.tasks.answers import ANSWER_CLOSE, ANSWER_OPEN
 
 PAD = "<|pad|>"
 END = "<|end|>"

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 
-ANSWER_OPEN = "<answer>"
-ANSWER_CLOSE = "</answer>"
+from lockstep.rollout.answer_tags import ANSWER_CLOSE, ANSWER_OPEN
+
 ANSWER_INSTRUCTION = f"Give the final answer alone, between {ANSWER_OPEN} and {ANSWER_CLOSE}."
 
 

@@ -9,13 +9,16 @@ from chat_shapes import SHAPES, tokenizer_of
 from huggingface_hub import constants
 from models import make_hf_model
 
-from lockstep.recipes import first_start, rl, sft
+from lockstep.engine import EngineConfig
+from lockstep.recipes import evaluate, first_start, replay, rl, sft
 from lockstep.recipes.config_schema import to_plain
 from lockstep.recipes.export import complete_export, push
 from lockstep.recipes.inputs import ModelSource, TaskConfig
 from lockstep.recipes.room import rl_with_room, sft_with_room
-from lockstep.recipes.training_run import resumed
+from lockstep.recipes.run_directory import read_rollouts
+from lockstep.recipes.training_run import START, resumed
 from lockstep.rollout.chat_template import ChatConfig
+from lockstep.rollout.evaluation import EvaluationConfig
 from lockstep.rollout.tasks import LocalFilesConfig, ReasoningGymConfig, TaskSplits
 from lockstep.rollout.tasks.answers import ANSWER_INSTRUCTION
 from lockstep.rollout.tokenizer import load_tokenizer, render_prompt
@@ -315,3 +318,36 @@ def test_a_push_uploads_the_folder(tmp_path, monkeypatch):
         ("org/name", {"private": True, "exist_ok": True}),
         {"repo_id": "org/name", "folder_path": tmp_path},
     ]
+
+
+def test_what_comes_on_another_day_reads_the_same_prompts(tmp_path, model, monkeypatch, capsys):
+    task = local(tmp_path, (1, 2, 3))
+
+    def run(day, steps):
+        as_if_on(day, monkeypatch)
+        return rl.run(
+            rl.RLConfig(
+                runs_dir=str(tmp_path / "runs"),
+                task=task,
+                model=ModelSource(path=str(model)),
+                engine=EngineConfig(model=START, kv_cache_tokens=2048),
+                rollout=RolloutConfig(prompts_per_step=2, samples_per_prompt=2, max_tokens=6),
+                evaluation=EvaluationConfig(num_problems=1, max_tokens=6),
+                steps=steps,
+                checkpoint_every=1,
+            )
+        )
+
+    run("2026-03-01", 1)
+    resumed_run = run("2026-03-02", 2)
+    path, decode = tmp_path / "runs" / "rl", load_tokenizer(model).decode
+    for step in (1, 2):
+        assert all("Today Date: 01 Mar 2026" in decode(sample["prompt_ids"]) for sample in read_rollouts(path, step))
+    as_if_on("2026-03-03", monkeypatch)
+    assert replay.run(replay.ReplayConfig(run=str(path)))["differences"] == 0
+    capsys.readouterr()
+    engine, number = EngineConfig(model=resumed_run["model"], kv_cache_tokens=2048), EvaluationConfig(1, max_tokens=6)
+    for day, chat in (("2026-03-04", ChatConfig()), ("2026-03-05", ChatConfig(date="2026-03-05"))):
+        as_if_on(day, monkeypatch)
+        evaluate.run(evaluate.EvalConfig(engine, task, evaluation=number, chat=chat))
+        assert f"Today Date: {'01' if chat.date is None else '05'} Mar 2026" in capsys.readouterr().out
