@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 TEMPORARY = ".tmp-"  # what a name begins with until the rest is there
 
@@ -50,17 +48,6 @@ def write_whole(target: Path, text: str) -> None:
     """The text as a `whole_file`, in UTF-8."""
     with whole_file(target) as file:
         file.write_text(text, encoding="utf-8")
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError that names the file where it holds anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
-    return value
 
 
 def flush_to_disk(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from lockstep.recipes.training_run import TrainingRun, resumed
 from lockstep.rollout.order import ProblemOrder
 from lockstep.trainer_bridge.draft_batch import DraftSequence
 from lockstep.trainer_bridge.draft_trainer import DraftTrainer, DraftTrainerConfig, frequent_tokens
+
+_LOG = logging.getLogger(__name__)
 
 USUAL_DRAFT_VOCAB = 32000
 
@@ -76,6 +79,7 @@ def run(config: DraftConfig) -> dict[str, Any]:
     """Trains until `config.steps` updates are made, exports the draft to `draft` in the run directory, and tries it."""
     config = resumed(config)
     with TrainingRun(config, "draft") as run:
+        _LOG.info("loading the model %s", config.engine.model)
         engine = Engine(config.engine)
         max_tokens = min(config.max_tokens, engine.max_model_len)
         texts = read_texts(config.rollouts, config.texts, config.engine.model, max_tokens)
@@ -154,7 +158,8 @@ def new_draft(
     draft = Eagle3Draft(Eagle3Config.of_target(target, size, **options), embedding, embedding.dtype)
     initialize(draft, seed)
     learned = [token for text in texts for token in text.token_ids[text.num_prompt :]]
-    draft.set_vocabulary(frequent_tokens(torch.bincount(torch.tensor(learned), minlength=target.vocab_size), size))
+    counts = torch.bincount(torch.tensor(learned, dtype=torch.int64, device="cpu"), minlength=target.vocab_size)
+    draft.set_vocabulary(frequent_tokens(counts, size))
     return draft
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from lockstep.rollout.evaluation import EvalResult, EvaluationConfig, evaluate
 from lockstep.rollout.rewards import LocalRewards, check_reward
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.tokenizer import load_tokenizer
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,9 @@ def run(config: EvalConfig) -> dict[str, dict[str, Any]]:
     if not tasks:
         task = settled_task(config.task, is_new).build().held_out
         tasks = {task.name: task}
+    _LOG.info("loading the model %s", config.engine.model)
     engine = Engine(replace(config.engine, model=model))
+    _LOG.info("evaluating %s", ", ".join(tasks))
     tokenizer = load_tokenizer(model, chat)
     with LocalRewards() as rewards:
         results = evaluate_tasks(

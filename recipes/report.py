@@ -49,6 +49,8 @@ COMPARED: Mapping[str, Mapping[str, str]] = {
         f"draft/accepted_at_{place}": f"token {place}" for place in range(1, MAX_DRAFT_TOKENS + 1)
     },
 }
+EVALUATIONS = ("eval", "draft_eval", "draft_verified")  # stages of records that are of held-out problems
+MOST_REWARDS_SHOWN = 16
 ENGINE_TIMES = ("time/rollout", "time/wait_for_trainer")  # the other line of recipes/step_clock.py
 COLOURS = ("#2f6fed", "#e07a1f", "#2a9d63", "#b04ac4", "#c2a200", "#5a6b7b")
 PLOT_STYLE = {
@@ -112,10 +114,7 @@ def write_report(
         cards=summary_cards(records, hash_file.read_text().strip() if hash_file.exists() else None),
         plots=_plots(plotted),
         sampled_steps=[
-            (
-                step,
-                [_sample_view(row, decode) for row in _first_samples(read_rollouts(run_dir, step), samples_per_step)],
-            )
+            (step, _sample_views(read_rollouts(run_dir, step), decode, samples_per_step))
             for step in _first_middle_last(rollout_steps(run_dir))
         ],
         last_metrics=_last_values(records),
@@ -127,14 +126,19 @@ def write_report(
 
 
 def summary_cards(records: Sequence[Record], weights_hash: str | None) -> list[Card]:
-    """The headline results that the records hold."""
+    """The headline results that the records hold: of training and of evaluation apart, since both have rewards."""
     cards = []
-    if accuracy := _values(records, "accuracy"):
+    evaluation = [record for record in records if record["stage"] in EVALUATIONS]
+    training = [record for record in records if record["stage"] not in EVALUATIONS]
+    if accuracy := _values(evaluation, "accuracy"):
         before, after = accuracy[0], accuracy[-1]
         note = f"{after - before:+.1%} over {len(accuracy)} evaluations" if len(accuracy) > 1 else "one evaluation"
         value = f"{before:.1%} → {after:.1%}" if len(accuracy) > 1 else f"{after:.1%}"
         cards.append(Card("Held-out accuracy", value, note, good=after > before))
-    if differences := _values(records, "logprob_diff_max"):
+    if rewards := _values(evaluation, "reward"):
+        value = f"{rewards[0]:.3f} → {rewards[-1]:.3f}" if len(rewards) > 1 else f"{rewards[-1]:.3f}"
+        cards.append(Card("Held-out reward", value, f"best {max(rewards):.3f}"))
+    if differences := _values(training, "logprob_diff_max"):
         largest = math.nan if any(map(math.isnan, differences)) else max(differences)
         exact = largest == 0.0
         note = (
@@ -145,16 +149,18 @@ def summary_cards(records: Sequence[Record], weights_hash: str | None) -> list[C
                 "Largest log-prob difference", "0" if exact else format_value("logprob_diff_max", largest), note, exact
             )
         )
-    if rewards := _values(records, "reward"):
-        cards.append(Card("Reward", f"{rewards[0]:.3f} → {rewards[-1]:.3f}", f"best {max(rewards):.3f}"))
-    elif losses := _values(records, "loss"):
+    if rewards := _values(training, "reward"):
+        cards.append(
+            Card("Reward of the rollouts", f"{rewards[0]:.3f} → {rewards[-1]:.3f}", f"best {max(rewards):.3f}")
+        )
+    elif losses := _values(training, "loss"):
         cards.append(Card("Loss", f"{losses[0]:.3f} → {losses[-1]:.3f}", f"lowest {min(losses):.3f}"))
-    if steps := _values(records, "draft/tokens_per_verify_step"):
+    if steps := _values(training, "draft/tokens_per_verify_step"):
         cards.append(Card("Tokens per verify step", f"{steps[0]:.2f} → {steps[-1]:.2f}", _speed_note(records)))
     if records:
         times = [float(value) for record in records for name, value in record.items() if _is_part(name)]
         cards.append(Card("Steps", f"{max(record['step'] for record in records):,}", _duration(sum(times))))
-    if speeds := _values(records, "tokens_per_s"):
+    if speeds := _values(training, "tokens_per_s"):
         cards.append(Card("Tokens/s", f"{statistics.median(speeds):,.0f}", f"median; best {max(speeds):,.0f}"))
     if weights_hash:
         cards.append(Card("Final weights (SHA-256)", weights_hash[:12], weights_hash))
@@ -279,7 +285,17 @@ def _first_samples(rows: Iterable[Record], count: int) -> list[Record]:
     return sorted(rows, key=lambda row: (row.get("sample_index", 0), row.get("prompt_index", 0)))[:count]
 
 
-def _sample_view(row: Record, decode: Callable[[Sequence[int]], str] | None) -> dict[str, Any]:
+def _sample_views(
+    rows: Sequence[Record], decode: Callable[[Sequence[int]], str] | None, count: int
+) -> list[dict[str, Any]]:
+    """The step's first samples, each with the rewards of its group: the samples of its prompt."""
+    groups: dict[Any, list[Record]] = {}
+    for row in rows:
+        groups.setdefault(row.get("prompt_index"), []).append(row)
+    return [_sample_view(row, groups[row.get("prompt_index")], decode) for row in _first_samples(rows, count)]
+
+
+def _sample_view(row: Record, group: Sequence[Record], decode: Callable[[Sequence[int]], str] | None) -> dict[str, Any]:
     """One sample as the page shows it."""
     versions = row.get("weight_versions") or [None] * len(row["response_ids"])
     written = row.get("response_mask") or [True] * len(row["response_ids"])
@@ -300,9 +316,10 @@ def _sample_view(row: Record, decode: Callable[[Sequence[int]], str] | None) -> 
         "as_ids": decode is None,
         "reward": f"{float(row['reward']):.3g}",
         "good": float(row["reward"]) > 0,
+        "reference": row.get("reference") or None,
+        "advantage": None if row.get("advantage") is None else f"{float(row['advantage']):+.3g}",
         "facts": {
-            "prompt": row.get("prompt_index"),
-            "sample": row.get("sample_index"),
+            "group": _group_facts(row, group),
             "problem": row.get("problem_id"),
             "tokens": sum(written),
             "rewards of the turns": ", ".join(f"{reward:.3g}" for reward in row.get("turn_rewards") or []) or None,
@@ -311,6 +328,15 @@ def _sample_view(row: Record, decode: Callable[[Sequence[int]], str] | None) -> 
             "seed": row.get("seed"),
         },
     }
+
+
+def _group_facts(row: Record, group: Sequence[Record]) -> str:
+    """Which sample of which prompt it is, and how its group did."""
+    rewards = [float(other["reward"]) for other in sorted(group, key=lambda other: other.get("sample_index", 0))]
+    shown = ", ".join(f"{reward:.3g}" for reward in rewards[:MOST_REWARDS_SHOWN])
+    more = ", ..." if len(rewards) > MOST_REWARDS_SHOWN else ""
+    which = f"{row.get('prompt_index')}, sample {row.get('sample_index')} of {len(group)}"
+    return f"{which}; rewards of the group {shown}{more} (mean {statistics.fmean(rewards):.3g})"
 
 
 def _drawn(position: int, token_id: int, logprob: float, version: int | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from lockstep.rollout.rewards.models import conversation_ids
 from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.trainer_bridge import MegatronTrainer
 from lockstep.trainer_bridge.preference import PreferencePair, bradley_terry_loss, pack_pairs
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ def run(config: RewardConfig) -> dict[str, Any]:
         train_tokens, held_out_tokens = (
             [tokenized(tokenizer, pair, pad_token_id) for pair in pairs] for pairs in (train, held_out)
         )
+        _LOG.info("loading the model %s", model)
         trainer = MegatronTrainer(replace(config.trainer, model=model, head="scalar"))
         run.start(trainer)
         order = ProblemOrder(len(train_tokens), config.seed)
@@ -96,6 +100,7 @@ def sampled_pairs(config: RewardConfig, run: TrainingRun, policy: str) -> tuple[
     files = {name: run.path / f"{name}_pairs.jsonl" for name in ("train", "held_out")}
     if not all(file.exists() for file in files.values()):
         tasks, tokenizer, sampling = config.task.build(), load_tokenizer(policy, config.chat), config.sampling
+        _LOG.info("sampling answers of the model %s, to make pairs", policy)
         engine = Engine(replace(config.engine, model=policy))
         try:
             for task, number, file in (

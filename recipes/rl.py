@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from lockstep.engine import EngineConfig
 from lockstep.recipes import sft
@@ -37,6 +36,8 @@ from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.rollout.worker import RolloutConfig, RolloutWorker
 from lockstep.trainer_bridge import MegatronTrainer
 from lockstep.trainer_bridge.algorithms import AlgorithmConfig
+
+_LOG = logging.getLogger(__name__)
 
 WARMUP = "sft"  # the folder of the warm-up's run in the run directory
 
@@ -100,7 +101,7 @@ class RLConfig(TrainingRunConfig):
         reason = next((name for name, is_set in reasons.items() if is_set), None)
         if reason is None or not self.draft.is_on:
             return self
-        Console(highlight=False).print(f"no draft is trained: that does not go with {reason}", markup=False)
+        _LOG.info("no draft is trained: that does not go with %s", reason)
         return replace(self, draft=replace(self.draft, train_every=0))
 
 
@@ -213,7 +214,7 @@ def train(
         stats = clock.side_by_side(partial(learner.step, groups), buffer.advance, overlap=cluster.overlaps)
         clock.publish(partial(cluster.publish, version=step))
         buffer.new_version()
-        run.directory.write_rollouts(step, [sample for group in groups for sample in group])
+        run.directory.write_rollouts(step, learner.learned)
         metrics = step_metrics(step, groups, stats, buffer, clock)
         unanswered = watch.step([sample for group in groups for sample in group])
         run.record(step, metrics | {"verifier_failures": failed, "unanswered": unanswered} | drafted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,12 +20,14 @@ from lockstep.recipes.inputs import ModelSource, TaskConfig
 from lockstep.recipes.live import LiveView
 from lockstep.recipes.report import write_report
 from lockstep.recipes.run_directory import RunDirectory, read_config, read_metrics
+from lockstep.recipes.run_log import RunLog
 from lockstep.recipes.sinks import Sinks, open_sinks
 from lockstep.recipes.trace import Trace
 from lockstep.rollout.chat_template import ChatConfig
 from lockstep.rollout.evaluation import EvalResult
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 
+_LOG = logging.getLogger(__name__)
 TRACED = ("reward", "loss", "tokens_per_s", "staleness")  # metrics that the timeline draws as curves
 START = "the run's model"  # stands in trainer.model and engine.model until the run knows its model directory
 
@@ -107,14 +110,17 @@ class TrainingRun:
         stored = replace(config, runs_dir="", name="", run=None)  # a run may be moved or renamed
         self.directory = RunDirectory(config.directory, stored, keep_checkpoints=config.keep_checkpoints)
         self.path = self.directory.path
+        self._log = RunLog(self.path)
         self.trace = Trace(self.path / "trace.json", stage)
         self.view: LiveView | None = None
         self.sinks: Sinks | None = None
 
     def __enter__(self) -> TrainingRun:
+        self._log.__enter__()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *exception: Any) -> None:
+        self._log.__exit__(*exception)
         if self.sinks is not None:
             self.sinks.close()
         self.trace.close()
@@ -122,6 +128,8 @@ class TrainingRun:
 
     def start(self, trainer: MegatronTrainer) -> None:
         """Opens the live view and the sinks. Brings the trainer to the newest checkpoint, if there is one."""
+        if (step := self.directory.resume_step) is not None:
+            _LOG.info("going on from the checkpoint of step %d", step)
         self.restore(trainer=trainer)
         self.view = LiveView(self.stage, self.config.steps, self.directory.resume_step or 0)
         self.sinks = open_sinks(self.config.sinks, self.directory, self.config, self.view)
@@ -160,6 +168,7 @@ class TrainingRun:
 
         earlier_runs: directories of the stages that this run began with; the report plots them too.
         """
+        _LOG.info("exporting the model and writing the report")
         export = self.path / "model"
         shutil.rmtree(export, ignore_errors=True)
         trainer.export_hf(export)

@@ -12,13 +12,30 @@ from typing import Any, Literal
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from lockstep.engine.chat_renderer import shared_renderer
 from lockstep.rollout.model_output import valid_text
 
+# Of tokenizers made from nothing: a turn is one role token, the content, and one end token. Tools are shown as JSON,
+# their results as a user's turn.
+CHAT_TEMPLATE = (
+    "{% if tools %}{{ '<|system|>' + tools | tojson + '<|end|>' }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'tool' %}"
+    "{{ '<|user|><tool_response>' + message['content'] + '</tool_response><|end|>' }}"
+    "{% else %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+BOS_TEMPLATE = "{{ bos_token }}"
 # What only the messages say, a line each; an assistant's ends in the end of the text, which is its end of turn.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\\n' }}{% endif %}{% endfor %}"
 )
+_OWN = (CHAT_TEMPLATE, PLAIN_TEMPLATE, BOS_TEMPLATE + PLAIN_TEMPLATE)
 _DRAWS = re.compile(r"\|\s*random\b|\blipsum\b")
 _NOT_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
 
@@ -52,13 +69,6 @@ class ChatConfig:
                 other = "use chat.date" if name == "strftime_now" else "it is given by the run"
                 raise ValueError(f"chat.chat_template_kwargs: {name!r} cannot be set, {other}")
 
-    def variables(self) -> dict[str, Any]:
-        """What the template is rendered with, beside the conversation."""
-        variables = dict(self.chat_template_kwargs)
-        if self.date is not None:
-            variables["strftime_now"] = datetime.datetime.fromisoformat(self.date).strftime
-        return variables
-
 
 def set_chat_options(tokenizer: PreTrainedTokenizerBase, chat: ChatConfig) -> None:
     """Makes a tokenizer render conversations as the options say.
@@ -72,7 +82,7 @@ def set_chat_options(tokenizer: PreTrainedTokenizerBase, chat: ChatConfig) -> No
             raise ValueError(f"chat.template={chat.template}: {getattr(error, 'strerror', None) or error}") from error
     elif tokenizer.chat_template is None and chat.without_template == "plain":
         begins = tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
-        tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + PLAIN_TEMPLATE
+        tokenizer.chat_template = (BOS_TEMPLATE if begins else "") + PLAIN_TEMPLATE
     for template in templates(tokenizer):
         if _DRAWS.search(template):
             raise ValueError(
@@ -109,15 +119,37 @@ def apply_template(
             f"tokenizer {tokenizer.name_or_path!r} has no chat template: give one with chat.template=FILE, or set "
             "chat.without_template=plain for a base model"
         )
+    turns, schemas = [dict(message) for message in messages], [dict(tool) for tool in tools] or None
     try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=[dict(tool) for tool in tools] or None,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **chat_options(tokenizer).variables(),
-        )
-    except (jinja2.TemplateError, ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        template = tokenizer.get_chat_template(tools=schemas)
+        if template in _OWN:  # which need no other process
+            text = tokenizer.apply_chat_template(
+                turns, schemas, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        else:
+            text = _rendered(tokenizer, template, turns, schemas, add_generation_prompt)
+    except (ValueError, TypeError, jinja2.TemplateError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(f"the chat template of {tokenizer.name_or_path!r} fails: {reason}") from error
     return valid_text(text)
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    add_generation_prompt: bool,
+) -> str:
+    """A model's template: in a process of its own, with a deadline, on the day that the options name."""
+    options = chat_options(tokenizer)
+    variables = {
+        **tokenizer.special_tokens_map,
+        "messages": messages,
+        "tools": tools,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+        **options.chat_template_kwargs,
+    }
+    now = None if options.date is None else datetime.datetime.fromisoformat(options.date)
+    return shared_renderer().render(template, variables, now)

@@ -78,6 +78,7 @@ class Group:
                 text=text,
                 reward=reward,
                 correct=is_correct,
+                reference=self.problem.answer,
             )
             for sample_index, (response, text, reward, is_correct) in enumerate(
                 zip(self.responses, texts, rewards, correct, strict=True)

@@ -6,29 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lockstep.engine.tokenizer import load_tokenizer as load_foreign_tokenizer
 from lockstep.rollout.answer_tags import ANSWER_CLOSE, ANSWER_OPEN
-from lockstep.rollout.chat_template import ChatConfig, apply_template, set_chat_options
+from lockstep.rollout.chat_template import CHAT_TEMPLATE, ChatConfig, apply_template, set_chat_options
 from lockstep.rollout.end_of_turn import end_of_turn
 from lockstep.rollout.model_output import valid_text
 
 PAD = "<|pad|>"
 END = "<|end|>"
 ROLES = ("system", "user", "assistant")
-
-# A turn is one role token, the content, and one end token. Tools are shown as JSON, their results as a user's turn.
-CHAT_TEMPLATE = (
-    "{% if tools %}{{ '<|system|>' + tools | tojson + '<|end|>' }}{% endif %}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'tool' %}"
-    "{{ '<|user|><tool_response>' + message['content'] + '</tool_response><|end|>' }}"
-    "{% else %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
-    "{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
 
 # Digits stand alone, so that a number is its digits whatever the training text was; an operator takes the spaces
 # around it, so that `4 + 3` is three tokens. Byte-level BPE works inside the other pieces: words, punctuation, space.
@@ -86,13 +74,9 @@ def build_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> PreTrained
 def load_tokenizer(path: str | Path, chat: ChatConfig | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer saved in a local directory, which renders conversations as `chat` says.
 
-    Raises ValueError when there is none, and as `set_chat_options` does.
+    Raises as the engine's `load_tokenizer` and `set_chat_options` do.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except Exception as error:  # of many classes, plain ones among them: whatever a damaged file leads to
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} has no tokenizer that can be read: {reason}") from error
+    tokenizer = load_foreign_tokenizer(path)
     set_chat_options(tokenizer, chat or ChatConfig())
     return tokenizer
 

@@ -15,6 +15,7 @@ from lockstep.engine.checkpoint import CheckpointError
 from lockstep.engine.files import whole_file
 from lockstep.engine.models.eagle3 import Eagle3Draft
 from lockstep.engine.weights import checksum
+from lockstep.kernels.process_state import own_state
 from lockstep.trainer_bridge.draft_batch import DraftBatch, DraftSequence
 from lockstep.trainer_bridge.draft_loss import LOSSES
 from lockstep.trainer_bridge.grad_norm import gradient_norm
@@ -75,12 +76,16 @@ class DraftTrainer:
         draft), tokens, trained_tokens. Raises ValueError if nothing can be trained, and FloatingPointError for a
         non-finite loss or gradient; the weights are as before then.
         """
+        with own_state(self.device, learns=True):
+            return self._step(sequences)
+
+    def _step(self, sequences: Sequence[DraftSequence]) -> dict[str, float]:
         batches = self.unrolled.pack(sequences)
         counts = [sum(len(batch.trained[step]) for batch in batches) for step in range(self.config.num_steps)]
         if not counts[0]:
             raise ValueError("no token of the draft's step is trained on")
-        losses = torch.zeros(self.config.num_steps, device=self.device)
-        covered = torch.zeros((), device=self.device)
+        losses = torch.zeros(self.config.num_steps, dtype=torch.float32, device=self.device)
+        covered = torch.zeros((), dtype=torch.float32, device=self.device)
         try:
             for batch in batches:
                 targets = self.unrolled.targets(batch)

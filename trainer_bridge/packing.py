@@ -77,8 +77,16 @@ class PackedBatch:
     proximal_logprobs: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "PackedBatch":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: to_device(t, device) for n, t in tensors.items() if isinstance(t, torch.Tensor)})
+        return replace(self, **{name: to_device(tensor, device) for name, tensor in self._tensors().items()})
+
+    def for_autograd(self) -> "PackedBatch":
+        """With copies of the tensors that were made in inference mode, which autograd refuses."""
+        made = {name: tensor for name, tensor in self._tensors().items() if tensor.is_inference()}
+        return replace(self, **{name: tensor.clone() for name, tensor in made.items()}) if made else self
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
 def first_fit(lengths: Sequence[int], max_tokens: int, order: Iterable[int] | None = None) -> list[list[int]]:
@@ -206,6 +214,6 @@ def _pack_bin(
         weights=tensors["loss_mask"],
         advantages=tensors["advantages"],
         **{column: tensors.get(name) for name, column in _COLUMNS.items() if name != "logprobs"},
-        old_logprobs=tensors.get("logprobs", torch.zeros(sum(lengths))),
+        old_logprobs=tensors.get("logprobs", torch.zeros(sum(lengths), dtype=torch.float32, device="cpu")),
         temperature=temperature,
     )

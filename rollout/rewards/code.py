@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from lockstep.rollout.model_output import fenced_blocks
 from lockstep.rollout.rewards.isolation import Limits, run_program
 from lockstep.rollout.rewards.reward import Completion, Reward
 from lockstep.rollout.tasks.answers import extract_answer
 from lockstep.rollout.tasks.problem import Problem
-
-_FENCED = re.compile(r"```(?:python|py)?\s*\n(.*?)```", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def code_reward(options: CodeOptions) -> Reward:
 
 def extract_program(response: str) -> str:
     """The last fenced block, else the tagged answer, else the response."""
-    fenced = _FENCED.findall(response)
+    fenced = fenced_blocks(response, ("python", "py"))
     return fenced[-1] if fenced else extract_answer(response) or response
 
 

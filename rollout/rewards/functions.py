@@ -14,7 +14,7 @@ from lockstep.rollout.rewards.isolation import Limits
 from lockstep.rollout.rewards.models import RewardEngines
 from lockstep.rollout.rewards.reward import Completion, Reward
 from lockstep.rollout.rewards.score_values import check_signature, load_function, plain_score, reason_of, settled
-from lockstep.rollout.rewards.verifiers import Verifier, VerifierPool
+from lockstep.rollout.rewards.verifiers import Verifier, open_pool
 
 _MATH_CHECK = f"{Path(__file__).with_name('math_check.py')}:same_mathematics"
 _TAKES = ("problem", "response")
@@ -105,10 +105,7 @@ def math_reward(options: MathOptions, engines: RewardEngines | None) -> Reward:
 
 
 def _pooled(verifier: Verifier, num_workers: int, engines: RewardEngines | None) -> Reward:
-    pool = VerifierPool(verifier, num_workers)
-    if engines is not None:
-        engines.at_close(pool.close)
-    pool.open()
+    pool = open_pool(verifier, num_workers, engines)
     return lambda completions: pool.verify([(c.problem, c.text) for c in completions])
 
 

@@ -14,12 +14,12 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lockstep.rollout.rewards.failures import FailureWarnings
 from lockstep.rollout.rewards.isolation import IsolationError, Limits
@@ -78,6 +78,19 @@ class Verifier:
             "readable": ["/"],
             "path": [os.path.abspath(path) for path in sys.path],
         }
+
+
+class PoolOwner(Protocol):
+    def at_close(self, close: Callable[[], None]) -> None: ...
+
+
+def open_pool(verifier: Verifier, num_workers: int, owner: PoolOwner | None) -> VerifierPool:
+    """A pool that its owner closes, with its first process. Raises ValueError where the verifier cannot be loaded."""
+    pool = VerifierPool(verifier, num_workers)
+    if owner is not None:
+        owner.at_close(pool.close)
+    pool.open()
+    return pool
 
 
 class VerifierPool:

@@ -1,14 +1,16 @@
 """Sinks and the live view: every record arrives; optional packages are asked for by name."""
 
 import io
+import itertools
 import math
 import sys
 
 import pytest
 from rich.console import Console
 
-from lockstep.recipes import sinks
+from lockstep.recipes import live, sinks
 from lockstep.recipes.live import LiveView, sparkline
+from lockstep.recipes.metrics import METRICS
 from lockstep.recipes.run_directory import RunDirectory, read_metrics
 from lockstep.recipes.sinks import open_sinks
 
@@ -95,6 +97,25 @@ def test_without_a_terminal_a_record_is_a_line():
     assert lines[0] == "rl 1/2  reward 0.500  logprob_diff_max 0 (exact)  novel_metric 3  time/train 0.25 s"
     assert lines[1:3] == ["eval 1/2  accuracy 12.5%", "rl accuracy: 12.5%"]
     assert "\x1b" not in output.getvalue()
+
+
+def test_without_a_terminal_lines_are_few_and_short_and_the_first_and_last_are_there(monkeypatch):
+    clock = itertools.count(step=0.1)
+    monkeypatch.setattr(live.time, "monotonic", lambda: next(clock))
+    output = io.StringIO()
+    metrics = dict.fromkeys(METRICS, 0.123456789) | {f"time/part_{number}": 1.0 for number in range(30)}
+    with LiveView("rl", total_steps=400, console=Console(file=output)) as view:
+        for step in range(1, 401):
+            view.record(step, "rl", metrics)
+            if step % 5 == 0:
+                view.record(step, "eval", {"accuracy": step / 400})
+    lines = output.getvalue().splitlines()
+    heads = [" ".join(line.split()[:2]) for line in lines]
+    assert max(map(len, lines)) <= 160
+    assert heads[0] == "rl 1/400"
+    assert heads[-2:] == ["rl 400/400", "eval 400/400"]
+    assert len(lines) < next(clock) / live.LINE_EVERY_S + 3
+    assert 3 <= sum(head.startswith("eval") for head in heads) <= len(lines) - 3  # both stages have their turns
 
 
 def test_in_a_terminal_the_table_shows_the_latest_values():

@@ -141,14 +141,14 @@ def test_a_damaged_generation_config_names_no_end(tmp_path, content):
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
-        (SHAPES["mistral"].template, [USER, USER], "fails: roles must alternate"),
-        (SHAPES["gemma"].template, [{"role": "system", "content": "S"}, USER], "fails: System role not supported"),
-        ("{{ messages[0].content", [USER], "fails: unexpected end of template"),
+        (SHAPES["mistral"].template, [USER, USER], "roles must alternate"),
+        (SHAPES["gemma"].template, [{"role": "system", "content": "S"}, USER], "System role not supported"),
+        ("{{ messages[0].content", [USER], "unexpected end of template"),
         ("{{ messages[7].content.x }}", [USER], "fails: "),
-        ("{{ 1 / 0 }}", [USER], "fails: division by zero"),
+        ("{{ 1 / 0 }}", [USER], "division by zero"),
         ("{{ messages[0].content + 1 }}", [USER], "fails: "),
-        ("{{ ''.__class__.__mro__ }}", [USER], "fails: access to attribute"),
-        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", [USER], "fails: maximum recursion"),
+        ("{{ ''.__class__.__mro__ }}", [USER], "access to attribute"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", [USER], "it nests without end"),
     ],
 )
 def test_what_a_template_refuses_is_one_line(template, messages, message):
