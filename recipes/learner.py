@@ -18,6 +18,7 @@ from lockstep.recipes.training_batches import (
     policy_batches,
     scored_responses,
 )
+from lockstep.rollout import hub
 from lockstep.rollout.sample import Sample
 from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.trainer_bridge import TrainerConfig
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 class Learner:
     """What a step does with its groups, and what that takes beside the trainer: a critic, a teacher.
 
-    `save` and `load` are of all that lasts longer than a step, but for the trainer itself. Use as a context manager.
+    learned: the samples of the last step, with their advantages. `save` and `load` are of all that lasts longer than a
+    step, but for the trainer itself. Use as a context manager.
     """
 
     def __init__(self, config: RLConfig, cluster: LocalCluster, model: str):
@@ -49,6 +51,7 @@ class Learner:
         self.entropy_coefficient = config.algorithm.entropy_coefficient
         self.critic = cluster.open_critic(self._critic_config(model)) if self.algorithm.critic else None
         self.teacher = cluster.open_teacher(self._teacher_config(model)) if self.algorithm.needs_teacher else None
+        self.learned: list[Sample] = []
         self._shape = BatchShape(
             config.trainer.max_tokens_per_micro_batch, config.rollout.temperature, config.rollout.max_tokens
         )  # fmt: skip
@@ -64,7 +67,8 @@ class Learner:
         """The updates of a step. Returns the trainer's stats, see `_of_updates`; the critic's begin with `critic_`."""
         version = self.config.steps_made(self.trainer)
         responses = self._scored(groups, version)
-        policy = policy_batches(self.algorithm, groups, responses, version, self._shape)
+        advantages = self.algorithm.advantages(responses)
+        policy = policy_batches(self.algorithm, groups, responses, advantages, version, self._shape)
         critic = [None] * len(policy)
         if self.critic is not None:
             critic = critic_batches(self.algorithm, groups, responses, self._shape)
@@ -75,6 +79,11 @@ class Learner:
             self.entropy_coefficient = next_entropy_coefficient(
                 self.entropy_coefficient, stats["entropy"], self.config.algorithm
             )
+        self.learned = [
+            replace(sample, advantage=sum(row) / len(row) if row else None)
+            for group, rows in zip(groups, advantages, strict=True)
+            for sample, row in zip(group, rows, strict=True)
+        ]
         return stats
 
     def save(self, path: Path) -> None:
@@ -119,13 +128,13 @@ class Learner:
         options = self.config.algorithm
         return replace(
             self.config.trainer,
-            model=options.critic_model or model,
+            model=hub.model_directory(options.critic_model or model),
             head="scalar",
             learning_rate=options.critic_learning_rate,
         )
 
     def _teacher_config(self, model: str) -> EngineConfig:
-        path, engine = self.config.algorithm.teacher_model, self.config.engine
+        path, engine = hub.model_directory(self.config.algorithm.teacher_model), self.config.engine
         if load_tokenizer(path).get_vocab() != load_tokenizer(model).get_vocab():
             raise ValueError(f"teacher {path} has another vocabulary than {model}: it cannot score its tokens")
         return EngineConfig(model=path, device=engine.device, dtype=engine.dtype)

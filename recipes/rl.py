@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from lockstep.engine import EngineConfig
 from lockstep.recipes import sft
@@ -21,19 +20,24 @@ from lockstep.recipes.evaluate import evaluate_tasks
 from lockstep.recipes.inputs import TaskConfig
 from lockstep.recipes.learner import Learner
 from lockstep.recipes.plan import dry_run, rl_plan
+from lockstep.recipes.room import rl_with_room
 from lockstep.recipes.run_directory import read_rollouts, rollout_steps
 from lockstep.recipes.step_clock import StepClock
 from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
+from lockstep.rollout.answer_watch import AnswerWatch
 from lockstep.rollout.buffer import BufferConfig, RolloutBuffer
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.environments.worker import build_worker
 from lockstep.rollout.evaluation import EvaluationConfig
+from lockstep.rollout.rewards import check_reward
 from lockstep.rollout.sample import Sample
 from lockstep.rollout.tasks import Task, TaskSplits
 from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.rollout.worker import RolloutConfig, RolloutWorker
 from lockstep.trainer_bridge import MegatronTrainer
 from lockstep.trainer_bridge.algorithms import AlgorithmConfig
+
+_LOG = logging.getLogger(__name__)
 
 WARMUP = "sft"  # the folder of the warm-up's run in the run directory
 
@@ -97,18 +101,19 @@ class RLConfig(TrainingRunConfig):
         reason = next((name for name, is_set in reasons.items() if is_set), None)
         if reason is None or not self.draft.is_on:
             return self
-        Console(highlight=False).print(f"no draft is trained: that does not go with {reason}", markup=False)
+        _LOG.info("no draft is trained: that does not go with %s", reason)
         return replace(self, draft=replace(self.draft, train_every=0))
 
 
 def run(config: RLConfig) -> dict[str, Any]:
     """Trains until `config.steps` updates are made; see `train` for a step."""
     config = resumed(config)
+    check_reward(config.reward)
     if config.dry_run:
         return dry_run(rl_plan(config))
+    tasks, further = tasks_of(config)
     with TrainingRun(config, "rl") as run:
         config = config.without_draft_where_none_can_learn()
-        tasks = config.task.build()
         start = str(starting_model(config, tasks))
         trainer, engine = replace(config.trainer, model=start), replace(config.engine, model=start)
         engine, draft_config = with_draft(engine, config.draft, run.path / "new_draft", tasks.train, config.seed)
@@ -119,11 +124,17 @@ def run(config: RLConfig) -> dict[str, Any]:
             with Learner(config, cluster, start) as learner:
                 draft = open_draft_stage(draft_config, cluster.engine, config.rollout.temperature)
                 run.restore(learner=learner, draft=draft)
-                train(config, run, tasks, cluster, learner, draft)
+                train(config, run, tasks, {"": tasks.held_out, **further}, cluster, learner, draft)
                 if timed := draft.finish(run.path / "draft", cluster.trainer, last_samples(run.path)):
                     run.sinks.record(config.steps, "draft", timed)
             warmup = run.path / WARMUP
             return run.finish(cluster.trainer, earlier_runs=[warmup] if warmup.exists() else [])
+
+
+def tasks_of(config: RLConfig) -> tuple[TaskSplits, dict[str, Task]]:
+    """The run's task, and the held-out problems of its further evaluations: those with room, see recipes/room.py."""
+    further = {name: task.build().held_out for name, task in config.evaluation_tasks.items()}
+    return rl_with_room(config, config.task.build(), further)
 
 
 def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
@@ -137,9 +148,11 @@ def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
         runs_dir=str(config.directory),
         model=config.model,
         task=config.task,
+        chat=config.chat,
         seed=config.seed,
         num_threads=config.num_threads,
         sinks=config.sinks,
+        wandb=replace(config.wandb, id=None, name=f"{config.wandb.name or config.directory.name} warm-up"),
     )
     if not (warmup.directory / "weights.sha256").exists():
         sft.run(warmup)
@@ -148,7 +161,7 @@ def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
 
 def rollout_worker(config: RLConfig, cluster: LocalCluster, task: Task) -> RolloutWorker:
     """What draws and scores a run's samples, and in a replay draws them again."""
-    tokenizer = load_tokenizer(cluster.engine.config.model)
+    tokenizer = load_tokenizer(cluster.engine.config.model, config.chat)
     reward = cluster.rewards.build(config.reward, task)
     return build_worker(cluster.engine, tokenizer, task, reward, config.rollout, config.seed, config.environment)
 
@@ -161,6 +174,7 @@ def train(
     config: RLConfig,
     run: TrainingRun,
     tasks: TaskSplits,
+    held_out: Mapping[str, Task],
     cluster: LocalCluster,
     learner: Learner,
     draft: DraftStage | NoDraftStage,
@@ -169,10 +183,10 @@ def train(
     `s - 1 - max_staleness` to `s - 1`, and while it is made the engine generates for later steps with version `s - 1`.
     """
     trainer, engine = cluster.trainer, cluster.engine
-    held_out = {"": tasks.held_out, **{name: task.build().held_out for name, task in config.evaluation_tasks.items()}}
     worker = rollout_worker(config, cluster, tasks.train)
     buffer = RolloutBuffer(worker, config.buffer, learner.algorithm.keep_group)
     run.restore(buffer=buffer)
+    watch = AnswerWatch()
 
     def evaluate_if_due(step: int) -> None:
         if step % config.evaluate_every == 0 or step == config.steps:
@@ -187,7 +201,7 @@ def train(
                     config.seed,
                     config.environment,
                 )
-            run.record_evaluation(step, results)
+            run.record_evaluation(step, results, worker.tokenizer.decode)
 
     steps_made = config.steps_made(trainer)
     if steps_made == 0:
@@ -196,12 +210,15 @@ def train(
         clock = StepClock(run.trace, step)
         draft.before_rollout()
         groups = clock.rollout(partial(buffer.take, step))
+        failed = worker.failures.take()  # ends the run, before it learns from them, where all have failed alike
         drafted = clock.draft(partial(draft.after_rollout, groups, step))
         stats = clock.side_by_side(partial(learner.step, groups), buffer.advance, overlap=cluster.overlaps)
         clock.publish(partial(cluster.publish, version=step))
         buffer.new_version()
-        run.directory.write_rollouts(step, [sample for group in groups for sample in group])
-        run.record(step, step_metrics(step, groups, stats, buffer, clock) | drafted)
+        run.directory.write_rollouts(step, learner.learned)
+        metrics = step_metrics(step, groups, stats, buffer, clock)
+        unanswered = watch.step([sample for group in groups for sample in group])
+        run.record(step, metrics | {"verifier_failures": failed, "unanswered": unanswered} | drafted)
         evaluate_if_due(step)
         run.checkpoint_if_due(step, trainer=trainer, learner=learner, buffer=buffer, draft=draft)
 
@@ -221,7 +238,7 @@ def step_metrics(
         "reward": sum(sample.reward for sample in samples) / len(samples),
         "train_accuracy": sum(sample.correct for sample in samples) / len(samples),
         "response_length": generated / len(samples),
-        **({"turns": sum(len(s.turn_rewards) for s in samples) / len(samples)} if samples[0].turn_rewards else {}),
+        **(_episode_metrics(samples, buffer) if samples[0].response_mask is not None else {}),
         "truncated": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
         "mixed_groups": sum(len({sample.reward for sample in group}) > 1 for group in groups) / len(groups),
         "staleness": sum(ages) / len(ages),
@@ -232,4 +249,12 @@ def step_metrics(
         **{name: value for name, value in stats.items() if name != "lr"},
         "tokens_per_s": buffer.num_tokens / clock.rollout_s,
         **{f"time/{name}": seconds for name, seconds in clock.times().items()},
+    }
+
+
+def _episode_metrics(samples: Sequence[Sample], buffer: RolloutBuffer) -> dict[str, float]:
+    """environment_failures: of all episodes since the step before, retries and dropped groups included."""
+    return {
+        "turns": sum(len(sample.turn_rewards) for sample in samples) / len(samples),
+        "environment_failures": buffer.num_failures,
     }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lockstep.recipes.plan import dry_run, sft_plan
+from lockstep.recipes.room import sft_with_room
 from lockstep.recipes.training_run import TrainingRun, TrainingRunConfig, resumed
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.tasks import Problem, Task
@@ -16,6 +18,8 @@ from lockstep.trainer_bridge import MegatronTrainer
 from lockstep.trainer_bridge.aggregation import Aggregation
 from lockstep.trainer_bridge.losses import sft_loss
 from lockstep.trainer_bridge.packing import TrainSequence, pack
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,11 @@ def run(config: SFTConfig) -> dict[str, Any]:
     config = resumed(config)
     if config.dry_run:
         return dry_run(sft_plan(config))
+    tasks = sft_with_room(config, config.task.build())
     with TrainingRun(config, "sft") as run:
-        tasks = config.task.build()
         model = config.model.resolve(run.path / "new_model", tasks.train, config.seed)
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(model, config.chat)
+        _LOG.info("loading the model %s into the trainer", model)
         trainer = MegatronTrainer(replace(config.trainer, model=str(model)))
         run.start(trainer)
         order = ProblemOrder(len(tasks.train), config.seed)

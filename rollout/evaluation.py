@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lockstep.engine import Engine
-from lockstep.rollout.environments import EnvironmentConfig
+from lockstep.rollout.answer_watch import num_unanswered
+from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
+from lockstep.rollout.environments.failures import FAILED
 from lockstep.rollout.environments.worker import build_worker
 from lockstep.rollout.rewards import Reward
 from lockstep.rollout.sample import Sample, digest
@@ -46,7 +48,12 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """accuracy: mean@k. standard_error: of the accuracy, over problems. truncated: share that ran out of tokens."""
+    """accuracy: mean@k. standard_error: of the accuracy, over problems. truncated: share that ran out of tokens.
+
+    environment_failures: episodes that failed, which count as wrong; None where a response is one turn.
+    verifier_failures: samples that scored 0 since a verifier gave no verdict.
+    unanswered: samples in which no answer was found.
+    """
 
     accuracy: float
     standard_error: float
@@ -56,6 +63,9 @@ class EvalResult:
     truncated: float
     digest: str
     samples: list[Sample]
+    environment_failures: int | None = None
+    verifier_failures: int = 0
+    unanswered: int = 0
 
     def metrics(self) -> dict[str, float | str]:
         """All but the samples, by name."""
@@ -66,6 +76,9 @@ class EvalResult:
             "reward": self.reward,
             "mean_response_tokens": self.mean_response_tokens,
             "truncated": self.truncated,
+            **({} if self.environment_failures is None else {"environment_failures": self.environment_failures}),
+            "verifier_failures": self.verifier_failures,
+            "unanswered": self.unanswered,
             "digest": self.digest,
         }
 
@@ -79,15 +92,20 @@ def evaluate(
     seed: int,
     environment: EnvironmentConfig = EnvironmentConfig(),  # noqa: B008  frozen
 ) -> EvalResult:
-    """Answers the first `num_problems` problems of a task (all, if it has fewer) and scores them."""
+    """Answers the first `num_problems` problems of a task (all, if it has fewer) and scores them.
+
+    Raises VerifierError where every verdict fails for the same reason.
+    """
     sampling = replace(
         RolloutConfig(), max_tokens=config.max_tokens, temperature=config.temperature, top_p=config.top_p
     )
     worker = build_worker(engine, tokenizer, task, reward, sampling, seed, environment)
     size = config.samples_per_problem
     groups = worker.sample_first(config.num_problems, size, EVALUATION_STEP)
+    num_unjudged = worker.failures.take()
     samples = [sample for group in groups for sample in group.samples]
     num_correct = [sum(sample.correct for sample in group.samples) for group in groups]
+    num_failed = sum(sample.finish_reason == FAILED for sample in samples)
     return EvalResult(
         accuracy=sum(num_correct) / len(samples),
         standard_error=_standard_error([correct / size for correct in num_correct]),
@@ -97,6 +115,9 @@ def evaluate(
         truncated=sum(sample.finish_reason == "length" for sample in samples) / len(samples),
         digest=digest(samples),
         samples=samples,
+        environment_failures=None if environment.kind == SINGLE_TURN else num_failed,
+        verifier_failures=num_unjudged,
+        unanswered=num_unanswered(samples),
     )
 
 

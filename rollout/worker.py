@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lockstep.engine import Engine, SamplingParams
-from lockstep.engine.detokenizer import decode_text
+from lockstep.engine.checks import Rule, Whole, conform
 from lockstep.engine.models.config import load_model_config
+from lockstep.engine.request import SAMPLING_RULES
+from lockstep.rollout.end_of_turn import response_text, stop_token_ids
 from lockstep.rollout.group import Group, Response
 from lockstep.rollout.order import ProblemOrder
-from lockstep.rollout.rewards import Completion, Reward, correct_reward
+from lockstep.rollout.rewards import Completion, Reward, StepFailures, correct_reward
 from lockstep.rollout.sample import derive_seed
 from lockstep.rollout.tasks import Problem, Task
 from lockstep.rollout.tokenizer import render_prompt
@@ -29,9 +31,13 @@ class RolloutConfig:
     min_p: float = 0.0
 
     def __post_init__(self):
-        for field in ("prompts_per_step", "samples_per_prompt", "max_tokens"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"rollout.{field} must be at least 1, got {getattr(self, field)}")
+        conform(self, _RULES)
+
+
+# The sampling fields are what `SamplingParams` makes of them: a trainer computes with the same temperature.
+_RULES: dict[str, Rule] = {"prompts_per_step": Whole(1), "samples_per_prompt": Whole(1)} | {
+    name: SAMPLING_RULES[name] for name in ("max_tokens", "temperature", "top_p", "top_k", "min_p")
+}
 
 
 class RolloutWorker:
@@ -43,12 +49,14 @@ class RolloutWorker:
         self.task = task
         self.reward = reward
         self.correct = correct_reward(task)
+        self.failures = StepFailures()
         self.config = config
         self.seed = seed
+        self.stop_token_ids = stop_token_ids(tokenizer)
         self.order = ProblemOrder(len(task), seed)
-        self.max_model_len = (
-            engine.config.max_model_len or load_model_config(engine.config.model).max_position_embeddings
-        )
+        model = load_model_config(engine.config.model)
+        self.max_model_len = engine.config.max_model_len or model.max_position_embeddings
+        self.vocab_size = model.vocab_size
 
     def begin_at(self, position: int) -> Group:
         """The group of training's prompt number `position`; each step has `prompts_per_step` of them, in order."""
@@ -89,16 +97,22 @@ class RolloutWorker:
 
     def score(self, groups: Sequence[Group]) -> None:
         """Makes the samples of groups that have ended; they are judged together."""
-        texts = [[decode_text(self.tokenizer, r.response_ids) for r in group.responses] for group in groups]
+        texts = [[response_text(self.tokenizer, r.response_ids) for r in group.responses] for group in groups]
         completions = [
             Completion(group.problem, text, len(response.response_ids))
             for group, group_texts in zip(groups, texts, strict=True)
             for response, text in zip(group.responses, group_texts, strict=True)
         ]
-        rewards = iter(self.reward(completions))
+        scores = iter(self.judge(completions))
         for group, group_texts in zip(groups, texts, strict=True):
-            correct = [self.correct(group.problem, text) == 1.0 for text in group_texts]
-            group.score(group_texts, [next(rewards) for _ in group_texts], correct)
+            rewards, correct = zip(*(next(scores) for _ in group_texts), strict=True)
+            group.score(group_texts, rewards, correct)
+
+    def judge(self, completions: Sequence[Completion]) -> list[tuple[float, bool]]:
+        """The reward of each, and whether its answer is right. `failures` counts those without a verdict."""
+        rewards, correct = self.reward(completions), self.correct(completions)
+        self.failures.add([completion.text for completion in completions], rewards, correct)
+        return [(float(reward), score == 1.0) for reward, score in zip(rewards, correct, strict=True)]
 
     def _room(self, group: Group, response: Response) -> int:
         """Tokens that the response may still have. At least 1: the engine names a prompt that is too long."""
@@ -115,5 +129,5 @@ class RolloutWorker:
             top_k=config.top_k,
             min_p=config.min_p,
             seed=seed,
-            stop_token_ids=(self.tokenizer.eos_token_id,),
+            stop_token_ids=self.stop_token_ids,
         )

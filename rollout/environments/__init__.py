@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
+from lockstep.engine import user_code
 from lockstep.rollout.environments.calculator import CalculatorConfig, build_calculator
 from lockstep.rollout.environments.environment import Action, Environment, Opening, StepResult
+from lockstep.rollout.environments.failures import OnError
 from lockstep.rollout.environments.guess_number import GuessNumberConfig, GuessNumberEnvironment
 from lockstep.rollout.environments.tool_calls import TOOL_CALL_FORMATS
 from lockstep.rollout.environments.tool_environment import Tool, ToolEnvironment
@@ -37,11 +38,17 @@ ENVIRONMENTS: dict[str, Callable[[Any], Environment]] = {
 
 @dataclass(frozen=True)
 class EnvironmentConfig:
-    """kind: "single_turn", one response to a problem; a key of ENVIRONMENTS; or the dotted path of your own factory.
+    """kind: "single_turn", one response to a problem; a key of ENVIRONMENTS; or your own class or factory, by
+        `path/to/file.py:name` or dotted path.
     options: keyword arguments of your own factory, which is called once per episode.
     max_turns: turns of the policy; `rollout.max_tokens` bounds each of them.
     max_episode_tokens: of a whole episode, the prompt included; null takes the engine's longest sequence.
     tool_format: how the model writes tool calls: hermes (Qwen), llama, mistral, deepseek.
+    timeout_s: of one call of the environment; null waits for ever, and calls it in the run's own thread.
+    on_error: what becomes of an episode whose environment or tool raises, does not return in time, or returns what it
+        may not. "fail": it ends with a reward of 0. "retry": it is played again with the same seed, up to `max_retries`
+        times, and then fails. "skip": its group is not trained on, and another one is played in its place (at most
+        `buffer.max_dropped` times as many as a step has); in an evaluation, where none can be, it fails.
     """
 
     kind: str = SINGLE_TURN
@@ -49,12 +56,22 @@ class EnvironmentConfig:
     max_turns: int = 4
     max_episode_tokens: int | None = None
     tool_format: str = "hermes"
+    timeout_s: float | None = 60.0
+    on_error: OnError = "fail"
+    max_retries: int = 2
     calculator: CalculatorConfig = field(default_factory=CalculatorConfig)
     guess_number: GuessNumberConfig = field(default_factory=GuessNumberConfig)
 
     def __post_init__(self):
         if self.max_turns < 1:
             raise ValueError(f"environment.max_turns must be at least 1, got {self.max_turns}")
+        if self.timeout_s is not None and not self.timeout_s > 0:
+            raise ValueError(f"environment.timeout_s must be positive, or null for none, got {self.timeout_s}")
+        if self.on_error not in get_args(OnError):
+            known = ", ".join(get_args(OnError))
+            raise ValueError(f"environment.on_error must be one of {known}, got {self.on_error!r}")
+        if self.max_retries < 0:
+            raise ValueError(f"environment.max_retries must be at least 0, got {self.max_retries}")
         if self.tool_format not in TOOL_CALL_FORMATS:
             raise ValueError(f"no environment.tool_format {self.tool_format!r}; known: {', '.join(TOOL_CALL_FORMATS)}")
         if self.options and self.kind in (SINGLE_TURN, *ENVIRONMENTS):
@@ -62,15 +79,15 @@ class EnvironmentConfig:
 
 
 def environment_factory(config: EnvironmentConfig) -> Callable[[], Environment]:
-    """What makes the environment of an episode. Raises ValueError for an unknown kind, or a path that leads nowhere."""
+    """What makes the environment of an episode.
+
+    Raises ValueError for an unknown kind, a path that leads nowhere, or options that your own factory does not take.
+    """
     if config.kind in ENVIRONMENTS:
         return lambda: ENVIRONMENTS[config.kind](getattr(config, config.kind))
-    module_name, _, name = config.kind.rpartition(".")
-    if not module_name:
-        known = ", ".join((SINGLE_TURN, *ENVIRONMENTS))
-        raise ValueError(f"no environment.kind {config.kind!r}; there are: {known}, or a dotted path to your own")
-    try:
-        factory = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot find the environment {config.kind!r}: {error}") from error
+    if not user_code.is_path(config.kind):
+        known = (SINGLE_TURN, *ENVIRONMENTS)
+        raise ValueError(user_code.unknown_name("no environment.kind", config.kind, known, f", or {user_code.FORMS}"))
+    factory = user_code.load_object(config.kind, "environment")
+    user_code.check_options(factory, 0, config.options, f"the environment {config.kind!r}")
     return lambda: factory(**config.options)

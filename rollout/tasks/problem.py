@@ -1,9 +1,9 @@
 """What a task is: numbered problems, and a verifier that scores an answer to one of them."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,7 @@ class Problem:
     answer:     the reference answer; it may be one of several that the task's verifier accepts.
     metadata:   what the verifier needs beside the answer.
     solution:   a worked response that ends in the tagged answer, for supervised training; None where there is none.
+    instruction: what the last message says beside the question, at its end: how to write the answer.
     """
 
     problem_id: str
@@ -22,11 +23,12 @@ class Problem:
     answer: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
     solution: str | None = None
+    instruction: str = ""
 
     @property
     def question(self) -> str:
-        """The content of the last message."""
-        return self.messages[-1]["content"]
+        """The content of the last message, without the instruction."""
+        return self.messages[-1]["content"].removesuffix(self.instruction)
 
 
 class Task(Protocol):
@@ -42,6 +44,19 @@ class Task(Protocol):
 
     def score(self, problem: Problem, answer: str | None) -> float:
         """The verifier: 1.0 for a right answer, 0.0 for a wrong or absent one, between for partial credit."""
+        ...
+
+
+@runtime_checkable
+class BatchTask(Task, Protocol):
+    """A task whose verifier runs in processes of its own, and is faster for many answers at once."""
+
+    def score_all(self, answers: Sequence[tuple[Problem, str | None]]) -> list[float]:
+        """As `score`, of each (problem, answer)."""
+        ...
+
+    def close(self) -> None:
+        """Ends the processes; a later score starts others."""
         ...
 
 
