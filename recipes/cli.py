@@ -118,15 +118,17 @@ def _flags_first(arguments: list[str]) -> list[str]:
 
 def _run_stage(name: str, stage: Stage, overrides: list[str]) -> None:
     full_errors = launch.full_errors_asked()
-    with ConsoleLog():
+    with ConsoleLog() as console_log:
         with _user_errors(full_errors):
             launch.check_machine()
             launch.prepare_environment()
             _LOG.debug("importing torch and Megatron-core")
             config_class, run = _resolve(stage.config), _resolve(stage.run)
+            _LOG.debug("composing the config")
             config = _compose(name, stage, config_class, overrides)
         if config is not None:
             with _user_errors(full_errors, "(HYDRA_FULL_ERROR=1 shows where)"), compilers_say_so():
+                console_log.is_running = True
                 _LOG.debug("starting lockstep %s", name)
                 run(config)
 
