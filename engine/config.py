@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lockstep.engine.config_fields import InputPath
 from lockstep.engine.speculation.build import check_speculation
 
 
@@ -39,7 +40,7 @@ class EngineConfig:
     draft_min_accepted: a request of whose drafts fewer than this are accepted per step goes on without for a while.
     """
 
-    model: str
+    model: InputPath
     device: str = "cpu"
     dtype: str = "float32"
     load_format: str = "auto"
@@ -59,7 +60,7 @@ class EngineConfig:
     ep_size: int = 1
     rank_timeout_s: float = 120.0
     rank_start_timeout_s: float = 900.0
-    draft_model: str | None = None
+    draft_model: InputPath | None = None
     num_draft_tokens: int = 0
     draft_max_requests: int | None = None
     draft_min_accepted: float = 0.25

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lockstep.engine.config_fields import Size, Text, check_fields
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.models.names import expand, format_table
 from lockstep.engine.models.sharding import check_divides, check_expert_ranks
@@ -27,17 +28,20 @@ class ConvertConfig:
     engine_tp experts are shared out: 1 or all.
     """
 
-    model: str
-    checkpoint: str | None = None
-    output: str | None = None
+    model: Text
+    checkpoint: Text | None = None
+    output: Text | None = None
     table: bool = False
     plan: bool = False
-    trainer_tp: int = 1
-    trainer_pp: int = 1
-    trainer_ep: int = 1
-    engine_tp: int = 1
-    engine_ep: int = 1
-    engine_replicas: int = 1
+    trainer_tp: Size = 1
+    trainer_pp: Size = 1
+    trainer_ep: Size = 1
+    engine_tp: Size = 1
+    engine_ep: Size = 1
+    engine_replicas: Size = 1
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def run(config: ConvertConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerFast
 
+from lockstep.engine.config_fields import InputPath, check_fields
 from lockstep.recipes.new_model import ModelShape, new_model
 from lockstep.rollout.tasks import (
     GuessNumberTaskConfig,
@@ -41,9 +42,12 @@ class TaskConfig:
 class ModelSource:
     """An HF directory (`path`); without one, a model of `shape` and its tokenizer are made from nothing."""
 
-    path: str | None = None
+    path: InputPath | None = None
     shape: ModelShape = field(default_factory=ModelShape)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+    def __post_init__(self):
+        check_fields(self)
 
     def resolve(self, directory: Path, task: Task, seed: int) -> Path:
         """The model directory; made at `directory` from the task's own text, and found there by a resumed run."""

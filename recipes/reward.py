@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lockstep.engine import Engine, EngineConfig
-from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
+from lockstep.engine.config_fields import Count, Fraction, InputPath, Size
+from lockstep.recipes.start_checks import check_stage
+from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, is_due, resumed
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.preferences import PairSamplingConfig, Preference, read_pairs, sample_pairs, write_pairs
 from lockstep.rollout.rewards.models import conversation_ids
@@ -25,18 +27,19 @@ class RewardConfig(TrainingRunConfig):
     policy: without files, the HF directory of a language model whose answers to the task become pairs, its right ones
         against its wrong ones; they are kept in the run. null: `model`.
     sampling, engine: of these answers; the engine's `model` is filled in by the run.
-    pairs_per_step: pairs in one update. evaluate_every: steps between looks at the held-out pairs.
+    pairs_per_step: pairs in one update. evaluate_every: steps between looks at the held-out pairs; 0: none.
     """
 
     name: str = "reward"
-    train_files: tuple[str, ...] = ()
-    held_out_files: tuple[str, ...] = ()
-    held_out_fraction: float = 0.1
-    policy: str | None = None
+    train_files: tuple[InputPath, ...] = ()
+    held_out_files: tuple[InputPath, ...] = ()
+    held_out_fraction: Fraction = 0.1
+    policy: InputPath | None = None
     sampling: PairSamplingConfig = field(default_factory=PairSamplingConfig)
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(model=START))
-    pairs_per_step: int = 32
-    evaluate_every: int = 20
+    pairs_per_step: Size = 32
+    evaluate_every: Count = 20
+    steps: Size = 100
 
 
 def run(config: RewardConfig) -> dict[str, Any]:
@@ -44,6 +47,7 @@ def run(config: RewardConfig) -> dict[str, Any]:
     if config.dry_run:
         raise ValueError("lockstep reward has no plan to print: --dry-run is for rl and sft")
     config = resumed(config)
+    check_stage(config)
     with TrainingRun(config, "reward") as run:
         model = str(config.model.resolve(run.path / "new_model", config.task.build().train, config.seed))
         train, held_out = preference_pairs(config, run, model)
@@ -54,7 +58,7 @@ def run(config: RewardConfig) -> dict[str, Any]:
         order = ProblemOrder(len(train_tokens), config.seed)
 
         def evaluate_if_due(step: int) -> None:
-            if step % config.evaluate_every == 0 or step == config.steps:
+            if is_due(step, config.evaluate_every, config.steps):
                 run.sinks.record(step, "eval", evaluate_pairs(trainer, held_out_tokens))
 
         if trainer.step_count == 0:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from lockstep.engine import EngineConfig
+from lockstep.engine.config_fields import Count, Size
 from lockstep.recipes import sft
 from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.cluster.local import LocalCluster
@@ -22,8 +23,9 @@ from lockstep.recipes.inputs import TaskConfig
 from lockstep.recipes.learner import Learner
 from lockstep.recipes.plan import dry_run, rl_plan
 from lockstep.recipes.run_directory import read_rollouts, rollout_steps
+from lockstep.recipes.start_checks import check_rl
 from lockstep.recipes.step_clock import StepClock
-from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
+from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, is_due, resumed
 from lockstep.rollout.buffer import BufferConfig, RolloutBuffer
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.environments.worker import build_worker
@@ -46,7 +48,7 @@ class RLConfig(TrainingRunConfig):
     environment: what answers the model between its turns; by default nothing does, and a response is one turn.
     evaluation_tasks: further data sets to evaluate on, by name, each like `task`.
     buffer: max_staleness=0 generates, then trains; with more, generation runs ahead. See rollout/buffer.py.
-    evaluate_every: steps between held-out evaluations.
+    evaluate_every: steps between held-out evaluations, and one before the first and after the last; 0: there are none.
     engine: its `model` is filled in by the run.
     cluster: where trainer and engines live; cluster=ray takes configs/cluster/ray.yaml.
     draft: a draft model that learns from the rollouts and speeds them up, see recipes/draft_stage.py; off by default,
@@ -63,11 +65,17 @@ class RLConfig(TrainingRunConfig):
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(model=START))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     evaluation_tasks: dict[str, TaskConfig] = field(default_factory=dict)
-    evaluate_every: int = 20
+    evaluate_every: Count = 20
+    steps: Size = 100
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     draft: DraftStageConfig = field(default_factory=DraftStageConfig)
 
     def __post_init__(self):
+        super().__post_init__()
+        if self.rollout.temperature == 0.0:
+            raise ValueError(
+                "rollout.temperature=0: all samples of a prompt would be one; RL needs a temperature above 0"
+            )
         if self.draft.is_on and self.engine.draft_model is not None:
             raise ValueError(
                 f"engine.draft_model={self.engine.draft_model} does not go with a draft that learns during the run "
@@ -92,7 +100,6 @@ class RLConfig(TrainingRunConfig):
             f"cluster.kind={self.cluster.kind}": self.cluster.kind != "local",
             f"environment.kind={self.environment.kind}": self.environment.kind != SINGLE_TURN,
             f"buffer.max_staleness={self.buffer.max_staleness}": self.buffer.max_staleness > 0,
-            f"rollout.temperature={self.rollout.temperature}": self.rollout.temperature == 0.0,
         }
         reason = next((name for name, is_set in reasons.items() if is_set), None)
         if reason is None or not self.draft.is_on:
@@ -106,9 +113,10 @@ def run(config: RLConfig) -> dict[str, Any]:
     config = resumed(config)
     if config.dry_run:
         return dry_run(rl_plan(config))
+    tasks, further = check_rl(config)
+    held_out = {"": tasks.held_out, **{name: splits.held_out for name, splits in further.items()}}
     with TrainingRun(config, "rl") as run:
         config = config.without_draft_where_none_can_learn()
-        tasks = config.task.build()
         start = str(starting_model(config, tasks))
         trainer, engine = replace(config.trainer, model=start), replace(config.engine, model=start)
         engine, draft_config = with_draft(engine, config.draft, run.path / "new_draft", tasks.train, config.seed)
@@ -119,7 +127,7 @@ def run(config: RLConfig) -> dict[str, Any]:
             with Learner(config, cluster, start) as learner:
                 draft = open_draft_stage(draft_config, cluster.engine, config.rollout.temperature)
                 run.restore(learner=learner, draft=draft)
-                train(config, run, tasks, cluster, learner, draft)
+                train(config, run, tasks, held_out, cluster, learner, draft)
                 if timed := draft.finish(run.path / "draft", cluster.trainer, last_samples(run.path)):
                     run.sinks.record(config.steps, "draft", timed)
             warmup = run.path / WARMUP
@@ -161,6 +169,7 @@ def train(
     config: RLConfig,
     run: TrainingRun,
     tasks: TaskSplits,
+    held_out: Mapping[str, Task],
     cluster: LocalCluster,
     learner: Learner,
     draft: DraftStage | NoDraftStage,
@@ -169,13 +178,12 @@ def train(
     `s - 1 - max_staleness` to `s - 1`, and while it is made the engine generates for later steps with version `s - 1`.
     """
     trainer, engine = cluster.trainer, cluster.engine
-    held_out = {"": tasks.held_out, **{name: task.build().held_out for name, task in config.evaluation_tasks.items()}}
     worker = rollout_worker(config, cluster, tasks.train)
     buffer = RolloutBuffer(worker, config.buffer, learner.algorithm.keep_group)
     run.restore(buffer=buffer)
 
     def evaluate_if_due(step: int) -> None:
-        if step % config.evaluate_every == 0 or step == config.steps:
+        if is_due(step, config.evaluate_every, config.steps):
             with run.trace.span("evaluation", step=step):
                 results = evaluate_tasks(
                     engine,

@@ -1,5 +1,6 @@
 """Where metrics go: metrics.jsonl always, and by choice wandb and TensorBoard beside it."""
 
+import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
@@ -119,10 +120,17 @@ def open_sinks(names: Iterable[str], run: RunDirectory, config: Any, *others: Si
         ValueError: a name is not in SINKS, or its package is not installed.
     """
     names = list(dict.fromkeys(names))
+    check_sinks(names)
+    return Sinks([JsonlSink(run, config), *(SINKS[name](run, config) for name in names), *others])
+
+
+def check_sinks(names: Iterable[str]) -> None:
+    """Raises ValueError for a name that is not in SINKS, or whose package is not installed."""
     for name in names:
         if name not in SINKS:
-            raise ValueError(f"unknown sink {name!r}; there are: {', '.join(SINKS)}")
-    return Sinks([JsonlSink(run, config), *(SINKS[name](run, config) for name in names), *others])
+            raise ValueError(f"sinks: unknown sink {name!r}; there are: {', '.join(SINKS)}")
+        if importlib.util.find_spec(name) is None:
+            raise _not_installed(name)
 
 
 def _not_installed(package: str) -> ValueError:

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from omegaconf import OmegaConf
 
+from lockstep.engine.config_fields import Count, Seed, Text, Threads, check_fields
 from lockstep.recipes import config_schema, launch
 from lockstep.recipes.inputs import ModelSource, TaskConfig
 from lockstep.recipes.live import LiveView
@@ -42,23 +43,28 @@ class TrainingRunConfig:
     run: a run directory to resume with the config that it holds; everything else given is then ignored.
     num_threads: CPU threads; null takes the machine's. Part of the config, since gradients' last bits depend on it.
     trainer: its `model` is filled in by the run.
+    checkpoint_every: steps between checkpoints, one more is made at the last step; 0: that one only.
+    keep_checkpoints: so many of the newest stay; 0: all.
     sinks: beside metrics.jsonl: "wandb", "tensorboard".
     dry_run: print the plan, with its arithmetic of memory and batches, and start nothing (also --dry-run).
     """
 
     name: str = "run"
-    run: str | None = None
+    run: Text | None = None
     runs_dir: str = "runs"
-    seed: int = 0
-    num_threads: int | None = 2
+    seed: Seed = 0
+    num_threads: Threads | None = 2
     model: ModelSource = field(default_factory=ModelSource)
     task: TaskConfig = field(default_factory=TaskConfig)
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(model=START))
-    steps: int = 100
-    checkpoint_every: int = 20
-    keep_checkpoints: int = 2
+    steps: Count = 100
+    checkpoint_every: Count = 20
+    keep_checkpoints: Count = 2
     sinks: tuple[str, ...] = ()
     dry_run: bool = False
+
+    def __post_init__(self):
+        check_fields(self)
 
     @property
     def directory(self) -> Path:
@@ -131,7 +137,7 @@ class TrainingRun:
 
     def checkpoint_if_due(self, step: int, **parts: CheckpointPart) -> None:
         """Every `checkpoint_every` steps, and at the last: all parts that decide how the run goes on."""
-        if step % self.config.checkpoint_every == 0 or step == self.config.steps:
+        if step == self.config.steps or is_due(step, self.config.checkpoint_every, self.config.steps):
             with self.trace.span("checkpoint", step=step), self.directory.checkpoint(step) as folder:
                 for name, part in parts.items():
                     part.save(folder / name)
@@ -151,6 +157,11 @@ class TrainingRun:
         results["report"] = str(write_report(self.path, decode=decode, earlier_runs=earlier_runs))
         self.view.summary(results)
         return results
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Whether something happens at a step that happens each so many steps, and at the last; never, where that is 0."""
+    return every > 0 and (step % every == 0 or step == last)
 
 
 def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Interval
 
 from lockstep.engine import Engine, SamplingParams
+from lockstep.engine.config_fields import MAX_COUNT, Fraction, NotNegative, Size, check_fields
 from lockstep.engine.detokenizer import decode_text
 from lockstep.engine.models.config import load_model_config
 from lockstep.rollout.group import Group, Response
@@ -20,18 +24,16 @@ from lockstep.rollout.tokenizer import render_prompt
 class RolloutConfig:
     """How responses are drawn. The sampling fields mean what they mean in `SamplingParams`."""
 
-    prompts_per_step: int = 16
-    samples_per_prompt: int = 8
-    max_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    min_p: float = 0.0
+    prompts_per_step: Size = 16
+    samples_per_prompt: Size = 8
+    max_tokens: Size = 256
+    temperature: NotNegative = 1.0
+    top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Interval(ge=-1, le=MAX_COUNT)] = -1
+    min_p: Fraction = 0.0
 
     def __post_init__(self):
-        for field in ("prompts_per_step", "samples_per_prompt", "max_tokens"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"rollout.{field} must be at least 1, got {getattr(self, field)}")
+        check_fields(self, "rollout")
 
 
 class RolloutWorker:

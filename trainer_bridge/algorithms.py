@@ -53,7 +53,7 @@ def build_algorithm(config: AlgorithmConfig, max_response_tokens: int) -> Algori
     Raises ValueError for an unknown name, or options that the algorithm does not have.
     """
     if config.name not in ALGORITHMS:
-        raise ValueError(f"unknown algorithm {config.name!r}; there are: {', '.join(ALGORITHMS)}")
+        raise ValueError(f"algorithm.name: unknown algorithm {config.name!r}; there are: {', '.join(ALGORITHMS)}")
     if (config.overlong_tokens or 0) > max_response_tokens:
         raise ValueError(f"algorithm.overlong_tokens={config.overlong_tokens} of {max_response_tokens} allowed tokens")
     algorithm = ALGORITHMS[config.name](config, RewardShaping(max_tokens=max_response_tokens))
@@ -77,7 +77,9 @@ def _check_options(given: AlgorithmConfig, algorithm: Algorithm) -> None:
     for field in fields(given):
         having = _OPTIONS_OF.get(field.name, (name,))
         if name not in having and getattr(given, field.name) != field.default:
-            raise ValueError(f"algorithm {name} has no {field.name}; it is an option of: {', '.join(having)}")
+            raise ValueError(
+                f"algorithm.{field.name}: algorithm {name} has no {field.name}; it is an option of: {', '.join(having)}"
+            )
     if name in _WITHOUT_REWARDS and (algorithm.config.kl_in == "reward" or algorithm.config.overlong_tokens):
         raise ValueError(f"algorithm {name} reads no rewards: kl_in=reward and overlong_tokens are not for it")
     if algorithm.needs_teacher and given.teacher_model is None:

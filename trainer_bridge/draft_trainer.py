@@ -4,14 +4,16 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Interval
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 from lockstep.engine.checkpoint import CheckpointError
+from lockstep.engine.config_fields import NotNegative, Positive, Size
 from lockstep.engine.files import whole_file
 from lockstep.engine.models.eagle3 import Eagle3Draft
 from lockstep.engine.weights import checksum
@@ -33,21 +35,13 @@ class DraftTrainerConfig(AdamWConfig):
     max_tokens_per_micro_batch: tokens of one forward pass.
     """
 
-    num_steps: int = 7
-    step_decay: float = 0.8
+    num_steps: Size = 7
+    step_decay: Annotated[float, Interval(gt=0, le=1)] = 0.8
     loss: Literal["soft_cross_entropy", "acceptance"] = "soft_cross_entropy"
-    temperature: float = 1.0
-    learning_rate: float = 1e-4
-    max_grad_norm: float | None = 0.5
-    max_tokens_per_micro_batch: int = 8192
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.loss not in LOSSES:
-            raise ValueError(f"DraftTrainerConfig.loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
-        for field in ("num_steps", "max_tokens_per_micro_batch", "temperature", "step_decay"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"DraftTrainerConfig.{field} must be positive, got {getattr(self, field)}")
+    temperature: Positive = 1.0
+    learning_rate: NotNegative = 1e-4
+    max_grad_norm: Positive | None = 0.5
+    max_tokens_per_micro_batch: Size = 8192
 
 
 class DraftTrainer:

@@ -8,13 +8,15 @@ gradients of that piece, adds them in a fixed order, and sends its updated piece
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
+from annotated_types import Interval
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
 
+from lockstep.engine.config_fields import Count, NotNegative, Positive, Size, check_fields
 from lockstep.engine.rank_sum import all_gather
 from lockstep.kernels.row_parallel_linear import tree_sum
 from lockstep.trainer_bridge.parallel import ALONE, RankGroup
@@ -30,21 +32,20 @@ class AdamWConfig:
     max_grad_norm: gradients of a larger 2-norm are scaled down to it; None leaves them.
     """
 
-    learning_rate: float = 1e-6
-    min_learning_rate: float = 0.0
+    learning_rate: NotNegative = 1e-6
+    min_learning_rate: NotNegative = 0.0
     lr_schedule: LrSchedule = "constant"
-    warmup_steps: int = 0
-    total_steps: int | None = None
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float | None = 1.0
+    warmup_steps: Count = 0
+    total_steps: Size | None = None
+    weight_decay: NotNegative = 0.0
+    adam_beta1: Annotated[float, Interval(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Interval(ge=0, lt=1)] = 0.95
+    adam_epsilon: Positive = 1e-8
+    max_grad_norm: Positive | None = 1.0
 
     def __post_init__(self):
         name = type(self).__name__
-        if self.lr_schedule not in (known := get_args(LrSchedule)):
-            raise ValueError(f"{name}.lr_schedule must be one of {known}, got {self.lr_schedule!r}")
+        check_fields(self)
         if self.lr_schedule != "constant" and self.total_steps is None:
             raise ValueError(f"{name}.lr_schedule={self.lr_schedule!r} needs total_steps")
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from lockstep.engine.checkpoint import fill_dummy, iterate_weights, save_hf
+from lockstep.engine.config_fields import InputPath
 from lockstep.engine.models.config import Head, ModelConfig, as_scalar_model, load_model_config
 from lockstep.engine.models.names import head_matrix_shapes
 from lockstep.engine.models.sharding import product_shapes
@@ -62,7 +63,7 @@ class TrainerConfig(AdamWConfig):
     head: Head = "lm"
     load_format: Literal["auto", "dummy"] = "auto"
     seed: int = 0
-    reference_model: str | None = None
+    reference_model: InputPath | None = None
     optimizer: Literal["adamw", "none"] = "adamw"
     max_tokens_per_micro_batch: int = 8192
     recompute: bool = False

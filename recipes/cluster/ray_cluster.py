@@ -22,7 +22,7 @@ from lockstep.engine import EngineConfig
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.models.names import itemsizes
 from lockstep.recipes.cluster.actors import Meeting
-from lockstep.recipes.cluster.config import ClusterConfig
+from lockstep.recipes.cluster.config import ClusterConfig, check_cluster
 from lockstep.recipes.cluster.remote_engines import RemoteEngines
 from lockstep.recipes.cluster.remote_rewards import RemoteRewards
 from lockstep.recipes.cluster.remote_trainer import RemoteTrainer, TrainerDiedError
@@ -43,7 +43,7 @@ class RayCluster:
     def __init__(
         self, config: ClusterConfig, trainer: TrainerConfig, engine: EngineConfig, seed: int, num_threads: int | None
     ):
-        _check(config, trainer, engine)
+        check_cluster(config, trainer, engine)
         self._config = config
         self._model = load_model_config(engine.model)
         self._started_ray = not ray.is_initialized()
@@ -260,19 +260,6 @@ def _start_ray(config: ClusterConfig) -> None:
             if "timed out during startup" not in str(error) or time.monotonic() > deadline:
                 raise
             ray.shutdown()
-
-
-def _check(config: ClusterConfig, trainer: TrainerConfig, engine: EngineConfig) -> None:
-    model_ranks = trainer.tensor_parallel_size * trainer.pipeline_parallel_size
-    if config.trainer_ranks % model_ranks:
-        raise ValueError(
-            f"cluster.trainer_ranks={config.trainer_ranks} is no multiple of trainer.tensor_parallel_size * "
-            f"trainer.pipeline_parallel_size = {model_ranks}"
-        )
-    if engine.device.startswith("cuda") and 1 < engine.tp_size > config.engine_gpus:
-        raise ValueError(f"engine.tp_size={engine.tp_size} needs cluster.engine_gpus={engine.tp_size}")
-    if config.colocate and engine.tp_size > 1:
-        raise ValueError("cluster.colocate needs engine.tp_size=1: an engine of several ranks keeps its KV cache")
 
 
 def _reserve(config: ClusterConfig) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lockstep.engine.config_fields import Size, Text, check_fields
 from lockstep.rollout.environments.calculator import CalculatorConfig, build_calculator
 from lockstep.rollout.environments.environment import Action, Environment, Opening, StepResult
 from lockstep.rollout.environments.guess_number import GuessNumberConfig, GuessNumberEnvironment
@@ -44,17 +45,16 @@ class EnvironmentConfig:
     tool_format: how the model writes tool calls: hermes (Qwen), llama, mistral, deepseek.
     """
 
-    kind: str = SINGLE_TURN
+    kind: Text = SINGLE_TURN
     options: Mapping[str, Any] = field(default_factory=dict)
-    max_turns: int = 4
-    max_episode_tokens: int | None = None
-    tool_format: str = "hermes"
+    max_turns: Size = 4
+    max_episode_tokens: Size | None = None
+    tool_format: Text = "hermes"
     calculator: CalculatorConfig = field(default_factory=CalculatorConfig)
     guess_number: GuessNumberConfig = field(default_factory=GuessNumberConfig)
 
     def __post_init__(self):
-        if self.max_turns < 1:
-            raise ValueError(f"environment.max_turns must be at least 1, got {self.max_turns}")
+        check_fields(self, "environment")
         if self.tool_format not in TOOL_CALL_FORMATS:
             raise ValueError(f"no environment.tool_format {self.tool_format!r}; known: {', '.join(TOOL_CALL_FORMATS)}")
         if self.options and self.kind in (SINGLE_TURN, *ENVIRONMENTS):

@@ -6,8 +6,10 @@ import dataclasses
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+from lockstep.engine.models.config import load_model_config
 from lockstep.rollout.rewards import code, functions, models, rules
 from lockstep.rollout.rewards.models import RewardEngines
 from lockstep.rollout.rewards.reward import Completion, Reward, each
@@ -64,6 +66,18 @@ def build_reward(terms: Mapping[str, Any] | str, task: Task, engines: RewardEngi
         return totals
 
     return reward
+
+
+def check_reward(terms: Mapping[str, Any] | str, task: Task) -> None:
+    """Raises ValueError as `build_reward` does, and starts no engine."""
+    build_reward(terms, task, _UnstartedEngines())
+
+
+class _UnstartedEngines(RewardEngines):
+    """Knows of a model what its directory says."""
+
+    def engine(self, model: str, options: Mapping[str, Any]) -> Any:
+        return SimpleNamespace(model_config=load_model_config(self.config(model, options).model))
 
 
 class LocalRewards(RewardEngines):

@@ -50,12 +50,17 @@ class RewardEngines:
     def __init__(self):
         self._engines: dict[EngineConfig, Engine] = {}
 
-    def engine(self, model: str, options: Mapping[str, Any]) -> Engine:
-        """Raises ValueError for an option that EngineConfig lacks, and as Engine does."""
+    @staticmethod
+    def config(model: str, options: Mapping[str, Any]) -> EngineConfig:
+        """Raises ValueError for an option that EngineConfig lacks."""
         try:
-            config = EngineConfig(model=model, **options)
+            return EngineConfig(model=model, **options)
         except TypeError as error:
             raise ValueError(f"engine options of {model}: {error}") from error
+
+    def engine(self, model: str, options: Mapping[str, Any]) -> Engine:
+        """Raises ValueError as `config` and Engine do."""
+        config = self.config(model, options)
         if config not in self._engines:
             self._engines[config] = Engine(config)
         return self._engines[config]

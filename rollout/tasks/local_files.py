@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lockstep.engine.config_fields import Fraction, InputPath, Text, check_fields
 from lockstep.rollout.tasks.answers import COMPARISONS
 from lockstep.rollout.tasks.problem import Problem, TaskSplits, check_index, content_hash, conversation, hash_fraction
 
@@ -26,16 +27,19 @@ class LocalFilesConfig:
     Other columns are a problem's metadata, for rewards to read.
     """
 
-    train_files: Sequence[str] = ()
-    held_out_files: Sequence[str] = ()
-    held_out_fraction: float = 0.05
-    question_column: str = "question"
-    messages_column: str | None = None
-    answer_column: str = "answer"
-    answer_pattern: str | None = None
-    solution_column: str | None = None
-    comparison: str = "text"
+    train_files: Sequence[InputPath] = ()
+    held_out_files: Sequence[InputPath] = ()
+    held_out_fraction: Fraction = 0.05
+    question_column: Text = "question"
+    messages_column: Text | None = None
+    answer_column: Text = "answer"
+    answer_pattern: Text | None = None
+    solution_column: Text | None = None
+    comparison: Text = "text"
     system_prompt: str | None = None
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 class LocalFilesTask:

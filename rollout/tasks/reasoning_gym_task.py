@@ -6,8 +6,11 @@ import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from annotated_types import Interval
+
+from lockstep.engine.config_fields import MAX_COUNT, Fraction, Seed, Size, Text, check_fields
 from lockstep.rollout.tasks.problem import Problem, TaskSplits, check_index, content_hash, conversation, hash_fraction
 from lockstep.rollout.tasks.solutions import cut_short, num_steps, worked_solution
 
@@ -28,14 +31,17 @@ class ReasoningGymConfig:
         so end in a wrong answer. Which ones is a pure function of the question. References and scores stay right.
     """
 
-    dataset: str = "chain_sum"
+    dataset: Text = "chain_sum"
     options: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    train_size: int = 100_000
-    held_out_size: int = 256
+    seed: Seed = 0
+    train_size: Size = 100_000
+    held_out_size: Size = 256
     system_prompt: str | None = None
-    shortcut_fraction: float = 0.0
-    shortcut_min_steps: int = 3
+    shortcut_fraction: Fraction = 0.0
+    shortcut_min_steps: Annotated[int, Interval(ge=2, le=MAX_COUNT)] = 3
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 class ReasoningGymTask:
@@ -97,11 +103,6 @@ def build_reasoning_gym(config: ReasoningGymConfig) -> TaskSplits:
     Raises ValueError for an unknown dataset, an unknown option, an option value that the dataset refuses, and shortcut
     settings out of range.
     """
-    if not 0.0 <= config.shortcut_fraction <= 1.0 or config.shortcut_min_steps < 2:
-        raise ValueError(
-            f"shortcut_fraction must be in [0, 1] and shortcut_min_steps at least 2, "
-            f"got {config.shortcut_fraction} and {config.shortcut_min_steps}"
-        )
     held_out = ReasoningGymTask(config, config.seed + _STREAM_STRIDE, config.held_out_size, frozenset())
     questions = frozenset(content_hash(held_out.problem(index).messages) for index in range(len(held_out)))
     return TaskSplits(ReasoningGymTask(config, config.seed, config.train_size, questions), held_out)
@@ -119,8 +120,6 @@ def _create_dataset(config: ReasoningGymConfig, seed: int, size: int) -> Procedu
     unknown = sorted(set(config.options) - known)
     if unknown:
         raise ValueError(f"dataset {config.dataset!r} has no option {unknown}; it has: {', '.join(sorted(known))}")
-    if size < 1:
-        raise ValueError(f"a split of dataset {config.dataset!r} needs at least 1 problem, got {size}")
     try:
         return reasoning_gym.create_dataset(config.dataset, seed=seed, size=size, **config.options)
     except AssertionError as error:
