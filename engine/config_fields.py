@@ -40,8 +40,14 @@ Seconds = Annotated[float, Interval(gt=0, le=1e9)]  # beyond that, clocks of Pyt
 Text = Annotated[str, MinLen(1)]
 
 
+@dataclass(frozen=True)
 class Input:
-    """Marks a path (or several) of what a run reads: its content is hashed at the start and checked at a resume."""
+    """Marks a path (or several) of what a run reads: its content is hashed at the start and checked at a resume.
+
+    within: the part of a directory that is read.
+    """
+
+    within: str = ""
 
 
 InputPath = Annotated[str, MinLen(1), Input()]
@@ -96,9 +102,9 @@ def marked_fields(config: Any, marker: type, prefix: str = "") -> Iterator[tuple
 
     Of a list the key is the list's, and the value the whole list.
     """
-    for name, hint in _hints(type(config)).items():
+    for name in _hints(type(config)):
         value, key = getattr(config, name), prefix + name
-        found = [m for _, markers in _leaves(hint) for m in markers if isinstance(m, marker) or m is marker]
+        found = [found for found in field_markers(type(config), name) if isinstance(found, marker)]
         if found:
             yield key, value, found[0]
         elif dataclasses.is_dataclass(value):
@@ -107,6 +113,11 @@ def marked_fields(config: Any, marker: type, prefix: str = "") -> Iterator[tuple
             for item_name, item in value.items():
                 if dataclasses.is_dataclass(item):
                     yield from marked_fields(item, marker, f"{key}.{item_name}.")
+
+
+def field_markers(config_class: type, name: str) -> list[Any]:
+    """All that the type of a field is annotated with."""
+    return [marker for _, markers in _leaves(_hints(config_class)[name]) for marker in markers]
 
 
 class _WrongValueError(Exception):

@@ -7,21 +7,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.engine.capture import Capture, CaptureConfig, CapturedSequence
-from lockstep.engine.config_fields import Count, InputPath, Seed, Size, Text, Threads, check_fields
+from lockstep.engine.config_fields import Count, Input, InputPath, Seed, Size, Text, Threads, check_fields
 from lockstep.engine.draft_checkpoint import load_draft, save_draft
 from lockstep.engine.models.eagle3 import Eagle3Config, Eagle3Draft, initialize
 from lockstep.engine.speculation.speculation import MAX_DRAFT_TOKENS
 from lockstep.recipes.draft_texts import DraftText, read_texts
 from lockstep.recipes.report import write_report
+from lockstep.recipes.run_config import resumed
 from lockstep.recipes.run_directory import read_metrics
 from lockstep.recipes.start_checks import check_stage
-from lockstep.recipes.training_run import TrainingRun, is_due, resumed
+from lockstep.recipes.training_run import TrainingRun, is_due
 from lockstep.rollout.order import ProblemOrder
 from lockstep.trainer_bridge.draft_batch import DraftSequence
 from lockstep.trainer_bridge.draft_trainer import DraftTrainer, DraftTrainerConfig, frequent_tokens
@@ -31,7 +32,8 @@ USUAL_DRAFT_VOCAB = 32000
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """name, run, runs_dir, seed, num_threads, steps, checkpoint_every, keep_checkpoints, sinks: as in other stages.
+    """name, run, runs_dir, seed, num_threads, steps, checkpoint_every, keep_checkpoints, sinks, overwrite: as in other
+        stages.
 
     engine: serves the target, engine.model; the hidden states are recomputed through it.
     rollouts: a run directory whose samples are learned; or texts: a file, see recipes/draft_texts.py.
@@ -49,7 +51,7 @@ class DraftConfig:
     runs_dir: str = "runs"
     seed: Seed = 0
     num_threads: Threads | None = 2
-    rollouts: InputPath | None = None
+    rollouts: Annotated[str, Input("rollouts")] | None = None
     texts: InputPath | None = None
     max_tokens: Size = 4096
     start: InputPath | None = None
@@ -64,6 +66,7 @@ class DraftConfig:
     checkpoint_every: Count = 100
     keep_checkpoints: Count = 2
     sinks: tuple[str, ...] = ()
+    overwrite: bool = False
 
     def __post_init__(self):
         check_fields(self)

@@ -17,8 +17,8 @@ from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.cluster.local import LocalCluster
 from lockstep.recipes.cluster.open_cluster import open_cluster
 from lockstep.recipes.learner import Learner
+from lockstep.recipes.run_config import resumed
 from lockstep.recipes.run_directory import checkpoint_path, checkpoint_steps, read_rollouts, rollout_steps
-from lockstep.recipes.training_run import resumed
 from lockstep.rollout.environments.worker import EpisodeWorker
 from lockstep.rollout.group import Response
 from lockstep.rollout.sample import Sample

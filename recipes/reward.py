@@ -10,8 +10,9 @@ from typing import Any
 
 from lockstep.engine import Engine, EngineConfig
 from lockstep.engine.config_fields import Count, Fraction, InputPath, Size
+from lockstep.recipes.run_config import resumed
 from lockstep.recipes.start_checks import check_stage
-from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, is_due, resumed
+from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, is_due
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.preferences import PairSamplingConfig, Preference, read_pairs, sample_pairs, write_pairs
 from lockstep.rollout.rewards.models import conversation_ids
@@ -50,6 +51,7 @@ def run(config: RewardConfig) -> dict[str, Any]:
     check_stage(config)
     with TrainingRun(config, "reward") as run:
         model = str(config.model.resolve(run.path / "new_model", config.task.build().train, config.seed))
+        run.check_made("the new model", run.path / "new_model")
         train, held_out = preference_pairs(config, run, model)
         tokenizer = load_tokenizer(model)
         train_tokens, held_out_tokens = ([tokenized(tokenizer, p) for p in pairs] for pairs in (train, held_out))
@@ -104,6 +106,7 @@ def sampled_pairs(config: RewardConfig, run: TrainingRun, policy: str) -> tuple[
                 write_pairs(file, sample_pairs(engine, tokenizer, task, number, sampling, config.seed))
         finally:
             engine.shutdown()
+    run.check_made("the policy's pairs", *files.values())
     return read_pairs([str(files["train"])]), read_pairs([str(files["held_out"])])
 
 

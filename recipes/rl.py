@@ -22,10 +22,11 @@ from lockstep.recipes.evaluate import evaluate_tasks
 from lockstep.recipes.inputs import TaskConfig
 from lockstep.recipes.learner import Learner
 from lockstep.recipes.plan import dry_run, rl_plan
+from lockstep.recipes.run_config import resumed
 from lockstep.recipes.run_directory import read_rollouts, rollout_steps
-from lockstep.recipes.start_checks import check_rl
+from lockstep.recipes.start_checks import check_rl, check_teacher
 from lockstep.recipes.step_clock import StepClock
-from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, is_due, resumed
+from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, has_ended, is_due
 from lockstep.rollout.buffer import BufferConfig, RolloutBuffer
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.environments.worker import build_worker
@@ -117,9 +118,15 @@ def run(config: RLConfig) -> dict[str, Any]:
     held_out = {"": tasks.held_out, **{name: splits.held_out for name, splits in further.items()}}
     with TrainingRun(config, "rl") as run:
         config = config.without_draft_where_none_can_learn()
-        start = str(starting_model(config, tasks))
+        start = starting_model(config, tasks)
+        run.check_made("the new model", run.path / "new_model")
+        if start.is_relative_to(run.path / WARMUP):
+            run.check_made("the warm-up's model", start)
+        check_teacher(config, start)
+        start = str(start)
         trainer, engine = replace(config.trainer, model=start), replace(config.engine, model=start)
         engine, draft_config = with_draft(engine, config.draft, run.path / "new_draft", tasks.train, config.seed)
+        run.check_made("the new draft", run.path / "new_draft")
         with open_cluster(config.cluster, trainer, engine, config.seed, config.num_threads) as cluster:
             run.start(cluster.trainer)
             if version := config.steps_made(cluster.trainer):
@@ -149,7 +156,7 @@ def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
         num_threads=config.num_threads,
         sinks=config.sinks,
     )
-    if not (warmup.directory / "weights.sha256").exists():
+    if not has_ended(warmup):
         sft.run(warmup)
     return warmup.directory / "model"
 

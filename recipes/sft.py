@@ -9,8 +9,9 @@ from typing import Any
 
 from lockstep.engine.config_fields import Size
 from lockstep.recipes.plan import dry_run, sft_plan
+from lockstep.recipes.run_config import resumed
 from lockstep.recipes.start_checks import check_stage
-from lockstep.recipes.training_run import TrainingRun, TrainingRunConfig, resumed
+from lockstep.recipes.training_run import TrainingRun, TrainingRunConfig
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.tasks import Problem, Task
 from lockstep.rollout.tokenizer import encode_response, load_tokenizer, render_prompt
@@ -38,6 +39,7 @@ def run(config: SFTConfig) -> dict[str, Any]:
     with TrainingRun(config, "sft") as run:
         tasks = config.task.build()
         model = config.model.resolve(run.path / "new_model", tasks.train, config.seed)
+        run.check_made("the new model", run.path / "new_model")
         tokenizer = load_tokenizer(model)
         trainer = MegatronTrainer(replace(config.trainer, model=str(model)))
         run.start(trainer)

@@ -14,6 +14,7 @@ from lockstep.recipes.sinks import check_sinks
 from lockstep.rollout.environments import ENVIRONMENTS, SINGLE_TURN, environment_factory
 from lockstep.rollout.rewards import check_reward
 from lockstep.rollout.tasks import TaskSplits
+from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.trainer_bridge.algorithms import build_algorithm
 
 if TYPE_CHECKING:
@@ -92,3 +93,10 @@ def model_positions(source: ModelSource) -> int | None:
     if not (Path(source.path) / "config.json").exists():
         return None
     return load_model_config(source.path).max_position_embeddings
+
+
+def check_teacher(config: RLConfig, model: Path) -> None:
+    """Raises ValueError for a teacher that has another vocabulary than the model that the run starts from."""
+    teacher = config.algorithm.teacher_model
+    if teacher is not None and load_tokenizer(teacher).get_vocab() != load_tokenizer(model).get_vocab():
+        raise ValueError(f"teacher {teacher} has another vocabulary than {model}: it cannot score its tokens")

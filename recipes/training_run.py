@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+import os
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-from omegaconf import OmegaConf
+from rich.console import Console
 
 from lockstep.engine.config_fields import Count, Seed, Text, Threads, check_fields
-from lockstep.recipes import config_schema, launch
+from lockstep.recipes import launch
+from lockstep.recipes.config_schema import to_plain
 from lockstep.recipes.inputs import ModelSource, TaskConfig
 from lockstep.recipes.live import LiveView
 from lockstep.recipes.report import write_report
-from lockstep.recipes.run_directory import RunDirectory, read_config, read_metrics
+from lockstep.recipes.run_config import CONFIG_FILE, MAY_DIFFER, completed, differences, read_config
+from lockstep.recipes.run_directory import RunDirectory, checkpoint_steps, read_metrics
+from lockstep.recipes.run_inputs import RunInputs, config_inputs, files_below, hashes_of
 from lockstep.recipes.sinks import Sinks, open_sinks
 from lockstep.recipes.trace import Trace
 from lockstep.rollout.evaluation import EvalResult
@@ -40,7 +45,9 @@ class TrainingRunConfig:
     """What all training stages take.
 
     name: the run is written to `runs_dir`/`name`; where that holds an unfinished run of this config, it goes on.
-    run: a run directory to resume with the config that it holds; everything else given is then ignored.
+    run: a run directory to resume with the config that it holds. What else is given must be a key that may change on
+        the way, see run_config.MAY_DIFFER.
+    overwrite: where the directory holds a run, that is moved aside (to NAME.old-1), and a new one starts.
     num_threads: CPU threads; null takes the machine's. Part of the config, since gradients' last bits depend on it.
     trainer: its `model` is filled in by the run.
     checkpoint_every: steps between checkpoints, one more is made at the last step; 0: that one only.
@@ -62,6 +69,7 @@ class TrainingRunConfig:
     keep_checkpoints: Count = 2
     sinks: tuple[str, ...] = ()
     dry_run: bool = False
+    overwrite: bool = False
 
     def __post_init__(self):
         check_fields(self)
@@ -71,19 +79,6 @@ class TrainingRunConfig:
         return Path(self.run) if self.run is not None else Path(self.runs_dir) / self.name
 
 
-Config = TypeVar("Config", bound=TrainingRunConfig)
-
-
-def resumed(config: Config) -> Config:
-    """The config to run: the one given, or with `run` set the one stored there."""
-    if config.run is None:
-        return config
-    if not (Path(config.run) / "config.yaml").exists():
-        raise ValueError(f"run={config.run}: there is no run to resume (no config.yaml)")
-    stored = config_schema.build(type(config), OmegaConf.create(read_config(config.run)))
-    return replace(stored, run=None, runs_dir=str(Path(config.run).parent), name=Path(config.run).name)
-
-
 class TrainingRun:
     """One training stage's run, open for writing. Use as a context manager, and `start` it once its model is there."""
 
@@ -91,9 +86,21 @@ class TrainingRun:
         launch.set_up_process(config.seed, config.num_threads)
         self.config = config
         self.stage = stage
-        stored = replace(config, runs_dir="", name="", run=None)  # a run may be moved or renamed
-        self.directory = RunDirectory(config.directory, stored, keep_checkpoints=config.keep_checkpoints)
+        hint = _hint(config, stage)
+        if not config.overwrite and (made := max(checkpoint_steps(config.directory), default=0)) > config.steps:
+            raise ValueError(
+                f"steps={config.steps}: the run in {config.directory} has made {made} steps already; {hint}"
+            )
+        self.directory = RunDirectory(
+            config.directory,
+            as_stored(config),
+            keep_checkpoints=config.keep_checkpoints,
+            overwrite=config.overwrite,
+            inputs=lambda: config_inputs(config),
+            hint=hint,
+        )
         self.path = self.directory.path
+        self._say_what_changed()
         self.trace = Trace(self.path / "trace.json", stage)
         self.view: LiveView | None = None
         self.sinks: Sinks | None = None
@@ -112,6 +119,22 @@ class TrainingRun:
         self.restore(trainer=trainer)
         self.view = LiveView(self.stage, self.config.steps, self.directory.resume_step or 0)
         self.sinks = open_sinks(self.config.sinks, self.directory, self.config, self.view)
+
+    def check_made(self, role: str, *paths: Path) -> None:
+        """What the run made for itself before its first step, such as a model, is what it made; or it is recorded now.
+
+        role: what it is, in words. Raises ValueError that names a file which was changed since.
+        """
+        files = {os.path.relpath(file, self.path): file for path in paths for file in files_below(path).values()}
+        self.directory.settle_inputs(hashes_of({role: files}), made_by_the_run=True)
+
+    def _say_what_changed(self) -> None:
+        console = Console(highlight=False, stderr=True)
+        if self.directory.moved_to is not None:
+            console.print(f"the run that was here is now {self.directory.moved_to}", markup=False, soft_wrap=True)
+        if versions := self.directory.inputs.changed_versions():
+            text = f"warning: not what the run began with: {', '.join(versions)}; its results may differ"
+            console.print(text, markup=False, soft_wrap=True)
 
     def restore(self, **parts: CheckpointPart) -> None:
         """Gives parts what they saved under their names in the newest checkpoint; without one, nothing."""
@@ -157,6 +180,32 @@ class TrainingRun:
         results["report"] = str(write_report(self.path, decode=decode, earlier_runs=earlier_runs))
         self.view.summary(results)
         return results
+
+
+def as_stored(config: TrainingRunConfig) -> TrainingRunConfig:
+    """What config.yaml holds of it: all but its place, since a run may be moved or renamed."""
+    return replace(config, runs_dir="", name="", run=None, overwrite=False)
+
+
+def has_ended(config: TrainingRunConfig) -> bool:
+    """Whether the directory holds the ended run of just this config and these inputs, by every byte of theirs."""
+    path = config.directory
+    if not (path / "weights.sha256").exists() or not (path / CONFIG_FILE).exists():
+        return False
+    stored, inputs = completed(type(config), read_config(path), str(path / CONFIG_FILE)), RunInputs(path)
+    may_differ = [pattern for pattern in MAY_DIFFER if pattern != "steps"]
+    if differences(stored, to_plain(as_stored(config)), may_differ):
+        return False
+    return not any(inputs.changes(*role) for role in inputs.with_recorded(config_inputs(config)).items())
+
+
+def _hint(config: TrainingRunConfig, stage: str) -> str:
+    """How to go on where the directory holds another run."""
+    parent = Path(config.runs_dir)
+    if (parent / CONFIG_FILE).exists():  # a stage that another run begins with
+        return f"start anew with overwrite=true, which moves {parent} aside whole, or name another run"
+    again = f"resume that run with: lockstep {stage} run={shlex.quote(str(config.directory))}"
+    return f"{again} ; or start anew with overwrite=true, which moves it aside whole; or name another run (name=NAME)"
 
 
 def is_due(step: int, every: int, last: int) -> bool:
