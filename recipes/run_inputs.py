@@ -8,6 +8,7 @@ warm-up's model). Every byte is read again at a resume: times and sizes of files
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -121,6 +122,26 @@ def config_inputs(config: Any) -> dict[str, dict[str, str]]:
         texts = _texts(getattr(value, name, None) if name else value)
         roles[key] = {name: file for text in texts for name, file in _files_of_text(text).items()}
     return hashes_of(roles)
+
+
+def with_absolute_paths(value: Any) -> Any:
+    """A config, or the terms of a reward, whose paths mean the same in processes that are in another folder."""
+    if isinstance(value, str):
+        return _absolute(value)
+    if isinstance(value, Mapping):
+        return {with_absolute_paths(key): with_absolute_paths(item) for key, item in value.items()}
+    if dataclasses.is_dataclass(value):
+        paths = {key: item for key, item, _ in marked_fields(value, Input) if isinstance(item, str) and "." not in key}
+        there = {key: os.path.abspath(item) for key, item in paths.items() if os.path.exists(item)}
+        return dataclasses.replace(value, **there)
+    return value
+
+
+def _absolute(text: str) -> str:
+    """A text that is no path of anything stays what it is."""
+    path, separator, function = text.rpartition(":") if ".py:" in text else (text, "", "")
+    looks_like_a_path = os.sep in path or "." in path
+    return os.path.abspath(path) + separator + function if looks_like_a_path and os.path.exists(path) else text
 
 
 def hashes_of(roles: Mapping[str, Mapping[str, Path]]) -> dict[str, dict[str, str]]:

@@ -57,7 +57,7 @@ class TrainerConfig(AdamWConfig):
     rank_timeout_s: how long a rank waits for another before it raises.
     """
 
-    model: str
+    model: InputPath
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     head: Head = "lm"
