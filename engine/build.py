@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lockstep.engine import checkpoint
+from lockstep.engine.checkpoint import check_weights, load_into
+from lockstep.engine.dummy_weights import initialize_dummy
 from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.models.decoder import Decoder
 from lockstep.engine.models.names import expand, head_matrix_shapes
@@ -25,7 +26,7 @@ CPU_KV_CACHE_BYTES = 512 * 2**20
 
 def rank_device(config: EngineConfig, rank: int) -> torch.device:
     """Where a rank computes: on the CPU, or on the GPU that is `rank` behind the config's. Raises ValueError."""
-    device = torch.device(config.device)
+    device = numerics.usable_device(config.device)
     if device.type == "cpu" or config.tp_size == 1:
         return device
     first = torch.cuda.current_device() if device.index is None else device.index
@@ -42,6 +43,8 @@ def build_model(
 ) -> Decoder:
     """The rank's model with its weights, on a process and device that were seen to keep the row contract."""
     dtype = getattr(torch, config.dtype)
+    if config.load_format == "auto":
+        check_weights(config.model, model_config)
     numerics.set_up(device)
     model = Decoder(model_config, device, dtype, config.row_parallel_splits, ranks, config.ep_size > 1)
     shapes = product_shapes(model_config, model.shard, config.row_parallel_splits)
@@ -52,9 +55,9 @@ def build_model(
         split = [entry for entry in expand(model_config) if len(entry.shape) == 2 and entry.shard_dim is not None]
         numerics.check_split_contract(device, dtype, {(e.shape, e.shard_dim) for e in split}, ranks.size)
     if config.load_format == "dummy":
-        checkpoint.initialize_dummy(model, config.seed, parameter_shards(model_config, model.shard))
+        initialize_dummy(model, config.seed, parameter_shards(model_config, model.shard))
     else:
-        checkpoint.load_into(model, config.model)
+        load_into(model, config.model)
     return model
 
 

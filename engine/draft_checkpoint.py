@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from lockstep.engine.checkpoint import SINGLE_FILE, CheckpointError
 from lockstep.engine.files import whole_folder
+from lockstep.engine.foreign_files import read_json
 from lockstep.engine.models.config import ModelConfig, UnsupportedModelError, parse_model_config
 from lockstep.engine.models.eagle3 import NUM_AUX, Eagle3Config, Eagle3Draft, default_aux_layers, expand
 from lockstep.engine.models.names import to_hf, to_megatron
@@ -81,7 +82,7 @@ def load_draft_config(path: str | Path, target: ModelConfig) -> Eagle3Config:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"no config.json in {path}")
-    raw = json.loads(file.read_text())
+    raw = read_json(Path(path), "config.json")
     if raw.get("architectures") != [ARCHITECTURE]:
         raise _unsupported(path, "architectures", raw.get("architectures"), f"an EAGLE-3 draft is a {ARCHITECTURE}")
     if raw.get("num_hidden_layers") != 1:
@@ -168,8 +169,8 @@ def load_draft(
     with torch.no_grad():
         for entry in entries:
             parameters[entry.megatron].copy_(to_megatron(entry, [tensors[name] for name in entry.hf_names]))
-    token_map = tensors["d2t"] + torch.arange(config.draft_vocab_size)
-    is_proposable = torch.zeros(config.vocab_size, dtype=torch.bool)
+    token_map = tensors["d2t"] + torch.arange(config.draft_vocab_size, dtype=torch.int64, device="cpu")
+    is_proposable = torch.zeros(config.vocab_size, dtype=torch.bool, device="cpu")
     if bool(((token_map >= 0) & (token_map < config.vocab_size)).all()):
         is_proposable[token_map] = True
     if not torch.equal(is_proposable, tensors["t2d"]):
@@ -218,8 +219,8 @@ def save_draft(
         for name, part in zip(entry.hf_names, to_hf(entry, parameter), strict=True):
             tensors[name] = part.to("cpu", dtype).contiguous().clone()
     token_map = draft.token_map.cpu()
-    tensors["d2t"] = token_map - torch.arange(len(token_map))
-    tensors["t2d"] = torch.zeros(draft.config.vocab_size, dtype=torch.bool)
+    tensors["d2t"] = token_map - torch.arange(len(token_map), dtype=torch.int64, device="cpu")
+    tensors["t2d"] = torch.zeros(draft.config.vocab_size, dtype=torch.bool, device="cpu")
     tensors["t2d"][token_map] = True
     contents = json.dumps(config_json(draft.config, dtype), indent=2, sort_keys=True) + "\n"
     with whole_folder(target) as folder:

@@ -25,6 +25,21 @@ _CHECK_BATCHES = {
 _CHECK_ROWS = {"cpu": 288, "cuda": 2100}
 
 
+def usable_device(name: str) -> torch.device:
+    """The device of this name. ValueError: it is neither "cpu" nor "cuda" or "cuda:N", or there is no such GPU here."""
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or not (number.isdecimal() or name == kind):
+        raise ValueError(f'device must be "cpu", "cuda" or "cuda:N", got {name!r}')
+    if kind == "cuda" and (torch.version.cuda is None or not torch.cuda.is_available()):
+        built = "torch sees none (nvidia-smi lists those that the driver has; CUDA_VISIBLE_DEVICES may hide them)"
+        if torch.version.cuda is None:
+            built = f"torch {torch.__version__} is built for CPUs"
+        raise ValueError(f"device={name} needs an NVIDIA GPU, and {built}; on a CPU: device=cpu dtype=float32")
+    if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
+        raise ValueError(f"device={name}: there are {torch.cuda.device_count()} GPUs here, counted from 0")
+    return torch.device(name)
+
+
 def set_up(device: str | torch.device) -> None:
     """Makes `linear` keep the row contract on `device` ("cpu" or "cuda"). May be called again.
 

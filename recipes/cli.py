@@ -9,6 +9,8 @@ import dataclasses
 import difflib
 import importlib
 import importlib.metadata
+import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,8 +20,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from lockstep.recipes import launch
+from lockstep.recipes.console_log import ConsoleLog, compilers_say_so
+from lockstep.recipes.user_errors import as_user_error
 
+_LOG = logging.getLogger("lockstep.recipes.cli")  # by its name: this module may run as __main__
 USAGE_ERROR = 2
+INTERRUPTED = 130  # as shells say it: 128 and the signal's number
+BROKEN_PIPE = 141
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,9 @@ STAGES: Mapping[str, Stage] = {
     ),
 }
 
+# What OmegaConf says of a value that stands for a list in a YAML file.
+NOT_A_LIST = re.compile(r"\w+ is not a ListConfig, list or tuple\.?")
+
 HELP_TEMPLATE = """\
 lockstep $stage: $summary
 
@@ -89,7 +99,17 @@ $$APP_CONFIG_GROUPS
 
 def main(argv: list[str] | None = None, stages: Mapping[str, Stage] = STAGES) -> None:
     """Run the stage that argv (default: the process's arguments) names. Exits with 2 on a user's error."""
-    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        try:
+            _choose(sys.argv[1:] if argv is None else argv, stages)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # who read it has gone (`| head`): nothing is left to say, nor anyone to say it to
+        launch.drop_output()
+        sys.exit(BROKEN_PIPE)
+
+
+def _choose(arguments: list[str], stages: Mapping[str, Stage]) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         _print_help(stages)
     elif arguments[0] in ("-V", "--version"):
@@ -104,32 +124,44 @@ def main(argv: list[str] | None = None, stages: Mapping[str, Stage] = STAGES) ->
     elif {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments):
         _fail("--multirun is not supported: a run directory holds one run, so start one run per setting")
     else:
-        overrides = ["dry_run=true" if argument == "--dry-run" else argument for argument in arguments[1:]]
-        _run_stage(arguments[0], stages[arguments[0]], overrides)
+        _run_stage(arguments[0], stages[arguments[0]], _flags_first(arguments[1:]))
+
+
+def _flags_first(arguments: list[str]) -> list[str]:
+    """Flags and their values, then KEY=VALUE: between two of those, argparse would not know a flag."""
+    arguments = ["dry_run=true" if argument == "--dry-run" else argument for argument in arguments]
+    return sorted(arguments, key=lambda argument: "=" in argument and not argument.startswith("-"))
 
 
 def _run_stage(name: str, stage: Stage, overrides: list[str]) -> None:
-    launch.prepare_environment()
-    full_errors = launch.take_over_hydra_errors()
-    with _user_errors(full_errors):
-        config_class, run = _resolve(stage.config), _resolve(stage.run)
-        config = _compose(name, stage, config_class, overrides)
-    if config is not None:
-        with _user_errors(full_errors, "(HYDRA_FULL_ERROR=1 shows where)"):
-            run(config)
+    full_errors = launch.full_errors_asked()
+    with ConsoleLog():
+        with _user_errors(full_errors):
+            launch.check_machine()
+            launch.prepare_environment()
+            _LOG.debug("importing torch and Megatron-core")
+            config_class, run = _resolve(stage.config), _resolve(stage.run)
+            config = _compose(name, stage, config_class, overrides)
+        if config is not None:
+            with _user_errors(full_errors, "(HYDRA_FULL_ERROR=1 shows where)"), compilers_say_so():
+                _LOG.debug("starting lockstep %s", name)
+                run(config)
 
 
 @contextlib.contextmanager
 def _user_errors(full_errors: bool, *details: str) -> Iterator[None]:
-    """A ValueError is the user's: a line and exit code 2. Anything else is a defect and keeps its traceback."""
+    """A user's error is a line and exit code 2; see user_errors. A defect keeps its traceback."""
     try:
         yield
-    except ValueError as error:
-        if full_errors:
-            raise
-        _fail(str(error), *details)
     except KeyboardInterrupt:
-        _fail("interrupted", exit_code=130)
+        _fail("interrupted", exit_code=INTERRUPTED)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        lines = None if full_errors else as_user_error(error)
+        if lines is None:
+            raise
+        _fail(*lines, *details)
 
 
 def _compose(name: str, stage: Stage, config_class: type, overrides: list[str]) -> Any:
@@ -151,9 +183,11 @@ def _compose(name: str, stage: Stage, config_class: type, overrides: list[str]) 
 
     _register(name, stage, config_schema.mirror(config_class))
     arguments_before = sys.argv
+    overrides = [config_schema.read_override(config_class, override) for override in overrides]
     sys.argv = [f"lockstep {name}", *overrides]  # hydra.main reads its arguments there
     try:
-        hydra.main(version_base="1.3", config_path="pkg://lockstep.configs", config_name=name)(keep)()
+        with launch.hydra_raises():
+            hydra.main(version_base="1.3", config_path="pkg://lockstep.configs", config_name=name)(keep)()
     except Exception as error:  # of many classes: OmegaConf has plain assertions where a null group is set key by key
         raise ValueError(_explain(error, list(config_schema.keys(config_class)))) from error
     finally:
@@ -222,7 +256,8 @@ def _explain(error: Exception, known_keys: list[str]) -> str:
             where = message.partition(":")[0] + ": " if message.startswith("In '") else ""
             if isinstance(cause, ConfigKeyError | ConfigAttributeError):
                 return where + config_schema.unknown_key_message(key, known_keys)
-            return f"{where}{key}: {str(cause).partition(chr(10))[0]}"
+            reason = NOT_A_LIST.sub("one value is not a list: write [VALUE]", str(cause).partition("\n")[0])
+            return f"{where}{key}: {reason}"
     if isinstance(error, AssertionError):
         return f"a group that is null cannot be set key by key: set it in a YAML file ({message})"
     return message

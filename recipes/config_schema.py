@@ -9,6 +9,8 @@ import dataclasses
 import difflib
 import functools
 import operator
+import os
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +22,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from lockstep.engine.config_fields import FieldError
 
 _hints_of = functools.cache(typing.get_type_hints)
+
+# `~` where a path begins in an override: at its start, in a list or in a mapping. Quoted ones are expanded later.
+_HOME = re.compile(r"(?:(?<=^)|(?<=[\[,{:\s]))~(?=/|$|[,\]}])")
 
 
 @functools.cache
@@ -60,7 +65,7 @@ def build(config_class: type, config: DictConfig) -> Any:
     Raises:
         ValueError: a key is unknown, or has no value; or a value is none of its `Literal`'s; or the config refuses it.
     """
-    return from_plain(config_class, OmegaConf.to_container(config, resolve=True))
+    return from_plain(config_class, _with_home(OmegaConf.to_container(config, resolve=True)))
 
 
 def from_plain(config_class: type, plain: Mapping[str, Any]) -> Any:
@@ -69,6 +74,42 @@ def from_plain(config_class: type, plain: Mapping[str, Any]) -> Any:
     if missing:
         raise ValueError(f"no value for {', '.join(missing)}: set it with {missing[0]}=VALUE")
     return _build(config_class, plain, "")
+
+
+def read_override(config_class: type, override: str) -> str:
+    """A command-line override as Hydra can read it: `~` at the beginning of a path, and one value for a list."""
+    match = re.fullmatch(r"(\+{0,2}[\w./-]+)=(.+)", override, re.DOTALL)
+    if match is None or override.startswith("-"):
+        return override
+    key, value = match[1], _HOME.sub(os.path.expanduser("~"), match[2])
+    if _is_list(annotation_of(config_class, key.lstrip("+"))) and value[0] != "[" and value != "null":
+        value = f"[{value}]"
+    return f"{key}={value}"
+
+
+def annotation_of(config_class: type, key: str) -> Any:
+    """The type of a dotted key; None where there is no such key among the dataclasses."""
+    annotation: Any = config_class
+    for name in key.split("."):
+        arms = [arm for arm in (annotation, *get_args(annotation)) if dataclasses.is_dataclass(arm)]
+        annotation = typing.get_type_hints(arms[0]).get(name) if arms else None
+    return annotation
+
+
+def _is_list(annotation: Any) -> bool:
+    is_union = get_origin(annotation) in (Union, UnionType)
+    arms = [arm for arm in (get_args(annotation) if is_union else [annotation]) if arm is not NoneType]
+    return all((get_origin(arm) or arm) in (list, tuple, Sequence) for arm in arms)
+
+
+def _with_home(value: Any) -> Any:
+    """With the home directory for a `~` that begins a path, in all values and in the keys of mappings."""
+    if isinstance(value, dict):
+        return {_with_home(key): _with_home(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_home(item) for item in value]
+    is_path = isinstance(value, str) and (value == "~" or (value.startswith("~") and "/" in value))
+    return os.path.expanduser(value) if is_path else value
 
 
 def unknown_key_message(key: str, known_keys: Sequence[str]) -> str:
@@ -152,6 +193,9 @@ def _build(annotation: Any, value: Any, key: str) -> Any:
             return annotation(**values)
         except FieldError as error:
             raise ValueError(f"{prefix}{error.field} {error.problem}") from error
+        except ValueError as error:  # of a check that knows the class alone
+            owner, message = f"{annotation.__name__}.", str(error)
+            raise ValueError(prefix + message.removeprefix(owner) if message.startswith(owner) else message) from error
     if annotation is Path:
         return Path(value)
     if origin in (Union, UnionType):

@@ -1,36 +1,52 @@
-"""`lockstep convert`: a training checkpoint (Megatron's distributed format) to an HF directory; names and plans."""
+"""`lockstep convert`: a training checkpoint to an HF directory; other formats to those that are read; names, plans."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
+from lockstep.engine.checkpoint import iterate_weights
 from lockstep.engine.config_fields import Size, Text, check_fields
-from lockstep.engine.models.config import load_model_config
+from lockstep.engine.export import save_hf
+from lockstep.engine.models.config import ModelConfig, as_scalar_model, load_model_config, read_config_json
 from lockstep.engine.models.names import expand, format_table
 from lockstep.engine.models.sharding import check_divides, check_expert_ranks
-from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
+from lockstep.engine.weights import checksum
+from lockstep.recipes.old_checkpoints import rewrite_checkpoint, rewrite_run
+from lockstep.trainer_bridge.checkpoint import CheckpointFiles
 from lockstep.trainer_bridge.layout import trainer_layout
 from lockstep.trainer_bridge.parallel import ParallelSizes
 from lockstep.trainer_bridge.weight_plan import engine_layout, format_plan, plan_transfers
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
     """model: an HF directory of the same architecture (its config and tokenizer are copied).
     checkpoint: a folder that a trainer saved, such as runs/NAME/checkpoints/step_000100/trainer; null takes the
-    weights of `model`. output: where the HF directory is written. table: print the table of names instead.
+    weights of `model`. output: where the HF directory is written.
+    allow_pickle: rewrite what an earlier version saved, in files that hold pickles: with checkpoint and
+    new_checkpoint that folder, with `run` all checkpoints of a run directory, in their place. Say true only for files
+    whose origin you trust: a pickle can be made to run code. (The reader here refuses what no checkpoint needs.)
+    table: print the table of names instead.
     plan: print instead which slices travel when a trainer of trainer_tp x trainer_pp ranks publishes its weights to
     engine_replicas engines of engine_tp ranks. trainer_ep, engine_ep: over how many of the ranks of trainer_tp and of
     engine_tp experts are shared out: 1 or all.
     """
 
-    model: Text
+    model: Text | None = None
     checkpoint: Text | None = None
     output: Text | None = None
+    new_checkpoint: Text | None = None
+    run: Text | None = None
+    allow_pickle: bool = False
     table: bool = False
     plan: bool = False
     trainer_tp: Size = 1
@@ -47,24 +63,64 @@ class ConvertConfig:
 def run(config: ConvertConfig) -> dict[str, Any]:
     """Writes `output` and prints the hash of its weights; nothing is written where `output` exists."""
     console = Console(highlight=False)
-    if config.table:
-        console.print(format_table(expand(load_model_config(config.model))), markup=False)
+    if config.new_checkpoint is not None or config.run is not None:
+        summary = _rewrite(config)
+    elif config.model is None:
+        raise ValueError("convert: set model=DIRECTORY, an HF directory of the architecture")
+    elif config.table or config.plan:
+        text = format_table(expand(load_model_config(config.model))) if config.table else _plan(config)
+        console.print(text, markup=False, soft_wrap=True)
         return {}
-    if config.plan:
-        console.print(_plan(config), markup=False, soft_wrap=True)
-        return {}
+    else:
+        summary = _export(config)
+    for name, value in summary.items():
+        console.print(f"{name}: {value}", markup=False, soft_wrap=True)
+    return summary
+
+
+def _rewrite(config: ConvertConfig) -> dict[str, Any]:
+    if not config.allow_pickle:
+        raise ValueError(
+            "convert: older checkpoints hold pickles, which can be made to run code; say allow_pickle=true if you "
+            "trust where these come from"
+        )
+    if config.run is not None:
+        return {"run": config.run, "steps": rewrite_run(Path(config.run))}
+    if config.checkpoint is None:
+        raise ValueError("convert: new_checkpoint=DIRECTORY needs checkpoint=DIRECTORY, what is to be rewritten")
+    rewrite_checkpoint(Path(config.checkpoint), Path(config.new_checkpoint))
+    return {"new_checkpoint": config.new_checkpoint}
+
+
+def _export(config: ConvertConfig) -> dict[str, Any]:
     if config.output is None:
         raise ValueError("convert: set output=DIRECTORY (or table=true to print the names, plan=true a weight plan)")
     if Path(config.output).exists():
         raise ValueError(f"convert: {config.output} exists; choose another output")
-    trainer = MegatronTrainer(TrainerConfig(model=config.model))
-    if config.checkpoint is not None:
-        trainer.load(config.checkpoint)
-    trainer.export_hf(config.output)
-    summary = {"output": config.output, "step": trainer.step_count, "weights_hash": trainer.weights_hash()}
-    for name, value in summary.items():
-        console.print(f"{name}: {value}", markup=False)
-    return summary
+    _LOG.info("loading the model %s", config.checkpoint or config.model)
+    model = load_model_config(config.model)
+    if config.checkpoint is None:
+        return _write(config, model, 0, lambda: iterate_weights(config.model, model, torch.float32))
+    with CheckpointFiles(config.checkpoint) as files:
+        saved = files.common.get("model")
+        if isinstance(saved, dict) and saved.get("head") == "scalar":
+            model = model.with_scalar_head()
+        files.require(model)
+        files.check_hash()
+        names = [entry.megatron for entry in expand(model)]
+        step = files.common["step_count"]
+        return _write(config, model, step, lambda: ((name, files.read_whole(f"weight/{name}")) for name in names))
+
+
+def _write(
+    config: ConvertConfig, model: ModelConfig, step: int, weights: Callable[[], Iterable[tuple[str, torch.Tensor]]]
+) -> dict[str, Any]:
+    """Writes the HF directory; returns what is printed."""
+    source_config = read_config_json(Path(config.model))
+    if model.head == "scalar":
+        source_config = as_scalar_model(source_config)
+    save_hf(config.output, source_config, weights(), model, source_dir=config.model)
+    return {"output": config.output, "step": step, "weights_hash": checksum(weights())}
 
 
 def _plan(config: ConvertConfig) -> str:

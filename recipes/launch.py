@@ -1,11 +1,14 @@
 """Process set-up: environment, threads, seeds. Outside `kernels/`, only this file reads or sets the environment."""
 
 import os
+import platform
 import random
 import socket
+import sys
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 # Read by libraries when they are imported. A value that the user has set stays.
@@ -13,6 +16,9 @@ ENVIRONMENT_DEFAULTS = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    # Bars of seconds' work ("Writing model shards"), which in a log are lines without end. run.log has what is done.
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "WANDB_ERROR_REPORTING": "false",  # wandb's own telemetry, which it sends in offline mode too
     "WANDB_SILENT": "true",
     # By default an OpenMP thread out of work spins for milliseconds, on a core that numba's threads or other processes
@@ -20,6 +26,24 @@ ENVIRONMENT_DEFAULTS = {
     "GOMP_SPINCOUNT": "1000",
 }
 NETWORK_TIMEOUT_S = 1.0
+OLDEST_PYTHON = (3, 11)
+
+
+def check_machine() -> None:
+    """Raises ValueError, one sentence, where Lockstep cannot run; before anything is imported that would fail there."""
+    if sys.version_info < OLDEST_PYTHON:
+        oldest = ".".join(map(str, OLDEST_PYTHON))
+        raise ValueError(f"Lockstep needs Python {oldest} or later, and this is {platform.python_version()}")
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        raise ValueError(
+            f"Lockstep runs on Linux on x86-64, with or without an NVIDIA GPU, and this is {platform.system()} on "
+            f"{platform.machine()}: use a Linux machine or a Linux container of that architecture"
+        )
+
+
+def drop_output() -> None:
+    """Sends what is still buffered for the standard output to nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def prepare_environment() -> None:
@@ -53,11 +77,23 @@ def set_up_process(seed: int, num_threads: int | None = None) -> None:
     torch.set_num_threads(num_threads or usable_cpus())
 
 
-def take_over_hydra_errors() -> bool:
-    """Make Hydra raise its errors, for the caller to report; True if the user asked for full tracebacks."""
-    asked = os.environ.get("HYDRA_FULL_ERROR") == "1"
+def full_errors_asked() -> bool:
+    """Whether the user wants tracebacks in place of one-line errors."""
+    return os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+@contextmanager
+def hydra_raises() -> Iterator[None]:
+    """Within the `with` block Hydra raises its errors, for the caller to report, and does not print and exit."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    return asked
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def wandb_mode(server: str) -> str:

@@ -20,6 +20,7 @@ METRICS: Mapping[str, Metric] = {
     "mixed_groups": Metric("groups with unequal rewards", ".1%"),
     "response_length": Metric("response length (tokens)", ".1f"),
     "turns": Metric("turns of an episode", ".2f"),
+    "environment_failures": Metric("environment failures", ".0f"),
     "truncated": Metric("truncated responses", ".1%"),
     "entropy": Metric("entropy (nats)", ".3f"),
     "kl": Metric("KL to the reference (nats)", ".2e"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from typing import Any
 
 from lockstep.engine import Engine, EngineConfig
 from lockstep.engine.config_fields import Count, Fraction, InputPath, Size
+from lockstep.engine.models.config import load_model_config
+from lockstep.engine.pooling import scored_part
 from lockstep.recipes.run_config import resumed
 from lockstep.recipes.start_checks import check_stage
 from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, is_due
@@ -19,6 +22,8 @@ from lockstep.rollout.rewards.models import conversation_ids
 from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.trainer_bridge import MegatronTrainer
 from lockstep.trainer_bridge.preference import PreferencePair, bradley_terry_loss, pack_pairs
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,13 @@ def run(config: RewardConfig) -> dict[str, Any]:
         model = str(config.model.resolve(run.path / "new_model", config.task.build().train, config.seed))
         run.check_made("the new model", run.path / "new_model")
         train, held_out = preference_pairs(config, run, model)
-        tokenizer = load_tokenizer(model)
-        train_tokens, held_out_tokens = ([tokenized(tokenizer, p) for p in pairs] for pairs in (train, held_out))
+        tokenizer, pad_token_id = load_tokenizer(model), load_model_config(model).pad_token_id
+        train_tokens, held_out_tokens = (
+            [tokenized(tokenizer, pair, pad_token_id) for pair in pairs] for pairs in (train, held_out)
+        )
+        for name, pairs in (("training", train_tokens), ("held-out", held_out_tokens)):
+            check_lengths(name, pairs, config, load_model_config(model).max_position_embeddings)
+        _LOG.info("loading the model %s", model)
         trainer = MegatronTrainer(replace(config.trainer, model=model, head="scalar"))
         run.start(trainer)
         order = ProblemOrder(len(train_tokens), config.seed)
@@ -97,6 +107,7 @@ def sampled_pairs(config: RewardConfig, run: TrainingRun, policy: str) -> tuple[
     files = {name: run.path / f"{name}_pairs.jsonl" for name in ("train", "held_out")}
     if not all(file.exists() for file in files.values()):
         tasks, tokenizer, sampling = config.task.build(), load_tokenizer(policy), config.sampling
+        _LOG.info("sampling answers of the model %s, to make pairs", policy)
         engine = Engine(replace(config.engine, model=policy))
         try:
             for task, number, file in (
@@ -110,8 +121,27 @@ def sampled_pairs(config: RewardConfig, run: TrainingRun, policy: str) -> tuple[
     return read_pairs([str(files["train"])]), read_pairs([str(files["held_out"])])
 
 
-def tokenized(tokenizer, pair: Preference) -> PreferencePair:
-    return PreferencePair(*(conversation_ids(tokenizer, pair.messages, text) for text in (pair.chosen, pair.rejected)))
+def check_lengths(name: str, pairs: Sequence[PreferencePair], config: RewardConfig, longest: int) -> None:
+    """Raises ValueError that names the first pair which the model, or a micro-batch, does not take."""
+    budget = config.trainer.max_tokens_per_micro_batch
+    for number, pair in enumerate(pairs, start=1):
+        lengths = len(pair.chosen), len(pair.rejected)
+        if max(lengths) > longest:
+            raise ValueError(
+                f"{name} pair {number} has conversations of {lengths[0]} and {lengths[1]} tokens, and the model takes "
+                f"{longest}: leave it out or shorten it"
+            )
+        if sum(lengths) > budget:
+            raise ValueError(
+                f"{name} pair {number} has {sum(lengths)} tokens, and trainer.max_tokens_per_micro_batch={budget}: "
+                "raise that, or leave the pair out"
+            )
+
+
+def tokenized(tokenizer, pair: Preference, pad_token_id: int | None) -> PreferencePair:
+    """Both conversations up to where the model's score will be read."""
+    conversations = (conversation_ids(tokenizer, pair.messages, text) for text in (pair.chosen, pair.rejected))
+    return PreferencePair(*(scored_part(token_ids, pad_token_id) for token_ids in conversations))
 
 
 def evaluate_pairs(trainer: MegatronTrainer, pairs: Sequence[PreferencePair]) -> dict[str, float]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from lockstep.engine import EngineConfig
 from lockstep.engine.config_fields import Count, Size
@@ -31,12 +30,15 @@ from lockstep.rollout.buffer import BufferConfig, RolloutBuffer
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.environments.worker import build_worker
 from lockstep.rollout.evaluation import EvaluationConfig
+from lockstep.rollout.rewards import check_reward
 from lockstep.rollout.sample import Sample
 from lockstep.rollout.tasks import Task, TaskSplits
 from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.rollout.worker import RolloutConfig, RolloutWorker
 from lockstep.trainer_bridge import MegatronTrainer
 from lockstep.trainer_bridge.algorithms import AlgorithmConfig
+
+_LOG = logging.getLogger(__name__)
 
 WARMUP = "sft"  # the folder of the warm-up's run in the run directory
 
@@ -105,13 +107,14 @@ class RLConfig(TrainingRunConfig):
         reason = next((name for name, is_set in reasons.items() if is_set), None)
         if reason is None or not self.draft.is_on:
             return self
-        Console(highlight=False).print(f"no draft is trained: that does not go with {reason}", markup=False)
+        _LOG.info("no draft is trained: that does not go with %s", reason)
         return replace(self, draft=replace(self.draft, train_every=0))
 
 
 def run(config: RLConfig) -> dict[str, Any]:
     """Trains until `config.steps` updates are made; see `train` for a step."""
     config = resumed(config)
+    check_reward(config.reward)
     if config.dry_run:
         return dry_run(rl_plan(config))
     tasks, further = check_rl(config)
@@ -155,6 +158,7 @@ def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
         seed=config.seed,
         num_threads=config.num_threads,
         sinks=config.sinks,
+        wandb=replace(config.wandb, id=None, name=f"{config.wandb.name or config.directory.name} warm-up"),
     )
     if not has_ended(warmup):
         sft.run(warmup)
@@ -202,7 +206,7 @@ def train(
                     config.seed,
                     config.environment,
                 )
-            run.record_evaluation(step, results)
+            run.record_evaluation(step, results, worker.tokenizer.decode)
 
     steps_made = config.steps_made(trainer)
     if steps_made == 0:
@@ -211,12 +215,14 @@ def train(
         clock = StepClock(run.trace, step)
         draft.before_rollout()
         groups = clock.rollout(partial(buffer.take, step))
+        failed = worker.failures.take()  # ends the run, before it learns from them, where all have failed alike
         drafted = clock.draft(partial(draft.after_rollout, groups, step))
         stats = clock.side_by_side(partial(learner.step, groups), buffer.advance, overlap=cluster.overlaps)
         clock.publish(partial(cluster.publish, version=step))
         buffer.new_version()
-        run.directory.write_rollouts(step, [sample for group in groups for sample in group])
-        run.record(step, step_metrics(step, groups, stats, buffer, clock) | drafted)
+        run.directory.write_rollouts(step, learner.learned)
+        metrics = step_metrics(step, groups, stats, buffer, clock)
+        run.record(step, metrics | {"verifier_failures": failed} | drafted)
         evaluate_if_due(step)
         run.checkpoint_if_due(step, trainer=trainer, learner=learner, buffer=buffer, draft=draft)
 
@@ -236,7 +242,7 @@ def step_metrics(
         "reward": sum(sample.reward for sample in samples) / len(samples),
         "train_accuracy": sum(sample.correct for sample in samples) / len(samples),
         "response_length": generated / len(samples),
-        **({"turns": sum(len(s.turn_rewards) for s in samples) / len(samples)} if samples[0].turn_rewards else {}),
+        **(_episode_metrics(samples, buffer) if samples[0].response_mask is not None else {}),
         "truncated": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
         "mixed_groups": sum(len({sample.reward for sample in group}) > 1 for group in groups) / len(groups),
         "staleness": sum(ages) / len(ages),
@@ -247,4 +253,12 @@ def step_metrics(
         **{name: value for name, value in stats.items() if name != "lr"},
         "tokens_per_s": buffer.num_tokens / clock.rollout_s,
         **{f"time/{name}": seconds for name, seconds in clock.times().items()},
+    }
+
+
+def _episode_metrics(samples: Sequence[Sample], buffer: RolloutBuffer) -> dict[str, float]:
+    """environment_failures: of all episodes since the step before, retries and dropped groups included."""
+    return {
+        "turns": sum(len(sample.turn_rewards) for sample in samples) / len(samples),
+        "environment_failures": buffer.num_failures,
     }

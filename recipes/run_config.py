@@ -20,8 +20,8 @@ CONFIG_FILE = "config.yaml"
 # Keys that a resumed run may change: how long it runs, how it is watched, and what changes no bit of any token or
 # weight: where it runs, how much memory it takes and how long it waits (design.md, promises 1 and 5).
 MAY_DIFFER = (
-    "steps", "sinks", "sinks.*", "keep_checkpoints", "checkpoint_every", "live", "report", "evaluate_every",
-    "dry_run", "warmup.sinks", "warmup.keep_checkpoints", "warmup.checkpoint_every",
+    "steps", "sinks", "sinks.*", "wandb", "wandb.*", "keep_checkpoints", "checkpoint_every", "live", "report",
+    "evaluate_every", "dry_run", "warmup.wandb.*", "warmup.sinks", "warmup.keep_checkpoints", "warmup.checkpoint_every",
     "cluster", "cluster.*", "buffer.max_dropped", "draft.speed_samples",
     "engine.page_size", "engine.max_running_requests", "engine.max_prefill_tokens", "engine.kv_cache_tokens",
     "engine.memory_fraction", "engine.enable_prefix_cache", "engine.cuda_graphs", "engine.group_prefixes",

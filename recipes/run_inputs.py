@@ -12,6 +12,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import platform
 import re
@@ -23,11 +24,11 @@ from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from lockstep.engine.config_fields import Input, marked_fields
 from lockstep.engine.files import write_whole
 from lockstep.recipes.content_hashes import hash_of
+
+_LOG = logging.getLogger(__name__)
 
 INPUTS_FILE = "inputs.json"
 PACKAGES = ("lockstep-rl", "torch", "megatron-core", "transformers", "tokenizers", "numpy", "numba", "triton",
@@ -148,13 +149,12 @@ def hashes_of(roles: Mapping[str, Mapping[str, Path]]) -> dict[str, dict[str, st
     """SHA-256 by role and name; roles without a file are left out. Says so, and how long it took, where it is much."""
     files = list({file for named in roles.values() for file in named.values()})
     size, started = sum(file.stat().st_size for file in files), time.perf_counter()
-    console = Console(highlight=False, stderr=True)
     if size > SAID_FROM_BYTES:
-        console.print(f"hashing {size / 2**30:,.1f} GiB that the run starts from", markup=False)
+        _LOG.info("hashing %.1f GiB that the run starts from", size / 2**30)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         digests = dict(zip(files, threads.map(hash_of, files), strict=True))
     if size > SAID_FROM_BYTES:
-        console.print(f"hashed in {time.perf_counter() - started:,.0f} s", markup=False)
+        _LOG.info("hashed in %.0f s", time.perf_counter() - started)
     return {role: {name: digests[file] for name, file in named.items()} for role, named in roles.items() if named}
 
 

@@ -36,10 +36,9 @@ def check_rl(config: RLConfig) -> tuple[TaskSplits, dict[str, TaskSplits]]:
             raise ValueError("cluster=ray needs the package ray: pip install 'lockstep-rl[ray]'")
     if config.environment.kind not in (SINGLE_TURN, *ENVIRONMENTS):
         environment_factory(config.environment)
+    check_reward(config.reward)
     tasks = config.task.build()
     further = {name: task.build() for name, task in config.evaluation_tasks.items()}
-    for task in (tasks.train, *(splits.held_out for splits in further.values())):
-        check_reward(config.reward, task)
     return tasks, further
 
 

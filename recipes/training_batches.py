@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress, pairwise
+from itertools import compress, groupby, pairwise
 
 from lockstep.rollout.sample import Sample
 from lockstep.trainer_bridge.algorithm_config import Algorithm
@@ -56,6 +56,7 @@ def scored_responses(
                 proximal_logprobs=of_written(proximal, index),
                 values=of_written(values, index),
                 turn_rewards=_at_turn_ends(sample) if len(sample.turn_rewards) > 1 else None,
+                turn_lengths=None if sample.response_mask is None else turn_lengths(sample.written),
             )
             for index, sample in enumerate(samples)
         ]
@@ -72,15 +73,18 @@ def policy_batches(
     algorithm: Algorithm,
     groups: Grouped[Sample],
     responses: Grouped[ScoredResponse],
+    advantages: Sequence[Sequence[Sequence[float] | None]],
     version: int,
     shape: BatchShape,
 ) -> list[list[PackedBatch]]:
-    """The samples with their advantages, for each update of an epoch. version: of the weights before the step.
+    """The samples with their advantages, for each update of an epoch.
+
+    advantages: of each group's responses, a number for each token that the policy wrote; None: not learned from.
+    version: of the weights before the step.
 
     Responses that are not learned from are left out; where that would be all of an update's, they stay with advantages
     of 0.
     """
-    advantages = algorithm.advantages(responses)
     has_lags = algorithm.config.off_policy != "none" or draws_of_other_versions(groups, version)
 
     def sequences(part: slice) -> list[TrainSequence]:
@@ -141,6 +145,11 @@ def _of_each_update(
 
 def _sequence(sample: Sample, group: int) -> TrainSequence:
     return TrainSequence(token_ids=all_tokens(sample), loss_mask=written(sample), group=group)
+
+
+def turn_lengths(written: Sequence[bool]) -> list[int]:
+    """Tokens of each run that the policy wrote: between two turns there is what the environment said."""
+    return [sum(run) for is_written, run in groupby(written) if is_written]
 
 
 def _at_turn_ends(sample: Sample) -> list[float]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
-
 from lockstep.engine.config_fields import Count, Seed, Text, Threads, check_fields
+from lockstep.kernels import numerics
 from lockstep.recipes import launch
 from lockstep.recipes.config_schema import to_plain
 from lockstep.recipes.inputs import ModelSource, TaskConfig
@@ -22,12 +22,14 @@ from lockstep.recipes.report import write_report
 from lockstep.recipes.run_config import CONFIG_FILE, MAY_DIFFER, completed, differences, read_config
 from lockstep.recipes.run_directory import RunDirectory, checkpoint_steps, read_metrics
 from lockstep.recipes.run_inputs import RunInputs, config_inputs, files_below, hashes_of
-from lockstep.recipes.sinks import Sinks, open_sinks
+from lockstep.recipes.run_log import RunLog
+from lockstep.recipes.sinks import Sinks, WandbConfig, open_sinks
 from lockstep.recipes.trace import Trace
 from lockstep.rollout.evaluation import EvalResult
 from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 
+_LOG = logging.getLogger(__name__)
 TRACED = ("reward", "loss", "tokens_per_s", "staleness")  # metrics that the timeline draws as curves
 START = "the run's model"  # stands in trainer.model and engine.model until the run knows its model directory
 
@@ -52,7 +54,7 @@ class TrainingRunConfig:
     trainer: its `model` is filled in by the run.
     checkpoint_every: steps between checkpoints, one more is made at the last step; 0: that one only.
     keep_checkpoints: so many of the newest stay; 0: all.
-    sinks: beside metrics.jsonl: "wandb", "tensorboard".
+    sinks: beside metrics.jsonl: "wandb", "tensorboard". wandb: of the first, see recipes/sinks.py.
     dry_run: print the plan, with its arithmetic of memory and batches, and start nothing (also --dry-run).
     """
 
@@ -68,6 +70,7 @@ class TrainingRunConfig:
     checkpoint_every: Count = 20
     keep_checkpoints: Count = 2
     sinks: tuple[str, ...] = ()
+    wandb: WandbConfig = field(default_factory=WandbConfig)
     dry_run: bool = False
     overwrite: bool = False
 
@@ -79,10 +82,21 @@ class TrainingRunConfig:
         return Path(self.run) if self.run is not None else Path(self.runs_dir) / self.name
 
 
+def devices_here(config: Any) -> list[str]:
+    """Of the engine and the trainer that the config asks for; none of those that Ray places."""
+    cluster = getattr(config, "cluster", None)
+    if cluster is not None and cluster.kind != "local":
+        return []
+    parts = (getattr(config, name, None) for name in ("trainer", "engine"))
+    return [part.device for part in parts if hasattr(part, "device")]
+
+
 class TrainingRun:
     """One training stage's run, open for writing. Use as a context manager, and `start` it once its model is there."""
 
     def __init__(self, config: TrainingRunConfig, stage: str):
+        for device in devices_here(config):
+            numerics.usable_device(device)  # a ValueError before there is a directory
         launch.set_up_process(config.seed, config.num_threads)
         self.config = config
         self.stage = stage
@@ -100,15 +114,18 @@ class TrainingRun:
             hint=hint,
         )
         self.path = self.directory.path
+        self._log = RunLog(self.path)
         self._say_what_changed()
         self.trace = Trace(self.path / "trace.json", stage)
         self.view: LiveView | None = None
         self.sinks: Sinks | None = None
 
     def __enter__(self) -> TrainingRun:
+        self._log.__enter__()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *exception: Any) -> None:
+        self._log.__exit__(*exception)
         if self.sinks is not None:
             self.sinks.close()
         self.trace.close()
@@ -116,6 +133,8 @@ class TrainingRun:
 
     def start(self, trainer: MegatronTrainer) -> None:
         """Opens the live view and the sinks. Brings the trainer to the newest checkpoint, if there is one."""
+        if (step := self.directory.resume_step) is not None:
+            _LOG.info("going on from the checkpoint of step %d", step)
         self.restore(trainer=trainer)
         self.view = LiveView(self.stage, self.config.steps, self.directory.resume_step or 0)
         self.sinks = open_sinks(self.config.sinks, self.directory, self.config, self.view)
@@ -129,12 +148,10 @@ class TrainingRun:
         self.directory.settle_inputs(hashes_of({role: files}), made_by_the_run=True)
 
     def _say_what_changed(self) -> None:
-        console = Console(highlight=False, stderr=True)
         if self.directory.moved_to is not None:
-            console.print(f"the run that was here is now {self.directory.moved_to}", markup=False, soft_wrap=True)
+            _LOG.warning("the run that was here is now %s", self.directory.moved_to)
         if versions := self.directory.inputs.changed_versions():
-            text = f"warning: not what the run began with: {', '.join(versions)}; its results may differ"
-            console.print(text, markup=False, soft_wrap=True)
+            _LOG.warning("not what the run began with: %s; its results may differ", ", ".join(versions))
 
     def restore(self, **parts: CheckpointPart) -> None:
         """Gives parts what they saved under their names in the newest checkpoint; without one, nothing."""
@@ -149,14 +166,33 @@ class TrainingRun:
             if name in metrics and math.isfinite(metrics[name]):
                 self.trace.counter(name, metrics[name])
 
-    def record_evaluation(self, step: int, results: Mapping[str, EvalResult]) -> None:
-        """results: by data set; the names of its metrics follow its own, which is empty for the run's task."""
+    def record_evaluation(
+        self, step: int, results: Mapping[str, EvalResult], decode: Callable[[Sequence[int]], str]
+    ) -> None:
+        """results: by data set; the names of its metrics follow its own, which is empty for the run's task.
+
+        decode: a tokenizer's, for the prompts in tables of samples.
+        """
         metrics = {
             f"{task}/{name}" if task else name: value
             for task, result in results.items()
             for name, value in result.metrics().items()
         }
         self.sinks.record(step, "eval", metrics)
+        rows = [
+            {
+                "data set": task or self.config.task.kind,
+                "problem": sample.problem_id,
+                "prompt": decode(sample.prompt_ids),
+                "response": sample.text,
+                "reward": sample.reward,
+                "correct": sample.correct,
+                "reference": sample.reference,
+            }
+            for task, result in results.items()
+            for sample in result.samples[: self.config.wandb.sample_rows]
+        ]
+        self.sinks.record_samples(step, "eval", rows)
 
     def checkpoint_if_due(self, step: int, **parts: CheckpointPart) -> None:
         """Every `checkpoint_every` steps, and at the last: all parts that decide how the run goes on."""
@@ -170,6 +206,7 @@ class TrainingRun:
 
         earlier_runs: directories of the stages that this run began with; the report plots them too.
         """
+        _LOG.info("exporting the model and writing the report")
         export = self.path / "model"
         shutil.rmtree(export, ignore_errors=True)
         trainer.export_hf(export)

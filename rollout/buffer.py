@@ -38,8 +38,8 @@ class BufferConfig:
         new weights, and it goes on; "abort": it begins again, so that every response is of one version.
     over_sampling: groups begun for each one that a step trains on. Above 1, a step does not wait for the slowest, and
         has spare ones where groups are dropped; what is too old for the next step is thrown away.
-    max_dropped: groups that the algorithm may drop for one step, in multiples of prompts_per_step, before that is an
-        error. Others are generated in their place.
+    max_dropped: groups that may be dropped for one step, in multiples of prompts_per_step, before that is an error: by
+        the algorithm, and because of environments that failed. Others are generated in their place.
     """
 
     max_staleness: Count = 0
@@ -77,13 +77,15 @@ class RolloutBuffer:
         self.num_tokens = 0  # generated, and the next two: groups thrown away; all since the last `take`
         self.num_dropped = 0
         self.num_too_old = 0
+        self.num_lost = 0  # of the dropped ones: those that environments failed in
+        self.num_failures = 0  # of environments
 
     def take(self, step: int) -> list[list[Sample]]:
         """The groups that step `step` trains on. Generates with the weights now served until they are complete.
 
         Raises ValueError where nearly all groups are dropped, StalenessError (a defect) for a group out of bounds.
         """
-        self.num_tokens = self.num_dropped = self.num_too_old = 0
+        self.num_tokens = self.num_dropped = self.num_too_old = self.num_lost = self.num_failures = 0
         self._begin_groups(self.config.max_staleness + 1)
         while len(taken := self._complete_candidates()) < self.prompts_per_step:
             self._check_dropped(step)
@@ -138,7 +140,11 @@ class RolloutBuffer:
             return
         self.num_tokens += self.worker.extend(unfinished, self.config.segment_tokens)
         scored = [group for group in unfinished if group.samples is not None]
-        dropped = [group for group in scored if not self.keep_group([sample.reward for sample in group.samples])]
+        lost = [group for group in scored if group.is_lost]
+        kept = [group for group in scored if not group.is_lost]
+        dropped = lost + [g for g in kept if not self.keep_group([sample.reward for sample in g.samples])]
+        self.num_failures += sum(group.num_failures for group in scored)
+        self.num_lost += len(lost)
         self.num_dropped += len(dropped)
         self.groups = [group for group in self.groups if group not in dropped]
 
@@ -154,11 +160,17 @@ class RolloutBuffer:
         self.num_too_old = len(rest) - len(self.groups)
 
     def _check_dropped(self, step: int) -> None:
-        if self.num_dropped > self.config.max_dropped * self.prompts_per_step:
+        limit = self.config.max_dropped * self.prompts_per_step
+        bound = f"buffer.max_dropped={self.config.max_dropped} times prompts_per_step={self.prompts_per_step}"
+        if self.num_lost > limit:
             raise ValueError(
-                f"step {step}: algorithm.drop_equal_groups has dropped {self.num_dropped} groups, more than "
-                f"buffer.max_dropped={self.config.max_dropped} times prompts_per_step={self.prompts_per_step}: "
-                "the rewards of nearly every group are equal"
+                f"step {step}: {self.num_lost} groups are lost to environments that failed, more than {bound}: see the "
+                "warnings above for what they raised"
+            )
+        if self.num_dropped - self.num_lost > limit:
+            raise ValueError(
+                f"step {step}: algorithm.drop_equal_groups has dropped {self.num_dropped - self.num_lost} groups, more "
+                f"than {bound}: the rewards of nearly every group are equal"
             )
 
     def _check_versions(self, group: Group, step: int) -> None:

@@ -12,7 +12,8 @@ from annotated_types import Interval
 
 from lockstep.engine import Engine
 from lockstep.engine.config_fields import NotNegative, Size, check_fields
-from lockstep.rollout.environments import EnvironmentConfig
+from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
+from lockstep.rollout.environments.failures import FAILED
 from lockstep.rollout.environments.worker import build_worker
 from lockstep.rollout.rewards import Reward
 from lockstep.rollout.sample import Sample, digest
@@ -48,7 +49,11 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """accuracy: mean@k. standard_error: of the accuracy, over problems. truncated: share that ran out of tokens."""
+    """accuracy: mean@k. standard_error: of the accuracy, over problems. truncated: share that ran out of tokens.
+
+    environment_failures: episodes that failed, which count as wrong; None where a response is one turn.
+    verifier_failures: samples that scored 0 since a verifier gave no verdict.
+    """
 
     accuracy: float
     standard_error: float
@@ -58,6 +63,8 @@ class EvalResult:
     truncated: float
     digest: str
     samples: list[Sample]
+    environment_failures: int | None = None
+    verifier_failures: int = 0
 
     def metrics(self) -> dict[str, float | str]:
         """All but the samples, by name."""
@@ -68,6 +75,8 @@ class EvalResult:
             "reward": self.reward,
             "mean_response_tokens": self.mean_response_tokens,
             "truncated": self.truncated,
+            **({} if self.environment_failures is None else {"environment_failures": self.environment_failures}),
+            "verifier_failures": self.verifier_failures,
             "digest": self.digest,
         }
 
@@ -81,15 +90,20 @@ def evaluate(
     seed: int,
     environment: EnvironmentConfig = EnvironmentConfig(),  # noqa: B008  frozen
 ) -> EvalResult:
-    """Answers the first `num_problems` problems of a task (all, if it has fewer) and scores them."""
+    """Answers the first `num_problems` problems of a task (all, if it has fewer) and scores them.
+
+    Raises VerifierError where every verdict fails for the same reason.
+    """
     sampling = replace(
         RolloutConfig(), max_tokens=config.max_tokens, temperature=config.temperature, top_p=config.top_p
     )
     worker = build_worker(engine, tokenizer, task, reward, sampling, seed, environment)
     size = config.samples_per_problem
     groups = worker.sample_first(config.num_problems, size, EVALUATION_STEP)
+    num_unjudged = worker.failures.take()
     samples = [sample for group in groups for sample in group.samples]
     num_correct = [sum(sample.correct for sample in group.samples) for group in groups]
+    num_failed = sum(sample.finish_reason == FAILED for sample in samples)
     return EvalResult(
         accuracy=sum(num_correct) / len(samples),
         standard_error=_standard_error([correct / size for correct in num_correct]),
@@ -99,6 +113,8 @@ def evaluate(
         truncated=sum(sample.finish_reason == "length" for sample in samples) / len(samples),
         digest=digest(samples),
         samples=samples,
+        environment_failures=None if environment.kind == SINGLE_TURN else num_failed,
+        verifier_failures=num_unjudged,
     )
 
 

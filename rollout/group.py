@@ -22,7 +22,12 @@ class Response:
     finish_reason: str | None = None
 
     def append(self, output: RequestOutput, is_last: bool) -> None:
-        """What was generated on. is_last: there is no room for more, so that "length" is the end."""
+        """What was generated on. is_last: there is no room for more, so that "length" is the end.
+
+        Raises FloatingPointError for a request that failed: nothing is learned from what came before.
+        """
+        if output.error is not None:
+            raise FloatingPointError(output.error)
         self.response_ids += output.token_ids
         self.logprobs += output.logprobs
         self.weight_versions += output.weight_versions
@@ -38,7 +43,8 @@ class Response:
 class Group:
     """The samples of one prompt. `step` and `prompt_index` are coordinates of their seeds.
 
-    samples: the scored samples, once all responses have ended.
+    samples: the scored samples, once all responses have ended. num_failures: of the environments of its episodes.
+    is_lost: it cannot be learned from, or shall not be.
     """
 
     problem: Problem
@@ -47,6 +53,8 @@ class Group:
     prompt_ids: tuple[int, ...]
     responses: list[Response]
     samples: list[Sample] | None = None
+    num_failures: int = 0
+    is_lost: bool = False
 
     @property
     def has_ended(self) -> bool:
@@ -75,6 +83,7 @@ class Group:
                 text=text,
                 reward=reward,
                 correct=is_correct,
+                reference=self.problem.answer,
             )
             for sample_index, (response, text, reward, is_correct) in enumerate(
                 zip(self.responses, texts, rewards, correct, strict=True)

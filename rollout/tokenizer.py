@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lockstep.engine.config_fields import Size, check_fields
+from lockstep.engine.tokenizer import load_tokenizer as load_foreign_tokenizer
+from lockstep.rollout.model_output import valid_text
 from lockstep.rollout.tasks.answers import ANSWER_CLOSE, ANSWER_OPEN
 
 PAD = "<|pad|>"
@@ -85,8 +87,8 @@ def build_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> PreTrained
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in a local directory; OSError when there is none."""
-    return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    """The tokenizer saved in a local directory. Raises as the engine's `load_tokenizer` does."""
+    return load_foreign_tokenizer(path)
 
 
 def render_prompt(
@@ -105,14 +107,15 @@ def apply_template(
     """The text of `render_prompt`'s tokens."""
     if tokenizer.chat_template is None:
         raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template")
-    return tokenizer.apply_chat_template(
+    text = tokenizer.apply_chat_template(
         [dict(message) for message in messages],
         tools=[dict(tool) for tool in tools] or None,
         tokenize=False,
         add_generation_prompt=True,
     )
+    return valid_text(text)
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a whole response, the end token included."""
-    return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    return [*tokenizer.encode(valid_text(text), add_special_tokens=False), tokenizer.eos_token_id]

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
-
-from annotated_types import Interval
 
 from lockstep.engine import Engine, SamplingParams
-from lockstep.engine.config_fields import MAX_COUNT, Fraction, NotNegative, Size, check_fields
+from lockstep.engine.checks import Rule, Whole, conform
 from lockstep.engine.detokenizer import decode_text
 from lockstep.engine.models.config import load_model_config
+from lockstep.engine.request import SAMPLING_RULES
 from lockstep.rollout.group import Group, Response
 from lockstep.rollout.order import ProblemOrder
-from lockstep.rollout.rewards import Completion, Reward, correct_reward
+from lockstep.rollout.rewards import Completion, Reward, StepFailures, correct_reward
 from lockstep.rollout.sample import derive_seed
 from lockstep.rollout.tasks import Problem, Task
 from lockstep.rollout.tokenizer import render_prompt
@@ -24,16 +22,22 @@ from lockstep.rollout.tokenizer import render_prompt
 class RolloutConfig:
     """How responses are drawn. The sampling fields mean what they mean in `SamplingParams`."""
 
-    prompts_per_step: Size = 16
-    samples_per_prompt: Size = 8
-    max_tokens: Size = 256
-    temperature: NotNegative = 1.0
-    top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Interval(ge=-1, le=MAX_COUNT)] = -1
-    min_p: Fraction = 0.0
+    prompts_per_step: int = 16
+    samples_per_prompt: int = 8
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
 
     def __post_init__(self):
-        check_fields(self, "rollout")
+        conform(self, _RULES)
+
+
+# The sampling fields are what `SamplingParams` makes of them: a trainer computes with the same temperature.
+_RULES: dict[str, Rule] = {"prompts_per_step": Whole(1), "samples_per_prompt": Whole(1)} | {
+    name: SAMPLING_RULES[name] for name in ("max_tokens", "temperature", "top_p", "top_k", "min_p")
+}
 
 
 class RolloutWorker:
@@ -45,12 +49,13 @@ class RolloutWorker:
         self.task = task
         self.reward = reward
         self.correct = correct_reward(task)
+        self.failures = StepFailures()
         self.config = config
         self.seed = seed
         self.order = ProblemOrder(len(task), seed)
-        self.max_model_len = (
-            engine.config.max_model_len or load_model_config(engine.config.model).max_position_embeddings
-        )
+        model = load_model_config(engine.config.model)
+        self.max_model_len = engine.config.max_model_len or model.max_position_embeddings
+        self.vocab_size = model.vocab_size
 
     def begin_at(self, position: int) -> Group:
         """The group of training's prompt number `position`; each step has `prompts_per_step` of them, in order."""
@@ -97,10 +102,16 @@ class RolloutWorker:
             for group, group_texts in zip(groups, texts, strict=True)
             for response, text in zip(group.responses, group_texts, strict=True)
         ]
-        rewards = iter(self.reward(completions))
+        scores = iter(self.judge(completions))
         for group, group_texts in zip(groups, texts, strict=True):
-            correct = [self.correct(group.problem, text) == 1.0 for text in group_texts]
-            group.score(group_texts, [next(rewards) for _ in group_texts], correct)
+            rewards, correct = zip(*(next(scores) for _ in group_texts), strict=True)
+            group.score(group_texts, rewards, correct)
+
+    def judge(self, completions: Sequence[Completion]) -> list[tuple[float, bool]]:
+        """The reward of each, and whether its answer is right. `failures` counts those without a verdict."""
+        rewards, correct = self.reward(completions), self.correct(completions)
+        self.failures.add([completion.text for completion in completions], rewards, correct)
+        return [(float(reward), score == 1.0) for reward, score in zip(rewards, correct, strict=True)]
 
     def _room(self, group: Group, response: Response) -> int:
         """Tokens that the response may still have. At least 1: the engine names a prompt that is too long."""

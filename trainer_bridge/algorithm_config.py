@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lockstep.engine.config_fields import Count, Fraction, InputPath, NotNegative, Positive, Size, Text, check_fields
@@ -23,7 +23,8 @@ Advantages = Callable[[Grouped[ScoredResponse]], list[list[list[float] | None]]]
 class AlgorithmConfig:
     """An algorithm and its options; null takes the algorithm's own, which its function says (see docs/algorithms.md).
 
-    name: a key of ALGORITHMS.
+    name: a key of ALGORITHMS, or a function of your own, by `path/to/file.py:name` or dotted path.
+    options: keyword arguments of your own function, which is called as f(config, shaping, **options).
     mini_batches, epochs: a step deals its groups, in their order, into so many parts, makes one update from each, and
         does that so many times.
     aggregation: how tokens' losses become one: a key of aggregation.AGGREGATIONS.
@@ -45,6 +46,7 @@ class AlgorithmConfig:
     """
 
     name: Text = "grpo"
+    options: Mapping[str, Any] = field(default_factory=dict)
     mini_batches: Size = 1
     epochs: Size = 1
     aggregation: Aggregation | None = None

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import fields, replace
 
+from lockstep.engine import user_code
 from lockstep.trainer_bridge.algorithm_config import Advantages, Algorithm, AlgorithmConfig
 from lockstep.trainer_bridge.group_algorithms import (
     cispo,
@@ -48,18 +49,35 @@ _WITHOUT_REWARDS = ("distillation", "sft")
 
 
 def build_algorithm(config: AlgorithmConfig, max_response_tokens: int) -> Algorithm:
-    """max_response_tokens: the longest response that sampling allows.
+    """max_response_tokens: the longest response that sampling allows; of an episode, the longest turn.
 
-    Raises ValueError for an unknown name, or options that the algorithm does not have.
+    Raises ValueError for an unknown name, or options that the algorithm does not have; and for an algorithm of the
+    user's own as `user_code.load_object` does, or where it gives no Algorithm.
     """
-    if config.name not in ALGORITHMS:
-        raise ValueError(f"algorithm.name: unknown algorithm {config.name!r}; there are: {', '.join(ALGORITHMS)}")
     if (config.overlong_tokens or 0) > max_response_tokens:
         raise ValueError(f"algorithm.overlong_tokens={config.overlong_tokens} of {max_response_tokens} allowed tokens")
-    algorithm = ALGORITHMS[config.name](config, RewardShaping(max_tokens=max_response_tokens))
-    _check_options(config, algorithm)
+    shaping = RewardShaping(max_tokens=max_response_tokens)
+    if config.name in ALGORITHMS:
+        algorithm = ALGORITHMS[config.name](config, shaping)
+        _check_options(config, algorithm)
+    else:
+        algorithm = _own_algorithm(config, shaping)
     if config.mask_truncated:
         return replace(algorithm, advantages=functools.partial(_without_truncated, algorithm.advantages))
+    return algorithm
+
+
+def _own_algorithm(config: AlgorithmConfig, shaping: RewardShaping) -> Algorithm:
+    """Of the user's own function, which may use any of the options."""
+    if not user_code.is_path(config.name):
+        raise ValueError(
+            user_code.unknown_name("unknown algorithm", config.name, ALGORITHMS, f", or {user_code.FORMS}")
+        )
+    function = user_code.load_object(config.name, "algorithm")
+    user_code.check_options(function, 2, config.options, f"the algorithm {config.name!r}")
+    algorithm = function(config, shaping, **config.options)
+    if not isinstance(algorithm, Algorithm):
+        raise ValueError(f"the algorithm {config.name!r} gave a {type(algorithm).__name__}, not an Algorithm")
     return algorithm
 
 
@@ -74,6 +92,8 @@ def _without_truncated(
 
 def _check_options(given: AlgorithmConfig, algorithm: Algorithm) -> None:
     name = given.name
+    if given.options:
+        raise ValueError(f"algorithm.options are for an algorithm of your own; {name} has the other keys of algorithm")
     for field in fields(given):
         having = _OPTIONS_OF.get(field.name, (name,))
         if name not in having and getattr(given, field.name) != field.default:

@@ -4,19 +4,20 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from annotated_types import Interval
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 from lockstep.engine.checkpoint import CheckpointError
-from lockstep.engine.config_fields import NotNegative, Positive, Size
+from lockstep.engine.checks import FP32_MAX, Choice, Real, Rule, Whole, conform
 from lockstep.engine.files import whole_file
 from lockstep.engine.models.eagle3 import Eagle3Draft
+from lockstep.engine.request import MIN_TEMPERATURE
 from lockstep.engine.weights import checksum
+from lockstep.kernels.process_state import own_state
 from lockstep.trainer_bridge.draft_batch import DraftBatch, DraftSequence
 from lockstep.trainer_bridge.draft_loss import LOSSES
 from lockstep.trainer_bridge.grad_norm import gradient_norm
@@ -35,13 +36,26 @@ class DraftTrainerConfig(AdamWConfig):
     max_tokens_per_micro_batch: tokens of one forward pass.
     """
 
-    num_steps: Size = 7
-    step_decay: Annotated[float, Interval(gt=0, le=1)] = 0.8
+    num_steps: int = 7
+    step_decay: float = 0.8
     loss: Literal["soft_cross_entropy", "acceptance"] = "soft_cross_entropy"
-    temperature: Positive = 1.0
-    learning_rate: NotNegative = 1e-4
-    max_grad_norm: Positive | None = 0.5
-    max_tokens_per_micro_batch: Size = 8192
+    temperature: float = 1.0
+    learning_rate: float = 1e-4
+    max_grad_norm: float | None = 0.5
+    max_tokens_per_micro_batch: int = 8192
+
+    def __post_init__(self):
+        super().__post_init__()
+        conform(self, _RULES)
+
+
+_RULES: dict[str, Rule] = {
+    "num_steps": Whole(1),
+    "max_tokens_per_micro_batch": Whole(1),
+    "temperature": Real(MIN_TEMPERATURE, FP32_MAX, f"a finite number of at least {MIN_TEMPERATURE:.2g}"),
+    "step_decay": Real(0.0, expected="a finite number > 0", open_low=True, fp32=True),
+    "loss": Choice(tuple(LOSSES)),
+}
 
 
 class DraftTrainer:
@@ -69,12 +83,16 @@ class DraftTrainer:
         draft), tokens, trained_tokens. Raises ValueError if nothing can be trained, and FloatingPointError for a
         non-finite loss or gradient; the weights are as before then.
         """
+        with own_state(self.device, learns=True):
+            return self._step(sequences)
+
+    def _step(self, sequences: Sequence[DraftSequence]) -> dict[str, float]:
         batches = self.unrolled.pack(sequences)
         counts = [sum(len(batch.trained[step]) for batch in batches) for step in range(self.config.num_steps)]
         if not counts[0]:
             raise ValueError("no token of the draft's step is trained on")
-        losses = torch.zeros(self.config.num_steps, device=self.device)
-        covered = torch.zeros((), device=self.device)
+        losses = torch.zeros(self.config.num_steps, dtype=torch.float32, device=self.device)
+        covered = torch.zeros((), dtype=torch.float32, device=self.device)
         try:
             for batch in batches:
                 targets = self.unrolled.targets(batch)

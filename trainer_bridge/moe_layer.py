@@ -10,11 +10,9 @@ from functools import partial
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from lockstep.engine.models.moe import MoEConfig, routed_experts
 from lockstep.engine.models.sharding import Shard, part_of
@@ -42,8 +40,8 @@ class KernelMoE(MegatronModule):
         num_experts, ffn, hidden = len(self.moe.held), moe.ffn_hidden_size, config.hidden_size
         self.router = _Router(config, moe)
         self.experts = MegatronModule(config)
-        self.experts.linear_fc1 = _ExpertWeight(config, expert_ranks, num_experts, 2 * ffn, hidden)
-        self.experts.linear_fc2 = _ExpertWeight(config, expert_ranks, num_experts, hidden, ffn)
+        self.experts.linear_fc1 = _Weight(config, num_experts, 2 * ffn, hidden)
+        self.experts.linear_fc2 = _Weight(config, num_experts, hidden, ffn)
         self.shared_experts = None
         if moe.has_shared_experts:
             # Megatron's MLP reads one of its two sizes from the configuration.
@@ -78,20 +76,6 @@ class _Weight(MegatronModule):
     def __init__(self, config: TransformerConfig, *shape: int):
         super().__init__(config)
         self.weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=_device(config)))
-
-
-class _ExpertWeight(_Weight):
-    def __init__(self, config: TransformerConfig, expert_ranks: int, *shape: int):
-        super().__init__(config, *shape)
-        self.is_shared_out = expert_ranks > 1
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> ShardedStateDict:
-        if not self.is_shared_out:
-            return super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        weight = {"weight": self.weight}
-        return make_sharded_tensors_for_checkpoint(weight, prefix, {"weight": 0}, sharded_offsets)
 
 
 class _Router(_Weight):

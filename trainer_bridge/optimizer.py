@@ -8,15 +8,12 @@ gradients of that piece, adds them in a fixed order, and sends its updated piece
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
-from annotated_types import Interval
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
 
-from lockstep.engine.config_fields import Count, NotNegative, Positive, Size, check_fields
+from lockstep.engine.checks import Choice, Real, Rule, Whole, conform
 from lockstep.engine.rank_sum import all_gather
 from lockstep.kernels.row_parallel_linear import tree_sum
 from lockstep.trainer_bridge.parallel import ALONE, RankGroup
@@ -26,26 +23,26 @@ LrSchedule = Literal["constant", "linear", "cosine"]
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWConfig:
-    """The options of every optimizer, which the config of a trainer inherits.
+    """The options of every optimizer, which the config of a trainer inherits. Raises ValueError that names the field.
 
     lr_schedule: after warmup_steps, constant at learning_rate, or falling to min_learning_rate at step total_steps.
     max_grad_norm: gradients of a larger 2-norm are scaled down to it; None leaves them.
     """
 
-    learning_rate: NotNegative = 1e-6
-    min_learning_rate: NotNegative = 0.0
+    learning_rate: float = 1e-6
+    min_learning_rate: float = 0.0
     lr_schedule: LrSchedule = "constant"
-    warmup_steps: Count = 0
-    total_steps: Size | None = None
-    weight_decay: NotNegative = 0.0
-    adam_beta1: Annotated[float, Interval(ge=0, lt=1)] = 0.9
-    adam_beta2: Annotated[float, Interval(ge=0, lt=1)] = 0.95
-    adam_epsilon: Positive = 1e-8
-    max_grad_norm: Positive | None = 1.0
+    warmup_steps: int = 0
+    total_steps: int | None = None
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float | None = 1.0
 
     def __post_init__(self):
+        conform(self, _RULES)
         name = type(self).__name__
-        check_fields(self)
         if self.lr_schedule != "constant" and self.total_steps is None:
             raise ValueError(f"{name}.lr_schedule={self.lr_schedule!r} needs total_steps")
 
@@ -63,6 +60,22 @@ class AdamWConfig:
         progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
         remaining = 1.0 - progress if self.lr_schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
         return minimum + (peak - minimum) * remaining
+
+
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(("learning_rate", "min_learning_rate", "weight_decay"), Real(0.0, expected="a finite number >= 0")),
+    "lr_schedule": Choice(get_args(LrSchedule)),
+    "warmup_steps": Whole(0),
+    "total_steps": Whole(0, none=True),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), Real(0.0, 1.0, "in [0, 1)", open_high=True)),
+    "adam_epsilon": Real(0.0, expected="a finite number > 0", open_low=True),
+    "max_grad_norm": Real(0.0, expected="a finite number > 0, or None for no clipping", open_low=True, none=True),
+}
+
+
+def state_names(dtype: torch.dtype) -> tuple[str, ...]:
+    """What MasterAdamW keeps of a parameter of this dtype, step count excepted."""
+    return ("exp_avg", "exp_avg_sq") if dtype == torch.float32 else ("exp_avg", "exp_avg_sq", "master")
 
 
 class GradientSums:
@@ -163,7 +176,9 @@ class MasterAdamW:
     def step(self, lr: float, max_grad_norm: float | None, grad_norm: float) -> None:
         """Clips to max_grad_norm, updates the weights on all data-parallel ranks, and drops the gradients."""
         if max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.masters, max_grad_norm, torch.tensor(grad_norm))
+            torch.nn.utils.clip_grads_with_norm_(
+                self.masters, max_grad_norm, torch.tensor(grad_norm, dtype=torch.float32, device="cpu")
+            )
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()
@@ -178,7 +193,7 @@ class MasterAdamW:
 
     def state_names(self, index: int) -> tuple[str, ...]:
         """Of what the optimizer keeps of parameter number `index`, step count excepted."""
-        return ("exp_avg", "exp_avg_sq") if self._trains_in_place(index) else ("exp_avg", "exp_avg_sq", "master")
+        return state_names(self.parameters[index].dtype)
 
     def state_tensor(self, index: int, name: str) -> torch.Tensor:
         """One of them in the parameter's shape: gathered from the data-parallel ranks, all of which must call this, or
@@ -193,22 +208,6 @@ class MasterAdamW:
         """Sets the number of updates that the moments have seen, which corrects their bias."""
         for state in self._adamw.state.values():
             state["step"].fill_(num_steps)
-
-    def sharded_state_dict(self, model_state: ShardedStateDict) -> ShardedStateDict:
-        """The state tensors, sharded as their parameters are in `model_state` (model.sharded_state_dict()).
-
-        Whole over data-parallel ranks, so that a checkpoint can be read by any number of them.
-        """
-        sharded_parameters = get_param_id_to_sharded_param_map(model_state, self.parameters)
-        return {
-            str(index): {
-                name: make_sharded_optimizer_tensor(
-                    sharded_parameters[index], self.state_tensor(index, name), f"optimizer.state.{name}"
-                )
-                for name in self.state_names(index)
-            }
-            for index in range(len(self.parameters))
-        }
 
     def _trains_in_place(self, index: int) -> bool:
         return self.parameters[index].dtype == torch.float32

@@ -18,7 +18,7 @@ class ScoredResponse:
     logprobs: of the policy that drew it. truncated: it ran into the limit of tokens. ref_logprobs, teacher_logprobs:
     the KL penalty's reference model's, and the teacher's. values: the critic's, of what comes before each token.
     proximal_logprobs: of the policy before the step. turn_rewards: each turn's at its last token, 0 elsewhere, in all
-    `reward`; None: all of it is the last token's.
+    `reward`; None: all of it is the last token's. turn_lengths: tokens of each turn; None: all are of one turn.
     """
 
     reward: float
@@ -29,6 +29,7 @@ class ScoredResponse:
     values: Sequence[float] | None = None
     proximal_logprobs: Sequence[float] | None = None
     turn_rewards: Sequence[float] | None = None
+    turn_lengths: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(self.logprobs)
@@ -39,9 +40,9 @@ class RewardShaping:
     """What is taken off a response's reward.
 
     kl_coefficient, kl_estimator: a penalty of coefficient * kl(logprob - ref_logprob) for each token.
-    max_tokens, overlong_tokens, overlong_penalty: the last overlong_tokens of the allowed max_tokens cost more and
+    max_tokens, overlong_tokens, overlong_penalty: the last overlong_tokens of a turn's allowed max_tokens cost more and
         more, up to the penalty at max_tokens. Soft overlong punishment of DAPO: Yu et al. 2025 (arXiv 2503.14476),
-        equation 13. overlong_tokens 0: none.
+        equation 13. A response of several turns pays for each of them. overlong_tokens 0: none.
     """
 
     kl_coefficient: float = 0.0
@@ -52,7 +53,7 @@ class RewardShaping:
 
 
 def token_rewards(response: ScoredResponse, shaping: RewardShaping) -> list[float]:
-    """A reward per token: KL penalties, at a turn's last token what it earned, at the last of all the overlong penalty.
+    """A reward per token: KL penalties, and at a turn's last token what it earned less its overlong penalty.
 
     Raises ValueError for a response without tokens, a non-finite reward, or a KL penalty without reference.
     """
@@ -70,7 +71,10 @@ def token_rewards(response: ScoredResponse, shaping: RewardShaping) -> list[floa
     earned = [0.0] * (len(response) - 1) + [response.reward]
     if response.turn_rewards is not None:
         earned = list(response.turn_rewards)
-    earned[-1] -= _overlong_penalty(len(response), shaping)
+    end = 0
+    for length in response.turn_lengths or (len(response),):
+        end += length
+        earned[end - 1] -= _overlong_penalty(length, shaping)
     return [reward + own for reward, own in zip(rewards, earned, strict=True)]
 
 

@@ -1,13 +1,26 @@
 """The shape of a model as the engine and the trainer see it, read from a transformers directory's config.json."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from lockstep.engine.foreign_files import MissingFileError, has_file, read_json
 from lockstep.engine.models.families import FAMILIES
-from lockstep.engine.models.families.family import Family, UnsupportedModelError, read_flag, read_size, unsupported
+from lockstep.engine.models.families.family import (
+    MAX_EXPERT_MLPS,
+    MAX_LAYERS,
+    MAX_POSITIONS,
+    MAX_SIZE,
+    Family,
+    UnsupportedModelError,
+    is_number,
+    read_flag,
+    read_number,
+    read_size,
+    shown,
+    unsupported,
+)
 from lockstep.engine.models.families.latent import MLAConfig, with_mscale
 from lockstep.engine.models.moe import MoEConfig
 
@@ -24,6 +37,15 @@ __all__ = [
 
 Head = Literal["lm", "scalar"]
 
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+# What other tools read in a directory's place, by pattern, and what to do.
+OTHER_FORMATS = {
+    "*.gguf": "GGUF files are not read: take the model's safetensors",
+    "params.json": "this is a vendor's own format: take the model's transformers format",
+    "adapter_config.json": "this is an adapter: merge it into its model first",
+    "checkpoint.json": "this is a training checkpoint: lockstep convert makes a model directory of it",
+}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -39,6 +61,7 @@ class ModelConfig:
                    read nor exported.
     head:          "lm", logits over the vocabulary; or "scalar", a number per token: a reward model's score, which is
                    its last token's, or a critic's values. tie_word_embeddings is false then.
+    pad_token_id:  of config.json; a reward model's score is that of the last token that is another.
     """
 
     family: str
@@ -64,6 +87,7 @@ class ModelConfig:
     mla: MLAConfig | None = None
     num_mtp_layers: int = 0
     head: Head = "lm"
+    pad_token_id: int | None = None
 
     @property
     def has_output_matrix(self) -> bool:
@@ -99,22 +123,34 @@ def architecture(family: Family, head: Head) -> str:
 def load_model_config(path: str | Path) -> ModelConfig:
     """Reads config.json and, where there is one, generation_config.json of the directory `path`.
 
-    Raises FileNotFoundError without a config.json, and UnsupportedModelError, which names the key and its value, for a
-    model that the engine would not compute as transformers does.
+    Raises MissingFileError without a config.json, ValueError for one that is no JSON object, and UnsupportedModelError,
+    which names the key and its value, for a model that the engine would not compute as transformers does.
     """
     directory = Path(path)
-    if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"no config.json in {directory}")
-    raw = json.loads((directory / "config.json").read_text())
-    generation_path = directory / "generation_config.json"
-    generation = json.loads(generation_path.read_text()) if generation_path.is_file() else {}
-    return parse_model_config(raw, generation)
+    raw = read_config_json(directory)
+    generation = read_json(directory, GENERATION_FILE) if has_file(directory, GENERATION_FILE) else {}
+    try:
+        return parse_model_config(raw, generation)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{directory}/{error}") from None
+
+
+def read_config_json(directory: Path) -> dict[str, Any]:
+    """The contents of a model directory's config.json. Raises MissingFileError and ValueError."""
+    if not directory.is_dir():
+        what = "it is a file" if directory.exists() else "there is no such directory"
+        raise MissingFileError(f"no {CONFIG_FILE} in {directory}: {what}")
+    if not has_file(directory, CONFIG_FILE):
+        others = [name for name in OTHER_FORMATS if any(directory.glob(name))]
+        hint = f"; {OTHER_FORMATS[others[0]]}" if others else ""
+        raise MissingFileError(f"no {CONFIG_FILE} in {directory}: it is no model directory of transformers{hint}")
+    return read_json(directory, CONFIG_FILE)
 
 
 def parse_model_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
     """ModelConfig from the contents of config.json and of generation_config.json. Raises UnsupportedModelError."""
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise unsupported("model_type", model_type, f"known families are {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
     head = _head(raw, family)
@@ -122,12 +158,16 @@ def parse_model_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | N
     _refuse_unsupported_options(raw)
 
     eos_token_id = (generation or {}).get("eos_token_id")
+    eos_file = GENERATION_FILE
     if eos_token_id is None:
-        eos_token_id = raw.get("eos_token_id")
-    num_layers = read_size(raw, "num_hidden_layers")
+        eos_token_id, eos_file = raw.get("eos_token_id"), CONFIG_FILE
+    num_layers = read_size(raw, "num_hidden_layers", MAX_LAYERS)
+    max_positions = read_size(raw, "max_position_embeddings", MAX_POSITIONS)
     num_heads = read_size(raw, "num_attention_heads")
     rope_theta, rope_scaling = _parse_rope(raw)
     family_fields = family.parse(raw)
+    if (moe := family_fields.get("moe")) is not None and len(moe.layers) * moe.num_experts > MAX_EXPERT_MLPS:
+        raise unsupported("num_experts", moe.num_experts, f"{len(moe.layers)} layers have {MAX_EXPERT_MLPS} at most")
     if (mla := family_fields.get("mla")) is None:
         num_kv_heads, head_dim = _kv_heads_and_head_dim(raw, num_heads)
     else:
@@ -142,13 +182,14 @@ def parse_model_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | N
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         ffn_hidden_size=read_size(raw, "intermediate_size"),
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=read_number(raw, "rms_norm_eps", 1e-6),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        max_position_embeddings=read_size(raw, "max_position_embeddings"),
+        max_position_embeddings=max_positions,
         tie_word_embeddings=head == "lm" and read_flag(raw, "tie_word_embeddings"),
-        eos_token_ids=_token_ids(eos_token_id),
+        eos_token_ids=_token_ids(eos_token_id, eos_file),
         head=head,
+        pad_token_id=_pad_token_id(raw),
         **family_fields,
     )
 
@@ -161,8 +202,11 @@ def _head(raw: Mapping[str, Any], family: Family) -> Head:
         known = f"{family.architecture} or {architecture(family, 'scalar')}"
         raise unsupported("architectures", architectures, f"a {family.model_type} model must be a {known}")
     # transformers writes the labels, or nothing where there are two.
-    num_labels = raw.get("num_labels", len(raw.get("id2label") or ("LABEL_0", "LABEL_1")))
-    if num_labels != 1:
+    labels = raw.get("id2label") or ("LABEL_0", "LABEL_1")
+    if not isinstance(labels, (dict, tuple)):
+        raise unsupported("id2label", labels, "expected an object")
+    num_labels = raw.get("num_labels", len(labels))
+    if num_labels != 1 or isinstance(num_labels, bool):
         raise unsupported("num_labels", num_labels, "a reward model has one score")
     return "scalar"
 
@@ -185,12 +229,19 @@ def _kv_heads_and_head_dim(raw: Mapping[str, Any], num_heads: int) -> tuple[int,
     return num_kv_heads, head_dim
 
 
-def _token_ids(value: object) -> tuple[int, ...]:
+def _token_ids(value: object, file: str) -> tuple[int, ...]:
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    for token_id in ids:
-        if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
-            raise unsupported("eos_token_id", value, "expected a token id or a list of token ids")
+    if any(type(token_id) is not int or not 0 <= token_id < MAX_SIZE for token_id in ids):
+        expected = "expected a token id or a list of token ids"
+        raise UnsupportedModelError(f"{file}: eos_token_id = {shown(value)} is not supported: {expected}")
     return tuple(ids)
+
+
+def _pad_token_id(raw: Mapping[str, Any]) -> int | None:
+    token_id = raw.get("pad_token_id")  # -1 in some Llamas, for none
+    if token_id is not None and (type(token_id) is not int or abs(token_id) >= MAX_SIZE):
+        raise unsupported("pad_token_id", token_id, "expected a token id or null")
+    return token_id
 
 
 # Options that change the arithmetic of some relative of these families: (key, values that mean "off").
@@ -240,7 +291,7 @@ def _parse_rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
         parameters = per_layer_type[0]
 
     rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-    if rope_type not in _ROPE_KEYS:
+    if not isinstance(rope_type, str) or rope_type not in _ROPE_KEYS:
         raise unsupported(f"{key}.rope_type", rope_type, f"known types are {', '.join(_ROPE_KEYS)}")
     if parameters.get("partial_rotary_factor") not in (None, 1):
         raise unsupported(
@@ -250,8 +301,8 @@ def _parse_rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     if theta is None:
         theta = raw.get("rope_theta")
     theta = 10000.0 if theta is None else theta
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
-        raise unsupported("rope_theta", theta, "expected a positive number")
+    if not is_number(theta) or theta <= 1:
+        raise unsupported("rope_theta", theta, "expected a number above 1")
 
     required, optional = _ROPE_KEYS[rope_type]
     meta_keys = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
@@ -263,9 +314,15 @@ def _parse_rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     for name, value in scaling.items():
         if name not in required + optional:
             raise unsupported(f"{key}.{name}", value, f"not a parameter of rope type {rope_type}")
-        if name != "truncate" and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
-            raise unsupported(f"{key}.{name}", value, "expected a number")
+        may_be_zero = name in ("mscale", "mscale_all_dim")
+        if name == "truncate":
+            if not isinstance(value, bool):
+                raise unsupported(f"{key}.{name}", value, "expected true or false")
+        elif not is_number(value) or (value == 0 and not may_be_zero):
+            raise unsupported(f"{key}.{name}", value, "expected a positive number")
     for name in required:
         if name not in scaling:
             raise unsupported(f"{key}.{name}", None, f"rope type {rope_type} needs it")
+    if rope_type == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
+        raise unsupported(f"{key}.high_freq_factor", scaling["high_freq_factor"], "it must exceed low_freq_factor")
     return float(theta), None if rope_type == "default" else {"rope_type": rope_type, **scaling}

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from lockstep.engine.config_fields import Fraction, Positive, Seconds, Size, Text, check_fields
+from lockstep.kernels import numerics
 from lockstep.recipes.bench.shapes import SHAPES
 
 Suite = Literal[
@@ -71,8 +72,7 @@ class BenchConfig:
         """The config with its suite and device chosen. Raises ValueError for a GPU that is not there."""
         has_gpu = torch.cuda.is_available()
         device = self.device or ("cuda" if has_gpu and self.suite != "cpu" else "cpu")
-        if device == "cuda" and not has_gpu:
-            raise ValueError("bench: device=cuda, but torch sees no NVIDIA GPU here")
+        numerics.usable_device(device)
         return replace(self, device=device, suite=self.suite or ("engine" if device == "cuda" else "cpu"))
 
     def refuse(self, *fields: str) -> None:

@@ -5,6 +5,7 @@ Every wait has a deadline.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,6 +33,8 @@ from lockstep.trainer_bridge import TrainerConfig
 from lockstep.trainer_bridge.layout import trainer_layout
 from lockstep.trainer_bridge.weight_plan import Transfer, engine_layout, plan_transfers
 
+_LOG = logging.getLogger(__name__)
+
 
 class RayCluster:
     """`trainer`, `engine`, `rewards` and `publish`, as LocalCluster has them. Use as a context manager."""
@@ -42,11 +45,13 @@ class RayCluster:
         check_cluster(config, trainer, engine)
         self._config = config
         self._model = load_model_config(engine.model)
-        trainer, engine = (
-            with_absolute_paths(trainer),
-            with_absolute_paths(engine),
-        )  # workers are in folders of their own
+        # Workers may be in another folder than this process.
+        trainer, engine = with_absolute_paths(trainer), with_absolute_paths(engine)
         self._weights = WeightsFolder(config.transport_directory) if config.transport == "disk" else None
+        if config.address is not None:
+            _LOG.info("joining the Ray cluster %s", config.address)
+        else:
+            _LOG.info("starting Ray on this machine")
         self._session = RaySession(config)
         try:
             self._placement = _reserve(config)
@@ -65,6 +70,7 @@ class RayCluster:
         self._meeting: Meeting | None = None
         self._meeting_engines: list[Any] = []  # the actors: one that was replaced cannot come
         self._num_meetings = 0
+        _LOG.info("waiting for the actors of trainer and engines, which load the model %s", engine.model)
         try:
             self.trainer.wait_until_ready()
             self.engine.wait_until_ready()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -19,9 +20,10 @@ from pathlib import Path
 
 import psutil
 import ray
-from rich.console import Console
 
 from lockstep.recipes.cluster.config import ClusterConfig
+
+_LOG = logging.getLogger(__name__)
 
 # Of a cluster that is started here. Ray would make its workers as nice as 15: what else runs would come before them.
 _OWN_CLUSTER = {
@@ -81,7 +83,7 @@ class RaySession:
     def abandon(self) -> None:
         """In place of `close`, without a head: Ray's own clean-up would wait for it for a minute, and then end this
         process as failed. So it is left out, and the process ends by itself when all else is done."""
-        Console(stderr=True, highlight=False).print("warning: Ray's head is gone; its processes are left to themselves")
+        _LOG.warning("Ray's head is gone; its processes are left to themselves")
         atexit.register(_end_process, self.directory)
 
     def _join(self, address: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from lockstep.rollout.environments.tool_calls import ToolCall
@@ -41,10 +42,24 @@ class StepResult:
     done: bool = False
 
 
+def checked_result(result: Any) -> StepResult:
+    """The result with a plain reward and `done`. Raises ValueError that says what an environment may return."""
+    if not isinstance(result, StepResult):
+        raise ValueError(f"step returned a {type(result).__name__}; it must return a StepResult")
+    try:
+        reward = float(result.reward)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the reward of a StepResult must be a number, got {result.reward!r}: {error}") from error
+    if not math.isfinite(reward):
+        raise ValueError(f"the reward of a StepResult must be finite, got {reward}")
+    return replace(result, reward=reward, done=bool(result.done))
+
+
 class Environment(Protocol):
     """One episode. A pure function of the problem and the turns, so that an episode can be played again exactly.
 
-    The run's rewards judge the last turn's text; an environment's own rewards come on top, turn by turn.
+    The run's rewards judge the last turn's text; an environment's own rewards come on top, turn by turn. What it raises
+    ends its episode alone, see EnvironmentConfig.
     """
 
     def reset(self, problem: Problem) -> Opening: ...

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from lockstep.rollout.model_output import parse_json
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,13 @@ class ToolCall:
 
 def hermes_calls(text: str) -> list[ToolCall]:
     """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, as Qwen2.5, Qwen3 and Hermes write them."""
-    bodies = re.findall(r"<tool_call>(.*?)(?:</tool_call>|$)", text, re.DOTALL)
-    return [_read(body, "arguments") for body in bodies]
+    return [_read(body, "arguments") for body in _between(text, "<tool_call>", "</tool_call>")]
 
 
 def llama_calls(text: str) -> list[ToolCall]:
     """A turn that is one JSON object, `{"name": ..., "parameters": {...}}`, as Llama 3.1 and later write it."""
     body = text.strip().removeprefix("<|python_tag|>").strip()
-    return [_read(body, "parameters")] if re.match(r'\{\s*"', body) else []
+    return [_read(body, "parameters")] if body.startswith("{") and body[1:].lstrip().startswith('"') else []
 
 
 def mistral_calls(text: str) -> list[ToolCall]:
@@ -36,32 +35,43 @@ def mistral_calls(text: str) -> list[ToolCall]:
     if not marker:
         return []
     try:
-        calls = json.loads(body)
+        calls = parse_json(body)
     except ValueError as error:
-        return [ToolCall("", error=f"not JSON: {error}")]
+        return [ToolCall("", error=str(error))]
     return [_checked(call, "arguments") for call in (calls if isinstance(calls, list) else [calls])]
 
 
 def deepseek_calls(text: str) -> list[ToolCall]:
     """DeepSeek-V3's: `<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME`, and the arguments as a fenced block of JSON."""
-    pattern = r"<｜tool▁call▁begin｜>function<｜tool▁sep｜>(.*?)\n```json\n(.*?)\n```<｜tool▁call▁end｜>"  # noqa: RUF001
-    return list(_named_calls(re.findall(pattern, text, re.DOTALL)))
+    return list(map(_read_deepseek, _between(text, "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>")))  # noqa: RUF001
 
 
-def _named_calls(found: list[tuple[str, str]]) -> Iterator[ToolCall]:
-    for name, body in found:
-        try:
-            yield _checked({"name": name.strip(), "arguments": json.loads(body)}, "arguments")
-        except ValueError as error:
-            yield ToolCall(name.strip(), error=f"not JSON: {error}")
+def _between(text: str, opening: str, closing: str) -> Iterator[str]:
+    """What stands behind each opening up to the next closing, or up to the text's end."""
+    position = 0
+    while (start := text.find(opening, position)) >= 0:
+        end = text.find(closing, start)
+        position = len(text) if end < 0 else end + len(closing)
+        yield text[start + len(opening) : position if end < 0 else end]
+
+
+def _read_deepseek(body: str) -> ToolCall:
+    head, fence, arguments = body.partition("\n```json\n")
+    kind, separator, name = head.partition("<｜tool▁sep｜>")  # noqa: RUF001
+    if kind != "function" or not separator or not fence:
+        return ToolCall("", error='a tool call is "function", a separator, a name and a fenced block of JSON')
+    arguments, fence, _ = arguments.rpartition("\n```")
+    try:
+        return _checked({"name": name.strip(), "arguments": parse_json(arguments)}, "arguments")
+    except ValueError as error:
+        return ToolCall(name.strip(), error=str(error) if fence else "not JSON: its fenced block is not closed")
 
 
 def _read(body: str, arguments_key: str) -> ToolCall:
     try:
-        call = json.loads(body)
+        return _checked(parse_json(body), arguments_key)
     except ValueError as error:
-        return ToolCall("", error=f"not JSON: {error}")
-    return _checked(call, arguments_key)
+        return ToolCall("", error=str(error))
 
 
 def _checked(call: Any, arguments_key: str) -> ToolCall:

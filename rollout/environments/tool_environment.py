@@ -8,6 +8,7 @@ from typing import Any
 
 from lockstep.rollout.environments.environment import Action, Message, Opening, StepResult
 from lockstep.rollout.environments.tool_calls import ToolCall
+from lockstep.rollout.model_output import shown
 from lockstep.rollout.tasks import Problem
 
 
@@ -15,7 +16,8 @@ from lockstep.rollout.tasks import Problem
 class Tool:
     """A function that the policy may call. parameters: the JSON schema of its arguments.
 
-    `run` takes the arguments by name and returns what the policy reads; a ValueError or TypeError of its is read too.
+    `run` takes the arguments by name and returns the text that the policy reads; a ValueError or TypeError of its is
+    read too. Anything else that it raises or returns is a failure of the episode.
     """
 
     name: str
@@ -50,7 +52,7 @@ class ToolEnvironment:
             try:
                 content = self._run(call)
             except (ValueError, TypeError) as error:
-                content, num_errors = f"error: {error}", num_errors + 1
+                content, num_errors = f"error: {shown(error)}", num_errors + 1
             results.append(_tool_message(call.name, content))
         return StepResult(results, reward=self.error_reward * num_errors)
 
@@ -58,8 +60,11 @@ class ToolEnvironment:
         if call.error is not None:
             raise ValueError(call.error)
         if call.name not in self.tools:
-            raise ValueError(f"no tool {call.name!r}; there are: {', '.join(self.tools)}")
-        return self.tools[call.name].run(**call.arguments)
+            raise ValueError(f"no tool {shown(call.name, 40)!r}; there are: {', '.join(self.tools)}")
+        content = self.tools[call.name].run(**call.arguments)
+        if not isinstance(content, str):
+            raise RuntimeError(f"tool {call.name!r} returned a {type(content).__name__}, not a text")
+        return content
 
 
 def _tool_message(name: str, content: str) -> Message:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
+from lockstep.engine import user_code
 from lockstep.engine.models.config import load_model_config
-from lockstep.rollout.rewards import code, functions, models, rules
+from lockstep.rollout.rewards import code, functions, models, rules, text_rewards
+from lockstep.rollout.rewards.failures import FailedScore
 from lockstep.rollout.rewards.models import RewardEngines
 from lockstep.rollout.rewards.reward import Completion, Reward, each
-from lockstep.rollout.tasks.problem import Task
+from lockstep.rollout.tasks.problem import BatchTask, Task
 
 
 @dataclass(frozen=True)
@@ -25,18 +28,22 @@ class Kind:
 
 
 REWARDS: dict[str, Kind] = {
-    "task": Kind(rules.NoOptions, lambda options, task, engines: each(rules.task_reward(task))),
-    "correct": Kind(rules.NoOptions, lambda options, task, engines: each(rules.correct_reward(task))),
+    "task": Kind(rules.NoOptions, lambda options, task, engines: rules.task_reward(task)),
+    "correct": Kind(rules.NoOptions, lambda options, task, engines: rules.correct_reward(task)),
     "exact_match": Kind(rules.NoOptions, lambda options, task, engines: each(rules.exact_match)),
     "format": Kind(rules.NoOptions, lambda options, task, engines: each(rules.answer_format)),
-    "regex": Kind(rules.RegexOptions, lambda options, task, engines: each(rules.regex_reward(options))),
+    "regex": Kind(
+        text_rewards.RegexOptions, lambda options, task, engines: text_rewards.regex_reward(options, engines)
+    ),
     "json_schema": Kind(
-        rules.JsonSchemaOptions, lambda options, task, engines: each(rules.json_schema_reward(options))
+        text_rewards.JsonSchemaOptions, lambda options, task, engines: text_rewards.json_schema_reward(options, engines)
     ),
     "length": Kind(rules.LengthOptions, lambda options, task, engines: rules.length_reward(options)),
-    "math": Kind(functions.MathOptions, lambda options, task, engines: functions.math_reward(options)),
+    "math": Kind(functions.MathOptions, lambda options, task, engines: functions.math_reward(options, engines)),
     "code": Kind(code.CodeOptions, lambda options, task, engines: code.code_reward(options)),
-    "function": Kind(functions.FunctionOptions, lambda options, task, engines: functions.function_reward(options)),
+    "function": Kind(
+        functions.FunctionOptions, lambda options, task, engines: functions.function_reward(options, engines)
+    ),
     "reward_model": Kind(
         models.RewardModelOptions, lambda options, task, engines: models.reward_model_reward(options, engines)
     ),
@@ -44,8 +51,8 @@ REWARDS: dict[str, Kind] = {
 }
 
 
-def build_reward(terms: Mapping[str, Any] | str, task: Task, engines: RewardEngines) -> Reward:
-    """The weighted sum of rewards.
+def build_reward(terms: Mapping[str, Any] | str, task: Task, engines: RewardEngines | None) -> Reward:
+    """The weighted sum of rewards. A term without a verdict on a sample adds 0, and makes the sum a FailedScore.
 
         {"correct": 1.0, "format": 0.1, "my_package.my_module.my_reward": 0.5}
         {"regex": {"weight": 0.5, "pattern": "^Let"}, "short": {"kind": "length", "max_tokens": 99, "buffer_tokens": 9}}
@@ -55,29 +62,33 @@ def build_reward(terms: Mapping[str, Any] | str, task: Task, engines: RewardEngi
     the reward's options and `weight` (1 if it is not given). Empty is {"task": 1.0}; a string is one function's path.
     Raises ValueError that names the term for an unknown name or option, and as the rewards do.
     """
-    if isinstance(terms, str):
-        terms = {terms: 1.0}
-    built = [_build_term(name, value, task, engines) for name, value in (terms or {"task": 1.0}).items()]
+    built = [_build_term(name, value, task, engines) for name, value in _named_terms(terms).items()]
 
     def reward(completions: Sequence[Completion]) -> list[float]:
         totals = [0.0] * len(completions)
+        failed: dict[int, str] = {}
         for weight, term in built:
-            totals = [total + weight * score for total, score in zip(totals, term(completions), strict=True)]
-        return totals
+            scores = term(completions)
+            failed |= {number: score.reason for number, score in enumerate(scores) if isinstance(score, FailedScore)}
+            totals = [total + weight * score for total, score in zip(totals, scores, strict=True)]
+        return [FailedScore(total, failed[n]) if n in failed else total for n, total in enumerate(totals)]
 
     return reward
 
 
-def check_reward(terms: Mapping[str, Any] | str, task: Task) -> None:
-    """Raises ValueError as `build_reward` does, and starts no engine."""
-    build_reward(terms, task, _UnstartedEngines())
+def check_reward(terms: Any) -> None:
+    """Finds what is wrong with a reward before anything starts: names, options, weights, files and signatures.
 
-
-class _UnstartedEngines(RewardEngines):
-    """Knows of a model what its directory says."""
-
-    def engine(self, model: str, options: Mapping[str, Any]) -> Any:
-        return SimpleNamespace(model_config=load_model_config(self.config(model, options).model))
+    Raises ValueError as `build_reward`.
+    """
+    for name, value in _named_terms(terms).items():
+        _, kind, options = _term(name, value)
+        with _naming(name):
+            options = _options(REWARDS[kind].options, options)
+            if isinstance(options, functions.FunctionOptions):
+                functions.checked_function(options)
+            if isinstance(options, models.RewardModelOptions | models.JudgeOptions):
+                load_model_config(RewardEngines.config(options.model, options.engine).model)
 
 
 class LocalRewards(RewardEngines):
@@ -85,22 +96,44 @@ class LocalRewards(RewardEngines):
 
     def build(self, terms: Mapping[str, Any] | str, task: Task) -> Reward:
         """See `build_reward`."""
+        if isinstance(task, BatchTask):
+            self.at_close(task.close)
         return build_reward(terms, task, self)
 
 
-def _build_term(name: str, value: Any, task: Task, engines: RewardEngines) -> tuple[float, Reward]:
+def _named_terms(terms: Any) -> Mapping[str, Any]:
+    if isinstance(terms, str):
+        return {terms: 1.0}
+    if terms is not None and not isinstance(terms, Mapping):
+        raise ValueError(f"reward must be weights by name, or the path of one function, got {terms!r}")
+    return terms or {"task": 1.0}
+
+
+def _term(name: str, value: Any) -> tuple[float, str, dict[str, Any]]:
+    """A term's weight, its kind, which is a key of REWARDS, and its other options."""
     options = dict(value) if isinstance(value, Mapping) else {"weight": value}
     weight = options.pop("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
         raise ValueError(f"reward {name!r}: the weight must be a number, got {weight!r}")
     kind = options.pop("kind", name)
     if kind not in REWARDS:
         if "kind" in (value if isinstance(value, Mapping) else ()) or "." not in kind:
-            known = ", ".join(REWARDS)
-            raise ValueError(f"no reward {kind!r}; there are: {known}, or the path of a function")
+            raise ValueError(user_code.unknown_name("no reward", kind, REWARDS, ", or the path of a function"))
         kind, options = "function", {"path": name, **options}
+    return float(weight), kind, options
+
+
+def _build_term(name: str, value: Any, task: Task, engines: RewardEngines | None) -> tuple[float, Reward]:
+    weight, kind, options = _term(name, value)
+    with _naming(name):
+        return weight, REWARDS[kind].build(_options(REWARDS[kind].options, options), task, engines)
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """A ValueError within says which term it is about."""
     try:
-        return float(weight), REWARDS[kind].build(_options(REWARDS[kind].options, options), task, engines)
+        yield
     except ValueError as error:
         raise ValueError(f"reward {name!r}: {error}") from error
 

@@ -10,7 +10,7 @@ from lockstep.rollout.tasks.problem import Problem
 
 @dataclass(frozen=True)
 class Completion:
-    """A response to a problem; num_tokens counts its tokens, the end token included."""
+    """A response to a problem. num_tokens: that the policy wrote, end tokens included; of an episode, in all turns."""
 
     problem: Problem
     text: str

@@ -1,18 +1,15 @@
 """Rule rewards: pure functions from a problem and a response text to a number."""
 
-import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-import jsonschema
-
-from lockstep.rollout.rewards.reward import Completion, Reward, Rule
+from lockstep.rollout.rewards.failures import FailedScore, FailureWarnings
+from lockstep.rollout.rewards.reward import Completion, Reward
+from lockstep.rollout.rewards.score_values import plain_score, reason_of
 from lockstep.rollout.tasks.answers import extract_answer, same_text
-from lockstep.rollout.tasks.problem import Problem, Task
+from lockstep.rollout.tasks.problem import BatchTask, Problem, Task
 
-_FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
+_AWAITED_S = 60.0  # for the score of a user's task whose `score` is async
 
 
 @dataclass(frozen=True)
@@ -21,24 +18,11 @@ class NoOptions:
 
 
 @dataclass(frozen=True)
-class RegexOptions:
-    """pattern: searched for with re.DOTALL. in_answer: in the extracted answer, and not in the whole response."""
-
-    pattern: str
-    in_answer: bool = False
-
-
-@dataclass(frozen=True)
-class JsonSchemaOptions:
-    """schema: a JSON schema, or schema_file: the path of one."""
-
-    schema: Mapping[str, Any] = field(default_factory=dict)
-    schema_file: str | None = None
-
-
-@dataclass(frozen=True)
 class LengthOptions:
-    """max_tokens: what a response should stay below; buffer_tokens: from so many before on it costs."""
+    """max_tokens: what a response should stay below; buffer_tokens: from so many before on it costs.
+
+    Of an episode, all that the policy wrote counts, and nothing that it read.
+    """
 
     max_tokens: int
     buffer_tokens: int
@@ -48,20 +32,42 @@ class LengthOptions:
             raise ValueError(f"buffer_tokens must be in 1 to {self.max_tokens} (max_tokens), got {self.buffer_tokens}")
 
 
-def task_reward(task: Task) -> Rule:
+def task_reward(task: Task) -> Reward:
     """The task's verifier on the extracted answer, partial credit included; 0 without an answer."""
+    score_all = task.score_all if isinstance(task, BatchTask) else _scoring_each(task)
 
-    def rule(problem: Problem, response: str) -> float:
-        answer = extract_answer(response)
-        return 0.0 if answer is None else task.score(problem, answer)
+    def reward(completions: Sequence[Completion]) -> list[float]:
+        answers = [extract_answer(completion.text) for completion in completions]
+        given = [(c.problem, a) for c, a in zip(completions, answers, strict=True) if a is not None]
+        scores = iter(score_all(given))
+        return [0.0 if answer is None else next(scores) for answer in answers]
 
-    return rule
+    return reward
 
 
-def correct_reward(task: Task) -> Rule:
+def correct_reward(task: Task) -> Reward:
     """1 where the task's verifier gives full marks, else 0: what accuracy means in evaluation."""
     scored = task_reward(task)
-    return lambda problem, response: float(scored(problem, response) >= 1.0)
+
+    def reward(completions: Sequence[Completion]) -> list[float]:
+        return [s if isinstance(s, FailedScore) else float(s >= 1.0) for s in scored(completions)]
+
+    return reward
+
+
+def _scoring_each(task: Task) -> Callable[[Sequence[tuple[Problem, str]]], list[float]]:
+    """Of a task that scores in this process. Where it raises, or gives no number, that sample has failed."""
+    warnings = FailureWarnings(f"of task {task.name}")
+
+    def score(problem: Problem, answer: str) -> float:
+        try:
+            return plain_score(task.score(problem, answer), f"the verifier of task {task.name}", _AWAITED_S)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            return warnings.failed(problem.problem_id, reason_of(error))
+
+    return lambda answers: [score(problem, answer) for problem, answer in answers]
 
 
 def exact_match(problem: Problem, response: str) -> float:
@@ -73,47 +79,6 @@ def exact_match(problem: Problem, response: str) -> float:
 def answer_format(problem: Problem, response: str) -> float:
     """1 where the response ends in exactly one tagged answer, else 0."""
     return float(response.count("<answer>") == 1 and response.rstrip().endswith("</answer>"))
-
-
-def regex_reward(options: RegexOptions) -> Rule:
-    """1 where the pattern is found, else 0. Raises ValueError for a pattern that is none."""
-    try:
-        pattern = re.compile(options.pattern, re.DOTALL)
-    except re.error as error:
-        raise ValueError(f"pattern {options.pattern!r}: {error}") from error
-
-    def rule(problem: Problem, response: str) -> float:
-        text = (extract_answer(response) or "") if options.in_answer else response
-        return float(pattern.search(text) is not None)
-
-    return rule
-
-
-def json_schema_reward(options: JsonSchemaOptions) -> Rule:
-    """1 where the answer (tagged, else the last fenced block, else the whole response) is JSON of the schema, else 0.
-
-    Raises ValueError for a schema that is none.
-    """
-    schema = options.schema
-    if options.schema_file is not None:
-        with open(options.schema_file, encoding="utf-8") as file:
-            schema = json.load(file)
-    validator_class = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
-    try:
-        validator_class.check_schema(schema)
-    except jsonschema.SchemaError as error:
-        raise ValueError(f"json_schema: {error.message}") from error
-    validator = validator_class(schema)
-
-    def rule(problem: Problem, response: str) -> float:
-        fenced = _FENCED.findall(response)
-        text = extract_answer(response) or (fenced[-1] if fenced else response)
-        try:
-            return float(validator.is_valid(json.loads(text)))
-        except (ValueError, RecursionError):
-            return 0.0
-
-    return rule
 
 
 def length_reward(options: LengthOptions) -> Reward:

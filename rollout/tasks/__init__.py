@@ -1,8 +1,9 @@
 """Tasks: numbered problems with a verifier, split into training and held-out problems that share no question."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from lockstep.engine import user_code
 from lockstep.rollout.tasks.guess_number_task import GuessNumberTaskConfig, build_guess_number
 from lockstep.rollout.tasks.local_files import LocalFilesConfig, build_local_files
 from lockstep.rollout.tasks.problem import Problem, Task, TaskSplits
@@ -16,6 +17,7 @@ __all__ = [
     "ReasoningGymConfig",
     "Task",
     "TaskSplits",
+    "build_own_task",
     "build_task",
 ]
 
@@ -36,3 +38,19 @@ def build_task(config: TaskConfig) -> TaskSplits:
             return build(config)
     known = ", ".join(config_class.__name__ for config_class, _ in TASKS.values())
     raise TypeError(f"{type(config).__name__} is not a task config; there are: {known}")
+
+
+def build_own_task(kind: str, options: Mapping[str, Any]) -> TaskSplits:
+    """The splits that the user's own function gives for options, its keyword arguments.
+
+    kind: `path/to/file.py:name` or a dotted path. Raises ValueError for a kind that is no path and not in TASKS, as
+    `user_code.load_object` does, or where the function gives no TaskSplits.
+    """
+    if not user_code.is_path(kind):
+        raise ValueError(user_code.unknown_name("no task.kind", kind, TASKS, f", or {user_code.FORMS}"))
+    function = user_code.load_object(kind, "task")
+    user_code.check_options(function, 0, options, f"the task {kind!r}")
+    splits = function(**options)
+    if not isinstance(splits, TaskSplits):
+        raise ValueError(f"the task {kind!r} gave a {type(splits).__name__}, not TaskSplits(train, held_out)")
+    return splits

@@ -1,9 +1,9 @@
 """What a task is: numbered problems, and a verifier that scores an answer to one of them."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,19 @@ class Task(Protocol):
 
     def score(self, problem: Problem, answer: str | None) -> float:
         """The verifier: 1.0 for a right answer, 0.0 for a wrong or absent one, between for partial credit."""
+        ...
+
+
+@runtime_checkable
+class BatchTask(Task, Protocol):
+    """A task whose verifier runs in processes of its own, and is faster for many answers at once."""
+
+    def score_all(self, answers: Sequence[tuple[Problem, str | None]]) -> list[float]:
+        """As `score`, of each (problem, answer)."""
+        ...
+
+    def close(self) -> None:
+        """Ends the processes; a later score starts others."""
         ...
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Interval
 
-from lockstep.engine.config_fields import MAX_COUNT, Fraction, Seed, Size, Text, check_fields
+from lockstep.engine.config_fields import MAX_COUNT, Fraction, Seconds, Seed, Size, Text, check_fields
+from lockstep.rollout.rewards.isolation import Limits
+from lockstep.rollout.rewards.verifiers import Verifier, VerifierPool
 from lockstep.rollout.tasks.problem import Problem, TaskSplits, check_index, content_hash, conversation, hash_fraction
+from lockstep.rollout.tasks.reasoning_gym_verifier import EVALUATES
 from lockstep.rollout.tasks.solutions import cut_short, num_steps, worked_solution
 
 if TYPE_CHECKING:
@@ -29,6 +34,7 @@ class ReasoningGymConfig:
     train_size, held_out_size: problems per split. Most datasets draw lazily; a few prepare all train_size at once.
     shortcut_fraction: share of the worked solutions with at least shortcut_min_steps steps that stop one step early and
         so end in a wrong answer. Which ones is a pure function of the question. References and scores stay right.
+    verify_timeout_s: of CPU time, and of wall time, that the verifier may take for one answer before it scores 0.
     """
 
     dataset: Text = "chain_sum"
@@ -39,6 +45,7 @@ class ReasoningGymConfig:
     system_prompt: str | None = None
     shortcut_fraction: Fraction = 0.0
     shortcut_min_steps: Annotated[int, Interval(ge=2, le=MAX_COUNT)] = 3
+    verify_timeout_s: Seconds = 5.0
 
     def __post_init__(self):
         check_fields(self)
@@ -47,8 +54,16 @@ class ReasoningGymConfig:
 class ReasoningGymTask:
     """One split. A problem whose question is in `excluded` is drawn again from the next stream of the same split."""
 
-    def __init__(self, config: ReasoningGymConfig, first_seed: int, size: int, excluded: frozenset[str]):
+    def __init__(
+        self,
+        config: ReasoningGymConfig,
+        first_seed: int,
+        size: int,
+        excluded: frozenset[str],
+        verifiers: VerifierPool,
+    ):
         self.name = config.dataset
+        self.verifiers = verifiers
         self._config = config
         self._first_seed = first_seed
         self._size = size
@@ -71,9 +86,18 @@ class ReasoningGymTask:
         )
 
     def score(self, problem: Problem, answer: str | None) -> float:
-        """reasoning-gym's own verifier. Many datasets give partial credit to an answer that contains the right one."""
-        entry = {"question": problem.question, "answer": problem.answer, "metadata": problem.metadata}
-        return float(self._streams[0].score_answer(answer, entry))
+        """As `score_all`, of one answer."""
+        return self.score_all([(problem, answer)])[0]
+
+    def score_all(self, answers: Sequence[tuple[Problem, str | None]]) -> list[float]:
+        """reasoning-gym's own verifier, in isolated processes. FailedScore where it gives no score.
+
+        Many datasets give partial credit to an answer that contains the right one.
+        """
+        return self.verifiers.verify(answers)
+
+    def close(self) -> None:
+        self.verifiers.close()
 
     def _draw(self, stream: int, index: int) -> Problem:
         while stream >= len(self._streams):
@@ -103,9 +127,25 @@ def build_reasoning_gym(config: ReasoningGymConfig) -> TaskSplits:
     Raises ValueError for an unknown dataset, an unknown option, an option value that the dataset refuses, and shortcut
     settings out of range.
     """
-    held_out = ReasoningGymTask(config, config.seed + _STREAM_STRIDE, config.held_out_size, frozenset())
+    verifier = _verifier(config)
+    verifiers = VerifierPool(verifier, num_workers=2 if verifier.each_alone else 1)
+    held_out = ReasoningGymTask(config, config.seed + _STREAM_STRIDE, config.held_out_size, frozenset(), verifiers)
     questions = frozenset(content_hash(held_out.problem(index).messages) for index in range(len(held_out)))
-    return TaskSplits(ReasoningGymTask(config, config.seed, config.train_size, questions), held_out)
+    return TaskSplits(ReasoningGymTask(config, config.seed, config.train_size, questions, verifiers), held_out)
+
+
+def _verifier(config: ReasoningGymConfig) -> Verifier:
+    """For most data sets answers are data, and a process judges as many as come at once."""
+    parts = [part.name for part in config.options.get("datasets", ()) if hasattr(part, "name")]  # of `composite`
+    evaluates = not EVALUATES.keys().isdisjoint({config.dataset, *parts})
+    return Verifier(
+        name=f"reasoning-gym {config.dataset}",
+        function=f"{Path(__file__).with_name('reasoning_gym_verifier.py')}:verifier",
+        arguments={"dataset": config.dataset, "options": dict(config.options)},
+        limits=Limits(wall_time_s=config.verify_timeout_s, cpu_time_s=math.ceil(config.verify_timeout_s)),
+        each_alone=evaluates,
+        must_confine=evaluates,
+    )
 
 
 def _create_dataset(config: ReasoningGymConfig, seed: int, size: int) -> ProceduralDataset:

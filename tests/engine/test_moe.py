@@ -9,7 +9,7 @@ from transformers import DeepseekV2Config, DeepseekV3Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
-from lockstep.engine.checkpoint import initialize_dummy
+from lockstep.engine.dummy_weights import initialize_dummy
 from lockstep.engine.models.config import parse_model_config
 from lockstep.engine.models.decoder import _MoE
 from lockstep.engine.models.moe import MoEConfig

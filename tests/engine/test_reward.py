@@ -5,6 +5,7 @@ import torch
 from models import make_hf_model
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
+from lockstep.engine.pooling import scored_part
 from lockstep.engine.replicated_engine import ReplicatedEngine
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 
@@ -33,6 +34,44 @@ def test_rewards_are_transformers_scores_and_the_trainers_bits(family, options, 
     assert len(set(rewards)) == len(sequences) - 1
     trainer = MegatronTrainer(TrainerConfig(model=str(tmp_path), head="scalar"))
     assert rewards == [values[-1] for values in trainer.values(sequences)]
+
+
+# Token 7 pads, in some cases; 0 ends.
+ENDINGS = [
+    [5, 6, 3],
+    [5, 6, 0],
+    [5, 6, 7],
+    [5, 0, 7, 7],
+    [5, 7, 0, 0],
+    [7, 7, 5, 7],
+    [0, 0, 0],
+    [7, 7],
+    [0],
+    [3, 0, 5, 0],
+]
+
+
+@pytest.mark.parametrize("pad", [7, 0, None, -1], ids=["own", "eos", "none", "negative"])
+def test_scores_are_read_where_transformers_reads_them(pad, tmp_path):
+    hf = make_hf_model(tmp_path, "llama", seed=4, scalar_head=True, pad_token_id=pad)
+    engine = engine_of(tmp_path)
+    trainer = MegatronTrainer(TrainerConfig(model=str(tmp_path), head="scalar"))
+    with torch.no_grad():
+        alone = [hf(torch.tensor([sequence])).logits.item() for sequence in ENDINGS]
+        assert engine.reward(ENDINGS) == pytest.approx(alone, abs=1e-4)
+        values = trainer.values([scored_part(sequence, pad) for sequence in ENDINGS])
+        assert engine.reward(ENDINGS) == [row[-1] for row in values]
+        last = [row[-1] for row in trainer.values(ENDINGS)]
+        assert engine.reward(ENDINGS, score_at="last") == last
+        assert (engine.reward(ENDINGS) == last) == (pad in (None, -1))
+        if pad in (7, 0):  # transformers takes batches of such models alone
+            padded = torch.tensor([[*sequence, *[pad] * (6 - len(sequence))] for sequence in ENDINGS])
+            assert hf(padded).logits.squeeze(1).tolist() == pytest.approx(alone, abs=1e-4)
+
+
+def test_an_unknown_place_of_the_score_is_refused(model_dir):
+    with pytest.raises(ValueError, match="score_at must be one of last_non_pad, last, got 'first'"):
+        engine_of(model_dir).reward([[1]], score_at="first")
 
 
 @pytest.fixture(scope="module")

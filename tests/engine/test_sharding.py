@@ -8,7 +8,8 @@ from models import EXPERTS, make_hf_model, tiny_config
 from safetensors.torch import save_file
 
 from lockstep.engine import weights
-from lockstep.engine.checkpoint import initialize_dummy, iterate_weights
+from lockstep.engine.checkpoint import iterate_weights
+from lockstep.engine.dummy_weights import initialize_dummy
 from lockstep.engine.models.config import load_model_config, parse_model_config
 from lockstep.engine.models.decoder import Decoder
 from lockstep.engine.models.names import expand

@@ -84,7 +84,8 @@ SHAPE = BatchShape(max_tokens=64, temperature=0.5, max_response_tokens=12)
 
 def batches_of(samples, version, **options):
     algorithm = build_algorithm(AlgorithmConfig(**options), SHAPE.max_response_tokens)
-    (batches,) = policy_batches(algorithm, [samples], scored_responses([samples]), version, SHAPE)
+    responses = scored_responses([samples])
+    (batches,) = policy_batches(algorithm, [samples], responses, algorithm.advantages(responses), version, SHAPE)
     return batches
 
 
@@ -119,7 +120,31 @@ def test_a_turns_reward_is_credited_to_what_was_written_up_to_its_end():
     assert (first, second) == ([1.5] * 3, [-1.5] * 3)
     shaping = RewardShaping(kl_coefficient=0.5, max_tokens=4, overlong_tokens=2, overlong_penalty=2.0)
     penalised = replace(response, ref_logprobs=[-1.5, -0.5, -0.5])
-    assert token_rewards(penalised, shaping) == [-0.5, 0.5, 0.0]
+    assert token_rewards(penalised, shaping) == [-0.5, 0.5, 1.0]  # no turn of it is too long
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (None, [0, 0, 0, 0, 0, -2]),  # a single turn of 6 tokens, which may have 6
+        ("wwwwww", [0, 0, 0, 0, 0, -2]),
+        ("wwwrwww", [0, 0, 0, 0, 0, 0]),  # two turns of 3: as many tokens in all, and far from a turn's limit
+        ("wwwwwrw", [0, 0, 0, 0, -1, 0]),  # the first is half into the last two tokens
+        ("wrrwwwwww", [0, 0, 0, 0, 0, 0, -2]),  # the second was truncated
+        ("wwwwwrrrrrwwwww", [0, 0, 0, 0, -1, 0, 0, 0, 0, -1]),  # what it read is long, and costs nothing
+    ],
+)
+def test_a_turn_is_too_long_by_its_own_limit(mask, expected):
+    letters = mask or "wwwwww"
+    logprobs = [-0.5 if letter == "w" else None for letter in letters]
+    episode = sample(list(range(len(letters))), logprobs, reward=0.0)
+    if mask is not None:
+        turns = len([run for run in mask.split("r") if run])
+        written = tuple(letter == "w" for letter in mask)
+        episode = replace(episode, response_mask=written, turn_rewards=(0.0,) * turns)
+    ((response,),) = scored_responses([[episode]])
+    shaping = RewardShaping(max_tokens=6, overlong_tokens=2, overlong_penalty=2.0)
+    assert token_rewards(response, shaping) == expected
 
 
 def test_responses_that_are_not_learned_from_are_left_out():

@@ -151,6 +151,41 @@ def test_a_filter_that_drops_everything_is_an_error_and_no_endless_loop():
         buffer.take(1)
 
 
+class Failing(FakeWorker):
+    """The environments of some prompts fail."""
+
+    def __init__(self, share):
+        super().__init__(0.0)
+        self.share = share
+
+    def extend(self, groups, max_new_tokens):
+        num_tokens = super().extend(groups, max_new_tokens)
+        for group in groups:
+            if group.samples is not None and random.Random(group.prompt_index).random() < self.share:
+                group.is_lost, group.num_failures = True, 2
+        return num_tokens
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_groups_that_are_lost_are_replaced_and_counted(staleness):
+    buffer = RolloutBuffer(Failing(0.3), BufferConfig(max_staleness=staleness), lambda rewards: True)
+    taken, failures = [], 0
+    for step in range(1, 8):
+        taken += [group[0].prompt_index for group in make_step(buffer, step)]
+        failures += buffer.num_failures
+        assert buffer.num_failures == 2 * buffer.num_lost == 2 * buffer.num_dropped
+    assert len(taken) == 7 * PROMPTS
+    lost = [p for p in range(PROMPTS, buffer.position) if random.Random(p).random() < 0.3]
+    assert failures == 2 * len(lost) > 0
+    assert not set(taken) & set(lost)
+
+
+def test_environments_that_always_fail_are_an_error_and_no_endless_loop():
+    buffer = RolloutBuffer(Failing(1.0), BufferConfig(max_dropped=2), lambda rewards: True)
+    with pytest.raises(ValueError, match=r"step 1: 9 groups are lost to environments that failed, more than.*=2"):
+        buffer.take(1)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -9,6 +9,7 @@ import pytest
 
 from lockstep.rollout import evaluation
 from lockstep.rollout.evaluation import EvaluationConfig, evaluate, pass_at_k
+from lockstep.rollout.rewards import StepFailures
 from lockstep.rollout.sample import Sample
 
 SAMPLE = Sample("", -1, 0, 0, 0, (1,), (2, 3), (-1.0, -2.0), (0, 0), "stop", "", 0.0, False)
@@ -24,6 +25,8 @@ def test_pass_at_k_is_the_share_of_the_k_subsets_with_a_right_sample(num_samples
 
 class Drawn:
     """Four samples to each problem: 0, 1 and 4 of them right; the first is an episode with two tokens not written."""
+
+    failures = StepFailures()
 
     def sample_first(self, num_problems, size, step):
         correct = [index < count for count in (0, 1, 4) for index in range(size)]

@@ -79,7 +79,7 @@ def test_a_checkpoint_is_not_replaced(saved):
 def test_an_interrupted_save_leaves_nothing_to_load(saved, monkeypatch):
     trainer, path = saved
     with monkeypatch.context() as patch:
-        patch.setattr("lockstep.trainer_bridge.checkpoint.InProcessSave.save", lambda *_: 1 / 0)
+        patch.setattr("lockstep.trainer_bridge.checkpoint.write_rank", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             trainer.save(path / "next")
     assert not (path / "next").exists()
@@ -91,7 +91,7 @@ def test_an_interrupted_save_leaves_nothing_to_load(saved, monkeypatch):
 
 def test_damage_is_found(saved):
     trainer, path = saved
-    (data,) = (path / "checkpoint").glob("*.distcp")
+    (data,) = (path / "checkpoint").glob("*.safetensors")
     content = bytearray(data.read_bytes())
     weight = next(p for n, p in trainer.named_weights() if n.endswith("linear_fc2.weight")).contiguous()
     at = content.find(weight.view(torch.uint8).numpy().tobytes()[:32])
@@ -107,6 +107,6 @@ def test_another_models_checkpoint_is_refused_before_anything_changes(saved):
     make_hf_model(path / "wider", "llama", seed=1, intermediate_size=128)
     other = new_trainer(path / "wider")
     before = other.weights_hash()
-    with pytest.raises(ValueError, match="has model"):
+    with pytest.raises(ValueError, match=r"of another model, with ffn_hidden_size 96 \(wanted: 128\)"):
         other.load(path / "checkpoint")
     assert other.weights_hash() == before

@@ -6,7 +6,8 @@ import pytest
 import torch
 from models import EXPERTS, FAMILY_NAMES, make_hf_model, named_like_in_files
 
-from lockstep.engine.checkpoint import initialize_dummy, load_into
+from lockstep.engine.checkpoint import load_into
+from lockstep.engine.dummy_weights import initialize_dummy
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.models.decoder import AttentionContext, AttentionPart, Decoder, new_layer_caches
 from lockstep.engine.models.names import expand, to_megatron

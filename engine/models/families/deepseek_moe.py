@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lockstep.engine.models.families.family import read_flag, read_size, unsupported
+from lockstep.engine.models.families.family import read_flag, read_number, read_size, unsupported
 from lockstep.engine.models.moe import MoEConfig
 
 
@@ -56,15 +56,14 @@ def _sizes(raw: Mapping[str, Any]) -> dict[str, Any]:
     if experts_per_token > num_experts:
         raise unsupported("num_experts_per_tok", experts_per_token, f"there are {num_experts} experts")
     ffn_hidden_size = read_size(raw, "moe_intermediate_size")
-    scale = raw.get("routed_scaling_factor")
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or scale <= 0:
+    if not (scale := read_number(raw, "routed_scaling_factor")):
         raise unsupported("routed_scaling_factor", scale, "expected a positive number")
     return {
         "num_experts": num_experts,
         "experts_per_token": experts_per_token,
         "ffn_hidden_size": ffn_hidden_size,
         "shared_ffn_hidden_size": ffn_hidden_size * read_size(raw, "n_shared_experts"),
-        "weight_scale": float(scale),
+        "weight_scale": scale,
         "fp32_logits": True,
     }
 

@@ -58,8 +58,28 @@ class UnsupportedModelError(ValueError):
     """config.json asks for something that the engine does not compute; the message names the key and its value."""
 
 
+# Beyond what any published model has; what is larger is a mistake or an attack, and would be allocated.
+MAX_SIZE = 1 << 24
+MAX_LAYERS = 1 << 12
+MAX_POSITIONS = 1 << 22
+MAX_NUMBER = 1e12
+MAX_EXPERT_MLPS = 1 << 17  # over all layers
+_SHOWN = 80
+
+
 def unsupported(key: str, value: object, reason: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"config.json: {key} = {value!r} is not supported: {reason}")
+    return UnsupportedModelError(f"config.json: {key} = {shown(value)} is not supported: {reason}")
+
+
+def shown(value: object) -> str:
+    """A foreign value for a message: printable, of one line, and short."""
+    text = ascii(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "an integer beyond 64 bits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def printable(name: str) -> str:
+    """A foreign name for a message: as it is, where that is printable."""
+    return name if name.isascii() and name.isprintable() and len(name) <= 2 * _SHOWN else shown(name)
 
 
 def read_flag(raw: Mapping[str, Any], key: str) -> bool:
@@ -70,12 +90,25 @@ def read_flag(raw: Mapping[str, Any], key: str) -> bool:
     return bool(value)
 
 
-def read_size(raw: Mapping[str, Any], key: str) -> int:
+def read_size(raw: Mapping[str, Any], key: str, largest: int = MAX_SIZE) -> int:
     """The positive integer at `key`."""
     value = raw.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise unsupported(key, value, "expected a positive integer")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+        raise unsupported(key, value, f"expected a positive integer, at most {largest}")
     return value
+
+
+def read_number(raw: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """The finite number at `key`, at least 0."""
+    value = raw.get(key, default)
+    if not is_number(value):
+        raise unsupported(key, value, "expected a finite number, at least 0")
+    return float(value)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a number of at least 0, and of a size that arithmetic in fp32 can bear."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MAX_NUMBER
 
 
 def refuse_flags(raw: Mapping[str, Any], family: str, *keys: str) -> None:
@@ -88,9 +121,7 @@ def refuse_flags(raw: Mapping[str, Any], family: str, *keys: str) -> None:
 def window_size(raw: Mapping[str, Any]) -> int | None:
     """The `sliding_window` of config.json, in tokens; None where it is null."""
     window = raw.get("sliding_window")
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise unsupported("sliding_window", window, "expected a positive number of tokens or null")
-    return window
+    return None if window is None else read_size(raw, "sliding_window", largest=1 << 31)
 
 
 def qwen_layer_windows(raw: Mapping[str, Any]) -> tuple[int | None, ...]:

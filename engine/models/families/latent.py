@@ -9,6 +9,7 @@ from lockstep.engine.models.families.family import (
     DENSE_DECODER_TABLE,
     NameRule,
     read_flag,
+    read_size,
     unsupported,
     with_experts,
 )
@@ -47,29 +48,23 @@ class MLAConfig:
 def parse_mla(raw: Mapping[str, Any], rope_interleaved: bool) -> MLAConfig:
     """The sizes of config.json. Raises UnsupportedModelError."""
 
-    def size(key: str) -> int:
-        value = raw.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise unsupported(key, value, "expected a positive integer")
-        return value
-
     if read_flag(raw, "attention_bias"):
         raise unsupported("attention_bias", True, "latent attention is computed without biases")
     num_kv_heads = raw.get("num_key_value_heads")
     if num_kv_heads not in (None, raw.get("num_attention_heads")):
         raise unsupported("num_key_value_heads", num_kv_heads, "latent attention has a key for each attention head")
-    rope_dim = size("qk_rope_head_dim")
+    rope_dim = read_size(raw, "qk_rope_head_dim")
     if rope_dim % 2:
         raise unsupported("qk_rope_head_dim", rope_dim, "rotary embeddings need an even number")
     if raw.get("head_dim") not in (None, rope_dim):
         raise unsupported("head_dim", raw["head_dim"], f"it must be qk_rope_head_dim = {rope_dim}")
-    nope_dim = size("qk_nope_head_dim")
+    nope_dim = read_size(raw, "qk_nope_head_dim")
     return MLAConfig(
-        q_lora_rank=None if raw.get("q_lora_rank") is None else size("q_lora_rank"),
-        kv_lora_rank=size("kv_lora_rank"),
+        q_lora_rank=None if raw.get("q_lora_rank") is None else read_size(raw, "q_lora_rank"),
+        kv_lora_rank=read_size(raw, "kv_lora_rank"),
         qk_nope_head_dim=nope_dim,
         qk_rope_head_dim=rope_dim,
-        v_head_dim=size("v_head_dim"),
+        v_head_dim=read_size(raw, "v_head_dim"),
         rope_interleaved=rope_interleaved,
         softmax_scale=(nope_dim + rope_dim) ** -0.5,
     )

@@ -82,5 +82,5 @@ def test_tools_reach_the_template():
 def test_what_cannot_be_rendered_is_refused():
     with pytest.raises(ValueError, match="no special token"):
         ChatTurns(tokenizer_with(NO_END)).observation_ids(OBSERVATIONS[0])
-    with pytest.raises(ValueError, match="needs an observation"):
+    with pytest.raises(ValueError, match="is empty; it needs a message or a token"):
         ChatTurns(tokenizer_with()).observation_ids([])

@@ -1,0 +1,114 @@
+"""A user's reward function: what it must take, and what it may return. Standard library alone.
+
+Used in the trainer's process and, loaded as a file, in isolated ones.
+"""
+
+import asyncio
+import inspect
+import math
+import threading
+
+_LONGEST_REASON = 300  # characters
+
+
+def check_signature(function, name: str, takes) -> None:
+    """Raises ValueError unless `function` can be called with as many positional arguments as `takes` has names."""
+    asked = f"a reward function is called as {_short(name)}({', '.join(takes)})"
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise ValueError(f"{name} is a generator; {asked} and returns a number")
+    if inspect.isclass(function):
+        raise ValueError(f"{name} is a class; {asked}: give a function, or the name of an object that can be called")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return
+    try:
+        signature.bind(*takes)
+    except TypeError as error:
+        raise ValueError(f"{name} takes {signature}, but {asked}: {error}") from error
+
+
+def _short(name: str) -> str:
+    return name.rpartition(":")[2].rpartition(".")[2]
+
+
+def plain_score(value, name: str, timeout_s: float | None) -> float:
+    """The score that a reward function returned: a finite number of any kind, or an awaitable of one.
+
+    Raises ValueError that names the function and what it returned for anything else, TimeoutError where an awaitable
+    takes longer than timeout_s (None: for ever).
+    """
+    if inspect.isawaitable(value):
+        (value,) = settled([value], name, timeout_s)
+        if isinstance(value, BaseException):
+            raise value
+    if isinstance(value, complex) or not hasattr(value, "__float__") or _num_elements(value) != 1:
+        shown = repr(value)
+        shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
+        what = f"{name} returned {shown} ({type(value).__name__})"
+        raise ValueError(f"{what}; it must return a finite number{_hint(value)}")
+    try:
+        score = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"{name} returned a {type(value).__name__} that is no number: {error}") from error
+    if not math.isfinite(score):
+        raise ValueError(f"{name} returned {score}; it must return a finite number")
+    return score
+
+
+def _num_elements(value) -> int:
+    """1 for a number, and for a scalar of numpy or torch."""
+    count = getattr(value, "numel", None)
+    return count() if callable(count) else getattr(value, "size", 1)
+
+
+def _hint(value) -> str:
+    if value is None:
+        return ": is a `return` missing?"
+    if isinstance(value, dict):
+        return ": return the entry that counts"
+    if isinstance(value, list | tuple):
+        return ", or a list with `batch: true`"
+    return ""
+
+
+def settled(awaitables, name: str, timeout_s: float | None) -> list:
+    """What each awaitable gives, all of them waited for together. An exception stands for itself in the list."""
+
+    async def guarded(awaitable):
+        try:
+            return await awaitable
+        except SystemExit as error:  # it would end the loop, and this process
+            return error
+
+    async def wait(awaitable):
+        try:
+            return await asyncio.wait_for(guarded(awaitable), timeout_s)
+        except TimeoutError:
+            return TimeoutError(f"{name} gave no score within {timeout_s} s")
+        except Exception as error:
+            return error
+
+    async def wait_for_all():
+        return await asyncio.gather(*(wait(awaitable) for awaitable in awaitables))
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(wait_for_all())
+    # A notebook's loop runs in this thread: another thread has none.
+    results = []
+    thread = threading.Thread(target=lambda: results.extend(asyncio.run(wait_for_all())))
+    thread.start()
+    thread.join()
+    return results
+
+
+def reason_of(error: BaseException) -> str:
+    """One line, of a length that a log takes."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # of a class whose texts fail
+        text = ""
+    name = type(error).__name__
+    return f"{name}: {text}"[:_LONGEST_REASON] if text else name
