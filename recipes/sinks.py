@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from lockstep.engine.config_fields import Count, check_fields
 from lockstep.engine.files import write_whole
 from lockstep.recipes import launch
 from lockstep.recipes.config_schema import to_plain
@@ -35,11 +36,10 @@ class WandbConfig:
     group: str | None = None
     name: str | None = None
     id: str | None = None
-    sample_rows: int = 8
+    sample_rows: Count = 8
 
     def __post_init__(self):
-        if self.sample_rows < 0:
-            raise ValueError(f"wandb.sample_rows must be at least 0, got {self.sample_rows}")
+        check_fields(self, "wandb")
 
 
 class Sink(Protocol):
