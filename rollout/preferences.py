@@ -10,6 +10,7 @@ from pathlib import Path
 from lockstep.engine import Engine
 from lockstep.engine.files import write_whole
 from lockstep.rollout.evaluation import EVALUATION_STEP
+from lockstep.rollout.model_output import valid_text
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.tasks.chats import Messages, looks_like_chat, read_messages, to_ask
 from lockstep.rollout.tasks.data_files import Row, plain_text, read_rows
@@ -57,7 +58,7 @@ def _rows(file: str) -> Iterator[Row]:
 def write_pairs(path: Path, pairs: Sequence[Preference]) -> None:
     """What `read_pairs` reads; the file is there whole or not at all."""
     records = [{"prompt": pair.messages, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
-    write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_whole(path, "".join(valid_text(json.dumps(record, ensure_ascii=False)) + "\n" for record in records))
 
 
 def sample_pairs(
