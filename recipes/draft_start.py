@@ -46,7 +46,7 @@ def _new_draft(model: str, draft_vocab_size: int | None, directory: Path, task: 
     draft = Eagle3Draft(Eagle3Config.of_target(target, size), embedding, torch.float32)
     initialize(draft, seed)
     draft.set_vocabulary(frequent_tokens(_counts(model, task, target.vocab_size), size))
-    save_draft(directory, draft)
+    save_draft(directory, draft, target=target)
 
 
 def _counts(model: str, task: Task, vocab_size: int) -> torch.Tensor:
