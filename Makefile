@@ -28,13 +28,14 @@ TORCH ?=
 wheelhouse:
 	rm -rf wheelhouse && mkdir wheelhouse
 	grep -vE '^(torch|triton)==' constraints.txt > wheelhouse/constraints.txt
-	$(WHEELHOUSE_PYTHON) -m pip wheel -q --no-deps --wheel-dir wheelhouse -r wheelhouse/constraints.txt setuptools
-	$(if $(TORCH),$(WHEELHOUSE_PYTHON) -m pip wheel -q --constraint wheelhouse/constraints.txt --wheel-dir wheelhouse $(TORCH))
+	@echo "pip downloads wheels of every package to wheelhouse/ ..."
+	$(WHEELHOUSE_PYTHON) -m pip wheel --no-deps --wheel-dir wheelhouse -r wheelhouse/constraints.txt setuptools
+	$(if $(TORCH),$(WHEELHOUSE_PYTHON) -m pip wheel --constraint wheelhouse/constraints.txt --wheel-dir wheelhouse $(TORCH))
 
 # On that machine: a virtual environment that sees its torch, with everything else from wheelhouse/.
 offline:
 	$(PYTHON) -m venv --system-site-packages $(VENV)
-	$(BIN)/pip install -qq --no-index --find-links wheelhouse --constraint wheelhouse/constraints.txt \
+	$(BIN)/pip install --no-index --find-links wheelhouse --constraint wheelhouse/constraints.txt \
 		--editable '.[dev,ray,sinks]'
 	touch $(INSTALLED)
 
@@ -49,10 +50,11 @@ format: $(INSTALLED)
 # torch goes first and alone: asked for through another package, pip may pick a build several gigabytes larger.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Lockstep needs Python 3.11 or later; set PYTHON=")'
+	@echo "Making $(VENV); pip then says what it downloads: 3.3 GB on the disk with torch for CPUs, more with CUDA"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -qq --upgrade pip
-	$(BIN)/pip install -qq --constraint constraints.txt torch
-	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev,ray,sinks]'
+	$(BIN)/pip install --upgrade pip
+	$(BIN)/pip install --constraint constraints.txt torch
+	$(BIN)/pip install --constraint constraints.txt --editable '.[dev,ray,sinks]'
 	touch $@
 
 clean:

@@ -87,7 +87,7 @@ class Capture:
         for chunk in chunks:
             if chunk.request.states is not None:
                 chosen.append(chunk)
-                rows.append(torch.arange(first, first + chunk.length))
+                rows.append(torch.arange(first, first + chunk.length, dtype=torch.int64, device="cpu"))
             first += chunk.length
         if not chosen:
             return
@@ -145,7 +145,10 @@ class Capture:
         path = Path(self.config.directory) / f"states_{self._num_files:08d}.safetensors"
         self._num_files += 1
         temporary = path.with_suffix(".tmp")
-        tensors = {"states": sequence.states, "token_ids": torch.tensor(sequence.token_ids)}
+        tensors = {
+            "states": sequence.states,
+            "token_ids": torch.tensor(sequence.token_ids, dtype=torch.int64, device="cpu"),
+        }
         save_file(tensors, temporary, metadata={"num_prompt": str(sequence.num_prompt)})
         temporary.rename(path)
         self._on_disk.append((path, num_bytes))

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
+from lockstep.engine.checks import (
+    SECONDS,
+    Choice,
+    Real,
+    Rule,
+    Whole,
+    conform,
+    device_name,
+    dtype_name,
+    flag,
+    optional,
+    path,
+    power_of_two,
+)
 from lockstep.engine.draft_config import LayerIds
 from lockstep.engine.speculation.build import check_speculation
+from lockstep.engine.speculation.speculation import MAX_DRAFT_TOKENS
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What an engine serves and how much memory it may take.
+    """What an engine serves and how much memory it may take. Raises ValueError that names the field and its value.
 
     model: an HF directory (config.json, safetensors, optionally a tokenizer).
     device, dtype: "cpu" with "float32", or "cuda" with "bfloat16".
@@ -69,19 +85,32 @@ class EngineConfig:
     draft_min_accepted: float = 0.25
 
     def __post_init__(self):
-        for field in ("page_size", "max_running_requests", "max_prefill_tokens"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ValueError(f"EngineConfig.{field} must be at least 1, got {value}")
-        if self.load_format not in ("auto", "dummy"):
-            raise ValueError(f'EngineConfig.load_format must be "auto" or "dummy", got {self.load_format!r}')
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f'EngineConfig.dtype must be "float32", "bfloat16" or "float16", got {self.dtype!r}')
+        conform(self, _RULES)
         if self.device.startswith("cpu") and self.dtype != "float32":
             raise ValueError(f"on the CPU the row contract holds in float32 only, got dtype={self.dtype!r}")
-        if not 0.0 < self.memory_fraction <= 1.0:
-            raise ValueError(f"EngineConfig.memory_fraction must be in (0, 1], got {self.memory_fraction}")
-        for field in ("rank_timeout_s", "rank_start_timeout_s"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"EngineConfig.{field} must be positive, got {getattr(self, field)}")
         check_speculation(self)
+
+
+_RULES: dict[str, Rule] = {
+    "model": path,
+    "device": device_name,
+    "dtype": dtype_name(("float32", "bfloat16", "float16")),
+    "load_format": Choice(("auto", "dummy")),
+    "seed": Whole(0),
+    "page_size": Whole(1, 64, none=True),
+    "max_running_requests": Whole(1, 2**20),
+    "max_prefill_tokens": Whole(1),
+    "kv_cache_tokens": Whole(1, none=True),
+    "memory_fraction": Real(0.0, 1.0, "in (0, 1]", open_low=True),
+    "max_model_len": Whole(1, none=True),
+    "row_parallel_splits": power_of_two,
+    "tp_size": Whole(1),
+    "ep_size": Whole(1),
+    "rank_timeout_s": SECONDS,
+    "rank_start_timeout_s": SECONDS,
+    "draft_model": optional(path),
+    "draft_layer_ids": Choice(get_args(LayerIds)),
+    "num_draft_tokens": Whole(0, MAX_DRAFT_TOKENS, expected=f"1 to {MAX_DRAFT_TOKENS}"),
+    "draft_max_requests": Whole(0, none=True),
+    "draft_min_accepted": Real(0.0, expected="a finite number of at least 0"),
+} | dict.fromkeys(("enable_prefix_cache", "cuda_graphs", "group_prefixes", "overlap"), flag)

@@ -68,7 +68,8 @@ class DecodeGraphs:
 def _packed(rows: np.ndarray, groups: PrefixGroups | None, bucket: int) -> torch.Tensor:
     """The step's inputs in one pinned int64 buffer: rows, and with groups their shared lengths, tiles, and number."""
     num_rows = rows.shape[1]
-    packed = torch.zeros(3 * bucket + (2 * bucket + 1 if groups else 0), dtype=torch.int64, pin_memory=True)
+    size = 3 * bucket + (2 * bucket + 1 if groups else 0)
+    packed = torch.zeros(size, dtype=torch.int64, device="cpu", pin_memory=True)
     values = packed.numpy()
     padded_rows = values[: 3 * bucket].reshape(3, bucket)
     padded_rows[:, :num_rows] = rows

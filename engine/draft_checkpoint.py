@@ -64,8 +64,8 @@ def load_draft(
     with torch.no_grad():
         for entry in expand(config):
             parameters[entry.megatron].copy_(to_megatron(entry, [tensors[name] for name in entry.hf_names]))
-    token_map = tensors["d2t"] + torch.arange(config.draft_vocab_size)
-    is_proposable = torch.zeros(config.vocab_size, dtype=torch.bool)
+    token_map = tensors["d2t"] + torch.arange(config.draft_vocab_size, dtype=torch.int64, device="cpu")
+    is_proposable = torch.zeros(config.vocab_size, dtype=torch.bool, device="cpu")
     if bool(((token_map >= 0) & (token_map < config.vocab_size)).all()):
         is_proposable[token_map] = True
     if not torch.equal(is_proposable, tensors.get("t2d", is_proposable)) or int(is_proposable.sum()) != len(token_map):
@@ -169,8 +169,8 @@ def save_draft(
         for name, part in zip(entry.hf_names, to_hf(entry, parameter), strict=True):
             tensors[name] = part.to("cpu", dtype).contiguous().clone()
     token_map = draft.token_map.cpu()
-    tensors["d2t"] = token_map - torch.arange(len(token_map))
-    tensors["t2d"] = torch.zeros(draft.config.vocab_size, dtype=torch.bool)
+    tensors["d2t"] = token_map - torch.arange(len(token_map), dtype=torch.int64, device="cpu")
+    tensors["t2d"] = torch.zeros(draft.config.vocab_size, dtype=torch.bool, device="cpu")
     tensors["t2d"][token_map] = True
     contents = json.dumps(config_json(draft.config, dtype, engine, target), indent=2, sort_keys=True) + "\n"
     with whole_folder(folder) as unfinished:

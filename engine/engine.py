@@ -12,20 +12,23 @@ import torch
 from lockstep.engine import weights
 from lockstep.engine.build import build_model, check_parallel, num_kv_pages, rank_device, scheduler_config
 from lockstep.engine.capture import Capture, CaptureConfig
+from lockstep.engine.checks import Choice, check_device_is_there
 from lockstep.engine.config import EngineConfig
 from lockstep.engine.detokenizer import Detokenizer, decode_text
 from lockstep.engine.foreign_files import has_file
+from lockstep.engine.intake import check_is_request, check_not_queued, checked_version, new_requests
 from lockstep.engine.laps import Laps
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.page_pool import PagePool
 from lockstep.engine.radix_cache import RadixCache
-from lockstep.engine.request import Kind, Request, RequestOutput, SamplingParams, one_per_prompt
+from lockstep.engine.request import Kind, Request, RequestOutput, SamplingParams, no_number
 from lockstep.engine.runner import LaunchedStep, Runner
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.serving import Serving
 from lockstep.engine.speculation.build import load_draft_model, new_eagle, new_speculation
 from lockstep.engine.tensor_parallel import LeadingRunner, LeadingWeights, start_workers
 from lockstep.engine.workers import RankError, Workers
+from lockstep.kernels.process_state import own_state
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -38,6 +41,12 @@ class Engine(Serving):
     """
 
     def __init__(self, config: EngineConfig):
+        check_device_is_there("EngineConfig.device", config.device)
+        self.num_threads = torch.get_num_threads()  # with which the row contract is seen to be kept
+        with own_state(torch.device(config.device), builds=True):
+            self._build(config)
+
+    def _build(self, config: EngineConfig) -> None:
         self.config = config
         self.model_config = load_model_config(config.model)
         check_parallel(config, self.model_config)
@@ -102,31 +111,20 @@ class Engine(Serving):
         kind: Kind = "generate",
     ) -> list[Request]:
         """Requests that wait for `queue`. Raises as `generate` does; a bad prompt leaves nothing behind."""
-        self._check_running()
-        if self.is_asleep:
-            raise RuntimeError("this engine is asleep: call wake() before requests")
-        requests = []
-        for prompt_index, (prompt, sampling) in enumerate(zip(prompts, one_per_prompt(params, prompts), strict=True)):
-            for sample_index in range(sampling.n):
-                request = Request(
-                    request_id=self.next_request_id + len(requests),
-                    prompt_ids=list(prompt),
-                    params=sampling,
-                    seed=(sampling.seed + sample_index) % 2**63,
-                    prompt_index=prompt_index,
-                    sample_index=sample_index,
-                    kind=kind,
-                )
-                try:
-                    self._check(request)
-                except ValueError as error:
-                    raise ValueError(f"prompt {prompt_index}: {error}") from None
-                requests.append(request)
+        self._check_awake()
+        requests = new_requests(prompts, params, kind, self.model_config.vocab_size, self.next_request_id, self._check)
         self.next_request_id += len(requests)
         return requests
 
     def queue(self, requests: Sequence[Request]) -> None:
-        """Adds requests of `prepare`, of this engine or of another of the same config."""
+        """Adds requests of `prepare`, of this engine or of another of the same config.
+
+        Raises ValueError, and adds none, for one that was queued already, here or there.
+        """
+        self._check_awake()
+        check_not_queued(requests)
+        for request in requests:
+            self.scheduler.check_new(request)
         for request in requests:
             if self.capture is not None:
                 self.capture.choose(request)
@@ -139,13 +137,18 @@ class Engine(Serving):
             self.scheduler.add(request)
 
     def step(self) -> list[Request]:
-        """One forward pass over the running requests; returns those that were given a token, scores or a reward.
+        """One forward pass over the running requests; returns those that were given a token, scores or a reward, and
+        those that failed: their `failure` names them and says why, and they have ended. The others of the step go on.
 
         On a GPU the pass is launched, and the results are those of the pass before, during which this one was prepared
         (of both, a request then named twice, where overlapping has to stop).
-        Raises FloatingPointError that names the request for logits without a number; it is ended then. Raises RankError
-        that names a rank which died or did not answer: all ranks have ended then, and the engine serves no more.
+        Raises RankError that names a rank which died or did not answer: all ranks have ended then, and the engine
+        serves no more.
         """
+        with own_state(self.runner.device, self.num_threads):
+            return self._step()
+
+    def _step(self) -> list[Request]:
         started = time.perf_counter()
         self.num_steps += 1
         self.editing = [request for request in self.editing if request.finish_reason is None]
@@ -173,11 +176,13 @@ class Engine(Serving):
 
     def abort(self, request: Request) -> None:
         """Ends a request now; what it has generated stays in its output. Does nothing if it has ended already."""
-        if request.finish_reason is None:
-            self.scheduler.abort(request.request_id)
+        check_is_request("abort", request)
+        if request.finish_reason is None and self.scheduler.holds(request):
+            self.scheduler.finish(request, "abort")
 
     def output(self, request: Request) -> RequestOutput:
         """The result of a request that has ended. Raises ValueError for one that has not."""
+        check_is_request("output", request)
         if request.finish_reason is None:
             raise ValueError(f"request {request.request_id} has not ended")
         detokenizer = request.detokenizer
@@ -201,6 +206,7 @@ class Engine(Serving):
             num_preemptions=request.num_preemptions,
             num_draft_tokens=request.num_drafted,
             num_accepted_tokens=request.num_accepted,
+            error=None if request.failure is None else str(request.failure),
         )
 
     # Hidden states ---------------------------------------------------------------------------------------------------
@@ -247,7 +253,7 @@ class Engine(Serving):
         Returns timings in seconds and the checksum of the weights now served ("" where they are shared). Raises
         ValueError that names the tensor if the update is incomplete or does not fit; the old version then serves on.
         """
-        self._check_update(version, inflight)
+        version = self._check_update(version, inflight)
         started = time.perf_counter()
         if self.rank_weights is not None:
             staged = weights.stage(named_tensors, self.rank_weights.wholes)
@@ -271,7 +277,7 @@ class Engine(Serving):
         version is published raises RuntimeError. Raises as `update_weights`, and ValueError for tensors that are not
         contiguous or on another device.
         """
-        self._check_update(version, "keep")
+        version = self._check_update(version, "keep")
         if self.rank_weights is not None:
             raise NotImplementedError(
                 f"Engine.alias_weights takes tp_size=1, and this engine has {self.config.tp_size} ranks"
@@ -295,7 +301,7 @@ class Engine(Serving):
         It holds whole parameters, also where several ranks serve them: an engine is one receiver of a weight plan,
         `engine_layout(model, tp_size=1)`. The memory is kept for the next update; `end_updates` frees it.
         """
-        self._check_update(version, "keep")
+        version = self._check_update(version, "keep")
         wholes = self.weight_targets if self.rank_weights is None else self.rank_weights.wholes
         if self.update_buffers is None:
             self.update_buffers = weights.new_buffers(wholes, rank_device(self.config, 0))
@@ -328,17 +334,15 @@ class Engine(Serving):
         if self.runner.follower is None:
             raise ValueError(f"update_draft: this engine has no draft model, draft_model={self.config.draft_model!r}")
         drafter = self.runner.follower.drafter
-        drafter.check_version(version)
+        version = checked_version(version, drafter.version, "draft version")
         staged = weights.stage(named_tensors, drafter.update_targets())
         self._drain()
         drafter.update(staged, version)
 
-    def _check_update(self, version: int, inflight: str) -> None:
+    def _check_update(self, version: int, inflight: str) -> int:
         self._check_running()
-        if version <= self.weight_version:
-            raise ValueError(f"weight version must grow: {version} after {self.weight_version}")
-        if inflight not in ("keep", "recompute", "abort"):
-            raise ValueError(f'inflight must be "keep", "recompute" or "abort", got {inflight!r}')
+        Choice(("keep", "recompute", "abort"))("inflight", inflight)
+        return checked_version(version, self.weight_version)
 
     def _flip(
         self, staged: Mapping[str, torch.Tensor], version: int, inflight: str, timings: dict[str, float]
@@ -455,6 +459,11 @@ class Engine(Serving):
         if self.workers is not None:
             self.workers.shutdown()
 
+    def _check_awake(self) -> None:
+        self._check_running()
+        if self.is_asleep:
+            raise RuntimeError("this engine is asleep: call wake() before requests")
+
     def _check_running(self) -> None:
         if self.is_shut_down:
             raise RuntimeError("this engine was shut down")
@@ -462,17 +471,11 @@ class Engine(Serving):
             raise RankError(f"this engine's ranks have ended: {self.workers.ended_by}")
 
     def _check(self, request: Request) -> None:
-        request.params.validate(self.model_config.vocab_size)
         if (request.kind == "reward") != (self.model_config.head == "scalar"):
             has = (
                 "a scalar head, for Engine.reward only" if request.kind != "reward" else "no scalar head to reward with"
             )
             raise ValueError(f"{self.config.model} has {has}")
-        if not request.prompt_ids:
-            raise ValueError("is empty; at least one token is needed")
-        for token in request.prompt_ids:
-            if not 0 <= token < self.model_config.vocab_size:
-                raise ValueError(f"token id {token} is outside the vocabulary of {self.model_config.vocab_size}")
         if request.params.stop and self.tokenizer is None:
             raise ValueError(f"stop strings need a tokenizer, and {self.config.model} holds none")
         self.scheduler.check(request)
@@ -497,16 +500,21 @@ class Engine(Serving):
             return []
         collected = self.runner.collect(launched)
         for request in collected.served:
-            self._finish_if_done(request)
+            try:
+                self._finish_if_done(request)
+            except Exception as error:  # a tokenizer's, say: it is this request's and no other's
+                self._fail(request, RuntimeError(f"request {request.request_id}: {type(error).__name__}: {error}"))
         if collected.verified:
             self.speculation.record(collected.verified)
         for request in collected.broken:
+            self._fail(request, no_number(request))
+        return collected.served + collected.broken
+
+    def _fail(self, request: Request, failure: Exception) -> None:
+        """Ends one request; what it has generated stays in its output."""
+        request.failure = failure
+        if request.finish_reason is None:
             self.scheduler.finish(request, "abort")
-        if collected.broken:
-            first = collected.broken[0]
-            where = f"request {first.request_id}, position {len(first.tokens)}"
-            raise FloatingPointError(f"{where}: the logits hold no number to draw from; are the weights finite?")
-        return collected.served
 
     def _finish_if_done(self, request: Request) -> None:
         if request.kind == "reward":

@@ -129,7 +129,7 @@ def _hf_tensors(
         except ValueError as error:
             raise CheckpointError(str(error)) from error
         for hf_name, part in zip(entry.hf_names, parts, strict=True):
-            yield hf_name, torch.empty(part.shape, dtype=dtype or part.dtype).copy_(part)
+            yield hf_name, torch.empty(part.shape, dtype=dtype or part.dtype, device="cpu").copy_(part)
     if pending:
         raise CheckpointError(f"the export is incomplete{listing('missing', pending)}")
 

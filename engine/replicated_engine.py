@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from lockstep.engine.checks import Whole
 from lockstep.engine.config import EngineConfig
 from lockstep.engine.engine import Engine
+from lockstep.engine.intake import check_is_request, check_not_queued
 from lockstep.engine.request import Kind, Request, RequestOutput, SamplingParams
 from lockstep.engine.serving import Serving
 from lockstep.engine.spread import spread
@@ -25,8 +27,7 @@ class ReplicatedEngine(Serving):
     """
 
     def __init__(self, config: EngineConfig, num_replicas: int):
-        if num_replicas < 1:
-            raise ValueError(f"num_replicas must be at least 1, got {num_replicas}")
+        num_replicas = Whole(1)("num_replicas", num_replicas)
         self.config = config
         self.engines: list[Engine] = []
         self._replica_of: dict[Request, int] = {}  # of requests that have not ended
@@ -54,13 +55,16 @@ class ReplicatedEngine(Serving):
         return self.engines[0].prepare(prompts, params, kind)
 
     def queue(self, requests: Sequence[Request]) -> None:
-        """Gives requests to replicas, by the tokens that each of them has to come."""
+        """Gives requests to replicas, by the tokens that each of them has to come. Raises as Engine.queue does."""
+        check_not_queued(requests)
         self._replica_of = {r: replica for r, replica in self._replica_of.items() if r.finish_reason is None}
         to_come = [0] * len(self.engines)
         for request, replica in self._replica_of.items():
             to_come[replica] += _tokens_to_come(request)
         prompts = [tuple(request.prompt_ids) for request in requests]
         replicas = spread(prompts, [_tokens_to_come(request) for request in requests], to_come)
+        for request, replica in zip(requests, replicas, strict=True):
+            self.engines[replica].scheduler.check_new(request)
         self._replica_of |= dict(zip(requests, replicas, strict=True))
         for replica, engine in enumerate(self.engines):
             engine.queue([r for r, place in zip(requests, replicas, strict=True) if place == replica])
@@ -75,6 +79,7 @@ class ReplicatedEngine(Serving):
         ]
 
     def abort(self, request: Request) -> None:
+        check_is_request("abort", request)
         replica = self._replica_of.get(request)
         if replica is not None:
             self.engines[replica].abort(request)

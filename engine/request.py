@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal
+
+from lockstep.engine.checks import Real, Rule, Whole, conform, flag, refuse, strings, token_set
 
 if TYPE_CHECKING:
     from lockstep.engine.detokenizer import Detokenizer
@@ -16,21 +16,60 @@ Kind = Literal["generate", "score", "reward"]
 FinishReason = Literal["stop", "length", "abort"]
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+MIN_TEMPERATURE = 2.0**-20  # under it a model's logits, divided by it, may leave the range of fp32
+MAX_SAMPLES = 2**16  # of one prompt in one call
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+def _logit_bias(name: str, value: Any) -> dict[int, float] | None:
+    if value is None:
+        return None
+    expected = "None or a mapping of token ids, whole numbers of at least 0, to finite numbers"
+    if not isinstance(value, Mapping):
+        raise refuse(name, expected, value)
+    token, bias = Whole(0, expected=expected), Real(expected=expected, fp32=True)
+    try:
+        return {token(name, key): bias(name, number) for key, number in value.items()}
+    except ValueError:
+        raise refuse(name, expected, value) from None
 
 
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+def _temperature(name: str, value: Any) -> float:
+    expected = f"a finite number >= 0: 0 is greedy, and any other at least {MIN_TEMPERATURE:.2g}"
+    temperature = Real(0.0, expected=expected, fp32=True)(name, value)
+    if 0.0 < temperature < MIN_TEMPERATURE:
+        raise refuse(name, expected, value)
+    return temperature
+
+
+def _penalty(expected: str = "a finite number", **limits: Any) -> Real:
+    return Real(expected=expected, fp32=True, **limits)
+
+
+# What each field of SamplingParams must be; token ids are held against a vocabulary by `check_tokens`.
+SAMPLING_RULES: dict[str, Rule] = {
+    "max_tokens": Whole(1, expected="an int >= 1"),
+    "temperature": _temperature,
+    "top_p": _penalty("in (0, 1]", low=0.0, high=1.0, open_low=True),
+    "top_k": Whole(-1, expected="an int >= 1, or -1 or 0 (off), below 2**63"),
+    "min_p": _penalty("in [0, 1]", low=0.0, high=1.0),
+    "repetition_penalty": _penalty("> 0", low=0.0, open_low=True),
+    "presence_penalty": _penalty(),
+    "frequency_penalty": _penalty(),
+    "logit_bias": _logit_bias,
+    "seed": Whole(0, expected="an int in [0, 2**63)"),
+    "n": Whole(1, MAX_SAMPLES, expected=f"an int in [1, {MAX_SAMPLES}]"),
+    "stop_token_ids": token_set,
+    "stop": strings,
+    "ignore_eos": flag,
+}
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of a request are drawn and when it ends.
+    """How the tokens of a request are drawn and when it ends. Raises ValueError that names the field and its value.
+
+    A value means the number that it holds, whatever its type: 1, 1.0, numpy.float32(1) and a tensor of no dimensions
+    with 1 in it give the same bits; kernels round it to fp32 once. See engine.checks.
 
     temperature 0 takes the most likely token. top_k -1 or 0 is off. Penalties and logit_bias are added to the logits
     before the temperature. `seed` is the seed of the request's first sample; with n > 1 the caller of the engine gets
@@ -53,6 +92,9 @@ class SamplingParams:
     stop: Sequence[str] = ()
     ignore_eos: bool = False
 
+    def __post_init__(self) -> None:
+        conform(self, SAMPLING_RULES)
+
     @property
     def edits_logits(self) -> bool:
         """Whether a penalty or a bias is on."""
@@ -65,62 +107,43 @@ class SamplingParams:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     def validate(self, vocab_size: int) -> None:
-        """Raises ValueError that names the first bad field and its value."""
-
-        def require(name: str, ok: bool, expected: str) -> None:
-            if not ok:
-                raise ValueError(f"SamplingParams.{name} must be {expected}, got {getattr(self, name)!r}")
-
-        def is_token(value: Any) -> bool:
-            return _is_int(value) and 0 <= value < vocab_size
-
-        require("max_tokens", _is_int(self.max_tokens) and self.max_tokens >= 1, "an int >= 1")
-        require("temperature", _is_finite(self.temperature) and self.temperature >= 0, "a finite number >= 0")
-        require("top_p", _is_finite(self.top_p) and 0 < self.top_p <= 1, "in (0, 1]")
-        require("top_k", _is_int(self.top_k) and self.top_k >= -1, "an int >= 1, or -1 or 0 (off)")
-        require("min_p", _is_finite(self.min_p) and 0 <= self.min_p <= 1, "in [0, 1]")
-        require("repetition_penalty", _is_finite(self.repetition_penalty) and self.repetition_penalty > 0, "> 0")
-        require("presence_penalty", _is_finite(self.presence_penalty), "a finite number")
-        require("frequency_penalty", _is_finite(self.frequency_penalty), "a finite number")
-        require("seed", _is_int(self.seed) and 0 <= self.seed < 2**63, "an int in [0, 2**63)")
-        require("n", _is_int(self.n) and self.n >= 1, "an int >= 1")
-        require("ignore_eos", isinstance(self.ignore_eos, bool), "True or False")
-        require(
-            "stop_token_ids",
-            _is_sequence(self.stop_token_ids) and all(is_token(token) for token in self.stop_token_ids),
-            f"a sequence of token ids in [0, {vocab_size})",
-        )
-        require(
-            "stop",
-            _is_sequence(self.stop) and all(isinstance(text, str) and text for text in self.stop),
-            "a sequence of non-empty strings",
-        )
-        require(
-            "logit_bias",
-            self.logit_bias is None
-            or (
-                isinstance(self.logit_bias, Mapping)
-                and all(is_token(token) and _is_finite(bias) for token, bias in self.logit_bias.items())
-            ),
-            f"None or a mapping of token ids in [0, {vocab_size}) to finite numbers",
-        )
+        """Raises ValueError that names the field with a token id outside the vocabulary."""
+        if self.stop_token_ids and max(self.stop_token_ids) >= vocab_size:
+            expected = f"a sequence of token ids in [0, {vocab_size})"
+            raise refuse("SamplingParams.stop_token_ids", expected, list(self.stop_token_ids))
+        if self.logit_bias and max(self.logit_bias) >= vocab_size:
+            expected = f"None or a mapping of token ids in [0, {vocab_size}) to finite numbers"
+            raise refuse("SamplingParams.logit_bias", expected, self.logit_bias)
 
 
 def one_per_prompt(
     params: SamplingParams | Sequence[SamplingParams] | None, prompts: Sequence[Sequence[int]]
 ) -> Sequence[SamplingParams]:
-    """Raises ValueError where there is another number of them."""
+    """Raises ValueError for another number of them, or for anything else among them."""
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * len(prompts)
+    if not isinstance(params, list | tuple):
+        raise refuse("params", "SamplingParams, or a list of one per prompt", params)
     if len(params) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(params)} SamplingParams")
+    for index, each in enumerate(params):
+        if not isinstance(each, SamplingParams):
+            raise refuse(f"params[{index}]", "SamplingParams", each)
     return params
+
+
+def no_number(request: Request) -> FloatingPointError:
+    """What ends a request for which a model gives no number."""
+    what = {"generate": "logits hold no number to draw from", "score": "log-probs are no numbers"}
+    where = f"request {request.request_id}, position {len(request.tokens)}"
+    return FloatingPointError(f"{where}: the {what.get(request.kind, 'reward is no number')}; are the weights finite?")
 
 
 @dataclass(frozen=True)
 class RequestOutput:
     """A sample. token_ids, logprobs and weight_versions have one entry per generated token.
 
+    error: what ended the request, naming it; finish_reason is "abort" then, and the tokens are those before the error.
     finish_reason is None where the request is still at work. num_cached_tokens: see Request.num_cached.
     num_draft_tokens: tokens that were drafted for it, of which num_accepted_tokens are in its output.
     """
@@ -138,6 +161,7 @@ class RequestOutput:
     num_preemptions: int
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    error: str | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -164,6 +188,7 @@ class Request:
     weight_versions: list[int] = field(default_factory=list)
     reward: float | None = None
     finish_reason: FinishReason | None = None
+    failure: Exception | None = None  # what aborted it, if it failed
     num_pending: int = 0  # results (tokens, or the reward) that are computed, or being computed, on the device
 
     states: list[Any] | None = None  # captured hidden states, see engine.capture; None: it is not captured

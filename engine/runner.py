@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -61,7 +62,8 @@ class Collected(NamedTuple):
     """What the requests of a step got.
 
     served:   those that got what they were due, in the order of the batch.
-    broken:   those whose logits held no number to draw from.
+    broken:   those for which the model gave no number: logits with nothing to draw from, or a log-prob or a reward that
+              is not finite. They have kept what they got before.
     verified: those of which drafts were verified.
     Requests that had ended before get nothing and are in none.
     """
@@ -226,6 +228,8 @@ class Runner:
         tokens, logprobs = step.tokens.tolist(), step.logprobs.tolist()
         broken, verified = [], []
         chains = [] if step.chains is None else step.chains.tolist()
+        # Of most steps all numbers are finite, which their sum tells.
+        are_finite = math.isfinite(sum(logprobs))
         end = 0
         for place, (request, drafts) in enumerate(zip(step.drawing, step.drafts, strict=True)):
             first, end = end, end + 1 + len(drafts)
@@ -238,6 +242,8 @@ class Runner:
                 stop = first + num_valid(tokens[first:end], drafts)
             elif tokens[first] < 0:
                 stop = first
+            if not are_finite:
+                stop = first + _num_finite(logprobs[first:stop])
             if stop == first:
                 broken.append(request)
             elif request.kind == "reward":
@@ -247,8 +253,13 @@ class Runner:
             if chains:
                 request.drafter_state = Chain(len(request.tokens), chains[place])
         for chunk, scores in step.scored:
+            values = scores.tolist()
             del chunk.request.logprobs[chunk.start :]  # a preempted request starts over
-            chunk.request.logprobs += scores.tolist()
+            if math.isfinite(sum(values)) or (num_finite := _num_finite(values)) == len(values):
+                chunk.request.logprobs += values
+            elif chunk.request.finish_reason is None:
+                chunk.request.logprobs += values[:num_finite]
+                broken.append(chunk.request)
         served = [r for r in step.requests if r.finish_reason is None and r not in broken]
         return Collected(served, broken, verified)
 
@@ -470,7 +481,7 @@ class Runner:
         Of several rows of a request, whichever is last in `last_tokens` will not be read: no step follows unseen.
         """
         if logits is None:
-            return torch.empty(0, dtype=torch.int64), torch.empty(0)
+            return torch.empty(0, dtype=torch.int64, device="cpu"), torch.empty(0, dtype=torch.float32, device="cpu")
         if self.has_scalar_head:
             return self._values(logits, drawing)
         _, host_slots, positions = rows
@@ -494,7 +505,7 @@ class Runner:
         """Log-probs of the tokens that follow those of the chunk, from the hidden states of `_num_scored` rows."""
         request = chunk.request
         targets = self._send(np.array(request.tokens[chunk.start + 1 : chunk.start + 1 + len(hidden)], np.int64))
-        temperature = torch.full(targets.shape, request.params.temperature, device=self.device)
+        temperature = torch.full(targets.shape, request.params.temperature, dtype=torch.float32, device=self.device)
         scores = [
             token_log_probs(self.model.logits(states), wanted, temperature[: len(wanted)])
             for states, wanted in zip(
@@ -505,6 +516,11 @@ class Runner:
 
     def _send(self, values: np.ndarray) -> torch.Tensor:
         return to_device(values, self.device)
+
+
+def _num_finite(values: Sequence[float]) -> int:
+    """How many of the values there are before the first that is infinite or no number."""
+    return next((index for index, value in enumerate(values) if not math.isfinite(value)), len(values))
 
 
 def _is_prefill(chunk: Chunk) -> bool:

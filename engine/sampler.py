@@ -84,9 +84,9 @@ class Sampler:
             self._send(rows),
             Ragged.from_lists([request.prompt_ids for request in edited]).to(self.device),
             Ragged.from_lists(outputs).to(self.device),
-            torch.tensor([param.repetition_penalty for param in params], device=self.device),
-            torch.tensor([param.presence_penalty for param in params], device=self.device),
-            torch.tensor([param.frequency_penalty for param in params], device=self.device),
+            torch.tensor([param.repetition_penalty for param in params], dtype=torch.float32, device=self.device),
+            torch.tensor([param.presence_penalty for param in params], dtype=torch.float32, device=self.device),
+            torch.tensor([param.frequency_penalty for param in params], dtype=torch.float32, device=self.device),
             Ragged.from_lists([list(bias) for bias in biases]).to(self.device),
             torch.tensor(bias_values, dtype=torch.float32, device=self.device),
         )

@@ -154,11 +154,21 @@ class Scheduler:
                 f"{config.page_size}, but the pool has {self._pool.num_pages} pages"
             )
 
-    def add(self, request: Request) -> None:
-        """Puts a request at the end of the queue. Raises ValueError as check() does, and for an id in use."""
+    def check_new(self, request: Request) -> None:
+        """Raises ValueError as check() does, for an id in use, and for a request that was added before."""
         self.check(request)
         if request.request_id in self._requests:
             raise ValueError(f"request id {request.request_id} is in use")
+        if request.arrival >= 0:
+            raise ValueError(f"request {request.request_id} was queued already: each is queued once")
+
+    def holds(self, request: Request) -> bool:
+        """Whether it was added and has not ended."""
+        return self._requests.get(request.request_id) is request
+
+    def add(self, request: Request) -> None:
+        """Puts a request at the end of the queue. Raises ValueError as check_new() does."""
+        self.check_new(request)
         request.max_tokens = self._max_tokens(request)
         request.arrival = self._num_arrivals
         self._num_arrivals += 1

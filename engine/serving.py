@@ -58,36 +58,48 @@ class Serving(ABC):
         """Completes prompts given as token ids; one `SamplingParams` for all, or one per prompt.
 
         Returns the outputs in the order of the prompts (the `n` samples of a prompt in a row). Raises ValueError that
-        names the prompt and the problem if a request is impossible; nothing is generated then.
+        names the prompt and the problem if a request is impossible; nothing is generated then. A request that fails on
+        its way (logits without a number) has an `error` in its output, and the others are as they would be without it;
+        where all of them fail, the first one's error is raised: FloatingPointError for numbers, else RuntimeError.
         """
         requests = self.prepare(prompts, params, "generate")
         # The call ends with its last request, so those that may become the longest start first.
         self.queue(sorted(requests, key=lambda request: -request.params.max_tokens))
         self._complete(requests)
+        if all(request.failure is not None for request in requests):
+            _raise_failure(requests)
         return [self.output(request) for request in requests]
 
     def stream(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[TokenEvent]:
-        """The tokens of `generate`, each as soon as it is drawn. Closing the iterator aborts what is unfinished."""
+        """The tokens of `generate`, each as soon as it is drawn. Closing the iterator aborts what is unfinished.
+
+        Where requests fail, the error of the first of them is raised once the others have ended.
+        """
         return self._stream(self.prepare(prompts, params, "generate"))
 
     def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[list[float | None]]:
-        """Log-probs of given tokens: `[None, lp(t1 | t0), lp(t2 | t0 t1), ...]` per sequence; generation's bits."""
+        """Log-probs of given tokens: `[None, lp(t1 | t0), lp(t2 | t0 t1), ...]` per sequence; generation's bits.
+
+        Raises as `generate` does, and FloatingPointError that names the first sequence with a log-prob that is none.
+        """
         params = SamplingParams(max_tokens=1, temperature=temperature)
         requests = self.submit(sequences, params, kind="score")
         self._complete(requests)
+        _raise_failure(requests)
         return [[None, *request.logprobs] for request in requests]
 
     def reward(self, sequences: Sequence[Sequence[int]], score_at: ScoreAt = "last_non_pad") -> list[float]:
         """The scores that a reward model (transformers' ...ForSequenceClassification with one label) gives sequences.
 
         A sequence's score is the value of the token that `score_at` names, see `scored_part`; the bits are those of the
-        trainer's `values`. A prefix that sequences share is computed once. Raises as `generate` does.
+        trainer's `values`. A prefix that sequences share is computed once. Raises as `score` does.
         """
         pad_token_id = self.model_config.pad_token_id
         requests = self.submit([scored_part(s, pad_token_id, score_at) for s in sequences], kind="reward")
         self._complete(requests)
+        _raise_failure(requests)
         return [request.reward for request in requests]
 
     def submit(
@@ -138,6 +150,17 @@ class Serving(ABC):
                             request.logprobs[index],
                             reason if index == last - 1 else None,
                         )
+            _raise_failure(requests)
         finally:
             for request in requests:
                 self.abort(request)
+
+
+def _raise_failure(requests: Sequence[Request]) -> None:
+    """Raises the first failure among requests that have ended, and says how many there are."""
+    failed = [request for request in requests if request.failure is not None]
+    if failed:
+        first = failed[0]
+        others = f" ({len(failed)} of {len(requests)} failed)" if len(requests) > 1 else ""
+        place = f"prompt {first.prompt_index}: {first.failure}{others}"
+        raise type(first.failure)(place)

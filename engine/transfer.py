@@ -14,4 +14,4 @@ def to_host(values: torch.Tensor) -> torch.Tensor:
     """The values on the host, valid once an event recorded after this call has happened (on a CPU: at once)."""
     if values.device.type == "cpu":
         return values
-    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True, device="cpu").copy_(values, non_blocking=True)

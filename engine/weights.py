@@ -98,7 +98,8 @@ def new_buffers(targets: Mapping[str, torch.Tensor], device: torch.device | None
         return {name: torch.empty_like(target, requires_grad=False, device=device) for name, target in targets.items()}
     except torch.OutOfMemoryError:
         return {
-            name: torch.empty(target.shape, dtype=target.dtype, pin_memory=True) for name, target in targets.items()
+            name: torch.empty(target.shape, dtype=target.dtype, pin_memory=True, device="cpu")
+            for name, target in targets.items()
         }
 
 
@@ -144,7 +145,7 @@ def copy_in_place(
     for source, end in zip(sources, ends, strict=True):
         end.copy_(source, non_blocking=True)
     hashes = hashes_by_name(staged)
-    return torch.tensor([hashes[name] for name in staged]), content_hashes(ends)
+    return torch.tensor([hashes[name] for name in staged], dtype=torch.int64, device="cpu"), content_hashes(ends)
 
 
 class AliasedWeights:

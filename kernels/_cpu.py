@@ -223,7 +223,10 @@ def address_of(tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> int:
 
 @functools.cache
 def _thread_pool(num_threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num_threads, thread_name_prefix="lockstep-rows")
+    # A thread begins with the floating-point mode of the one that starts it: rows must not depend on who that was.
+    return ThreadPoolExecutor(
+        num_threads, thread_name_prefix="lockstep-rows", initializer=torch.set_flush_denormal, initargs=(False,)
+    )
 
 
 # A forked child has no threads but would inherit the pool that believes in them.

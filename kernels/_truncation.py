@@ -176,7 +176,7 @@ def lowest_allowed_triton(
     state = torch.zeros(2 + 2 * (num_passes << _DIGIT_BITS), num_rows, dtype=torch.int64, device=logits.device)
     largest_keys, likely_keys = state[:2]
     counts, masses = state[2:].view(2, num_rows, -1)
-    lowest = torch.empty(num_rows, device=logits.device)
+    lowest = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     grid = (num_rows, triton.cdiv(vocab_size, _TILE))
     search = {"WIDTH": width, "DIGIT_BITS": _DIGIT_BITS}
     _largest_kernel[grid](logits, largest_keys, vocab_size, TILE=_TILE)

@@ -111,7 +111,7 @@ def attention_reference(
     outputs = []
     for begin, end in itertools.pairwise(bounds):
         keys, values = (x[begin:end].repeat_interleave(group, dim=1) for x in (k, v))
-        position = torch.arange(end - begin, device=q.device)
+        position = torch.arange(end - begin, dtype=torch.int64, device=q.device)
         distance = position[:, None] - position[None, :]
         visible = (distance >= 0) & (distance < (window or end - begin + 1))
         scores = torch.einsum("ihd,jhd->hij", q[begin:end], keys) * scale
@@ -148,12 +148,12 @@ def packed_forward(
     num_pages = num_tokens // page_size + num_requests
     starts = cu_seqlens[:-1].long()
     lengths = cu_seqlens.diff()
-    first_page = starts // page_size + torch.arange(num_requests, device=device)
+    first_page = starts // page_size + torch.arange(num_requests, dtype=torch.int64, device=device)
     shift = (first_page * page_size - starts).repeat_interleave(lengths.long(), output_size=num_tokens)
     k_cache, v_cache = new_kv_cache(num_pages, page_size, num_kv_heads, head_dim, k.dtype, device)
-    kv_store(k, v, k_cache, v_cache, shift + torch.arange(num_tokens, device=device))
+    kv_store(k, v, k_cache, v_cache, shift + torch.arange(num_tokens, dtype=torch.int64, device=device))
     max_pages = -(-num_tokens // page_size)
-    page_table = (first_page[:, None] + torch.arange(max_pages, device=device)).to(torch.int32)
+    page_table = (first_page[:, None] + torch.arange(max_pages, dtype=torch.int64, device=device)).to(torch.int32)
     forward = _forward_triton if device.type == "cuda" else _forward_cpu
     return forward(q, k_cache, v_cache, page_table, cu_seqlens, lengths, scale, window, with_lse)
 

@@ -100,8 +100,8 @@ def _forward(
     """
     num_tokens, num_heads, num_kv_heads, _, _, value_dim, _ = shape
     q = q.detach().contiguous()
-    out = torch.empty((num_tokens, num_heads, value_dim), dtype=torch.float32)
-    lse = torch.empty((num_heads, num_tokens), dtype=torch.float32) if with_lse else None
+    out = torch.empty((num_tokens, num_heads, value_dim), dtype=torch.float32, device="cpu")
+    lse = torch.empty((num_heads, num_tokens), dtype=torch.float32, device="cpu") if with_lse else None
     lengths = kv_lens.contiguous().numpy()
     if num_tokens == 0 or lengths.size == 0:
         return out, lse

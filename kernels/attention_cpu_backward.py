@@ -32,7 +32,7 @@ def attention_backward(
     v and out may have another last dimension than q and k.
     """
     (num_tokens, num_heads, head_dim), num_kv_heads, value_dim = q.shape, k.shape[1], v.shape[2]
-    dq, dk, dv = (torch.zeros(x.shape) for x in (q, k, v))
+    dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device="cpu") for x in (q, k, v))
     num_sequences = cu_seqlens.numel() - 1
     longest = int(cu_seqlens.diff().max()) if num_sequences else 0
     if longest == 0:

@@ -50,7 +50,7 @@ def attention_backward(
             0.0,  # dropout
             True,  # causal
             unused_rng_state,
-            torch.empty(0, device=q.device),
+            torch.empty(0, dtype=torch.float32, device=q.device),
             scale=scale,
             window_size_left=-1 if window is None else window - 1,
             window_size_right=0,

@@ -39,7 +39,7 @@ def chain_attention_reference(
 ) -> Tensor:
     """`chain_attention` in plain torch with a dense mask, differentiable by autograd, in any dtype. O(T^2) memory."""
     group = q.shape[1] // keys[0].shape[1]
-    rows = torch.arange(len(q), device=q.device)
+    rows = torch.arange(len(q), dtype=torch.int64, device=q.device)
     sequence = torch.bucketize(rows, cu_seqlens[1:].long(), right=True)
     first = (sequence[:, None] == sequence[None]) & (rows[:, None] >= rows[None])
     mask = torch.cat([first, *[torch.eye(len(q), dtype=torch.bool, device=q.device)] * (len(keys) - 1)], dim=1)

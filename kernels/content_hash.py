@@ -99,7 +99,7 @@ def _together(sources: Sequence[Tensor], targets: Sequence[Tensor], mode: str) -
     if mode != "hash":
         _check_pairs(sources, targets)
     if not sources:
-        return torch.zeros((2, 0), dtype=torch.int64)
+        return torch.zeros((2, 0), dtype=torch.int64, device="cpu")
     if sources[0].is_cuda:
         return _together_triton(sources, targets, mode)
     return _one_by_one(sources, targets, mode)
@@ -181,7 +181,7 @@ def _words(tensor: Tensor) -> Tensor:
 
 
 def _block_sums_cpu(words: Tensor, placement: Placement | None = None) -> Tensor:
-    sums = torch.empty(-(-words.numel() // _BLOCK), dtype=torch.int64)
+    sums = torch.empty(-(-words.numel() // _BLOCK), dtype=torch.int64, device="cpu")
     first, width, stride = (value // 8 for value in placement or (0, 8 * words.numel(), 8 * words.numel()))
     parallel_rows(
         _hash_blocks,

@@ -33,7 +33,7 @@ def embedding_reference(token_ids: Tensor, weight: Tensor) -> Tensor:
 def _embedding_backward_cpu(token_ids: Tensor, dy: Tensor, vocab_size: int) -> Tensor:
     if dy.dtype != torch.float32:
         raise ValueError(f"the embedding's gradient on the CPU takes float32, not {dy.dtype}")
-    dweight = torch.zeros(vocab_size, dy.shape[1])
+    dweight = torch.zeros(vocab_size, dy.shape[1], dtype=torch.float32, device="cpu")
     # Threads share columns, not tokens: a row of the gradient is summed in the order of the tokens.
     parallel_rows(
         _embedding_backward_columns,

@@ -27,7 +27,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 def grouped_linear_reference(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """The formula of `grouped_linear` in plain torch, in any dtype."""
-    group = torch.searchsorted(offsets, torch.arange(x.shape[0], device=x.device), right=True) - 1
+    group = torch.searchsorted(offsets, torch.arange(x.shape[0], dtype=torch.int64, device=x.device), right=True) - 1
     return torch.einsum("ak,ank->an", x, weight[group])
 
 

@@ -43,7 +43,7 @@ def _head_linear_cpu(x: Tensor, weight: Tensor) -> Tensor:
     num_rows, num_heads, _ = x.shape
     padding = -num_rows % _CPU_ROW_MULTIPLE
     x_HMK = F.pad(x.transpose(0, 1), (0, 0, 0, padding)).contiguous()
-    y_HMN = torch.empty(num_heads, num_rows + padding, weight.shape[1])
+    y_HMN = torch.empty(num_heads, num_rows + padding, weight.shape[1], dtype=torch.float32, device="cpu")
     # A product a head: torch's batched one has other bits, and other ones again for other numbers of rows.
     for x_MK, weight_KN, y_MN in zip(x_HMK.unbind(), weight.mT.unbind(), y_HMN.unbind(), strict=True):
         torch.mm(x_MK, weight_KN, out=y_MN)

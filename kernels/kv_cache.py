@@ -37,7 +37,7 @@ def new_kv_cache(
     if torch.device(device).type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
     size = num_pages * num_kv_heads * page_size * head_dim
-    k_memory, v_memory = (torch.empty(size + CPU_VECTOR, dtype=dtype) for _ in range(2))
+    k_memory, v_memory = (torch.empty(size + CPU_VECTOR, dtype=dtype, device="cpu") for _ in range(2))
     k_cache = k_memory[:size].view(num_pages, num_kv_heads, head_dim, page_size).transpose(2, 3)
     return k_cache, v_memory[:size].view(shape)
 

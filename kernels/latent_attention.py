@@ -94,12 +94,12 @@ def _packed_forward(
     page_size = PACKED_PAGE_SIZE[device.type]
     num_requests = cu_seqlens.shape[0] - 1
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
-    first_page = starts // page_size + torch.arange(num_requests, device=device)
+    first_page = starts // page_size + torch.arange(num_requests, dtype=torch.int64, device=device)
     shift = (first_page * page_size - starts).repeat_interleave(lengths.long(), output_size=num_tokens)
     cache = new_latent_cache(num_tokens // page_size + num_requests, page_size, width, rows.dtype, device)
-    latent_store(rows, cache, shift + torch.arange(num_tokens, device=device))
+    latent_store(rows, cache, shift + torch.arange(num_tokens, dtype=torch.int64, device=device))
     max_pages = -(-num_tokens // page_size)
-    page_table = (first_page[:, None] + torch.arange(max_pages, device=device)).to(torch.int32)
+    page_table = (first_page[:, None] + torch.arange(max_pages, dtype=torch.int64, device=device)).to(torch.int32)
     forward = _forward_triton if device.type == "cuda" else _forward_cpu
     return forward(q, cache, value_dim, page_table, cu_seqlens, lengths, scale, with_lse)
 

@@ -66,7 +66,7 @@ def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     elif num_rows < _CPU_MANY_ROWS:
         y = F.linear(_pad_rows(x_MK), weight)[:num_rows]
     else:
-        y = torch.empty(num_rows, weight.shape[0])
+        y = torch.empty(num_rows, weight.shape[0], dtype=torch.float32, device="cpu")
         torch.mm(x_MK[:-num_last], weight.t(), out=y[:-num_last])
         y[-num_last:] = F.linear(_pad_rows(x_MK[-num_last:]), weight)[:num_last]
     if bias is not None:

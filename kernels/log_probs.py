@@ -115,7 +115,7 @@ def log_probs(
     if shard is None:
         shard = VocabularyShard(0, weight.shape[0], _identity)
     chunk_rows = chunk_rows or _default_chunk_rows(weight, shard.vocab_size)
-    divisor = torch.full(tokens.shape, temperature or 1.0, device=hidden.device)
+    divisor = torch.full(tokens.shape, temperature or 1.0, dtype=torch.float32, device=hidden.device)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         logprobs, entropies = _LogProbs.apply(hidden, weight, tokens, divisor, chunk_rows, shard, gradient_parts)
     else:
@@ -164,7 +164,7 @@ def _forward(
 ) -> tuple[_RowResults, torch.Tensor | None]:
     """Also returns the last chunk's logits of this rank (None if there are no rows)."""
     logits = None
-    results = _RowResults(*torch.empty(4, hidden.shape[0], device=hidden.device))
+    results = _RowResults(*torch.empty(4, hidden.shape[0], dtype=torch.float32, device=hidden.device))
     for start in range(0, hidden.shape[0], chunk_rows):
         chunk = slice(start, start + chunk_rows)
         logits = linear(hidden[chunk], weight)
@@ -304,7 +304,7 @@ def _gradient_rows(start, stop, out, logits, tokens, temperature, maxima, sums, 
 
 def _rows_cpu(logits: torch.Tensor, tokens: torch.Tensor, temperature: torch.Tensor) -> _RowResults:
     num_rows, vocab_size = logits.shape
-    results = torch.empty(4, num_rows)
+    results = torch.empty(4, num_rows, dtype=torch.float32, device="cpu")
     arrays = [tensor.contiguous().numpy() for tensor in (logits, tokens, temperature)]
     parallel_rows(_log_prob_rows, num_rows, _min_rows(vocab_size), *arrays, *results.numpy())
     return _RowResults(*results)
@@ -379,8 +379,8 @@ def _rows_triton(logits: torch.Tensor, tokens: torch.Tensor, temperature: torch.
     num_rows, vocab_size = logits.shape
     num_chunks = triton.cdiv(vocab_size, CHUNK)
     logits, tokens, temperature = logits.contiguous(), tokens.contiguous(), temperature.contiguous()
-    results = torch.empty(4, num_rows, device=logits.device)
-    chunks = torch.empty(3, num_rows, num_chunks, device=logits.device)
+    results = torch.empty(4, num_rows, dtype=torch.float32, device=logits.device)
+    chunks = torch.empty(3, num_rows, num_chunks, dtype=torch.float32, device=logits.device)
     if num_rows > 0:
         _chunk_kernel[(num_rows, num_chunks)](
             logits,

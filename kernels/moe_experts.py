@@ -70,9 +70,9 @@ def _sort_by_expert(expert_ids: Tensor, first_expert: int, num_experts: int) -> 
     to offsets[i + 1]. Nothing here waits for a GPU.
     """
     sorted_ids, order = torch.sort(expert_ids.reshape(-1), stable=True)
-    rows = torch.arange(order.shape[0], device=order.device)
+    rows = torch.arange(order.shape[0], dtype=torch.int64, device=order.device)
     position = torch.empty_like(order).scatter_(0, order, rows).view(expert_ids.shape)
-    borders = torch.arange(first_expert, first_expert + num_experts + 1, device=order.device)
+    borders = torch.arange(first_expert, first_expert + num_experts + 1, dtype=torch.int64, device=order.device)
     return order, position, torch.searchsorted(sorted_ids, borders)
 
 
@@ -80,7 +80,7 @@ def _joined(values: Tensor, offsets: Tensor, join_rows: JoinRows | None) -> Tens
     """values[A, ...], of which this rank has computed those of the rows in `offsets`, with all rows of all ranks."""
     if join_rows is None:
         return values
-    rows = torch.arange(values.shape[0], device=values.device)
+    rows = torch.arange(values.shape[0], dtype=torch.int64, device=values.device)
     is_own = (rows >= offsets[0]) & (rows < offsets[-1])
     # Not by a product: other rows may hold NaN.
     return join_rows(torch.where(is_own.view(-1, *[1] * (values.dim() - 1)), values, 0))
@@ -96,7 +96,7 @@ def _weighted_sum(y: Tensor, position: Tensor, weights: Tensor) -> Tensor:
     num_tokens, top_k = position.shape
     hidden_size = y.shape[1]
     y, weights = y.contiguous(), weights.contiguous()
-    out = torch.empty(num_tokens, hidden_size)
+    out = torch.empty(num_tokens, hidden_size, dtype=torch.float32, device="cpu")
     parallel_rows(
         _weighted_sum_rows,
         num_tokens,

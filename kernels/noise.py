@@ -68,7 +68,7 @@ def gumbel_noise_reference(seeds: torch.Tensor, positions: torch.Tensor, vocab_s
 
 def _philox_bits_reference(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """The 32 random bits behind each value of noise, int64 [B, vocab_size]."""
-    tokens = torch.arange(vocab_size, device=seeds.device)
+    tokens = torch.arange(vocab_size, dtype=torch.int64, device=seeds.device)
     block, within = tokens // NOISE_BLOCK, tokens % NOISE_BLOCK
     word, lane = within // NOISE_LANES, within % NOISE_LANES
     c0 = (block * NOISE_LANES + lane).expand(seeds.shape[0], -1)
@@ -175,7 +175,7 @@ def _gumbel_noise_rows(start, stop, seeds, positions, out):
 
 
 def _gumbel_noise_cpu(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    out = torch.empty(seeds.shape[0], vocab_size)
+    out = torch.empty(seeds.shape[0], vocab_size, dtype=torch.float32, device="cpu")
     min_rows = 1 + (1 << 17) // max(1, vocab_size)
     arrays = (seeds.contiguous().numpy(), positions.contiguous().numpy(), out.numpy())
     parallel_rows(_gumbel_noise_rows, seeds.shape[0], min_rows, *arrays)
@@ -241,7 +241,7 @@ def _gumbel_noise_kernel(seeds, positions, out, vocab_size, LANES: tl.constexpr,
 
 
 def _gumbel_noise_triton(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    out = torch.empty(seeds.shape[0], vocab_size, device=seeds.device)
+    out = torch.empty(seeds.shape[0], vocab_size, dtype=torch.float32, device=seeds.device)
     counters = 2 * NOISE_LANES
     grid = (seeds.shape[0], triton.cdiv(vocab_size, 4 * counters))
     if out.numel() > 0:

@@ -20,7 +20,7 @@ class Ragged(NamedTuple):
     def from_lists(cls, lists: Sequence[Sequence], dtype: torch.dtype = torch.int64) -> "Ragged":
         flat = [value for row in lists for value in row]
         offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
-        return cls(torch.tensor(flat, dtype=dtype), torch.from_numpy(offsets))
+        return cls(torch.tensor(flat, dtype=dtype, device="cpu"), torch.from_numpy(offsets))
 
     def to(self, device: torch.device | str) -> "Ragged":
         return Ragged(self.values.to(device), self.offsets.to(device))
@@ -120,7 +120,7 @@ def apply_penalties_reference(
 def _counts(ids: Ragged, logits: torch.Tensor) -> torch.Tensor:
     num_rows, vocab_size = logits.shape
     lengths = ids.offsets[1:] - ids.offsets[:-1]
-    row = torch.arange(num_rows, device=logits.device).repeat_interleave(lengths)
+    row = torch.arange(num_rows, dtype=torch.int64, device=logits.device).repeat_interleave(lengths)
     return torch.bincount(row * vocab_size + ids.values, minlength=num_rows * vocab_size).view(num_rows, vocab_size)
 
 

@@ -108,7 +108,7 @@ def _qk_norm_rope_store_cpu(
         qkv = qkv.contiguous()
     cos_sin, positions, slots = cos_sin.contiguous(), positions.contiguous(), slots.contiguous()
     group_size = num_columns // (num_kv_heads * head_dim) - 2
-    q = torch.empty((num_tokens, num_kv_heads * group_size, head_dim))
+    q = torch.empty((num_tokens, num_kv_heads * group_size, head_dim), dtype=torch.float32, device="cpu")
     parallel_rows(
         _tokens,
         num_tokens,

@@ -234,8 +234,8 @@ def _rms_norm_backward(x: Tensor, weight: Tensor, eps: float, dy: Tensor, dx_sta
         return _rms_norm_backward_triton(x, weight, eps, dy, dx_start)
     hidden_size = x.shape[-1]
     num_rows = x.numel() // max(hidden_size, 1)
-    dx = torch.zeros(x.shape) if dx_start is None else dx_start.contiguous()
-    dweight, rstds = torch.empty(hidden_size), np.empty(num_rows, np.float32)
+    dx = torch.zeros(x.shape, dtype=torch.float32, device="cpu") if dx_start is None else dx_start.contiguous()
+    dweight, rstds = torch.empty(hidden_size, dtype=torch.float32, device="cpu"), np.empty(num_rows, np.float32)
     x, outer, inner, count = _row_layout(x)
     x_flat, dy_flat = _flat(x), _flat(dy.contiguous())
     parallel_rows(
@@ -344,7 +344,7 @@ def _rms_norm_backward_triton(x: Tensor, weight: Tensor, eps: float, dy: Tensor,
     rows = max(1, _TILE // block)
     steps = triton.cdiv(triton.cdiv(num_rows, rows), _BACKWARD_PROGRAMS)
     num_programs = triton.cdiv(num_rows, rows * steps)
-    partial_sums = torch.empty(num_programs, hidden_size, device=x.device)
+    partial_sums = torch.empty(num_programs, hidden_size, dtype=torch.float32, device=x.device)
     _rms_norm_backward_kernel[(num_programs,)](
         x, weight, dy, dx_start, dx, partial_sums, outer, inner, count, num_rows, hidden_size, steps, eps,
         HAS_START=dx_start is not dy, ROWS=rows, BLOCK=block, STAGES=_BACKWARD_STAGES,

@@ -38,7 +38,7 @@ def rope_inv_freq(
 
 
 def _default(head_dim, theta, scaling, max_position_embeddings):
-    return 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)), 1.0
+    return 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)), 1.0
 
 
 def _linear(head_dim, theta, scaling, max_position_embeddings):
@@ -82,8 +82,8 @@ def _yarn(head_dim, theta, scaling, max_position_embeddings):
     low, high = max(low, 0), min(high, head_dim - 1)
     if low == high:
         high += 0.001  # as transformers: the ramp must not divide by zero
-    ramp = torch.clamp((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low), 0, 1)
-    pos_freqs = theta ** (torch.arange(0, head_dim, 2).to(torch.float32) / head_dim)
+    ramp = torch.clamp((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low), 0, 1)
+    pos_freqs = theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").to(torch.float32) / head_dim)
     kept = 1 - ramp
     inv_freq = 1.0 / (factor * pos_freqs) * (1 - kept) + 1.0 / pos_freqs * kept
     return inv_freq, float(attention_factor)
@@ -112,7 +112,7 @@ def rope_cos_sin(inv_freq: Tensor, attention_factor: float, num_positions: int) 
     """
     inv_freq_cpu = inv_freq.detach().to("cpu", torch.float32).contiguous()
     half = inv_freq_cpu.shape[0]
-    table = torch.empty(num_positions, 2 * half)
+    table = torch.empty(num_positions, 2 * half, dtype=torch.float32, device="cpu")
     parallel_rows(
         _cos_sin_rows, num_positions, 4096 // max(half, 1) + 1, inv_freq_cpu.numpy(), attention_factor, table.numpy()
     )

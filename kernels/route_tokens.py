@@ -123,9 +123,9 @@ def _route_cpu(
         raise ValueError(f"route_tokens on the CPU takes float32, not {logits.dtype}")
     logits = logits.contiguous()
     num_tokens, num_experts = logits.shape
-    expert_bias = torch.zeros(num_experts) if expert_bias is None else expert_bias
-    expert_ids = torch.empty(num_tokens, top_k, dtype=torch.int64)
-    weights = torch.empty(num_tokens, top_k)
+    expert_bias = torch.zeros(num_experts, dtype=torch.float32, device="cpu") if expert_bias is None else expert_bias
+    expert_ids = torch.empty(num_tokens, top_k, dtype=torch.int64, device="cpu")
+    weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device="cpu")
     parallel_rows(
         _route_rows,
         num_tokens,

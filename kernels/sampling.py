@@ -132,7 +132,7 @@ def sample_reference(
     noisy = torch.where(x >= lowest[:, None], x + gumbel_noise_reference(seeds, positions, x.shape[1]), -torch.inf)
     scores = torch.where(greedy[:, None], x, noisy)
     best = scores.amax(dim=1, keepdim=True)
-    ids = torch.arange(x.shape[1], device=x.device)
+    ids = torch.arange(x.shape[1], dtype=torch.int64, device=x.device)
     tokens = torch.where(scores == best, ids, x.shape[1]).amin(dim=1)
     return torch.where(best[:, 0] > -torch.inf, tokens, -1)
 
@@ -289,7 +289,7 @@ def _sample_cpu(
     positions: torch.Tensor,
 ) -> torch.Tensor:
     num_rows, vocab_size = logits.shape
-    tokens = torch.empty(num_rows, dtype=torch.int64)
+    tokens = torch.empty(num_rows, dtype=torch.int64, device="cpu")
     inputs = (logits.detach(), temperature, top_k, top_p, min_p, seeds, positions)
     arrays = [tensor.numpy() if tensor.is_contiguous() else tensor.contiguous().numpy() for tensor in inputs]
     min_rows = 1 + _ROWS_PER_THREAD_ELEMENTS // max(1, vocab_size)
@@ -381,13 +381,16 @@ def _sample_triton(
     logits = logits.contiguous()
     device = logits.device
     if out is None:
-        out = torch.empty(num_rows, dtype=torch.int64, device=device), torch.empty(num_rows, device=device)
+        out = (
+            torch.empty(num_rows, dtype=torch.int64, device=device),
+            torch.empty(num_rows, dtype=torch.float32, device=device),
+        )
     tokens, logprobs = out
     if num_rows == 0:
         return tokens, logprobs
     lowest = lowest_allowed_triton(logits, temperature, top_k, top_p, min_p) if truncates else temperature
     num_chunks = triton.cdiv(vocab_size, CHUNK)
-    chunks = torch.empty(4, num_rows, num_chunks, device=device)
+    chunks = torch.empty(4, num_rows, num_chunks, dtype=torch.float32, device=device)
     best_tokens = torch.empty(num_rows, num_chunks, dtype=torch.int32, device=device)
     _draw_kernel[(num_rows, num_chunks)](
         logits, temperature, lowest, seeds, positions, *chunks, best_tokens, vocab_size,

@@ -46,7 +46,7 @@ def _silu_mul_cpu(gate_up: Tensor) -> Tensor:
     gate_up = gate_up.contiguous()
     *outer_shape, num_columns = gate_up.shape
     num_columns //= 2
-    y = torch.empty(*outer_shape, num_columns)
+    y = torch.empty(*outer_shape, num_columns, dtype=torch.float32, device="cpu")
     parallel_rows(
         _silu_mul_rows,
         y.numel() // max(num_columns, 1),

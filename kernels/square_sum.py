@@ -38,7 +38,7 @@ def square_sum_reference(x: Tensor, exponent: int) -> Tensor:
 
 
 def _square_sum_cpu(x: Tensor, exponent: int) -> Tensor:
-    sums = torch.zeros(2, dtype=torch.int64)
+    sums = torch.zeros(2, dtype=torch.int64, device="cpu")
     _add_squares(x.float().numpy(), 2.0**-exponent, sums.numpy())
     return sums
 

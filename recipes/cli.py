@@ -9,6 +9,8 @@ import dataclasses
 import difflib
 import importlib
 import importlib.metadata
+import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,8 +20,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from lockstep.recipes import launch
+from lockstep.recipes.console_log import ConsoleLog, compilers_say_so
 from lockstep.recipes.user_errors import as_user_error
 
+_LOG = logging.getLogger("lockstep.recipes.cli")  # by its name: this module may run as __main__
 USAGE_ERROR = 2
 INTERRUPTED = 130  # as shells say it: 128 and the signal's number
 BROKEN_PIPE = 141
@@ -59,8 +63,8 @@ STAGES: Mapping[str, Stage] = {
     ),
 }
 
-# What OmegaConf says of a value that stands for a list in a YAML file, and what is said here.
-NOT_A_LIST = ("is not a ListConfig, list or tuple.", "is not a list: write [VALUE]")
+# What OmegaConf says of a value that stands for a list in a YAML file.
+NOT_A_LIST = re.compile(r"\w+ is not a ListConfig, list or tuple\.?")
 
 HELP_TEMPLATE = """\
 lockstep $stage: $summary
@@ -114,14 +118,17 @@ def _flags_first(arguments: list[str]) -> list[str]:
 
 def _run_stage(name: str, stage: Stage, overrides: list[str]) -> None:
     full_errors = launch.full_errors_asked()
-    with _user_errors(full_errors):
-        launch.check_machine()
-        launch.prepare_environment()
-        config_class, run = _resolve(stage.config), _resolve(stage.run)
-        config = _compose(name, stage, config_class, overrides)
-    if config is not None:
-        with _user_errors(full_errors, "(HYDRA_FULL_ERROR=1 shows where)"):
-            run(config)
+    with ConsoleLog():
+        with _user_errors(full_errors):
+            launch.check_machine()
+            launch.prepare_environment()
+            _LOG.debug("importing torch and Megatron-core")
+            config_class, run = _resolve(stage.config), _resolve(stage.run)
+            config = _compose(name, stage, config_class, overrides)
+        if config is not None:
+            with _user_errors(full_errors, "(HYDRA_FULL_ERROR=1 shows where)"), compilers_say_so():
+                _LOG.debug("starting lockstep %s", name)
+                run(config)
 
 
 @contextlib.contextmanager
@@ -224,7 +231,7 @@ def _explain(error: Exception, known_keys: list[str]) -> str:
             where = message.partition(":")[0] + ": " if message.startswith("In '") else ""
             if isinstance(cause, ConfigKeyError | ConfigAttributeError):
                 return where + config_schema.unknown_key_message(key, known_keys)
-            reason = str(cause).partition("\n")[0].replace(*NOT_A_LIST)
+            reason = NOT_A_LIST.sub("one value is not a list: write [VALUE]", str(cause).partition("\n")[0])
             return f"{where}{key}: {reason}"
     if isinstance(error, AssertionError):
         return f"a group that is null cannot be set key by key: set it in a YAML file ({message})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from lockstep.trainer_bridge.checkpoint import CheckpointFiles
 from lockstep.trainer_bridge.layout import trainer_layout
 from lockstep.trainer_bridge.parallel import ParallelSizes
 from lockstep.trainer_bridge.weight_plan import engine_layout, format_plan, plan_transfers
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ def _rewrite(config: ConvertConfig) -> dict[str, Any]:
 
 def _export(config: ConvertConfig) -> dict[str, Any]:
     output = _output(config)
+    _LOG.info("loading the model %s", config.checkpoint or config.model)
     model = load_model_config(config.model)
     if config.checkpoint is None and config.allow_pickle and has_pickled_weights(Path(config.model)):
         rewrite_pickled_model(Path(config.model), Path(output))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Sequence
@@ -21,17 +22,21 @@ from lockstep.engine.speculation.speculation import MAX_DRAFT_TOKENS
 from lockstep.recipes.draft_texts import DraftText, read_texts
 from lockstep.recipes.report import write_report
 from lockstep.recipes.run_directory import read_metrics
+from lockstep.recipes.sinks import WandbConfig
 from lockstep.recipes.training_run import TrainingRun, resumed
 from lockstep.rollout.order import ProblemOrder
 from lockstep.trainer_bridge.draft_batch import DraftSequence
 from lockstep.trainer_bridge.draft_trainer import DraftTrainer, DraftTrainerConfig, frequent_tokens
+
+_LOG = logging.getLogger(__name__)
 
 USUAL_DRAFT_VOCAB = 32000
 
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """name, run, runs_dir, seed, num_threads, steps, checkpoint_every, keep_checkpoints, sinks: as in other stages.
+    """name, run, runs_dir, seed, num_threads, steps, checkpoint_every, keep_checkpoints, sinks, wandb: as in the other
+        stages.
 
     engine: serves the target, engine.model; the hidden states are recomputed through it.
     rollouts: a run directory whose samples are learned; or texts: a file, see recipes/draft_texts.py.
@@ -67,6 +72,7 @@ class DraftConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     sinks: tuple[str, ...] = ()
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self):
         for name in ("sequences_per_step", "held_out", "evaluate_every", "checkpoint_every", "max_tokens"):
@@ -82,6 +88,7 @@ def run(config: DraftConfig) -> dict[str, Any]:
     """Trains until `config.steps` updates are made, exports the draft to `draft` in the run directory, and tries it."""
     config = resumed(config)
     with TrainingRun(config, "draft") as run:
+        _LOG.info("loading the model %s", config.engine.model)
         engine = Engine(config.engine)
         max_tokens = min(config.max_tokens, engine.max_model_len)
         texts = read_texts(config.rollouts, config.texts, config.engine.model, max_tokens)
@@ -161,7 +168,8 @@ def new_draft(
     draft = Eagle3Draft(Eagle3Config.of_target(target, size, **options), embedding, embedding.dtype)
     initialize(draft, seed)
     learned = [token for text in texts for token in text.token_ids[text.num_prompt :]]
-    draft.set_vocabulary(frequent_tokens(torch.bincount(torch.tensor(learned), minlength=target.vocab_size), size))
+    counts = torch.bincount(torch.tensor(learned, dtype=torch.int64, device="cpu"), minlength=target.vocab_size)
+    draft.set_vocabulary(frequent_tokens(counts, size))
     return draft
 
 

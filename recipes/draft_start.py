@@ -42,7 +42,8 @@ def with_draft(
 def _new_draft(model: str, draft_vocab_size: int | None, directory: Path, task: Task, seed: int) -> None:
     target = load_model_config(model)
     size = min(draft_vocab_size or USUAL_DRAFT_VOCAB, target.vocab_size)
-    embedding = torch.empty(target.vocab_size, target.hidden_size)  # the target's, which no draft directory holds
+    # The target's, which no draft directory holds.
+    embedding = torch.empty(target.vocab_size, target.hidden_size, dtype=torch.float32, device="cpu")
     draft = Eagle3Draft(Eagle3Config.of_target(target, size), embedding, torch.float32)
     initialize(draft, seed)
     draft.set_vocabulary(frequent_tokens(_counts(model, task, target.vocab_size), size))
@@ -58,4 +59,4 @@ def _counts(model: str, task: Task, vocab_size: int) -> torch.Tensor:
         tokens += render_prompt(tokenizer, problem.messages)
         if problem.solution is not None:
             tokens += encode_response(tokenizer, problem.solution)
-    return torch.bincount(torch.tensor(tokens), minlength=vocab_size)
+    return torch.bincount(torch.tensor(tokens, dtype=torch.int64, device="cpu"), minlength=vocab_size)

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 class Learner:
     """What a step does with its groups, and what that takes beside the trainer: a critic, a teacher.
 
-    `save` and `load` are of all that lasts longer than a step, but for the trainer itself. Use as a context manager.
+    learned: the samples of the last step, with their advantages. `save` and `load` are of all that lasts longer than a
+    step, but for the trainer itself. Use as a context manager.
     """
 
     def __init__(self, config: RLConfig, cluster: LocalCluster, model: str):
@@ -49,6 +50,7 @@ class Learner:
         self.entropy_coefficient = config.algorithm.entropy_coefficient
         self.critic = cluster.open_critic(self._critic_config(model)) if self.algorithm.critic else None
         self.teacher = cluster.open_teacher(self._teacher_config(model)) if self.algorithm.needs_teacher else None
+        self.learned: list[Sample] = []
         self._shape = BatchShape(
             config.trainer.max_tokens_per_micro_batch, config.rollout.temperature, config.rollout.max_tokens
         )  # fmt: skip
@@ -64,7 +66,8 @@ class Learner:
         """The updates of a step. Returns the trainer's stats, see `_of_updates`; the critic's begin with `critic_`."""
         version = self.config.steps_made(self.trainer)
         responses = self._scored(groups, version)
-        policy = policy_batches(self.algorithm, groups, responses, version, self._shape)
+        advantages = self.algorithm.advantages(responses)
+        policy = policy_batches(self.algorithm, groups, responses, advantages, version, self._shape)
         critic = [None] * len(policy)
         if self.critic is not None:
             critic = critic_batches(self.algorithm, groups, responses, self._shape)
@@ -75,6 +78,11 @@ class Learner:
             self.entropy_coefficient = next_entropy_coefficient(
                 self.entropy_coefficient, stats["entropy"], self.config.algorithm
             )
+        self.learned = [
+            replace(sample, advantage=sum(row) / len(row) if row else None)
+            for group, rows in zip(groups, advantages, strict=True)
+            for sample, row in zip(group, rows, strict=True)
+        ]
         return stats
 
     def save(self, path: Path) -> None:

@@ -1,9 +1,9 @@
-"""The run as it goes: a live table in a terminal, one line a record elsewhere (a log, a pipe, CI)."""
+"""The run as it goes: a live table in a terminal, few and short lines elsewhere (a log, a pipe, CI)."""
 
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group
@@ -12,14 +12,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from lockstep.recipes.console_log import STEPS, one_line
 from lockstep.recipes.metrics import TIME_PREFIX, format_value, in_order, known_name, title_of
 
 SPARK_LEVELS = "▁▂▃▄▅▆▇█"
 TREND_WIDTH = 32
+LINE_WIDTH = 160
+LINE_EVERY_S = 5.0
 
 
 class LiveView:
     """A sink that people watch. Use as a context manager, so that the terminal is restored when the stage raises.
+
+    Without a terminal a record is a line of at most LINE_WIDTH characters, and there is at most one every LINE_EVERY_S:
+    of the newest records, with a stage's first and last always. Every record goes whole to the logger of steps.
 
     Args:
         stage: the stage's name; its records move the progress bar, those of other stages only fill the table.
@@ -33,6 +39,8 @@ class LiveView:
         self._total_steps = total_steps
         self._started_s = time.monotonic()
         self._history: dict[str, list[float]] = {}
+        self._waiting: dict[str, str] = {}  # by stage, the line that was not printed yet
+        self._printed_s: dict[str, float] = {}  # by stage, when its last line was
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         self._progress = Progress(TextColumn("[bold]{task.description}"), *columns, console=self.console)
         self._task = self._progress.add_task(stage, total=total_steps, completed=first_step)
@@ -53,13 +61,23 @@ class LiveView:
             self._history.setdefault(name if stage == self._stage else f"{stage}: {name}", []).append(value)
         if stage == self._stage:
             self._progress.update(self._task, completed=step)
+        head = f"{stage} {step}/{self._total_steps}"
+        shown = [f"{name} {format_value(name, numbers[name])}" for name in in_order(numbers)]
+        STEPS.info("%s  %s", head, "  ".join(shown))
         if not self.console.is_terminal:
-            shown = [f"{name} {format_value(name, numbers[name])}" for name in in_order(numbers)]
-            self._print_line(f"{stage} {step}/{self._total_steps}  {'  '.join(shown)}")
+            self._waiting[stage] = _fitting(head, shown)
+            if step >= self._total_steps or stage not in self._printed_s:
+                self._print_waiting([stage])
+            elif time.monotonic() - max(self._printed_s.values(), default=-math.inf) >= LINE_EVERY_S:
+                self._print_waiting([min(self._waiting, key=lambda waiting: self._printed_s.get(waiting, -math.inf))])
+
+    def record_samples(self, step: int, stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The report shows samples; here there is no room."""
 
     def close(self) -> None:
         """Leave the last state on the terminal. May be called again."""
         self._live.stop()
+        self._print_waiting(list(self._waiting))
 
     def summary(self, results: Mapping[str, Any]) -> None:
         """End the view with what came out: a line each."""
@@ -67,7 +85,7 @@ class LiveView:
         results = {**results, "time": f"{time.monotonic() - self._started_s:.1f} s"}
         if not self.console.is_terminal:
             for name, value in results.items():
-                self._print_line(f"{self._stage} {name}: {value}")
+                self._print_line(f"{self._stage} {name}: {value}")  # whole: a hash or a path is of no use cut short
             return
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, value in results.items():
@@ -90,8 +108,23 @@ class LiveView:
         parts = [f"{title_of(name)} {format_value(name, self._history[name][-1])}" for name in times]
         return Group(self._progress, table, Text("  ".join(parts), style="dim"))
 
+    def _print_waiting(self, stages: list[str]) -> None:
+        for stage in stages:
+            self._print_line(self._waiting.pop(stage))
+            self._printed_s[stage] = time.monotonic()
+
     def _print_line(self, line: str) -> None:
         print(line, file=self.console.file, flush=True)
+
+
+def _fitting(head: str, parts: list[str]) -> str:
+    """The head and as many of the parts as fit in a line."""
+    line = one_line(head, LINE_WIDTH)
+    for part in parts:
+        if len(line) + 2 + len(part) > LINE_WIDTH:
+            break
+        line += f"  {part}"
+    return line
 
 
 def sparkline(values: list[float], width: int) -> str:

@@ -20,7 +20,7 @@ from lockstep.recipes.run_directory import checkpoint_path, checkpoint_steps, re
 from lockstep.recipes.training_run import resumed
 from lockstep.rollout.environments.worker import EpisodeWorker
 from lockstep.rollout.group import Response
-from lockstep.rollout.sample import Sample
+from lockstep.rollout.sample import FOR_READERS, Sample
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Replay:
             self._compare_fields(step, sample, again)
 
     def _compare_fields(self, step: int, sample: Sample, again: Sample) -> None:
-        for name in (f.name for f in fields(Sample)):
+        for name in (f.name for f in fields(Sample) if f.name not in FOR_READERS):
             if getattr(sample, name) != getattr(again, name):
                 self._differ(step, sample, -1, name, getattr(sample, name), getattr(again, name))
 

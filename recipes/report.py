@@ -39,16 +39,19 @@ PLOTTED = (
 )
 # Metrics that one plot compares: its title, and their names in the legend.
 COMPARED: Mapping[str, Mapping[str, str]] = {
-    "tokens per decoding step, held-out samples": {
+    "tokens per decoding step, held-out": {
         "draft/held_out_learned": "learned draft",
         "draft/held_out_frozen": "frozen draft",
         "draft/held_out_ngram": "n-gram",
     },
-    "tokens per verify step, the engine's rollouts": {"draft/tokens_per_verify_step": "draft that serves"},
-    "accepted drafts by place, the engine's rollouts": {
+    "tokens per verify step, rollouts": {"draft/tokens_per_verify_step": "draft that serves"},
+    "accepted drafts by place, rollouts": {
         f"draft/accepted_at_{place}": f"token {place}" for place in range(1, MAX_DRAFT_TOKENS + 1)
     },
 }
+EVALUATIONS = ("eval", "draft_eval", "draft_verified")  # stages of records that are of held-out problems
+MOST_REWARDS_SHOWN = 16
+FIGURE_INCHES = (4.2, 2.5)  # about a phone's width, at which the text is as large as that of the page
 ENGINE_TIMES = ("time/rollout", "time/wait_for_trainer")  # the other line of recipes/step_clock.py
 COLOURS = ("#2f6fed", "#e07a1f", "#2a9d63", "#b04ac4", "#c2a200", "#5a6b7b")
 PLOT_STYLE = {
@@ -112,10 +115,7 @@ def write_report(
         cards=summary_cards(records, hash_file.read_text().strip() if hash_file.exists() else None),
         plots=_plots(plotted),
         sampled_steps=[
-            (
-                step,
-                [_sample_view(row, decode) for row in _first_samples(read_rollouts(run_dir, step), samples_per_step)],
-            )
+            (step, _sample_views(read_rollouts(run_dir, step), decode, samples_per_step))
             for step in _first_middle_last(rollout_steps(run_dir))
         ],
         last_metrics=_last_values(records),
@@ -127,14 +127,19 @@ def write_report(
 
 
 def summary_cards(records: Sequence[Record], weights_hash: str | None) -> list[Card]:
-    """The headline results that the records hold."""
+    """The headline results that the records hold: of training and of evaluation apart, since both have rewards."""
     cards = []
-    if accuracy := _values(records, "accuracy"):
+    evaluation = [record for record in records if record["stage"] in EVALUATIONS]
+    training = [record for record in records if record["stage"] not in EVALUATIONS]
+    if accuracy := _values(evaluation, "accuracy"):
         before, after = accuracy[0], accuracy[-1]
         note = f"{after - before:+.1%} over {len(accuracy)} evaluations" if len(accuracy) > 1 else "one evaluation"
         value = f"{before:.1%} → {after:.1%}" if len(accuracy) > 1 else f"{after:.1%}"
         cards.append(Card("Held-out accuracy", value, note, good=after > before))
-    if differences := _values(records, "logprob_diff_max"):
+    if rewards := _values(evaluation, "reward"):
+        value = f"{rewards[0]:.3f} → {rewards[-1]:.3f}" if len(rewards) > 1 else f"{rewards[-1]:.3f}"
+        cards.append(Card("Held-out reward", value, f"best {max(rewards):.3f}"))
+    if differences := _values(training, "logprob_diff_max"):
         largest = math.nan if any(map(math.isnan, differences)) else max(differences)
         exact = largest == 0.0
         note = (
@@ -145,16 +150,18 @@ def summary_cards(records: Sequence[Record], weights_hash: str | None) -> list[C
                 "Largest log-prob difference", "0" if exact else format_value("logprob_diff_max", largest), note, exact
             )
         )
-    if rewards := _values(records, "reward"):
-        cards.append(Card("Reward", f"{rewards[0]:.3f} → {rewards[-1]:.3f}", f"best {max(rewards):.3f}"))
-    elif losses := _values(records, "loss"):
+    if rewards := _values(training, "reward"):
+        cards.append(
+            Card("Reward of the rollouts", f"{rewards[0]:.3f} → {rewards[-1]:.3f}", f"best {max(rewards):.3f}")
+        )
+    elif losses := _values(training, "loss"):
         cards.append(Card("Loss", f"{losses[0]:.3f} → {losses[-1]:.3f}", f"lowest {min(losses):.3f}"))
-    if steps := _values(records, "draft/tokens_per_verify_step"):
+    if steps := _values(training, "draft/tokens_per_verify_step"):
         cards.append(Card("Tokens per verify step", f"{steps[0]:.2f} → {steps[-1]:.2f}", _speed_note(records)))
     if records:
         times = [float(value) for record in records for name, value in record.items() if _is_part(name)]
         cards.append(Card("Steps", f"{max(record['step'] for record in records):,}", _duration(sum(times))))
-    if speeds := _values(records, "tokens_per_s"):
+    if speeds := _values(training, "tokens_per_s"):
         cards.append(Card("Tokens/s", f"{statistics.median(speeds):,.0f}", f"median; best {max(speeds):,.0f}"))
     if weights_hash:
         cards.append(Card("Final weights (SHA-256)", weights_hash[:12], weights_hash))
@@ -223,7 +230,7 @@ def _plot_compared(title: str, lines: Mapping[str, str], stage: str, records: Se
         steps, values = zip(*((r["step"], float(r[name])) for r in records if name in r), strict=True)
         colour = COLOURS[index % len(COLOURS)]
         axes.plot(steps, values, color=colour, linewidth=1.6, marker="o", markersize=2.5, label=label)
-    axes.legend(frameon=False, fontsize=8.5, ncols=4, handlelength=1.0, columnspacing=1.2)
+    axes.legend(frameon=False, fontsize=8.5, ncols=3, handlelength=1.0, columnspacing=1.2)
     return _svg(figure)
 
 
@@ -238,7 +245,7 @@ def _plot_time(stage: str, records: Sequence[Record]) -> str:
         axes.bar(steps, seconds, width, bottom=bottoms, label=title_of(name), color=COLOURS[index % len(COLOURS)])
         bottoms = [bottom + second for bottom, second in zip(bottoms, seconds, strict=True)]
     axes.set_ylim(0, max(bottoms) * 1.25 or 1.0)
-    axes.legend(loc="upper left", ncols=4, frameon=False, fontsize=8.5, handlelength=1.0, columnspacing=1.2)
+    axes.legend(loc="upper left", ncols=3, frameon=False, fontsize=8.5, handlelength=1.0, columnspacing=1.2)
     return _svg(figure)
 
 
@@ -248,7 +255,7 @@ def _is_part(name: str) -> bool:
 
 
 def _new_plot(title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5.6, 2.7), layout="constrained")
+    figure = Figure(figsize=FIGURE_INCHES, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title)
     axes.set_xlabel("step")
@@ -279,7 +286,17 @@ def _first_samples(rows: Iterable[Record], count: int) -> list[Record]:
     return sorted(rows, key=lambda row: (row.get("sample_index", 0), row.get("prompt_index", 0)))[:count]
 
 
-def _sample_view(row: Record, decode: Callable[[Sequence[int]], str] | None) -> dict[str, Any]:
+def _sample_views(
+    rows: Sequence[Record], decode: Callable[[Sequence[int]], str] | None, count: int
+) -> list[dict[str, Any]]:
+    """The step's first samples, each with the rewards of its group: the samples of its prompt."""
+    groups: dict[Any, list[Record]] = {}
+    for row in rows:
+        groups.setdefault(row.get("prompt_index"), []).append(row)
+    return [_sample_view(row, groups[row.get("prompt_index")], decode) for row in _first_samples(rows, count)]
+
+
+def _sample_view(row: Record, group: Sequence[Record], decode: Callable[[Sequence[int]], str] | None) -> dict[str, Any]:
     """One sample as the page shows it."""
     versions = row.get("weight_versions") or [None] * len(row["response_ids"])
     written = row.get("response_mask") or [True] * len(row["response_ids"])
@@ -300,9 +317,10 @@ def _sample_view(row: Record, decode: Callable[[Sequence[int]], str] | None) -> 
         "as_ids": decode is None,
         "reward": f"{float(row['reward']):.3g}",
         "good": float(row["reward"]) > 0,
+        "reference": row.get("reference") or None,
+        "advantage": None if row.get("advantage") is None else f"{float(row['advantage']):+.3g}",
         "facts": {
-            "prompt": row.get("prompt_index"),
-            "sample": row.get("sample_index"),
+            "group": _group_facts(row, group),
             "problem": row.get("problem_id"),
             "tokens": sum(written),
             "rewards of the turns": ", ".join(f"{reward:.3g}" for reward in row.get("turn_rewards") or []) or None,
@@ -311,6 +329,15 @@ def _sample_view(row: Record, decode: Callable[[Sequence[int]], str] | None) -> 
             "seed": row.get("seed"),
         },
     }
+
+
+def _group_facts(row: Record, group: Sequence[Record]) -> str:
+    """Which sample of which prompt it is, and how its group did."""
+    rewards = [float(other["reward"]) for other in sorted(group, key=lambda other: other.get("sample_index", 0))]
+    shown = ", ".join(f"{reward:.3g}" for reward in rewards[:MOST_REWARDS_SHOWN])
+    more = ", ..." if len(rewards) > MOST_REWARDS_SHOWN else ""
+    which = f"{row.get('prompt_index')}, sample {row.get('sample_index')} of {len(group)}"
+    return f"{which}; rewards of the group {shown}{more} (mean {statistics.fmean(rewards):.3g})"
 
 
 def _drawn(position: int, token_id: int, logprob: float, version: int | None) -> dict[str, Any]:

@@ -17,15 +17,16 @@ h1 { margin: 0; font-size: 26px; letter-spacing: -0.01em; }
 h2 { margin: 36px 0 12px; font-size: 18px; }
 h3 { margin: 20px 0 8px; font-size: 15px; color: var(--soft); }
 .sub { color: var(--soft); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(290px, 1fr)); gap: 14px; margin-top: 20px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(290px, 100%), 1fr)); gap: 14px;
+  margin-top: 20px; }
 .card, .plot, details, table { background: #fff; border: 1px solid var(--line); border-radius: 10px; }
 .card { padding: 14px 16px; overflow: hidden; }
 .card .title { color: var(--soft); font-size: 13px; }
-.card .value { font-size: 24px; font-weight: 650; white-space: nowrap; }
+.card .value { font-size: 24px; font-weight: 650; overflow-wrap: anywhere; }
 .card .note { color: var(--soft); font-size: 12px; overflow-wrap: anywhere; }
 .good { color: var(--good); }
 .bad { color: var(--bad); }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 14px; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 14px; }
 .plot { padding: 10px 10px 4px; }
 .plot svg { width: 100%; height: auto; display: block; }
 details { margin-bottom: 8px; }
@@ -34,7 +35,7 @@ summary .snippet { flex: 1; overflow: hidden; text-overflow: ellipsis; white-spa
 .snippet, pre, .tokens, .prompt { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; }
 .body { padding: 0 14px 14px; }
 .facts { color: var(--soft); font-size: 12.5px; margin: 8px 0 0; }
-.facts span { margin-right: 14px; white-space: nowrap; }
+.facts span { margin-right: 14px; overflow-wrap: anywhere; }
 .label { color: var(--soft); font-size: 12px; margin: 10px 0 3px; }
 .prompt, .tokens, pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; padding: 9px 11px;
   background: var(--paper); border-radius: 7px; }
@@ -49,7 +50,15 @@ pre.config { background: #fff; border: 1px solid var(--line); border-radius: 10p
 table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: 13.5px; }
 td, th { padding: 5px 14px; text-align: left; border-top: 1px solid var(--line); }
 tr:first-child th { border-top: 0; color: var(--soft); font-weight: 500; }
+.table { overflow-x: auto; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
+@media (max-width: 600px) {
+  main { padding: 18px 12px 48px; }
+  summary { padding: 9px 10px; gap: 10px; }
+  .body { padding: 0 10px 12px; }
+  td, th { padding: 5px 8px; }
+  td { overflow-wrap: anywhere; }
+}
 </style>
 </head>
 <body>
@@ -87,6 +96,9 @@ between, and did not write, is grey.</div>
 {% for sample in samples %}
 <details{{ ' open' if loop.first }}>
 <summary><span class="{{ 'good' if sample.good else 'bad' }}">reward {{ sample.reward }}</span>
+{% if sample.advantage is not none %}
+<span class="sub">advantage {{ sample.advantage }}</span>
+{% endif %}
 <span class="snippet">{{ sample.text[:160] }}</span></summary>
 <div class="body">
 <div class="label">prompt</div>
@@ -105,6 +117,10 @@ between, and did not write, is grey.</div>
 {%- endif -%}
 {%- endfor -%}
 </div>
+{% if sample.reference is not none %}
+<div class="label">reference answer</div>
+<div class="prompt">{{ sample.reference }}</div>
+{% endif %}
 <div class="facts">
 {% for fact, value in sample.facts.items() if value is not none %}
 <span>{{ fact }} {{ value }}</span>
@@ -118,12 +134,12 @@ between, and did not write, is grey.</div>
 
 {% if last_metrics %}
 <h2>Last value of every metric</h2>
-<table>
+<div class="table"><table>
 <tr><th>stage</th><th>metric</th><th style="text-align: right">value</th><th style="text-align: right">step</th></tr>
 {% for stage, title, value, step in last_metrics %}
 <tr><td>{{ stage }}</td><td>{{ title }}</td><td class="number">{{ value }}</td><td class="number">{{ step }}</td></tr>
 {% endfor %}
-</table>
+</table></div>
 {% endif %}
 
 <h2>Config</h2>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from lockstep.rollout.rewards.models import conversation_ids
 from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.trainer_bridge import MegatronTrainer
 from lockstep.trainer_bridge.preference import PreferencePair, bradley_terry_loss, pack_pairs
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ def run(config: RewardConfig) -> dict[str, Any]:
         train_tokens, held_out_tokens = (
             [tokenized(tokenizer, pair, pad_token_id) for pair in pairs] for pairs in (train, held_out)
         )
+        for name, pairs in (("training", train_tokens), ("held-out", held_out_tokens)):
+            check_lengths(name, pairs, config, load_model_config(model).max_position_embeddings)
+        _LOG.info("loading the model %s", model)
         trainer = MegatronTrainer(replace(config.trainer, model=model, head="scalar"))
         run.start(trainer)
         order = ProblemOrder(len(train_tokens), config.seed)
@@ -95,6 +101,7 @@ def sampled_pairs(config: RewardConfig, run: TrainingRun, policy: str) -> tuple[
     files = {name: run.path / f"{name}_pairs.jsonl" for name in ("train", "held_out")}
     if not all(file.exists() for file in files.values()):
         tasks, tokenizer, sampling = config.task.build(), load_tokenizer(policy), config.sampling
+        _LOG.info("sampling answers of the model %s, to make pairs", policy)
         engine = Engine(replace(config.engine, model=policy))
         try:
             for task, number, file in (
@@ -105,6 +112,23 @@ def sampled_pairs(config: RewardConfig, run: TrainingRun, policy: str) -> tuple[
         finally:
             engine.shutdown()
     return read_pairs([str(files["train"])]), read_pairs([str(files["held_out"])])
+
+
+def check_lengths(name: str, pairs: Sequence[PreferencePair], config: RewardConfig, longest: int) -> None:
+    """Raises ValueError that names the first pair which the model, or a micro-batch, does not take."""
+    budget = config.trainer.max_tokens_per_micro_batch
+    for number, pair in enumerate(pairs, start=1):
+        lengths = len(pair.chosen), len(pair.rejected)
+        if max(lengths) > longest:
+            raise ValueError(
+                f"{name} pair {number} has conversations of {lengths[0]} and {lengths[1]} tokens, and the model takes "
+                f"{longest}: leave it out or shorten it"
+            )
+        if sum(lengths) > budget:
+            raise ValueError(
+                f"{name} pair {number} has {sum(lengths)} tokens, and trainer.max_tokens_per_micro_batch={budget}: "
+                "raise that, or leave the pair out"
+            )
 
 
 def tokenized(tokenizer, pair: Preference, pad_token_id: int | None) -> PreferencePair:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from lockstep.engine import EngineConfig
 from lockstep.recipes import sft
@@ -35,6 +34,8 @@ from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.rollout.worker import RolloutConfig, RolloutWorker
 from lockstep.trainer_bridge import MegatronTrainer
 from lockstep.trainer_bridge.algorithms import AlgorithmConfig
+
+_LOG = logging.getLogger(__name__)
 
 WARMUP = "sft"  # the folder of the warm-up's run in the run directory
 
@@ -98,7 +99,7 @@ class RLConfig(TrainingRunConfig):
         reason = next((name for name, is_set in reasons.items() if is_set), None)
         if reason is None or not self.draft.is_on:
             return self
-        Console(highlight=False).print(f"no draft is trained: that does not go with {reason}", markup=False)
+        _LOG.info("no draft is trained: that does not go with %s", reason)
         return replace(self, draft=replace(self.draft, train_every=0))
 
 
@@ -110,6 +111,7 @@ def run(config: RLConfig) -> dict[str, Any]:
         return dry_run(rl_plan(config))
     with TrainingRun(config, "rl") as run:
         config = config.without_draft_where_none_can_learn()
+        _LOG.debug("reading the task %s", config.task.kind)
         tasks = config.task.build()
         start = str(starting_model(config, tasks))
         trainer, engine = replace(config.trainer, model=start), replace(config.engine, model=start)
@@ -142,6 +144,7 @@ def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
         seed=config.seed,
         num_threads=config.num_threads,
         sinks=config.sinks,
+        wandb=replace(config.wandb, id=None, name=f"{config.wandb.name or config.directory.name} warm-up"),
     )
     if not (warmup.directory / "weights.sha256").exists():
         sft.run(warmup)
@@ -189,7 +192,7 @@ def train(
                     config.seed,
                     config.environment,
                 )
-            run.record_evaluation(step, results)
+            run.record_evaluation(step, results, worker.tokenizer.decode)
 
     steps_made = config.steps_made(trainer)
     if steps_made == 0:
@@ -203,7 +206,7 @@ def train(
         stats = clock.side_by_side(partial(learner.step, groups), buffer.advance, overlap=cluster.overlaps)
         clock.publish(partial(cluster.publish, version=step))
         buffer.new_version()
-        run.directory.write_rollouts(step, [sample for group in groups for sample in group])
+        run.directory.write_rollouts(step, learner.learned)
         metrics = step_metrics(step, groups, stats, buffer, clock)
         run.record(step, metrics | {"verifier_failures": failed} | drafted)
         evaluate_if_due(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ from lockstep.trainer_bridge import MegatronTrainer
 from lockstep.trainer_bridge.aggregation import Aggregation
 from lockstep.trainer_bridge.losses import sft_loss
 from lockstep.trainer_bridge.packing import TrainSequence, pack
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ def run(config: SFTConfig) -> dict[str, Any]:
         tasks = config.task.build()
         model = config.model.resolve(run.path / "new_model", tasks.train, config.seed)
         tokenizer = load_tokenizer(model)
+        _LOG.info("loading the model %s into the trainer", model)
         trainer = MegatronTrainer(replace(config.trainer, model=str(model)))
         run.start(trainer)
         order = ProblemOrder(len(tasks.train), config.seed)

@@ -73,15 +73,18 @@ def policy_batches(
     algorithm: Algorithm,
     groups: Grouped[Sample],
     responses: Grouped[ScoredResponse],
+    advantages: Sequence[Sequence[Sequence[float] | None]],
     version: int,
     shape: BatchShape,
 ) -> list[list[PackedBatch]]:
-    """The samples with their advantages, for each update of an epoch. version: of the weights before the step.
+    """The samples with their advantages, for each update of an epoch.
+
+    advantages: of each group's responses, a number for each token that the policy wrote; None: not learned from.
+    version: of the weights before the step.
 
     Responses that are not learned from are left out; where that would be all of an update's, they stay with advantages
     of 0.
     """
-    advantages = algorithm.advantages(responses)
     has_lags = algorithm.config.off_policy != "none" or draws_of_other_versions(groups, version)
 
     def sequences(part: slice) -> list[TrainSequence]:

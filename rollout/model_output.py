@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _FENCE = "```"
+_LONGEST_LANGUAGE = 40  # characters, with the white space around it
 
 
 def parse_json(text: str) -> Any:
@@ -38,7 +39,7 @@ def valid_text(text: str) -> str:
 def fenced_blocks(text: str, languages: Sequence[str]) -> list[str]:
     """The contents of ```LANGUAGE blocks, of these languages or without one, from the line after the opening fence.
 
-    A block that is not closed is none.
+    A block that is not closed is none, and what a block of another language holds is no block.
     """
     blocks, position = [], 0
     while (opened := text.find(_FENCE, position)) >= 0:
@@ -46,12 +47,14 @@ def fenced_blocks(text: str, languages: Sequence[str]) -> list[str]:
         line_end = text.find("\n", position)
         if line_end < 0:
             break
-        if text[position:line_end].strip() not in ("", *languages):
-            continue
+        language = text[position : min(line_end, position + _LONGEST_LANGUAGE)].strip().lower()
+        if len(language.split()) > 1 or position + _LONGEST_LANGUAGE < line_end:
+            continue  # a fence within a line
         closed = text.find(_FENCE, line_end)
         if closed < 0:
             break
-        blocks.append(text[line_end + 1 : closed])
+        if language in ("", *languages):
+            blocks.append(text[line_end + 1 : closed])
         position = closed + len(_FENCE)
     return blocks
 
@@ -59,8 +62,12 @@ def fenced_blocks(text: str, languages: Sequence[str]) -> list[str]:
 def shown(text: object, longest: int = 300) -> str:
     """One line for people: control characters escaped, and cut to a length."""
     text = str(text)
-    cut = text if len(text) <= longest else f"{text[:longest]}..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+    return printable(text if len(text) <= longest else f"{text[:longest]}...", kept="")
+
+
+def printable(text: str, kept: str = "\n\t") -> str:
+    """The text with escapes in the place of characters that would act on a terminal, or hide what others say."""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
 def _refused(name: str) -> float:

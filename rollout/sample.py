@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+FOR_READERS = ("reference", "advantage")  # fields that say nothing of how a sample was drawn
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -20,6 +22,9 @@ class Sample:
     not write have no log-prob, and `response_mask` is false there; None: it wrote them all. Turn k is the k-th run of
     written tokens, drawn with turn_seeds[k]; `text` is the last turn's; turn_rewards sum up to `reward`. Samples of one
     turn leave these empty.
+
+    For readers alone (FOR_READERS): the problem's reference answer, and the advantage that the step learned with (the
+    mean over the written tokens; None: nothing was learned from the sample, or not yet).
     """
 
     problem_id: str
@@ -38,6 +43,8 @@ class Sample:
     response_mask: tuple[bool, ...] | None = None
     turn_seeds: tuple[int, ...] = ()
     turn_rewards: tuple[float, ...] = ()
+    reference: str = ""
+    advantage: float | None = None
 
     @property
     def written(self) -> Sequence[bool]:

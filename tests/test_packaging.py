@@ -95,3 +95,11 @@ def test_the_metadata_is_whole_and_names_no_address_that_is_not_there():
     assert "License ::" not in " ".join(project["classifiers"])  # PEP 639: the expression is the licence
     for version in re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"])):
         assert tuple(map(int, version.split("."))) >= (3, 11)
+
+
+def test_make_never_silences_pip():
+    """A download takes minutes: pip says what it does, since no `-q` keeps it from that."""
+    lines = (ROOT / "Makefile").read_text(encoding="utf-8").splitlines()
+    pip_lines = [line for line in lines if "pip install" in line or "pip wheel" in line]
+    assert len(pip_lines) >= 5
+    assert [line for line in pip_lines if re.search(r"\s(-q+|--quiet)\b", line)] == []

@@ -167,7 +167,7 @@ class CheckpointFiles:
         for transfer in transfers:
             source = self._files[wanted.name, transfer.source_rank].get_slice(wanted.name)[slices(transfer.source)]
             if part is None:
-                part = torch.empty(wanted.local_shape, dtype=source.dtype)
+                part = torch.empty(wanted.local_shape, dtype=source.dtype, device="cpu")
             part[slices(transfer.target)].copy_(source)
         return part
 

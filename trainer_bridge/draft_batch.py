@@ -80,10 +80,14 @@ def _pack_bin(
     members = [sequences[number] for number in numbers]
     lengths = [len(sequence.aux) for sequence in members]
     positions, cu_seqlens = sequence_layout(lengths)
-    last_row = (cu_seqlens[1:].long() - 1).repeat_interleave(torch.tensor(lengths))
-    rows = torch.arange(len(positions))
-    next_token = torch.cat([torch.tensor(sequence.token_ids[1:]) for sequence in members])
-    next_is_trained = torch.cat([torch.tensor(sequence.loss_mask[1:], dtype=torch.bool) for sequence in members])
+    last_row = (cu_seqlens[1:].long() - 1).repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device="cpu"))
+    rows = torch.arange(len(positions), dtype=torch.int64, device="cpu")
+    next_token = torch.cat(
+        [torch.tensor(sequence.token_ids[1:], dtype=torch.int64, device="cpu") for sequence in members]
+    )
+    next_is_trained = torch.cat(
+        [torch.tensor(sequence.loss_mask[1:], dtype=torch.bool, device="cpu") for sequence in members]
+    )
     # Step 0 learns all of them: row t that of row t + 1.
     is_target = next_is_trained & (positions > 0)
     number = is_target.cumsum(0) - 1

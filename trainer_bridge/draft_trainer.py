@@ -12,9 +12,12 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 from lockstep.engine.checkpoint import CheckpointError
+from lockstep.engine.checks import FP32_MAX, Choice, Real, Rule, Whole, conform
 from lockstep.engine.files import whole_file
 from lockstep.engine.models.eagle3 import Eagle3Draft
+from lockstep.engine.request import MIN_TEMPERATURE
 from lockstep.engine.weights import checksum
+from lockstep.kernels.process_state import own_state
 from lockstep.trainer_bridge.draft_batch import DraftBatch, DraftSequence
 from lockstep.trainer_bridge.draft_loss import LOSSES
 from lockstep.trainer_bridge.grad_norm import gradient_norm
@@ -43,11 +46,16 @@ class DraftTrainerConfig(AdamWConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.loss not in LOSSES:
-            raise ValueError(f"DraftTrainerConfig.loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
-        for field in ("num_steps", "max_tokens_per_micro_batch", "temperature", "step_decay"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"DraftTrainerConfig.{field} must be positive, got {getattr(self, field)}")
+        conform(self, _RULES)
+
+
+_RULES: dict[str, Rule] = {
+    "num_steps": Whole(1),
+    "max_tokens_per_micro_batch": Whole(1),
+    "temperature": Real(MIN_TEMPERATURE, FP32_MAX, f"a finite number of at least {MIN_TEMPERATURE:.2g}"),
+    "step_decay": Real(0.0, expected="a finite number > 0", open_low=True, fp32=True),
+    "loss": Choice(tuple(LOSSES)),
+}
 
 
 class DraftTrainer:
@@ -75,12 +83,16 @@ class DraftTrainer:
         draft), tokens, trained_tokens. Raises ValueError if nothing can be trained, and FloatingPointError for a
         non-finite loss or gradient; the weights are as before then.
         """
+        with own_state(self.device, learns=True):
+            return self._step(sequences)
+
+    def _step(self, sequences: Sequence[DraftSequence]) -> dict[str, float]:
         batches = self.unrolled.pack(sequences)
         counts = [sum(len(batch.trained[step]) for batch in batches) for step in range(self.config.num_steps)]
         if not counts[0]:
             raise ValueError("no token of the draft's step is trained on")
-        losses = torch.zeros(self.config.num_steps, device=self.device)
-        covered = torch.zeros((), device=self.device)
+        losses = torch.zeros(self.config.num_steps, dtype=torch.float32, device=self.device)
+        covered = torch.zeros((), dtype=torch.float32, device=self.device)
         try:
             for batch in batches:
                 targets = self.unrolled.targets(batch)

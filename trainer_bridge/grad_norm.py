@@ -20,7 +20,9 @@ def gradient_norm(gradients: Sequence[torch.Tensor], world: dist.ProcessGroup | 
     """
     gradients = [gradient.detach() for gradient in gradients if gradient.numel()]
     maxima = torch._foreach_norm(gradients, math.inf) if gradients else []
-    largest = torch.stack([torch.zeros((), device=device), *(maximum.float() for maximum in maxima)]).amax()
+    largest = torch.stack(
+        [torch.zeros((), dtype=torch.float32, device=device), *(maximum.float() for maximum in maxima)]
+    ).amax()
     largest = torch.nan_to_num(largest, nan=math.inf, posinf=math.inf)
     if world is not None:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=world)

@@ -132,7 +132,7 @@ def exchange(value: Any, world: dist.ProcessGroup | None, device: torch.device) 
     if world is None:
         return [value]
     data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
-    sizes = all_gather(torch.tensor([data.numel()], device=device), world).flatten().tolist()
+    sizes = all_gather(torch.tensor([data.numel()], dtype=torch.int64, device=device), world).flatten().tolist()
     padded = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
     padded[: data.numel()] = data
     gathered = all_gather(padded, world).cpu()

@@ -213,7 +213,7 @@ def fold_stats(parts: Sequence[Mapping[str, float]], total_weight: float) -> dic
     for part in parts:
         for name, value in part.items():
             combine = torch.maximum if name.endswith("_max") else torch.add
-            value = torch.tensor(value)
+            value = torch.tensor(value, dtype=torch.float32, device="cpu")
             totals[name] = combine(totals[name], value) if name in totals else value
     sums = {name: total.item() for name, total in totals.items()}
     return {n: s if n == "loss" or n.endswith("_max") else s / total_weight for n, s in sums.items()}

@@ -86,7 +86,7 @@ class _PickledCheckpoint:
 
     def _read(self, key: str, described: Any) -> torch.Tensor:
         try:
-            tensor = torch.empty(described.size, dtype=described.properties.dtype)
+            tensor = torch.empty(described.size, dtype=described.properties.dtype, device="cpu")
             filled = 0
             for chunk in described.chunks:
                 info = self._place[key, tuple(chunk.offsets)]

@@ -53,9 +53,9 @@ def bradley_terry_loss(values: torch.Tensor, batch: PackedBatch) -> tuple[torch.
 
 def _pack_bin(pairs: Sequence[PreferencePair], weight: float) -> PackedBatch:
     sequences = [sequence for pair in pairs for sequence in pair]
-    token_ids = torch.tensor([token for sequence in sequences for token in sequence])
+    token_ids = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int64, device="cpu")
     positions, cu_seqlens = sequence_layout([len(sequence) for sequence in sequences])
-    weights = torch.zeros(len(token_ids))
+    weights = torch.zeros(len(token_ids), dtype=torch.float32, device="cpu")
     weights[cu_seqlens[1:].long() - 1] = weight
     return PackedBatch(
         token_ids=token_ids,

@@ -85,7 +85,9 @@ class UnrolledDraft:
         chains: dict[int, torch.Tensor] = {}
         for batch in self.pack(sequences):
             lengths = batch.cu_seqlens.diff().tolist()
-            of_rows = torch.tensor([seeds[number] for number in batch.members]).repeat_interleave(torch.tensor(lengths))
+            of_rows = torch.tensor(
+                [seeds[number] for number in batch.members], dtype=torch.int64, device="cpu"
+            ).repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device="cpu"))
             of_rows = of_rows.to(batch.positions.device)
             steps = [
                 self._drawn(normed, of_rows, batch.positions + 2 + i) for i, normed in enumerate(self.steps(batch))
@@ -97,7 +99,7 @@ class UnrolledDraft:
     def _drawn(self, normed: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """As `EagleDrafter` draws: the target's rule and noise over the draft's tokens."""
         token_map, parts = self.draft.token_map, []
-        for rows in torch.arange(len(normed), device=normed.device).split(ROWS_AT_ONCE):
+        for rows in torch.arange(len(normed), dtype=torch.int64, device=normed.device).split(ROWS_AT_ONCE):
             noise = gumbel_noise(seeds[rows], positions[rows], self.draft.config.vocab_size)[:, token_map]
             parts.append((self.draft.logits(normed[rows]).float() / self.temperature + noise).argmax(-1))
         return self.draft.target_ids(torch.cat(parts))

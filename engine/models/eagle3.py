@@ -184,7 +184,7 @@ class Eagle3Draft(nn.Module):
         )
         cos_sin = rope_cos_sin(inv_freq, factor, config.max_position_embeddings)
         self.register_buffer("rope_cos_sin", cos_sin.to(device), persistent=False)
-        proposable = torch.arange(config.draft_vocab_size, device=device)
+        proposable = torch.arange(config.draft_vocab_size, dtype=torch.int64, device=device)
         self.register_buffer("token_map", proposable, persistent=False)
 
     def share_embedding(self, weight: torch.Tensor) -> None:
@@ -246,11 +246,12 @@ def initialize(draft: Eagle3Draft, seed: int) -> None:
 
     The attention's and the MLP's outputs start at a tenth of that: a row begins as what `fc` makes of the target.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     with torch.no_grad():
         for name, parameter in draft.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
                 continue
             scale = parameter.shape[1] ** -0.5 * (0.1 if name in ("linear_proj.weight", "linear_fc2.weight") else 1.0)
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
+            parameter.copy_(noise * scale)

@@ -15,7 +15,7 @@ from lockstep.engine.speculation.drafter import Drafter
 from lockstep.engine.speculation.eagle import EagleDrafter
 from lockstep.engine.speculation.ngram import NgramDrafter
 from lockstep.engine.speculation.policy import PolicyConfig, SpeculationPolicy
-from lockstep.engine.speculation.speculation import MAX_DRAFT_TOKENS, Speculation
+from lockstep.engine.speculation.speculation import Speculation
 
 if TYPE_CHECKING:
     from lockstep.engine.config import EngineConfig
@@ -30,11 +30,6 @@ def check_speculation(config: EngineConfig) -> None:
             f"EngineConfig: a draft_model needs num_draft_tokens, and the other way round, got {config.draft_model!r} "
             f"and {config.num_draft_tokens}"
         )
-    if not 0 <= config.num_draft_tokens <= MAX_DRAFT_TOKENS:
-        raise ValueError(
-            f"EngineConfig.num_draft_tokens must be 1 to {MAX_DRAFT_TOKENS}, got {config.num_draft_tokens}"
-        )
-    PolicyConfig(config.draft_max_requests, config.draft_min_accepted)
     if config.tp_size > 1 and has_draft_model(config):
         raise ValueError(f'EngineConfig.tp_size={config.tp_size} speculates with draft_model="{NGRAM}" only')
 

@@ -88,10 +88,6 @@ class EagleDrafter:
     def finished(self, request: Request) -> None:
         """Nothing is learned from it."""
 
-    def check_version(self, version: int) -> None:
-        if version <= self.version:
-            raise ValueError(f"draft version must grow: {version} after {self.version}")
-
     def update_targets(self) -> dict[str, torch.Tensor]:
         """What an update of the draft replaces."""
         return {**dict(self.draft.named_parameters()), "token_map": self.draft.token_map}
@@ -152,7 +148,7 @@ class EagleDrafter:
 
     def _num_accepted(self, rows: DrawnRows) -> torch.Tensor:
         """[B], as `verification.num_valid` counts them on the host, less one."""
-        place = torch.arange(self.num_tokens, device=rows.first.device)
+        place = torch.arange(self.num_tokens, dtype=torch.int64, device=rows.first.device)
         drawn = rows.first[:, None] + place
         is_draft = place < rows.num_drafts[:, None]
         drafted = (drawn + 1).clamp(max=len(rows.tokens) - 1)

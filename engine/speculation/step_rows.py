@@ -53,7 +53,7 @@ def pack(
 ) -> torch.Tensor:
     """int64 [size.num_packed] on the host. rows: int64 [3, T], of which lengths[b] are of request b, in order."""
     num_rows, count = rows.shape[1], len(requests)
-    packed = torch.zeros(size.num_packed, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+    packed = torch.zeros(size.num_packed, dtype=torch.int64, pin_memory=torch.cuda.is_available(), device="cpu")
     values = packed.numpy()
     padded = values[: 3 * size.rows].reshape(3, size.rows)
     padded[:, :num_rows] = rows

@@ -94,7 +94,9 @@ def _transformers(path: str, config: BenchConfig) -> Iterator[Generate]:
         torch.manual_seed(seed)
         for start in range(0, len(requests.prompts), _TRANSFORMERS_BATCH):
             lengths = requests.output_tokens[start : start + _TRANSFORMERS_BATCH]
-            inputs = torch.tensor(requests.prompts[start : start + _TRANSFORMERS_BATCH], device=config.device)
+            inputs = torch.tensor(
+                requests.prompts[start : start + _TRANSFORMERS_BATCH], device=config.device, dtype=torch.int64
+            )
             model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),

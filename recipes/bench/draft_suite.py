@@ -70,10 +70,12 @@ def measure(job: Job) -> dict[str, Any]:
     initialize(draft, seed=0)
     budget = min(MICRO_BATCH_TOKENS, sum(job.lengths))
     trainer = DraftTrainer(DraftTrainerConfig(loss=job.loss, max_tokens_per_micro_batch=budget), draft, head)
-    rng, generator = random.Random(0), torch.Generator().manual_seed(0)
+    rng, generator = random.Random(0), torch.Generator("cpu").manual_seed(0)
     sequences = []
     for length in job.lengths:
-        states = torch.randn(length - 1, 4 * target.hidden_size, generator=generator).to(device, dtype)
+        states = torch.randn(
+            length - 1, 4 * target.hidden_size, generator=generator, dtype=torch.float32, device="cpu"
+        ).to(device, dtype)
         tokens = [rng.randrange(target.vocab_size) for _ in range(length)]
         hidden = target.hidden_size
         sequences.append(DraftSequence(tokens, [True] * length, states[:, : 3 * hidden], states[:, 3 * hidden :]))

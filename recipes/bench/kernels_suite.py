@@ -206,7 +206,7 @@ def _row_cases(sizes: Sizes) -> Iterator[Case]:
         def heads(rows: int = rows) -> Callable[[], object]:
             qkv = sizes.random(rows, sizes.query + 2 * sizes.key)
             norms = [sizes.random(model.head_dim) if model.qk_norm else None for _ in range(2)]
-            slots = torch.arange(rows, device=sizes.device)
+            slots = torch.arange(rows, dtype=torch.int64, device=sizes.device)
             return partial(
                 qk_norm_rope_store, qkv, *norms, model.rms_norm_eps, table, slots % longest, *_cache(sizes, rows), slots
             )
@@ -220,13 +220,15 @@ def _logits_cases(sizes: Sizes) -> Iterator[Case]:
     vocab_size, hidden_size = sizes.model.vocab_size, sizes.model.hidden_size
 
     def tokens(rows: int) -> torch.Tensor:
-        return torch.arange(rows, device=sizes.device) % vocab_size
+        return torch.arange(rows, dtype=torch.int64, device=sizes.device) % vocab_size
 
     for rows in sizes.scaled(1, 64, 512):
 
         def scoring(rows: int = rows) -> Callable[[], object]:
             logits = sizes.random(rows, vocab_size)
-            return partial(token_log_probs, logits, tokens(rows), torch.ones(rows, device=sizes.device))
+            return partial(
+                token_log_probs, logits, tokens(rows), torch.ones(rows, dtype=torch.float32, device=sizes.device)
+            )
 
         makers = {
             "sample_with_log_probs": partial(_sampling_call, sizes, rows, 1.0),
@@ -263,11 +265,11 @@ def _attention_call(
     for cache in caches:
         cache.normal_()
     q = sizes.random(batch * queries, model.num_heads, model.head_dim)
-    page_table = torch.randperm(batch * pages, device=device).to(torch.int32).view(batch, pages)
-    first_of_group = torch.arange(batch, device=device) // samples * samples
+    page_table = torch.randperm(batch * pages, dtype=torch.int64, device=device).to(torch.int32).view(batch, pages)
+    first_of_group = torch.arange(batch, dtype=torch.int64, device=device) // samples * samples
     page_table[:, : shared // PAGE_SIZE] = page_table[first_of_group, : shared // PAGE_SIZE]
-    cu_seqlens = torch.arange(batch + 1, device=device, dtype=torch.int32) * queries
-    kv_lens = torch.full((batch,), length, device=device, dtype=torch.int32)
+    cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * queries
+    kv_lens = torch.full((batch,), length, dtype=torch.int32, device=device)
     plan = None
     if queries == 1 and device.type == "cuda":
         plan = _plan(cu_seqlens, kv_lens, model.num_kv_heads, num_attention_items([length] * batch), samples, shared)
@@ -279,7 +281,7 @@ def _plan(
 ) -> AttentionPlan:
     groups = None
     if shared:
-        first = torch.arange(0, len(kv_lens), samples, device=kv_lens.device, dtype=torch.int32)
+        first = torch.arange(0, len(kv_lens), samples, dtype=torch.int32, device=kv_lens.device)
         tiles = torch.stack((first, torch.full_like(first, samples)), 1)
         groups = Groups(torch.full_like(kv_lens, shared), tiles, torch.full_like(kv_lens[:1], len(first)))
     return plan_attention(kv_lens, cu_seqlens, num_kv_heads, num_items, groups=groups)
@@ -289,7 +291,7 @@ def _sampling_call(sizes: Sizes, rows: int, top_p: float) -> Callable[[], object
     def filled(value: float, dtype: torch.dtype) -> torch.Tensor:
         return torch.full((rows,), value, device=sizes.device, dtype=dtype)
 
-    numbers = torch.arange(rows, device=sizes.device)
+    numbers = torch.arange(rows, dtype=torch.int64, device=sizes.device)
     return partial(
         sample_with_log_probs,
         sizes.random(rows, sizes.model.vocab_size),

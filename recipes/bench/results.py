@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from lockstep.recipes.bench.config import BenchConfig
+from lockstep.recipes.machine import gpu, processor
 
 
 @dataclass(frozen=True)
@@ -90,24 +90,8 @@ def progress(text: str) -> None:
 def machine(device: str) -> str:
     versions = f"torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}"
     if device == "cuda":
-        return f"{_gpu()}, {versions}"
-    return f"{_processor()}, {torch.get_num_threads()} threads, {versions}"
-
-
-def _gpu() -> str:
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0"]
-    try:
-        name, driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().split(", ")
-    except (OSError, ValueError, subprocess.CalledProcessError):
-        return "an NVIDIA GPU (nvidia-smi does not answer)"
-    return f"{name}, driver {driver}, CUDA {torch.version.cuda}"
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+        return f"{gpu()}, {versions}"
+    return f"{processor()}, {torch.get_num_threads()} threads, {versions}"
 
 
 def _commit() -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from lockstep.engine import Engine, EngineConfig
 from lockstep.rollout.rewards import LocalRewards
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig, publish
+
+_LOG = logging.getLogger(__name__)
 
 
 class LocalCluster:
@@ -19,6 +22,7 @@ class LocalCluster:
     overlaps = False
 
     def __init__(self, trainer: TrainerConfig, engine: EngineConfig):
+        _LOG.info("loading the model %s into the trainer and the engine", trainer.model)
         self.trainer = MegatronTrainer(trainer)
         self.engine = Engine(engine)
         self.rewards = LocalRewards()

@@ -5,6 +5,7 @@ Every wait has a deadline.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -31,6 +32,8 @@ from lockstep.trainer_bridge import TrainerConfig
 from lockstep.trainer_bridge.layout import trainer_layout
 from lockstep.trainer_bridge.weight_plan import Transfer, engine_layout, plan_transfers
 
+_LOG = logging.getLogger(__name__)
+
 # Of a cluster that is started here. Ray would make its workers as nice as 15: what else runs would come before them.
 _OWN_CLUSTER = {"object_store_memory": 200 * 2**20, "_system_config": {"worker_niceness": 0}}
 # Libraries read these when they are imported, which in an actor may be before our code runs.
@@ -48,6 +51,10 @@ class RayCluster:
         self._model = load_model_config(engine.model)
         self._started_ray = not ray.is_initialized()
         if self._started_ray:
+            _LOG.info(
+                "joining the Ray cluster %s" if config.address else "starting Ray on this machine%s",
+                config.address or "",
+            )
             _start_ray(config)
         self._placement = _reserve(config)
         self._process = (seed, num_threads)
@@ -61,6 +68,7 @@ class RayCluster:
         self._meeting: Meeting | None = None
         self._meeting_engines: list[Any] = []  # the actors: one that was replaced cannot come
         self._num_meetings = 0
+        _LOG.info("waiting for the actors of trainer and engines, which load the model %s", engine.model)
         try:
             self.trainer.wait_until_ready()
             self.engine.wait_until_ready()

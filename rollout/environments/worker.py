@@ -125,6 +125,7 @@ class EpisodeWorker(RolloutWorker):
             response_mask=tuple(transcript.written),
             turn_seeds=tuple(episode.turn_seeds),
             turn_rewards=tuple(turn_rewards),
+            reference=problem.answer,
         )
 
 

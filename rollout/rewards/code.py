@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from lockstep.rollout.rewards.isolation import Limits, run_program
+from lockstep.rollout.model_output import fenced_blocks
+from lockstep.rollout.rewards.isolation import Limits, announce, run_program
 from lockstep.rollout.rewards.reward import Completion, Reward
 from lockstep.rollout.tasks.answers import extract_answer
 from lockstep.rollout.tasks.problem import Problem
-
-_FENCED = re.compile(r"```(?:python|py)?\s*\n(.*?)```", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,10 @@ def code_reward(options: CodeOptions) -> Reward:
     """What is printed is compared here, line by line without white space at the ends, out of the program's reach.
 
     test_code is weaker: it runs in the program's own process, where a program that sets out to deceive it can.
-    A program that breaks a limit fails its test. Raises ValueError for a problem without tests.
+    A program that breaks a limit fails its test. Raises ValueError for a problem without tests, and IsolationError
+    where this machine cannot isolate a process.
     """
+    announce(options.limits)
 
     def score(completion: Completion) -> float:
         program, tests = extract_program(completion.text), _tests(completion.problem, options)
@@ -45,7 +45,6 @@ def code_reward(options: CodeOptions) -> Reward:
         return sum(passed) / len(passed) if options.partial else float(all(passed))
 
     def reward(completions: Sequence[Completion]) -> list[float]:
-        # A process ends with the thread that started it: these live until all are scored.
         with ThreadPoolExecutor(options.num_workers) as workers:
             return list(workers.map(score, completions))
 
@@ -54,7 +53,7 @@ def code_reward(options: CodeOptions) -> Reward:
 
 def extract_program(response: str) -> str:
     """The last fenced block, else the tagged answer, else the response."""
-    fenced = _FENCED.findall(response)
+    fenced = fenced_blocks(response, ("python", "py"))
     return fenced[-1] if fenced else extract_answer(response) or response
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lockstep.engine import user_code
-from lockstep.rollout.rewards import code, functions, models, rules
+from lockstep.rollout.rewards import code, functions, models, rules, text_rewards
 from lockstep.rollout.rewards.failures import FailedScore
 from lockstep.rollout.rewards.models import RewardEngines
 from lockstep.rollout.rewards.reward import Completion, Reward, each
@@ -31,9 +31,11 @@ REWARDS: dict[str, Kind] = {
     "correct": Kind(rules.NoOptions, lambda options, task, engines: rules.correct_reward(task)),
     "exact_match": Kind(rules.NoOptions, lambda options, task, engines: each(rules.exact_match)),
     "format": Kind(rules.NoOptions, lambda options, task, engines: each(rules.answer_format)),
-    "regex": Kind(rules.RegexOptions, lambda options, task, engines: each(rules.regex_reward(options))),
+    "regex": Kind(
+        text_rewards.RegexOptions, lambda options, task, engines: text_rewards.regex_reward(options, engines)
+    ),
     "json_schema": Kind(
-        rules.JsonSchemaOptions, lambda options, task, engines: each(rules.json_schema_reward(options))
+        text_rewards.JsonSchemaOptions, lambda options, task, engines: text_rewards.json_schema_reward(options, engines)
     ),
     "length": Kind(rules.LengthOptions, lambda options, task, engines: rules.length_reward(options)),
     "math": Kind(functions.MathOptions, lambda options, task, engines: functions.math_reward(options, engines)),

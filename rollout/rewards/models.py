@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.engine.pooling import ScoreAt, scored_part
 from lockstep.rollout.model_output import valid_text
+from lockstep.rollout.rewards.failures import FailedScore, FailureWarnings
+from lockstep.rollout.rewards.isolation import Limits
 from lockstep.rollout.rewards.reward import Completion, Reward
+from lockstep.rollout.rewards.text_rewards import compile_pattern, text_check
+from lockstep.rollout.rewards.verifiers import open_pool
 from lockstep.rollout.tokenizer import load_tokenizer, render_prompt
 
 
@@ -38,6 +43,7 @@ class JudgeOptions:
     template: what the judge is asked; {question}, {answer} (the reference) and {response} are filled in.
     pattern: its first group, where it is found last in the judge's text, is the verdict: a number, or a key of scores.
     scores: of verdicts that are words. unparsed: the score of a text without a verdict.
+    limits: of the search for the verdict, in an isolated process.
     """
 
     model: str
@@ -51,6 +57,13 @@ class JudgeOptions:
     unparsed: float = 0.0
     max_tokens: int = 512
     temperature: float = 0.0
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self):
+        compile_pattern(self.pattern, num_groups=1)
+        for verdict, score in {**self.scores, "unparsed": self.unparsed}.items():
+            if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+                raise ValueError(f"the score of verdict {verdict!r} must be a finite number, got {score!r}")
 
 
 class RewardEngines:
@@ -102,45 +115,65 @@ def conversation_ids(
 
 
 def reward_model_reward(options: RewardModelOptions, engines: RewardEngines) -> Reward:
-    """The model's score of the conversation, in its own tokens."""
+    """The model's score of the conversation, in its own tokens. One that the model cannot take has failed."""
     engine, tokenizer = engines.engine(options.model, options.engine), load_tokenizer(options.model)
     if engine.model_config.head != "scalar":
         raise ValueError(f"{options.model} is no reward model: it is not a ...ForSequenceClassification")
+    warnings = FailureWarnings("reward_model")
 
     def reward(completions: Sequence[Completion]) -> list[float]:
         conversations = [conversation_ids(tokenizer, c.problem.messages, c.text) for c in completions]
-        return engine.reward(conversations, options.score_at)
+        refused = _refused(completions, warnings, lambda i: engine.prepare([conversations[i]], kind="reward"))
+        taken = [conversation for i, conversation in enumerate(conversations) if i not in refused]
+        return _with_refused(engine.reward(taken, options.score_at), refused, len(completions))
 
     return reward
 
 
 def judge_reward(options: JudgeOptions, engines: RewardEngines) -> Reward:
-    """The verdict of a language model that reads the response."""
+    """The verdict of a language model that reads the response. A prompt that it cannot take has failed."""
     engine, tokenizer = engines.engine(options.model, options.engine), load_tokenizer(options.model)
-    pattern = re.compile(options.pattern)
+    warnings = FailureWarnings("judge")
+    scores = {str(verdict): score for verdict, score in options.scores.items()}
+    check = text_check(
+        "judge", "verdict_check", options.limits, pattern=options.pattern, scores=scores, unparsed=options.unparsed
+    )
+    pool = open_pool(check, 1, engines)
     sampling = SamplingParams(
         max_tokens=options.max_tokens, temperature=options.temperature, stop_token_ids=(tokenizer.eos_token_id,)
     )
-
-    def verdict(text: str) -> float:
-        found = [match.group(1) for match in pattern.finditer(text)]
-        if not found:
-            return options.unparsed
-        if found[-1] in options.scores:
-            return float(options.scores[found[-1]])
-        try:
-            return float(found[-1])
-        except ValueError:
-            return options.unparsed
 
     def reward(completions: Sequence[Completion]) -> list[float]:
         prompts = [
             render_prompt(tokenizer, [{"role": "user", "content": fill_in(options.template, completion)}])
             for completion in completions
         ]
-        return [verdict(output.text) for output in engine.generate(prompts, sampling)]
+        refused = _refused(completions, warnings, lambda i: engine.prepare([prompts[i]], sampling))
+        taken = [i for i in range(len(prompts)) if i not in refused]
+        outputs = engine.generate([prompts[i] for i in taken], sampling)
+        verdicts = pool.verify([(completions[i].problem, o.text) for i, o in zip(taken, outputs, strict=True)])
+        return _with_refused(verdicts, refused, len(completions))
 
     return reward
+
+
+def _refused(
+    completions: Sequence[Completion], warnings: FailureWarnings, prepare: Callable[[int], object]
+) -> dict[int, FailedScore]:
+    """By index: what the engine cannot take, such as a response that is too long for this model."""
+    refused = {}
+    for index, completion in enumerate(completions):
+        try:
+            prepare(index)
+        except ValueError as error:
+            reason = str(error).partition(": ")[2]  # without the number of a prompt that stands alone
+            refused[index] = warnings.failed(completion.problem.problem_id, reason)
+    return refused
+
+
+def _with_refused(scores: Sequence[float], refused: Mapping[int, FailedScore], count: int) -> list[float]:
+    rest = iter(scores)
+    return [refused[index] if index in refused else next(rest) for index in range(count)]
 
 
 def fill_in(template: str, completion: Completion) -> str:

@@ -1,42 +1,20 @@
 """Rule rewards: pure functions from a problem and a response text to a number."""
 
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
-import jsonschema
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from lockstep.rollout.rewards.failures import FailedScore, FailureWarnings
-from lockstep.rollout.rewards.reward import Completion, Reward, Rule
+from lockstep.rollout.rewards.reward import Completion, Reward
 from lockstep.rollout.rewards.score_values import plain_score, reason_of
 from lockstep.rollout.tasks.answers import extract_answer, same_text
 from lockstep.rollout.tasks.problem import BatchTask, Problem, Task
 
 _AWAITED_S = 60.0  # for the score of a user's task whose `score` is async
-_FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class NoOptions:
     """Of a reward that takes none."""
-
-
-@dataclass(frozen=True)
-class RegexOptions:
-    """pattern: searched for with re.DOTALL. in_answer: in the extracted answer, and not in the whole response."""
-
-    pattern: str
-    in_answer: bool = False
-
-
-@dataclass(frozen=True)
-class JsonSchemaOptions:
-    """schema: a JSON schema, or schema_file: the path of one."""
-
-    schema: Mapping[str, Any] = field(default_factory=dict)
-    schema_file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,47 +79,6 @@ def exact_match(problem: Problem, response: str) -> float:
 def answer_format(problem: Problem, response: str) -> float:
     """1 where the response ends in exactly one tagged answer, else 0."""
     return float(response.count("<answer>") == 1 and response.rstrip().endswith("</answer>"))
-
-
-def regex_reward(options: RegexOptions) -> Rule:
-    """1 where the pattern is found, else 0. Raises ValueError for a pattern that is none."""
-    try:
-        pattern = re.compile(options.pattern, re.DOTALL)
-    except re.error as error:
-        raise ValueError(f"pattern {options.pattern!r}: {error}") from error
-
-    def rule(problem: Problem, response: str) -> float:
-        text = (extract_answer(response) or "") if options.in_answer else response
-        return float(pattern.search(text) is not None)
-
-    return rule
-
-
-def json_schema_reward(options: JsonSchemaOptions) -> Rule:
-    """1 where the answer (tagged, else the last fenced block, else the whole response) is JSON of the schema, else 0.
-
-    Raises ValueError for a schema that is none.
-    """
-    schema = options.schema
-    if options.schema_file is not None:
-        with open(options.schema_file, encoding="utf-8") as file:
-            schema = json.load(file)
-    validator_class = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
-    try:
-        validator_class.check_schema(schema)
-    except jsonschema.SchemaError as error:
-        raise ValueError(f"json_schema: {error.message}") from error
-    validator = validator_class(schema)
-
-    def rule(problem: Problem, response: str) -> float:
-        fenced = _FENCED.findall(response)
-        text = extract_answer(response) or (fenced[-1] if fenced else response)
-        try:
-            return float(validator.is_valid(json.loads(text)))
-        except (ValueError, RecursionError):
-            return 0.0
-
-    return rule
 
 
 def length_reward(options: LengthOptions) -> Reward:

@@ -13,7 +13,7 @@ def brute_force(tokens, requests, positions, last_tokens, page_table, page_size)
             token_ids.append(0)
             slots.append(-1)
             continue
-        token_ids.append(token if token >= 0 else int(last_tokens[request]))
+        token_ids.append(max(token if token >= 0 else int(last_tokens[request]), 0))
         slots.append(int(page_table[request, position // page_size]) * page_size + position % page_size)
     return torch.tensor(token_ids), torch.tensor(slots)
 
@@ -26,7 +26,7 @@ def test_equals_the_loop(op, page_size):
     requests = torch.randint(-1, num_requests, (num_rows,), generator=generator)
     tokens = torch.randint(-1, 1000, (num_rows,), generator=generator)
     positions = torch.randint(0, max_pages * page_size, (num_rows,), generator=generator)
-    last_tokens = torch.randint(0, 1000, (num_requests,), generator=generator)
+    last_tokens = torch.randint(-1, 1000, (num_requests,), generator=generator)
     page_table = torch.randint(0, 99, (num_requests, max_pages), generator=generator).to(torch.int32)
     inputs = (tokens, requests, positions, last_tokens, page_table)
     results = op(*(tensor.to(DEVICE) for tensor in inputs), page_size)

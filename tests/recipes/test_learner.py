@@ -84,7 +84,8 @@ SHAPE = BatchShape(max_tokens=64, temperature=0.5, max_response_tokens=12)
 
 def batches_of(samples, version, **options):
     algorithm = build_algorithm(AlgorithmConfig(**options), SHAPE.max_response_tokens)
-    (batches,) = policy_batches(algorithm, [samples], scored_responses([samples]), version, SHAPE)
+    responses = scored_responses([samples])
+    (batches,) = policy_batches(algorithm, [samples], responses, algorithm.advantages(responses), version, SHAPE)
     return batches
 
 

@@ -61,6 +61,8 @@ def sample(step: int, index: int) -> dict:
         "finish_reason": "stop",
         "text": EVIL,
         "reward": float(index),
+        "reference": f"{EVIL} 42",
+        "advantage": index - 1.5,
     }
 
 
@@ -173,3 +175,52 @@ def test_what_the_policy_did_not_write_has_no_probability(tmp_path):
     ):
         assert shown in text
     assert structure.tags.count("svg") == 4  # reward, and three of the evaluation
+
+
+def test_a_sample_shows_its_reference_its_advantage_and_its_group(run_dir):
+    page = write_report(run_dir, samples_per_step=4).read_text()
+    text = re.sub(r"\s+", " ", " ".join(parse(page).text))
+    assert text.count(f"reference answer {EVIL} 42") == 12
+    assert text.count("group 0, sample 3 of 4; rewards of the group 0, 1, 2, 3 (mean 1.5)") == 3
+    assert re.findall(r"advantage (\S+)", text)[:4] == ["-1.5", "-0.5", "+0.5", "+1.5"]
+
+
+def test_older_rollouts_without_them_are_shown(tmp_path):
+    with RunDirectory(tmp_path / "old", {}) as run:
+        row = {name: value for name, value in sample(1, 0).items() if name not in ("reference", "advantage")}
+        run.write_rollouts(1, [row])
+    text = " ".join(parse(write_report(tmp_path / "old").read_text()).text)
+    assert "advantage" not in text
+    assert "reference answer" not in text
+
+
+def test_cards_tell_training_from_evaluation():
+    records = [
+        {"step": 0, "stage": "eval", "reward": 0.125, "accuracy": 0.5, "tokens_per_s": 1.0},
+        {"step": 1, "stage": "rl", "reward": 1.0, "train_accuracy": 0.75, "logprob_diff_max": 0.0},
+        {"step": 2, "stage": "rl", "reward": 3.0, "accuracy": 0.0, "logprob_diff_max": 0.0},
+        {"step": 2, "stage": "eval", "reward": 0.25, "accuracy": 0.75},
+    ]
+    cards = {card.title: card.value for card in summary_cards(records, None)}
+    assert cards["Held-out accuracy"] == "50.0% → 75.0%"
+    assert cards["Held-out reward"] == "0.125 → 0.250"
+    assert cards["Reward of the rollouts"] == "1.000 → 3.000"
+    assert "Tokens/s" not in cards
+
+
+def test_a_phone_shows_the_page_without_scrolling_sideways(run_dir):
+    """Nothing in the style asks for more than a phone's 390 px; a table scrolls in its own box, and plots shrink."""
+    page = write_report(run_dir).read_text()
+    style = page.partition("<style>")[2].partition("</style>")[0]
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    wide = [
+        rule
+        for rule in re.findall(r"[^{}]+\{[^{}]*\}", style)
+        if any(int(pixels) > 366 for pixels in re.findall(r"(?<![-\w])(?:min-)?width: (\d+)px", rule))
+        or re.search(r"minmax\(\d+px", rule)
+    ]
+    assert wide == []
+    assert ".table { overflow-x: auto; }" in style
+    assert ".plot svg { width: 100%;" in style
+    assert re.search(r'<div class="table"><table>', page)
+    assert not re.search(r"<(table|div|pre|section)[^>]* width=", page)

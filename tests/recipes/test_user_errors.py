@@ -228,10 +228,7 @@ def test_paths_in_yaml_and_in_quotes_begin_at_home_too(capfd, folder):
     cli.main(["rl", *TINY, *options, "task.local_files.train_files='~/problems.jsonl'", "--dry-run"])
     assert capfd.readouterr().out.count("epochs of 2") == 2  # of 30 problems a fifth or so is held out
     (folder / "conf/recipe/mine.yaml").write_text("# @package _global_\nsinks: wandb\n")
-    assert (
-        "sinks: Invalid value assigned: str is not a list: write [VALUE]"
-        in error_of(capfd, "rl", "--config-dir", "conf", "recipe=mine")[0]
-    )
+    assert "one value is not a list: write [VALUE]" in error_of(capfd, "rl", "--config-dir", "conf", "recipe=mine")[0]
 
 
 def test_a_config_that_is_no_json_object_names_its_file(folder):

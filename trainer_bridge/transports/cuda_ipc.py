@@ -35,11 +35,11 @@ class CudaIpcTransport(BucketTransport):
             text = json.dumps(
                 {"place": _place(self._device), "handles": [_handle(buffer) for buffer in self._buffers[target]]}
             ).encode()
-            offer = torch.zeros(_OFFER_BYTES, dtype=torch.uint8)
+            offer = torch.zeros(_OFFER_BYTES, dtype=torch.uint8, device="cpu")
             offer[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
             offers.append((target, self._group.send([offer], target, _OFFER)))
         for source in dict.fromkeys(message.peer for message in self._receives):
-            offer = torch.zeros(_OFFER_BYTES, dtype=torch.uint8)
+            offer = torch.zeros(_OFFER_BYTES, dtype=torch.uint8, device="cpu")
             self._wait(self._group.recv([offer], source, _OFFER), f"the buffers of rank {source}")
             self._buffers[source] = self._accept(source, json.loads(bytes(offer.tolist()).rstrip(b"\0")))
         for target, sent in offers:
@@ -57,7 +57,7 @@ class CudaIpcTransport(BucketTransport):
         return self._buffers[message.peer][message.number % 2]
 
     def _start_send(self, message: Message, content: torch.Tensor) -> Handover:
-        number = torch.tensor([message.number])
+        number = torch.tensor([message.number], dtype=torch.int64, device="cpu")
         return _Handed(
             number,
             self._group.send([number], message.peer, _WRITTEN),
@@ -65,10 +65,12 @@ class CudaIpcTransport(BucketTransport):
         )
 
     def _start_receive(self, message: Message, content: torch.Tensor) -> Handover:
-        return self._group.recv([torch.tensor([message.number])], message.peer, _WRITTEN)
+        return self._group.recv(
+            [torch.tensor([message.number], dtype=torch.int64, device="cpu")], message.peer, _WRITTEN
+        )
 
     def _end_receive(self, message: Message) -> None:
-        sent = self._group.send([torch.tensor([message.number])], message.peer, _READ)
+        sent = self._group.send([torch.tensor([message.number], dtype=torch.int64, device="cpu")], message.peer, _READ)
         self._wait(sent, f"rank {message.peer} to hear that {message.part.transfers[0].name} has arrived")
 
 

@@ -27,13 +27,13 @@ def write(message: torch.Tensor, part: Bucket, tensors: Mapping[str, torch.Tenso
     """Packs the bucket into the message (uint8 [message_bytes]). Raises ValueError for a missing tensor."""
     header, hashes, payload = _sections(message, part)
     hashes.copy_(pack(part, tensors, payload))
-    header.copy_(torch.tensor([_MAGIC, _OK, version, number]))
+    header.copy_(torch.tensor([_MAGIC, _OK, version, number], dtype=torch.int64, device="cpu"))
 
 
 def write_reason(message: torch.Tensor, version: int, reason: str) -> None:
     """Says why no bucket comes."""
     text = reason.encode()[:_REASON_BYTES]
-    words = torch.tensor([_MAGIC, _GAVE_UP, version, len(text)])
+    words = torch.tensor([_MAGIC, _GAVE_UP, version, len(text)], dtype=torch.int64, device="cpu")
     message[: 8 * _HEADER_WORDS].view(torch.int64).copy_(words)
     start = 8 * _HEADER_WORDS
     message[start : start + len(text)].copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))

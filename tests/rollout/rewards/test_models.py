@@ -7,7 +7,8 @@ import torch
 from models import make_hf_model
 
 from lockstep.rollout.rewards import Completion, RewardEngines, build_reward
-from lockstep.rollout.rewards.models import conversation_ids, fill_in
+from lockstep.rollout.rewards.failures import FailedScore
+from lockstep.rollout.rewards.models import JudgeOptions, conversation_ids, fill_in
 from lockstep.rollout.tasks import Problem
 from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer
 
@@ -61,13 +62,58 @@ def test_a_judge_s_verdict(tokenizer, tmp_path):
         asked.extend(tokenizer.decode(prompt) for prompt in prompts)
         return [SimpleNamespace(text=text) for text in texts]
 
-    engines = SimpleNamespace(engine=lambda model, options: SimpleNamespace(generate=generate))
+    class Engines(RewardEngines):
+        def engine(self, model, options):
+            return SimpleNamespace(generate=generate, prepare=lambda prompts, sampling: None)
+
+        def close(self):
+            self._engines = {}
+            super().close()
+
     judge = {"kind": "judge", "model": str(tmp_path), "unparsed": -1.0, "template": "{question} {answer} {response}"}
-    assert build_reward({"j": judge}, None, engines)(COMPLETIONS) == [1.0, 0.0, -1.0]
-    assert asked[2] == "<|user|>1+1? 2 it is {response} 2<|end|><|assistant|>"
-    texts = ["score 7", "score 2 score 10", "score none"]
-    graded = build_reward({"j": {**judge, "pattern": r"score (\w+)", "scores": {}, "weight": 0.1}}, None, engines)
-    assert graded(COMPLETIONS) == pytest.approx([0.7, 1.0, -0.1])
+    with Engines() as engines:
+        assert build_reward({"j": judge}, None, engines)(COMPLETIONS) == [1.0, 0.0, -1.0]
+        assert asked[2] == "<|user|>1+1? 2 it is {response} 2<|end|><|assistant|>"
+        graded = {**judge, "pattern": r"score (\S+)?", "scores": {1: 4.0}, "weight": 0.1}
+        grades = build_reward({"j": graded}, None, engines)
+        for given, scores in (
+            (["score 7", "score 2 score 10", "score none"], [0.7, 1.0, -0.1]),
+            (["score nan", "score inf", "score -1e999"], [-0.1, -0.1, -0.1]),
+            (["score 1", "score 9 score ", "score \ud800\x00"], [0.4, -0.1, -0.1]),
+        ):
+            texts[:] = given
+            assert grades(COMPLETIONS) == pytest.approx(scores)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pattern": "Verdict: yes"}, "has no group: put what counts in it"),
+        ({"pattern": "("}, "pattern '\\('"),
+        ({"scores": {"yes": "1"}}, "the score of verdict 'yes' must be a finite number, got '1'"),
+        ({"unparsed": float("nan")}, "the score of verdict 'unparsed' must be a finite number"),
+    ],
+)
+def test_a_judge_that_can_give_no_score_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        JudgeOptions("model", **options)
+
+
+def test_what_a_model_cannot_take_has_failed_alone(tokenizer, tmp_path):
+    """A response may be longer than the models that judge it take, or than their memory holds."""
+    make_hf_model(tmp_path / "rm", "qwen3", seed=1, vocab_size=272, scalar_head=True)
+    make_hf_model(tmp_path / "lm", "qwen3", seed=1, vocab_size=272)
+    for name in ("rm", "lm"):
+        tokenizer.save_pretrained(tmp_path / name)
+    long = [Completion(PROBLEM, "2" * length, 1) for length in (5000, 1, 100)]
+    engine = {"kv_cache_tokens": 64, "page_size": 16}
+    judge = {"model": str(tmp_path / "lm"), "engine": engine, "max_tokens": 4, "template": "{response}"}
+    with RewardEngines() as engines:
+        for terms in ({"reward_model": {"model": str(tmp_path / "rm"), "engine": engine}}, {"judge": judge}):
+            scores = build_reward(terms, None, engines)(long)
+            assert [isinstance(score, FailedScore) for score in scores] == [True, False, True]
+            assert "exceed max_model_len=256" in scores[0].reason
+            assert "but the pool has 4 pages" in scores[2].reason
 
 
 def test_a_judge_through_an_engine(tokenizer, tmp_path):
