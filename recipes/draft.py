@@ -24,6 +24,8 @@ from lockstep.recipes.report import write_report
 from lockstep.recipes.run_directory import read_metrics
 from lockstep.recipes.sinks import WandbConfig
 from lockstep.recipes.training_run import TrainingRun, resumed
+from lockstep.rollout import hub
+from lockstep.rollout.end_of_turn import stop_token_ids
 from lockstep.rollout.order import ProblemOrder
 from lockstep.trainer_bridge.draft_batch import DraftSequence
 from lockstep.trainer_bridge.draft_trainer import DraftTrainer, DraftTrainerConfig, frequent_tokens
@@ -87,8 +89,10 @@ class DraftConfig:
 def run(config: DraftConfig) -> dict[str, Any]:
     """Trains until `config.steps` updates are made, exports the draft to `draft` in the run directory, and tries it."""
     config = resumed(config)
+    config = replace(config, engine=replace(config.engine, model=hub.pinned(config.engine.model)))
     with TrainingRun(config, "draft") as run:
         _LOG.info("loading the model %s", config.engine.model)
+        config = replace(config, engine=replace(config.engine, model=hub.model_directory(config.engine.model)))
         engine = Engine(config.engine)
         max_tokens = min(config.max_tokens, engine.max_model_len)
         texts = read_texts(config.rollouts, config.texts, config.engine.model, max_tokens)
@@ -201,10 +205,9 @@ def verified_acceptance(config: DraftConfig, export: Path, held_out: Sequence[Dr
     engine = Engine(replace(config.engine, **settings))
     prompts = [list(text.token_ids[: text.num_prompt or len(text.token_ids) // 2]) for text in held_out]
     lengths = [len(text.token_ids) - len(prompt) for text, prompt in zip(held_out, prompts, strict=True)]
-    params = [
-        SamplingParams(max_tokens=length, temperature=config.trainer.temperature, seed=config.seed + index)
-        for index, length in enumerate(lengths)
-    ]
+    ends = stop_token_ids(engine.tokenizer) if engine.tokenizer is not None else ()
+    sampling = SamplingParams(temperature=config.trainer.temperature, stop_token_ids=ends)
+    params = [replace(sampling, max_tokens=length, seed=config.seed + index) for index, length in enumerate(lengths)]
     engine.generate(prompts, params)
     stats = engine.stats()
     engine.shutdown()
