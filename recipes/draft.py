@@ -20,6 +20,7 @@ from lockstep.engine.speculation.speculation import MAX_DRAFT_TOKENS
 from lockstep.recipes.draft_texts import DraftText, read_texts
 from lockstep.recipes.report import write_report
 from lockstep.recipes.run_directory import read_metrics
+from lockstep.recipes.sinks import WandbConfig
 from lockstep.recipes.training_run import TrainingRun, resumed
 from lockstep.rollout.order import ProblemOrder
 from lockstep.trainer_bridge.draft_batch import DraftSequence
@@ -32,7 +33,8 @@ USUAL_DRAFT_VOCAB = 32000
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """name, run, runs_dir, seed, num_threads, steps, checkpoint_every, keep_checkpoints, sinks: as in other stages.
+    """name, run, runs_dir, seed, num_threads, steps, checkpoint_every, keep_checkpoints, sinks, wandb: as in the other
+        stages.
 
     engine: serves the target, engine.model; the hidden states are recomputed through it.
     rollouts: a run directory whose samples are learned; or texts: a file, see recipes/draft_texts.py.
@@ -64,6 +66,7 @@ class DraftConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     sinks: tuple[str, ...] = ()
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self):
         for name in ("sequences_per_step", "held_out", "evaluate_every", "checkpoint_every", "max_tokens"):

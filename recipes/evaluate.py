@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lockstep.engine import Engine, EngineConfig
@@ -20,6 +21,7 @@ from lockstep.recipes.inputs import TaskConfig
 from lockstep.recipes.metrics import format_value, title_of
 from lockstep.rollout.environments import EnvironmentConfig
 from lockstep.rollout.evaluation import EvalResult, EvaluationConfig, evaluate
+from lockstep.rollout.model_output import printable
 from lockstep.rollout.rewards import LocalRewards, check_reward
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.tokenizer import load_tokenizer
@@ -95,9 +97,10 @@ def evaluate_tasks(
 def _print_samples(console: Console, name: str, result: EvalResult, tokenizer, count: int) -> None:
     for sample in result.samples[:count]:
         mark = "[green]correct[/]" if sample.correct else "[red]wrong[/]"
-        console.print(f"{name} {sample.problem_id} {mark} ({sum(sample.written)} tokens)")
+        console.print(f"{escape(f'{name} {sample.problem_id}')} {mark} ({sum(sample.written)} tokens)")
         text = decode_text(tokenizer, [*sample.prompt_ids, *sample.response_ids], skip_special_tokens=False)
-        console.print(text, markup=False, soft_wrap=True)
+        shown = printable(text).encode(console.encoding, "backslashreplace").decode(console.encoding)
+        console.print(shown, markup=False, soft_wrap=True)
 
 
 def _table(metrics: Mapping[str, Mapping[str, Any]]) -> Table:

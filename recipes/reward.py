@@ -56,6 +56,8 @@ def run(config: RewardConfig) -> dict[str, Any]:
         train_tokens, held_out_tokens = (
             [tokenized(tokenizer, pair, pad_token_id) for pair in pairs] for pairs in (train, held_out)
         )
+        for name, pairs in (("training", train_tokens), ("held-out", held_out_tokens)):
+            check_lengths(name, pairs, config, load_model_config(model).max_position_embeddings)
         _LOG.info("loading the model %s", model)
         trainer = MegatronTrainer(replace(config.trainer, model=model, head="scalar"))
         run.start(trainer)
@@ -110,6 +112,23 @@ def sampled_pairs(config: RewardConfig, run: TrainingRun, policy: str) -> tuple[
         finally:
             engine.shutdown()
     return read_pairs([str(files["train"])]), read_pairs([str(files["held_out"])])
+
+
+def check_lengths(name: str, pairs: Sequence[PreferencePair], config: RewardConfig, longest: int) -> None:
+    """Raises ValueError that names the first pair which the model, or a micro-batch, does not take."""
+    budget = config.trainer.max_tokens_per_micro_batch
+    for number, pair in enumerate(pairs, start=1):
+        lengths = len(pair.chosen), len(pair.rejected)
+        if max(lengths) > longest:
+            raise ValueError(
+                f"{name} pair {number} has conversations of {lengths[0]} and {lengths[1]} tokens, and the model takes "
+                f"{longest}: leave it out or shorten it"
+            )
+        if sum(lengths) > budget:
+            raise ValueError(
+                f"{name} pair {number} has {sum(lengths)} tokens, and trainer.max_tokens_per_micro_batch={budget}: "
+                "raise that, or leave the pair out"
+            )
 
 
 def tokenized(tokenizer, pair: Preference, pad_token_id: int | None) -> PreferencePair:

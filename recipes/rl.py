@@ -144,6 +144,7 @@ def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
         seed=config.seed,
         num_threads=config.num_threads,
         sinks=config.sinks,
+        wandb=replace(config.wandb, id=None, name=f"{config.wandb.name or config.directory.name} warm-up"),
     )
     if not (warmup.directory / "weights.sha256").exists():
         sft.run(warmup)
@@ -191,7 +192,7 @@ def train(
                     config.seed,
                     config.environment,
                 )
-            run.record_evaluation(step, results)
+            run.record_evaluation(step, results, worker.tokenizer.decode)
 
     steps_made = config.steps_made(trainer)
     if steps_made == 0:

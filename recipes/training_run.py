@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -19,7 +19,7 @@ from lockstep.recipes.live import LiveView
 from lockstep.recipes.report import write_report
 from lockstep.recipes.run_directory import RunDirectory, read_config, read_metrics
 from lockstep.recipes.run_log import RunLog
-from lockstep.recipes.sinks import Sinks, open_sinks
+from lockstep.recipes.sinks import Sinks, WandbConfig, open_sinks
 from lockstep.recipes.trace import Trace
 from lockstep.rollout.evaluation import EvalResult
 from lockstep.rollout.tokenizer import load_tokenizer
@@ -46,7 +46,7 @@ class TrainingRunConfig:
     run: a run directory to resume with the config that it holds; everything else given is then ignored.
     num_threads: CPU threads; null takes the machine's. Part of the config, since gradients' last bits depend on it.
     trainer: its `model` is filled in by the run.
-    sinks: beside metrics.jsonl: "wandb", "tensorboard".
+    sinks: beside metrics.jsonl: "wandb", "tensorboard". wandb: of the first, see recipes/sinks.py.
     dry_run: print the plan, with its arithmetic of memory and batches, and start nothing (also --dry-run).
     """
 
@@ -62,6 +62,7 @@ class TrainingRunConfig:
     checkpoint_every: int = 20
     keep_checkpoints: int = 2
     sinks: tuple[str, ...] = ()
+    wandb: WandbConfig = field(default_factory=WandbConfig)
     dry_run: bool = False
 
     @property
@@ -140,14 +141,33 @@ class TrainingRun:
             if name in metrics and math.isfinite(metrics[name]):
                 self.trace.counter(name, metrics[name])
 
-    def record_evaluation(self, step: int, results: Mapping[str, EvalResult]) -> None:
-        """results: by data set; the names of its metrics follow its own, which is empty for the run's task."""
+    def record_evaluation(
+        self, step: int, results: Mapping[str, EvalResult], decode: Callable[[Sequence[int]], str]
+    ) -> None:
+        """results: by data set; the names of its metrics follow its own, which is empty for the run's task.
+
+        decode: a tokenizer's, for the prompts in tables of samples.
+        """
         metrics = {
             f"{task}/{name}" if task else name: value
             for task, result in results.items()
             for name, value in result.metrics().items()
         }
         self.sinks.record(step, "eval", metrics)
+        rows = [
+            {
+                "data set": task or self.config.task.kind,
+                "problem": sample.problem_id,
+                "prompt": decode(sample.prompt_ids),
+                "response": sample.text,
+                "reward": sample.reward,
+                "correct": sample.correct,
+                "reference": sample.reference,
+            }
+            for task, result in results.items()
+            for sample in result.samples[: self.config.wandb.sample_rows]
+        ]
+        self.sinks.record_samples(step, "eval", rows)
 
     def checkpoint_if_due(self, step: int, **parts: CheckpointPart) -> None:
         """Every `checkpoint_every` steps, and at the last: all parts that decide how the run goes on."""

@@ -11,6 +11,7 @@ from typing import Any
 from lockstep.engine import Engine
 from lockstep.engine.files import write_whole
 from lockstep.rollout.evaluation import EVALUATION_STEP
+from lockstep.rollout.model_output import parse_json, valid_text
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.worker import RolloutConfig, RolloutWorker
 
@@ -46,22 +47,22 @@ def read_pairs(files: Sequence[str]) -> list[Preference]:
     for file in files:
         if not Path(file).is_file():
             raise ValueError(f"no preference file {file}")
-        with open(file, encoding="utf-8") as lines:
+        with open(file, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
                 try:
-                    pairs.append(_parse(json.loads(line)))
-                except (ValueError, KeyError, TypeError) as error:
+                    pairs.append(_parse(parse_json(line.decode())))
+                except ValueError as error:
                     shape = '{"prompt", "chosen", "rejected"}'
-                    raise ValueError(f"{file}, line {number} is no preference {shape}: {error!r}") from error
+                    raise ValueError(f"{file}, line {number} is no preference {shape}: {error}") from error
     return pairs
 
 
 def write_pairs(path: Path, pairs: Sequence[Preference]) -> None:
     """What `read_pairs` reads; the file is there whole or not at all."""
     records = [{"prompt": pair.messages, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
-    write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_whole(path, "".join(valid_text(json.dumps(record, ensure_ascii=False)) + "\n" for record in records))
 
 
 def sample_pairs(
@@ -86,15 +87,37 @@ def sample_pairs(
     return pairs
 
 
-def _parse(line: Mapping[str, Any]) -> Preference:
-    chosen, rejected = line["chosen"], line["rejected"]
-    prompt = line["prompt"] if isinstance(chosen, str) or "prompt" in line else chosen[:-1]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    turns = tuple({"role": str(m["role"]), "content": str(m["content"])} for m in messages)
+def _parse(line: Any) -> Preference:
+    if not isinstance(line, dict):
+        raise ValueError(f"it is a {type(line).__name__}, not an object")
+    answers = {name: line.get(name) for name in ("chosen", "rejected")}
+    before, responses = zip(*(_split(name, value) for name, value in answers.items()), strict=True)
+    if "prompt" in line:
+        prompt = line["prompt"]
+        turns = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else _turns("prompt", prompt)
+    elif before[0] != before[1]:
+        raise ValueError("chosen and rejected begin with different prompts")
+    else:
+        turns = before[0]
     if not turns:
         raise ValueError("the prompt is empty")
-    return Preference(turns, _response(chosen), _response(rejected))
+    return Preference(turns, *responses)
 
 
-def _response(value: str | Sequence[Mapping[str, str]]) -> str:
-    return value if isinstance(value, str) else str(value[-1]["content"])
+def _split(name: str, value: Any) -> tuple[tuple[Mapping[str, str], ...], str]:
+    """The messages before a response, and the response."""
+    if isinstance(value, str):
+        return (), value
+    turns = _turns(name, value)
+    if not turns or turns[-1]["role"] != "assistant":
+        raise ValueError(f"{name} must end with the assistant's message")
+    return turns[:-1], turns[-1]["content"]
+
+
+def _turns(name: str, messages: Any) -> tuple[Mapping[str, str], ...]:
+    if not isinstance(messages, list):
+        raise ValueError(f"{name} must be a text or a list of messages, got a {type(messages).__name__}")
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise ValueError(f"{name} holds a message without a role and a content that are texts")
+    return tuple({"role": message["role"], "content": message["content"]} for message in messages)

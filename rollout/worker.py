@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lockstep.engine import Engine, SamplingParams
+from lockstep.engine.checks import Rule, Whole, conform
 from lockstep.engine.detokenizer import decode_text
 from lockstep.engine.models.config import load_model_config
+from lockstep.engine.request import SAMPLING_RULES
 from lockstep.rollout.group import Group, Response
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.rewards import Completion, Reward, StepFailures, correct_reward
@@ -29,9 +31,13 @@ class RolloutConfig:
     min_p: float = 0.0
 
     def __post_init__(self):
-        for field in ("prompts_per_step", "samples_per_prompt", "max_tokens"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"rollout.{field} must be at least 1, got {getattr(self, field)}")
+        conform(self, _RULES)
+
+
+# The sampling fields are what `SamplingParams` makes of them: a trainer computes with the same temperature.
+_RULES: dict[str, Rule] = {"prompts_per_step": Whole(1), "samples_per_prompt": Whole(1)} | {
+    name: SAMPLING_RULES[name] for name in ("max_tokens", "temperature", "top_p", "top_k", "min_p")
+}
 
 
 class RolloutWorker:

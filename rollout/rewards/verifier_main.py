@@ -25,6 +25,7 @@ from types import SimpleNamespace
 
 _HIGHEST_DESCRIPTOR = 1 << 20
 _WATCH_EVERY_S = 0.1  # what a child uses that the kernel has no limit for
+_LOADER = Path("engine") / "user_code.py"
 _LONGEST_RESULT = 1 << 14  # bytes of one line
 
 
@@ -32,11 +33,14 @@ def main() -> None:
     channel = Connection(int(sys.argv[1]))
     job = pickle.loads(channel.recv_bytes())  # from our own parent
     sys.path[:] = job["path"]
-    isolated, values = (_sibling(name) for name in ("isolated_main", "score_values"))
+    here = Path(__file__).parent
+    isolated, values, user_code = (
+        _alone(file) for file in (here / "isolated_main.py", here / "score_values.py", here.parents[1] / _LOADER)
+    )
     try:
-        function = values.load_function(job["function"])
+        function = user_code.load_object(job["function"], "reward function")
         if job["arguments"] is not None:
-            function = function(**job["arguments"])
+            function = function(**pickle.loads(job["arguments"]))  # of classes that `path` leads to
         if job["takes"]:
             values.check_signature(function, job["name"], job["takes"])
     except BaseException as error:
@@ -54,9 +58,9 @@ def main() -> None:
             isolated.remove_tree(job["directory"])
 
 
-def _sibling(name: str):
-    """A file beside this one, without the package around it, whose imports take seconds."""
-    spec = importlib.util.spec_from_file_location(f"lockstep_{name}", Path(__file__).with_name(f"{name}.py"))
+def _alone(file: Path):
+    """A file's module, without the package around it, whose imports take seconds."""
+    spec = importlib.util.spec_from_file_location(f"lockstep_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -61,7 +61,7 @@ class Verifier:
             **{
                 name: getattr(self, name) for name in ("name", "function", "each_alone", "must_confine", "takes", "cwd")
             },
-            "arguments": None if self.arguments is None else dict(self.arguments),
+            "arguments": None if self.arguments is None else pickle.dumps(dict(self.arguments)),
             "wall_time_s": limits.wall_time_s,
             "confinement": isolation.confinement(limits, needed=self.must_confine),
             "path": [os.path.abspath(path) for path in sys.path],

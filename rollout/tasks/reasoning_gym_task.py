@@ -135,7 +135,7 @@ def build_reasoning_gym(config: ReasoningGymConfig) -> TaskSplits:
 
 def _verifier(config: ReasoningGymConfig) -> Verifier:
     """For most data sets answers are data, and a process judges as many as come at once."""
-    parts = [part["name"] for part in config.options.get("datasets", ()) if isinstance(part, Mapping)]
+    parts = [part.name for part in config.options.get("datasets", ()) if hasattr(part, "name")]  # of `composite`
     evaluates = not EVALUATES.keys().isdisjoint({config.dataset, *parts})
     return Verifier(
         name=f"reasoning-gym {config.dataset}",

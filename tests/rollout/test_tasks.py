@@ -120,7 +120,7 @@ def test_every_line_of_a_running_sum_is_true():
         assert extract_answer(answer) == problem.answer
 
 
-@pytest.mark.parametrize("dataset", ["chain_sum", "number_sorting", "gcd", "letter_counting"])
+@pytest.mark.parametrize("dataset", ["chain_sum"])  # all of them: test_reasoning_gym_verifier.py
 def test_scores_are_reasoning_gyms(dataset):
     task = build_task(ReasoningGymConfig(dataset, held_out_size=4)).train
     oracle = reasoning_gym.create_dataset(dataset, seed=0, size=100)

@@ -1,5 +1,7 @@
 """An environment of a user's, found by its dotted path."""
 
+import itertools
+
 from lockstep.rollout.environments import Action, Opening, StepResult
 
 
@@ -17,3 +19,24 @@ class Echo:
         self.played += 1
         observation = [{"role": "user", "content": f"{len(action.token_ids)} tokens"}]
         return StepResult(observation, reward=0.25, done=self.played == self.num_turns)
+
+
+class Unreliable(Echo):
+    """Every fifth of all calls, of all episodes, fails: what fails is not the same when it is played again."""
+
+    calls = itertools.count(1)
+
+    def __init__(self):
+        super().__init__(num_turns=2)
+
+    def reset(self, problem) -> Opening:
+        self.call()
+        return super().reset(problem)
+
+    def step(self, action: Action) -> StepResult:
+        self.call()
+        return super().step(action)
+
+    def call(self) -> None:
+        if next(Unreliable.calls) % 5 == 0:
+            raise ConnectionError("the service is gone")
