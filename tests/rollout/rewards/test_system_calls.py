@@ -62,6 +62,15 @@ def test_every_call_is_in_one_group_and_has_a_reason():
     assert len(listed) == len(set(listed)), "in two groups"
 
 
+def test_the_docs_list_what_the_code_does():
+    text = (Path(__file__).parents[3] / "docs" / "security.md").read_text()
+    rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in text.splitlines() if line[:1] == "|"]
+    written = {name: row[0] for row in rows if len(row) == 2 for name in row[1].split()}
+    some = {row[0]: row[2] for row in rows if len(row) == 3}
+    for name, (action, reason) in reasons().items():
+        assert (some if action == "allow some" else written)[name] == reason, name
+
+
 @needs_libseccomp
 def test_the_numbers_are_those_of_libseccomp():
     known = {}
