@@ -36,7 +36,7 @@ _LONGEST_REASON = 300  # characters
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 SANDBOXES = ("auto", "bubblewrap", "landlock")
 SIGNAL_REASONS = {
-    signal.SIGSYS: "it tried to start a process, or a call of another kernel interface",
+    signal.SIGSYS: "it made a call of another kernel interface",
     signal.SIGXCPU: "CPU time",
     signal.SIGKILL: "CPU time, or memory of the machine",
     signal.SIGXFSZ: "file size",
