@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,13 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from lockstep.engine.models.config import ModelConfig, load_model_config, parse_model_config
+from lockstep.engine.models.config import ModelConfig
 from lockstep.recipes.inputs import ModelSource
 from lockstep.recipes.memory import Item, engine_memory, kv_bytes_per_token, num_parameters, trainer_memory
-from lockstep.recipes.new_model import new_config
+from lockstep.recipes.room import rl_with_room, sft_with_room
 from lockstep.rollout.environments import SINGLE_TURN
 from lockstep.rollout.tasks import Task
-from lockstep.rollout.tokenizer import encode_response, load_tokenizer, render_prompt
+from lockstep.rollout.tokenizer import encode_response, render_prompt
 from lockstep.trainer_bridge.algorithms import build_algorithm
 
 if TYPE_CHECKING:
@@ -62,8 +61,13 @@ def dry_run(plan: Plan) -> dict[str, Any]:
 
 
 def rl_plan(config: RLConfig) -> Plan:
-    tasks = config.task.build()
-    model, tokenizer = _model(config.model, tasks.train)
+    tasks, crowded = config.task.build(), []
+    further = {name: task.build().held_out for name, task in config.evaluation_tasks.items()}
+    try:
+        tasks, _ = rl_with_room(config, tasks, further)
+    except ValueError as error:
+        crowded.append(str(error))
+    model, tokenizer = config.model.described(tasks.train, config.chat)
     prompts = _prompt_lengths(tokenizer, tasks.train)
     plan = Plan(f"lockstep rl: {config.directory}")
     plan.sections["Model"] = _model_rows(config.model, model)
@@ -86,6 +90,7 @@ def rl_plan(config: RLConfig) -> Plan:
     plan.sections[title] = [*_memory_rows(engine), *_kv_rows(config, model, prompts)]
     longest = _longest_sequence(config, prompts, model)
     allowed = config.engine.max_model_len or model.max_position_embeddings
+    plan.problems += crowded
     plan.problems += _too_long(max(prompts) + 1, allowed, longest, config.trainer.max_tokens_per_micro_batch)
     if (kv_tokens := config.engine.kv_cache_tokens) is not None and kv_tokens < longest:
         plan.problems.append(f"engine.kv_cache_tokens={kv_tokens:,} is less than one sequence of {longest:,} tokens")
@@ -94,12 +99,10 @@ def rl_plan(config: RLConfig) -> Plan:
 
 
 def sft_plan(config: SFTConfig) -> Plan:
-    tasks = config.task.build()
-    model, tokenizer = _model(config.model, tasks.train)
+    tasks = sft_with_room(config, config.task.build())
+    model, tokenizer = config.model.described(tasks.train, config.chat)
     prompts = _prompt_lengths(tokenizer, tasks.train)
     solutions = [tasks.train.problem(index).solution for index in range(min(LOOKED_AT, len(tasks.train)))]
-    if None in solutions:
-        raise ValueError(f"task {tasks.train.name!r} has problems without a worked solution to learn from")
     lengths = [n + len(encode_response(tokenizer, text)) for n, text in zip(prompts, solutions, strict=True)]
     budget, tokens = config.trainer.max_tokens_per_micro_batch, round(sum(lengths) / len(lengths))
     per_step = config.examples_per_step * tokens
@@ -120,16 +123,6 @@ def sft_plan(config: SFTConfig) -> Plan:
     plan.problems += _too_long(max(lengths), model.max_position_embeddings, max(lengths), budget)
     plan.problems += _too_big(config.trainer.device, [trainer])
     return plan
-
-
-def _model(source: ModelSource, task: Task) -> tuple[ModelConfig, PreTrainedTokenizerBase]:
-    """The model's sizes and its tokenizer, which is made in memory where the run would make one."""
-    if source.path is not None:
-        if not (Path(source.path) / "config.json").exists():
-            raise ValueError(f"model.path={source.path} is no model directory: it has no config.json")
-        return load_model_config(source.path), load_tokenizer(source.path)
-    tokenizer = source.new_tokenizer(task)
-    return parse_model_config(new_config(source.shape, tokenizer).to_dict()), tokenizer
 
 
 def _prompt_lengths(tokenizer: PreTrainedTokenizerBase, task: Task) -> list[int]:

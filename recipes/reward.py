@@ -13,6 +13,7 @@ from lockstep.engine import Engine, EngineConfig
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.pooling import scored_part
 from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
+from lockstep.rollout import hub
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.preferences import PairSamplingConfig, Preference, read_pairs, sample_pairs, write_pairs
 from lockstep.rollout.rewards.models import conversation_ids
@@ -52,7 +53,7 @@ def run(config: RewardConfig) -> dict[str, Any]:
     with TrainingRun(config, "reward") as run:
         model = str(config.model.resolve(run.path / "new_model", config.task.build().train, config.seed))
         train, held_out = preference_pairs(config, run, model)
-        tokenizer, pad_token_id = load_tokenizer(model), load_model_config(model).pad_token_id
+        tokenizer, pad_token_id = load_tokenizer(model, config.chat), load_model_config(model).pad_token_id
         train_tokens, held_out_tokens = (
             [tokenized(tokenizer, pair, pad_token_id) for pair in pairs] for pairs in (train, held_out)
         )
@@ -90,7 +91,7 @@ def preference_pairs(config: RewardConfig, run: TrainingRun, model: str) -> tupl
             num_held_out = math.ceil(len(train) * config.held_out_fraction)
             train, held_out = train[: len(train) - num_held_out], train[len(train) - num_held_out :]
     else:
-        train, held_out = sampled_pairs(config, run, config.policy or model)
+        train, held_out = sampled_pairs(config, run, hub.model_directory(config.policy or model))
     if not (train and held_out):
         raise ValueError(f"{len(train)} pairs to learn from and {len(held_out)} held out: there must be some of each")
     return train, held_out
@@ -100,7 +101,7 @@ def sampled_pairs(config: RewardConfig, run: TrainingRun, policy: str) -> tuple[
     """A policy's right answers against its wrong ones; made once for a run, and found there when it is resumed."""
     files = {name: run.path / f"{name}_pairs.jsonl" for name in ("train", "held_out")}
     if not all(file.exists() for file in files.values()):
-        tasks, tokenizer, sampling = config.task.build(), load_tokenizer(policy), config.sampling
+        tasks, tokenizer, sampling = config.task.build(), load_tokenizer(policy, config.chat), config.sampling
         _LOG.info("sampling answers of the model %s, to make pairs", policy)
         engine = Engine(replace(config.engine, model=policy))
         try:
