@@ -7,8 +7,9 @@
         def __post_init__(self):
             check_fields(self)
 
-A type says the range of a number (Count, Size, Positive, ...), that a path is read by a run (InputPath), or that a null
-is filled in when a run starts (FilledAtStart). Where a 0 has a meaning of its own, the config's docstring says which.
+A type says the range of a number (Count, Size, Positive, ...), or that a path is read by a run (InputPath).
+Where a 0 has a meaning of its own, the config's docstring says which. EngineConfig, RolloutConfig and trainers' configs
+have the rules of checks.py, which also take scalars of numpy and torch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import functools
 import math
 import operator
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -51,16 +52,6 @@ class Input:
 
 
 InputPath = Annotated[str, MinLen(1), Input()]
-
-
-@dataclass(frozen=True)
-class FilledAtStart:
-    """Marks a field whose null is given a value when a run starts, which the run keeps.
-
-    value: of the config that has the field; None leaves it null.
-    """
-
-    value: Callable[[Any], Any]
 
 
 class FieldError(ValueError):
@@ -102,9 +93,9 @@ def marked_fields(config: Any, marker: type, prefix: str = "") -> Iterator[tuple
 
     Of a list the key is the list's, and the value the whole list.
     """
-    for name in _hints(type(config)):
+    for name, hint in _hints(type(config)).items():
         value, key = getattr(config, name), prefix + name
-        found = [found for found in field_markers(type(config), name) if isinstance(found, marker)]
+        found = [m for _, markers in _leaves(hint) for m in markers if isinstance(m, marker)]
         if found:
             yield key, value, found[0]
         elif dataclasses.is_dataclass(value):
@@ -113,11 +104,6 @@ def marked_fields(config: Any, marker: type, prefix: str = "") -> Iterator[tuple
             for item_name, item in value.items():
                 if dataclasses.is_dataclass(item):
                     yield from marked_fields(item, marker, f"{key}.{item_name}.")
-
-
-def field_markers(config_class: type, name: str) -> list[Any]:
-    """All that the type of a field is annotated with."""
-    return [marker for _, markers in _leaves(_hints(config_class)[name]) for marker in markers]
 
 
 class _WrongValueError(Exception):
@@ -156,7 +142,7 @@ def _checked(hint: Any, value: Any, where: str, markers: Sequence[Any] = ()) -> 
         return _checked(arms[0], value, where, markers) if len(arms) == 1 else value
     if origin is Literal:
         if value not in arguments or isinstance(value, bool):
-            raise _WrongValueError(where, f"must be one of {', '.join(map(repr, arguments))}, got {value!r}")
+            raise _WrongValueError(where, f"must be one of {', '.join(map(str, arguments))}, got {value!r}")
         return value
     if origin in (tuple, list, Sequence) and arguments:
         if isinstance(value, str) or not isinstance(value, Sequence):

@@ -18,6 +18,7 @@ from lockstep.recipes.training_batches import (
     policy_batches,
     scored_responses,
 )
+from lockstep.rollout import hub
 from lockstep.rollout.sample import Sample
 from lockstep.trainer_bridge import TrainerConfig
 from lockstep.trainer_bridge.algorithm_config import next_entropy_coefficient
@@ -126,13 +127,13 @@ class Learner:
         options = self.config.algorithm
         return replace(
             self.config.trainer,
-            model=options.critic_model or model,
+            model=hub.model_directory(options.critic_model or model),
             head="scalar",
             learning_rate=options.critic_learning_rate,
         )
 
     def _teacher_config(self) -> EngineConfig:
-        path, engine = self.config.algorithm.teacher_model, self.config.engine
+        path, engine = hub.model_directory(self.config.algorithm.teacher_model), self.config.engine
         return EngineConfig(model=path, device=engine.device, dtype=engine.dtype)
 
 

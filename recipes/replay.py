@@ -17,8 +17,8 @@ from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.cluster.local import LocalCluster
 from lockstep.recipes.cluster.open_cluster import open_cluster
 from lockstep.recipes.learner import Learner
-from lockstep.recipes.run_config import resumed
 from lockstep.recipes.run_directory import checkpoint_path, checkpoint_steps, read_rollouts, rollout_steps
+from lockstep.recipes.training_run import resumed
 from lockstep.rollout.environments.worker import EpisodeWorker
 from lockstep.rollout.group import Response
 from lockstep.rollout.sample import FOR_READERS, Sample
@@ -70,7 +70,7 @@ def run(config: ReplayConfig) -> dict[str, Any]:
     run_config = replace(resumed(rl.RLConfig(run=config.run)), cluster=config.cluster)
     steps = _chosen_steps(config)
     launch.set_up_process(run_config.seed, run_config.num_threads)
-    start = str(rl.starting_model(run_config, run_config.task.build()))
+    start = str(rl.starting_model(run_config, rl.tasks_of(run_config)[0]))
     trainer, engine = replace(run_config.trainer, model=start), replace(run_config.engine, model=start)
     with (
         open_cluster(run_config.cluster, trainer, engine, run_config.seed, run_config.num_threads) as cluster,
@@ -105,7 +105,7 @@ class Replay:
         self.config = config
         self.cluster = cluster
         self.path = config.directory
-        self.worker = rl.rollout_worker(config, cluster, config.task.build().train)
+        self.worker = rl.rollout_worker(config, cluster, rl.tasks_of(config)[0].train)
         self.learner = learner
         self.is_loaded = False
         self.served = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import Any, TypeVar
 import yaml
 from omegaconf import OmegaConf
 
-from lockstep.engine.config_fields import FilledAtStart, field_markers
 from lockstep.recipes import config_schema
 from lockstep.recipes.config_schema import from_plain, to_plain
 
@@ -21,17 +19,21 @@ CONFIG_FILE = "config.yaml"
 # weight: where it runs, how much memory it takes and how long it waits (design.md, promises 1 and 5).
 MAY_DIFFER = (
     "steps", "sinks", "sinks.*", "wandb", "wandb.*", "keep_checkpoints", "checkpoint_every", "live", "report",
-    "evaluate_every", "dry_run", "warmup.wandb.*", "warmup.sinks", "warmup.keep_checkpoints", "warmup.checkpoint_every",
-    "cluster", "cluster.*", "buffer.max_dropped", "draft.speed_samples",
+    "push_to_hub", "evaluate_every", "dry_run", "warmup.sinks", "warmup.wandb.*", "warmup.keep_checkpoints",
+    "warmup.checkpoint_every", "cluster", "cluster.*", "buffer.max_dropped", "draft.speed_samples",
     "engine.page_size", "engine.max_running_requests", "engine.max_prefill_tokens", "engine.kv_cache_tokens",
     "engine.memory_fraction", "engine.enable_prefix_cache", "engine.cuda_graphs", "engine.group_prefixes",
     "engine.overlap", "engine.tp_size", "engine.ep_size", "engine.rank_timeout_s", "engine.rank_start_timeout_s",
-    "engine.draft_model", "engine.num_draft_tokens", "engine.draft_max_requests", "engine.draft_min_accepted",
-    "trainer.rank_timeout_s", "trainer.tensor_parallel_size", "trainer.pipeline_parallel_size",
-    "trainer.virtual_pipeline_parallel_size", "trainer.expert_parallel_size",
+    "engine.draft_model", "engine.draft_layer_ids", "engine.num_draft_tokens", "engine.draft_max_requests",
+    "engine.draft_min_accepted", "trainer.rank_timeout_s", "trainer.tensor_parallel_size",
+    "trainer.pipeline_parallel_size", "trainer.virtual_pipeline_parallel_size", "trainer.expert_parallel_size",
 )  # fmt: skip
 # Of a run that is named by its directory: they say where another would be.
 _NOT_WITH_RUN = ("name", "runs_dir", "overwrite")
+
+# What a run did before there was a key, where that is not the key's default: by the section's own key, which tells it
+# apart, and the new key.
+MEANT_BEFORE = {("reasoning_gym", "answer_instruction"): None}
 
 Config = TypeVar("Config")
 
@@ -49,12 +51,12 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def completed(config_class: type, stored: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A stored config with the defaults of the keys that it lacks: a run of an earlier version had none of them.
+    """A stored config with what the keys that it lacks mean for it: their defaults, or what MEANT_BEFORE says.
 
     Raises ValueError that names a key which this version does not know, or a value that it does not take.
     """
     try:
-        return to_plain(from_plain(config_class, stored))
+        return to_plain(from_plain(config_class, _as_it_was(stored)))
     except ValueError as error:
         raise ValueError(f"{where} is of another version of lockstep: {error}") from error
 
@@ -75,17 +77,6 @@ def flat(config: Mapping[str, Any] | None, prefix: str = "") -> dict[str, Any]:
     for key, value in (config or {}).items():
         result |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
     return result
-
-
-def resumed(config: Config) -> Config:
-    """The config to run. With `run` set that is the one stored there, changed by what else is given.
-
-    Nulls that are filled in when a run starts are filled in, or taken from the run that the directory holds.
-    Raises ValueError for a directory without a run, and as `resumed_from_plain` does.
-    """
-    if config.run is None:
-        return with_filled_nulls(config)
-    return resumed_from_plain(type(config), to_plain(config))
 
 
 def resumed_from_plain(config_class: type[Config], given: Mapping[str, Any], explicit: Collection[str] = ()) -> Config:
@@ -110,19 +101,7 @@ def resumed_from_plain(config_class: type[Config], given: Mapping[str, Any], exp
         )
     place = directory if directory.name not in ("", "..") else directory.resolve()
     config = from_plain(config_class, wanted)
-    return with_filled_nulls(replace(config, run=None, runs_dir=str(place.parent), name=place.name))
-
-
-def with_filled_nulls(config: Config) -> Config:
-    """With values for the nulls that are marked FilledAtStart: those of the run that the directory holds, if it does.
-
-    A run that has been under way without a value goes on without one.
-    """
-    stored: Mapping[str, Any] = {}
-    has_started = (config.directory / CONFIG_FILE).exists() and not config.overwrite
-    if has_started:
-        stored = read_config(config.directory)
-    return _filled(config, stored, keeps_null=has_started)
+    return replace(config, run=None, runs_dir=str(place.parent), name=place.name)
 
 
 def merged(plain: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,23 +114,6 @@ def merged(plain: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     return result
 
 
-def _filled(config: Any, stored: Any, keeps_null: bool) -> Any:
-    stored = stored if isinstance(stored, Mapping) else {}
-    changes = {}
-    for field in dataclasses.fields(config):
-        value, before = getattr(config, field.name), stored.get(field.name)
-        marker = next((m for m in field_markers(type(config), field.name) if isinstance(m, FilledAtStart)), None)
-        if marker is not None and value is None:
-            changes[field.name] = before if before is not None or keeps_null else marker.value(config)
-        elif dataclasses.is_dataclass(value):
-            changes[field.name] = _filled(value, before, keeps_null)
-        elif isinstance(value, Mapping) and any(dataclasses.is_dataclass(item) for item in value.values()):
-            held = before if isinstance(before, Mapping) else {}
-            changes[field.name] = {name: _filled(item, held.get(name), keeps_null) for name, item in value.items()}
-    changes = {name: value for name, value in changes.items() if value != getattr(config, name)}
-    return replace(config, **changes) if changes else config
-
-
 def _asked(config_class: type, given: Mapping[str, Any], explicit: Collection[str]) -> dict[str, Any]:
     """The values, by dotted key, that somebody gave beside `run`."""
     defaults = flat(OmegaConf.to_container(OmegaConf.structured(config_schema.mirror(config_class))))
@@ -160,6 +122,13 @@ def _asked(config_class: type, given: Mapping[str, Any], explicit: Collection[st
         for key, value in flat(given).items()
         if key != "run" and (key not in defaults or value != defaults[key] or any(_within(key, e) for e in explicit))
     }
+
+
+def _as_it_was(stored: Any) -> Any:
+    if not isinstance(stored, Mapping):
+        return stored
+    added = {key: value for (section, key), value in MEANT_BEFORE.items() if section in stored and key not in stored}
+    return {key: _as_it_was(value) for key, value in stored.items()} | added
 
 
 def _within(key: str, group: str) -> bool:

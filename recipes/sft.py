@@ -10,9 +10,9 @@ from typing import Any
 
 from lockstep.engine.config_fields import Size
 from lockstep.recipes.plan import dry_run, sft_plan
-from lockstep.recipes.run_config import resumed
+from lockstep.recipes.room import sft_with_room
 from lockstep.recipes.start_checks import check_stage
-from lockstep.recipes.training_run import TrainingRun, TrainingRunConfig
+from lockstep.recipes.training_run import TrainingRun, TrainingRunConfig, resumed
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.tasks import Problem, Task
 from lockstep.rollout.tokenizer import encode_response, load_tokenizer, render_prompt
@@ -39,11 +39,11 @@ def run(config: SFTConfig) -> dict[str, Any]:
     if config.dry_run:
         return dry_run(sft_plan(config))
     check_stage(config)
+    tasks = sft_with_room(config, config.task.build())
     with TrainingRun(config, "sft") as run:
-        tasks = config.task.build()
         model = config.model.resolve(run.path / "new_model", tasks.train, config.seed)
         run.check_made("the new model", run.path / "new_model")
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(model, config.chat)
         _LOG.info("loading the model %s into the trainer", model)
         trainer = MegatronTrainer(replace(config.trainer, model=str(model)))
         run.start(trainer)

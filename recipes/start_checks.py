@@ -11,9 +11,8 @@ from lockstep.engine.models.config import load_model_config
 from lockstep.recipes.cluster.config import check_cluster
 from lockstep.recipes.inputs import ModelSource
 from lockstep.recipes.sinks import check_sinks
+from lockstep.rollout import hub
 from lockstep.rollout.environments import ENVIRONMENTS, SINGLE_TURN, environment_factory
-from lockstep.rollout.rewards import check_reward
-from lockstep.rollout.tasks import TaskSplits
 from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.trainer_bridge.algorithms import build_algorithm
 
@@ -22,11 +21,8 @@ if TYPE_CHECKING:
     from lockstep.recipes.training_run import TrainingRunConfig
 
 
-def check_rl(config: RLConfig) -> tuple[TaskSplits, dict[str, TaskSplits]]:
-    """The run's task, and those of its further evaluations.
-
-    Raises ValueError (or what a task raises) that names the key which is wrong.
-    """
+def check_rl(config: RLConfig) -> None:
+    """All but the data, which recipes/room.py looks at. Raises ValueError that names the key which is wrong."""
     check_stage(config)
     check_algorithm(config)
     check_lengths(config)
@@ -36,10 +32,6 @@ def check_rl(config: RLConfig) -> tuple[TaskSplits, dict[str, TaskSplits]]:
             raise ValueError("cluster=ray needs the package ray: pip install 'lockstep-rl[ray]'")
     if config.environment.kind not in (SINGLE_TURN, *ENVIRONMENTS):
         environment_factory(config.environment)
-    check_reward(config.reward)
-    tasks = config.task.build()
-    further = {name: task.build() for name, task in config.evaluation_tasks.items()}
-    return tasks, further
 
 
 def check_stage(config: TrainingRunConfig) -> None:
@@ -97,5 +89,8 @@ def model_positions(source: ModelSource) -> int | None:
 def check_teacher(config: RLConfig, model: Path) -> None:
     """Raises ValueError for a teacher that has another vocabulary than the model that the run starts from."""
     teacher = config.algorithm.teacher_model
-    if teacher is not None and load_tokenizer(teacher).get_vocab() != load_tokenizer(model).get_vocab():
+    if (
+        teacher is not None
+        and load_tokenizer(hub.model_directory(teacher)).get_vocab() != load_tokenizer(model).get_vocab()
+    ):
         raise ValueError(f"teacher {teacher} has another vocabulary than {model}: it cannot score its tokens")

@@ -10,23 +10,25 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from lockstep.engine.config_fields import Count, Seed, Text, Threads, check_fields
 from lockstep.kernels import numerics
 from lockstep.recipes import launch
 from lockstep.recipes.config_schema import to_plain
+from lockstep.recipes.export import complete_export, push
+from lockstep.recipes.first_start import settled
 from lockstep.recipes.inputs import ModelSource, TaskConfig
 from lockstep.recipes.live import LiveView
 from lockstep.recipes.report import write_report
-from lockstep.recipes.run_config import CONFIG_FILE, MAY_DIFFER, completed, differences, read_config
+from lockstep.recipes.run_config import CONFIG_FILE, MAY_DIFFER, completed, differences, read_config, resumed_from_plain
 from lockstep.recipes.run_directory import RunDirectory, checkpoint_steps, read_metrics
 from lockstep.recipes.run_inputs import RunInputs, config_inputs, files_below, hashes_of
 from lockstep.recipes.run_log import RunLog
 from lockstep.recipes.sinks import Sinks, WandbConfig, open_sinks
 from lockstep.recipes.trace import Trace
+from lockstep.rollout.chat_template import ChatConfig
 from lockstep.rollout.evaluation import EvalResult
-from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 
 _LOG = logging.getLogger(__name__)
@@ -51,9 +53,11 @@ class TrainingRunConfig:
         the way, see run_config.MAY_DIFFER.
     overwrite: where the directory holds a run, that is moved aside (to NAME.old-1), and a new one starts.
     num_threads: CPU threads; null takes the machine's. Part of the config, since gradients' last bits depend on it.
+    chat: how conversations become text, see rollout/chat_template.py.
     trainer: its `model` is filled in by the run.
     checkpoint_every: steps between checkpoints, one more is made at the last step; 0: that one only.
     keep_checkpoints: so many of the newest stay; 0: all.
+    push_to_hub: org/name on the hub, a private repository to which the model goes at the end; made if it is not there.
     sinks: beside metrics.jsonl: "wandb", "tensorboard". wandb: of the first, see recipes/sinks.py.
     dry_run: print the plan, with its arithmetic of memory and batches, and start nothing (also --dry-run).
     """
@@ -65,10 +69,12 @@ class TrainingRunConfig:
     num_threads: Threads | None = 2
     model: ModelSource = field(default_factory=ModelSource)
     task: TaskConfig = field(default_factory=TaskConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(model=START))
     steps: Count = 100
     checkpoint_every: Count = 20
     keep_checkpoints: Count = 2
+    push_to_hub: Text | None = None
     sinks: tuple[str, ...] = ()
     wandb: WandbConfig = field(default_factory=WandbConfig)
     dry_run: bool = False
@@ -80,6 +86,20 @@ class TrainingRunConfig:
     @property
     def directory(self) -> Path:
         return Path(self.run) if self.run is not None else Path(self.runs_dir) / self.name
+
+
+Config = TypeVar("Config", bound=TrainingRunConfig)
+
+
+def resumed(config: Config) -> Config:
+    """The config to run. With `run` set it is the one stored there, changed by what else is given; with what the run
+    settles at its first start.
+
+    Raises ValueError for a directory without a run, and as `run_config.resumed_from_plain` does.
+    """
+    if config.run is not None:
+        config = resumed_from_plain(type(config), to_plain(config))
+    return settled(config) if isinstance(config, TrainingRunConfig) else config
 
 
 def devices_here(config: Any) -> list[str]:
@@ -210,11 +230,13 @@ class TrainingRun:
         export = self.path / "model"
         shutil.rmtree(export, ignore_errors=True)
         trainer.export_hf(export)
+        tokenizer = complete_export(export, self.config.chat)
         digest = trainer.weights_hash()
         self.directory.write_weights_hash(digest)
         results = {**summarize(read_metrics(self.path)), "weights_hash": digest, "model": str(export)}
-        decode = load_tokenizer(export).decode
-        results["report"] = str(write_report(self.path, decode=decode, earlier_runs=earlier_runs))
+        results["report"] = str(write_report(self.path, decode=tokenizer.decode, earlier_runs=earlier_runs))
+        if self.config.push_to_hub is not None:
+            results["pushed"] = push(export, self.config.push_to_hub)
         self.view.summary(results)
         return results
 

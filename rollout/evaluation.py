@@ -12,6 +12,7 @@ from annotated_types import Interval
 
 from lockstep.engine import Engine
 from lockstep.engine.config_fields import NotNegative, Size, check_fields
+from lockstep.rollout.answer_watch import num_unanswered
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.environments.failures import FAILED
 from lockstep.rollout.environments.worker import build_worker
@@ -53,6 +54,7 @@ class EvalResult:
 
     environment_failures: episodes that failed, which count as wrong; None where a response is one turn.
     verifier_failures: samples that scored 0 since a verifier gave no verdict.
+    unanswered: samples in which no answer was found.
     """
 
     accuracy: float
@@ -65,6 +67,7 @@ class EvalResult:
     samples: list[Sample]
     environment_failures: int | None = None
     verifier_failures: int = 0
+    unanswered: int = 0
 
     def metrics(self) -> dict[str, float | str]:
         """All but the samples, by name."""
@@ -77,6 +80,7 @@ class EvalResult:
             "truncated": self.truncated,
             **({} if self.environment_failures is None else {"environment_failures": self.environment_failures}),
             "verifier_failures": self.verifier_failures,
+            "unanswered": self.unanswered,
             "digest": self.digest,
         }
 
@@ -115,6 +119,7 @@ def evaluate(
         samples=samples,
         environment_failures=None if environment.kind == SINGLE_TURN else num_failed,
         verifier_failures=num_unjudged,
+        unanswered=num_unanswered(samples),
     )
 
 

@@ -4,8 +4,9 @@ import re
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 
-ANSWER_OPEN = "<answer>"
-ANSWER_CLOSE = "</answer>"
+from lockstep.rollout.answer_tags import ANSWER_CLOSE, ANSWER_OPEN
+
+ANSWER_INSTRUCTION = f"Give the final answer alone, between {ANSWER_OPEN} and {ANSWER_CLOSE}."
 
 _LONGEST_NUMBER = 1000  # characters
 _PLAIN = {  # full-width characters, and what stands for a minus sign

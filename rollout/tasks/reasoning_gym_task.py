@@ -124,8 +124,8 @@ class ReasoningGymTask:
 def build_reasoning_gym(config: ReasoningGymConfig) -> TaskSplits:
     """Both splits; even streams train, odd streams are held out, and training never repeats a held-out question.
 
-    Raises ValueError for an unknown dataset, an unknown option, an option value that the dataset refuses, and shortcut
-    settings out of range.
+    Raises ValueError for an unknown dataset, an unknown option, an option value that the dataset refuses, and settings
+    of shortcuts or of the verifier out of range.
     """
     verifier = _verifier(config)
     verifiers = VerifierPool(verifier, num_workers=2 if verifier.each_alone else 1)

@@ -1,24 +1,21 @@
 """What a run was started from is what it is resumed from; and what `run=DIR` takes beside it."""
 
-import dataclasses
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
 import pytest
 import yaml
 from short_runs import Killed, short_config
 
-from lockstep.engine.config_fields import FilledAtStart
 from lockstep.recipes import rl, run_config, sft
 from lockstep.recipes.cli import main
 from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.config_schema import to_plain
 from lockstep.recipes.inputs import ModelSource, TaskConfig
-from lockstep.recipes.run_config import MAY_DIFFER, resumed, with_filled_nulls
-from lockstep.recipes.run_directory import checkpoint_steps, read_config, read_metrics
+from lockstep.recipes.run_config import MAY_DIFFER
+from lockstep.recipes.run_directory import checkpoint_steps, read_config
 from lockstep.recipes.run_inputs import config_inputs, python_files
 from lockstep.recipes.training_run import TrainingRun
 from lockstep.rollout.tasks import LocalFilesConfig
@@ -306,41 +303,3 @@ def test_every_key_that_may_differ_is_a_key():
     known = set(run_config.flat(to_plain(rl.RLConfig()))) | {"live", "report", "sinks.0"}
     unknown = [p for p in MAY_DIFFER if p not in known and not any(key.startswith(p.rstrip("*")) for key in known)]
     assert not unknown
-
-
-# Nulls that are filled in at the start --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DatedTask(TaskConfig):
-    date: Annotated[str | None, FilledAtStart(lambda config: TODAY[0])] = None
-
-
-TODAY = ["monday"]
-
-
-@dataclass(frozen=True)
-class DatedSFT(sft.SFTConfig):
-    task: DatedTask = dataclasses.field(default_factory=DatedTask)
-    tasks: dict[str, DatedTask] = dataclasses.field(default_factory=dict)
-
-
-def test_a_null_that_is_filled_in_at_the_start_is_kept(tmp_path):
-    base = short_sft(tmp_path)
-    values = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
-    task = DatedTask(kind=base.task.kind, reasoning_gym=base.task.reasoning_gym)
-    config = DatedSFT(**values | {"task": task, "tasks": {"a": DatedTask()}})
-    TODAY[0] = "monday"
-    sft.run(config)
-    assert (
-        read_config(tmp_path / "run")["task"]["date"] == read_config(tmp_path / "run")["tasks"]["a"]["date"] == "monday"
-    )
-    TODAY[0] = "tuesday"
-    assert with_filled_nulls(config).task.date == "monday"
-    assert resumed(DatedSFT(run=str(tmp_path / "run"))).tasks["a"].date == "monday"
-    sft.run(config)
-    assert with_filled_nulls(replace(config, overwrite=True)).task.date == "tuesday"
-    assert with_filled_nulls(replace(config, name="another")).task.date == "tuesday"
-    with pytest.raises(ValueError, match=r"task\.date: 'monday' -> 'friday'"):
-        sft.run(replace(config, task=replace(task, date="friday")))
-    assert [r["step"] for r in read_metrics(tmp_path / "run")] == [1, 2]

@@ -2,7 +2,8 @@
 
 import json
 
-import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 import reasoning_gym
 
@@ -27,11 +28,6 @@ WORKED = [
 
 def problems(task, count):
     return [task.problem(index) for index in range(count)]
-
-
-@pytest.fixture(autouse=True)
-def datasets_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("dataset", ["chain_sum", "letter_counting", "number_sorting", "gcd", "maze"])
@@ -174,7 +170,7 @@ ROWS = [{"question": f"What is {n}+1?", "answer": f"because {n}\n#### {n + 1}", 
 
 def write(path, rows):
     if path.suffix == ".parquet":
-        datasets.Dataset.from_list(rows).to_parquet(str(path))
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
