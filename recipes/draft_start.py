@@ -51,7 +51,7 @@ def _new_draft(
     draft = Eagle3Draft(Eagle3Config.of_target(target, size), embedding, torch.float32)
     initialize(draft, seed)
     draft.set_vocabulary(frequent_tokens(_counts(load_tokenizer(model, chat), task, target.vocab_size), size))
-    save_draft(directory, draft)
+    save_draft(directory, draft, target=target)
 
 
 def _counts(tokenizer: PreTrainedTokenizerBase, task: Task, vocab_size: int) -> torch.Tensor:
