@@ -36,7 +36,7 @@ _LONGEST_REASON = 300  # characters
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 SANDBOXES = ("auto", "bubblewrap", "landlock")
 SIGNAL_REASONS = {
-    signal.SIGSYS: "it tried to start a process, or a call of another kernel interface",
+    signal.SIGSYS: "it made a call of another kernel interface",
     signal.SIGXCPU: "CPU time",
     signal.SIGKILL: "CPU time, or memory of the machine",
     signal.SIGXFSZ: "file size",
@@ -82,20 +82,23 @@ class Outcome:
     failure: str | None
 
 
-def run_program(program: str, stdin: str, limits: Limits) -> Outcome:
+def run_program(program: str, stdin: str, limits: Limits, tests: str | None = None) -> Outcome:
     """Runs Python source that may read the standard library and the installed packages, and its own directory.
 
+    tests: source that runs in a process of its own, to which the names of the program are remote (see `remote_tests`);
+    its end is the program's, and its failure the outcome's.
     Its standard output is data, and nothing else that it writes is read but the last line of its standard error, which
     is shown. Raises IsolationError where this machine cannot isolate it.
     """
-    return _run_program(program, stdin, limits, _resolved(limits.sandbox))
+    return _run_program(program, stdin, limits, _resolved(limits.sandbox), tests)
 
 
-def _run_program(program: str, stdin: str, limits: Limits, sandbox: str) -> Outcome:
+def _run_program(program: str, stdin: str, limits: Limits, sandbox: str, tests: str | None = None) -> Outcome:
     path, readable = _library_path()
     job = {
         **_confinement(limits, readable, "program", sandbox),
         "program": program,
+        "tests": tests,
         "path": path,
         "wall_time_s": limits.wall_time_s,
     }
@@ -194,7 +197,7 @@ def _start(
     try:
         with os.fdopen(writer, "wb") as file:  # smaller than a pipe
             file.write(call_filter.filter_of("supervisor"))
-        seen = [*readable, str(_MAIN), str(main)]
+        seen = [*readable, str(_MAIN), str(_MAIN.with_name("remote_tests.py")), str(main)]
         wrapped = [*bubblewrap.command(seen, folder, limits.disk_bytes, reader), *command]
         return _popen(wrapped, pass_fds=[descriptor, reader], **options)
     finally:
