@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import os
+import platform
 import selectors
 import signal
 import socket
@@ -294,6 +295,8 @@ def _library_path() -> tuple[list[str], list[str]]:
 @functools.cache
 def why_not(sandbox: str) -> str:
     """Why a sandbox does not work on this machine, found by trying it; empty where it does."""
+    if (machine := (platform.system(), platform.machine())) != ("Linux", "x86_64"):
+        return f"isolation is written for Linux on x86-64, not {machine[0]} on {machine[1]}"
     if sandbox == "bubblewrap" and bubblewrap.find() is None:
         return "bubblewrap is not installed (Debian: apt-get install bubblewrap)"
     limits = Limits(wall_time_s=60.0, memory_bytes=1 << 32)
