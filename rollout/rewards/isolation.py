@@ -50,7 +50,7 @@ class IsolationError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """wall_time_s: from the start of the process, Python's own start (some 50 ms) included. cpu_time_s: whole seconds.
+    """wall_time_s: of the judged process, or of one item where it judges several. cpu_time_s: whole seconds.
     memory_bytes: of address space. file_bytes: size of a file, all of which lie in a temporary directory.
     disk_bytes, num_files: of all that lies in that directory. num_threads: it starts no process.
     output_bytes: of what it prints.

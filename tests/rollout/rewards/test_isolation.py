@@ -171,10 +171,9 @@ REFUSED = {
     "no descriptor beyond the standard ones": "os.fstat((inherited or [63])[0])",
 }
 
-TRY_ALL = """
+SET_UP = """
 import ctypes, fcntl, json, os, resource, socket, struct
 F_SETOWN, F_SETSIG, F_SETOWN_EX = 8, 10, 15
-pid, outside, judge, expressions = json.loads(input())
 libc = ctypes.CDLL(None, use_errno=True)
 def checked(result):
     if result == -1:
@@ -186,9 +185,13 @@ def readable(descriptor):
         return bool(os.fstat(descriptor))
     except OSError:
         return False
-results = {}
 inherited = [number for number in range(3, 64) if readable(number)]
 (r, w), pair, own = os.pipe(), socket.socketpair(), os.open('own', os.O_RDWR | os.O_CREAT)
+"""
+TRY_ALL = f"""
+{SET_UP}
+pid, outside, judge, expressions = json.loads(input())
+results = {{}}
 for name, expression in expressions.items():
     try:
         eval(expression)
@@ -198,6 +201,23 @@ for name, expression in expressions.items():
     except BaseException as error:
         results[name] = repr(error)
 print(json.dumps(results))
+"""
+
+
+# A function that may read any file, and has its input and a pipe for its own result.
+ALLOWED_TO_FUNCTIONS = (
+    "what it is judged by", "the program's input file", "the input for writing",
+    "no descriptor beyond the standard ones",
+)  # fmt: skip
+FUNCTION = """
+def score(problem, text):
+    names = dict(problem.metadata)
+    exec(SET_UP, names)
+    try:
+        eval(text, names)
+    except OSError:
+        return 1.0
+    return 0.0
 """
 
 
@@ -275,6 +295,20 @@ def test_what_reaches_others_is_refused_and_nothing_is_left(user, sandbox, caugh
     while (after := _left_on_this_machine()) != before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert after == before
+    assert not caught_signals
+
+
+def test_a_function_reaches_others_as_little(sandbox, caught_signals, tmp_path):
+    (tmp_path / "mine.py").write_text(f"SET_UP = {SET_UP!r}\n{FUNCTION}")
+    before = _left_on_this_machine()
+    names = {"pid": os.getpid(), "outside": str(OUTSIDE), "judge": __file__}
+    problem = Problem("p", ({"role": "user", "content": "?"},), "7", names)
+    tried = {name: expression for name, expression in REFUSED.items() if name not in ALLOWED_TO_FUNCTIONS}
+    pool = VerifierPool(Verifier("mine", f"{tmp_path}/mine.py:score", limits=replace(LIMITS, sandbox=sandbox)))
+    scores = dict(zip(tried, pool.verify([(problem, expression) for expression in tried.values()]), strict=True))
+    pool.close()
+    assert {name: getattr(score, "reason", score) for name, score in scores.items() if score != 1.0} == {}
+    assert _left_on_this_machine() == before
     assert not caught_signals
 
 
