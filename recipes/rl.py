@@ -116,7 +116,9 @@ def run(config: RLConfig) -> dict[str, Any]:
         config = config.without_draft_where_none_can_learn()
         start = str(starting_model(config, tasks))
         trainer, engine = replace(config.trainer, model=start), replace(config.engine, model=start)
-        engine, draft_config = with_draft(engine, config.draft, run.path / "new_draft", tasks.train, config.seed)
+        engine, draft_config = with_draft(
+            engine, config.draft, run.path / "new_draft", tasks.train, config.seed, config.chat
+        )
         with open_cluster(config.cluster, trainer, engine, config.seed, config.num_threads) as cluster:
             run.start(cluster.trainer)
             if version := config.steps_made(cluster.trainer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lockstep.engine import Engine
@@ -19,11 +19,12 @@ from lockstep.rollout.worker import RolloutConfig, RolloutWorker
 
 @dataclass(frozen=True)
 class Preference:
-    """Of two responses to a conversation, the better one and the other."""
+    """Of two responses to a conversation, the better one and the other. where: the row that it was read from."""
 
     messages: tuple[Mapping[str, str], ...]
     chosen: str
     rejected: str
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,12 @@ def _parse(row: Row) -> Preference:
     if chosen == rejected:
         row.fail("has the same response in columns 'chosen' and 'rejected': neither is the better one")
     if "prompt" not in row.values and chosen_before:
-        return Preference(chosen_before, chosen, rejected)
+        return Preference(chosen_before, chosen, rejected, str(row))
     prompt = row.value("prompt")
     if not looks_like_chat(prompt):
-        return Preference(({"role": "user", "content": row.text("prompt", "prompt")},), chosen, rejected)
+        return Preference(({"role": "user", "content": row.text("prompt", "prompt")},), chosen, rejected, str(row))
     try:
-        return Preference(to_ask(read_messages(prompt)), chosen, rejected)
+        return Preference(to_ask(read_messages(prompt)), chosen, rejected, str(row))
     except ValueError as error:
         row.fail(f"has no prompt in column 'prompt': {error}")
 
