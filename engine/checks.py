@@ -130,7 +130,7 @@ class Choice:
 
     def __call__(self, name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in self.known:
-            raise refuse(name, f"one of {', '.join(map(repr, self.known))}", value)
+            raise refuse(name, f"one of {', '.join(self.known)}", value)
         return str(value)
 
 

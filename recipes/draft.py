@@ -15,12 +15,17 @@ import torch
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.engine.capture import Capture, CaptureConfig, CapturedSequence
 from lockstep.engine.draft_checkpoint import load_draft, save_draft
+from lockstep.engine.draft_config import ServingEngine, choose_engine
+from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.models.eagle3 import Eagle3Config, Eagle3Draft, initialize
 from lockstep.engine.speculation.speculation import MAX_DRAFT_TOKENS
 from lockstep.recipes.draft_texts import DraftText, read_texts
 from lockstep.recipes.report import write_report
 from lockstep.recipes.run_directory import read_metrics
+from lockstep.recipes.sinks import WandbConfig
 from lockstep.recipes.training_run import TrainingRun, resumed
+from lockstep.rollout import hub
+from lockstep.rollout.end_of_turn import stop_token_ids
 from lockstep.rollout.order import ProblemOrder
 from lockstep.trainer_bridge.draft_batch import DraftSequence
 from lockstep.trainer_bridge.draft_trainer import DraftTrainer, DraftTrainerConfig, frequent_tokens
@@ -32,12 +37,16 @@ USUAL_DRAFT_VOCAB = 32000
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """name, run, runs_dir, seed, num_threads, steps, checkpoint_every, keep_checkpoints, sinks: as in other stages.
+    """name, run, runs_dir, seed, num_threads, steps, checkpoint_every, keep_checkpoints, sinks, wandb: as in the other
+        stages.
 
     engine: serves the target, engine.model; the hidden states are recomputed through it.
     rollouts: a run directory whose samples are learned; or texts: a file, see recipes/draft_texts.py.
     max_tokens: texts are cut to so many.
-    start: a draft directory to go on from. None: a new draft, with the most frequent tokens of the texts.
+    start: a draft directory to go on from (its layer ids: engine.draft_layer_ids). None: a new draft, with the most
+        frequent tokens of the texts.
+    export_for: "sglang" or "vllm", which number the target's layers differently: one directory cannot serve both. None:
+        SGLang where it can read such a draft, else vLLM; the summary says which.
     draft_vocab_size: of a new draft; None is the usual 32000, or the target's whole vocabulary where that is smaller.
     norm_aux, norm_output: of a new draft, see Eagle3Config.
     sequences_per_step: texts in an update. held_out: texts kept back for evaluation, every evaluate_every steps.
@@ -53,6 +62,7 @@ class DraftConfig:
     texts: str | None = None
     max_tokens: int = 4096
     start: str | None = None
+    export_for: ServingEngine | None = None
     draft_vocab_size: int | None = None
     norm_aux: bool = False
     norm_output: bool = False
@@ -64,6 +74,7 @@ class DraftConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     sinks: tuple[str, ...] = ()
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self):
         for name in ("sequences_per_step", "held_out", "evaluate_every", "checkpoint_every", "max_tokens"):
@@ -78,22 +89,25 @@ class DraftConfig:
 def run(config: DraftConfig) -> dict[str, Any]:
     """Trains until `config.steps` updates are made, exports the draft to `draft` in the run directory, and tries it."""
     config = resumed(config)
+    config = replace(config, engine=replace(config.engine, model=hub.pinned(config.engine.model)))
     with TrainingRun(config, "draft") as run:
         _LOG.info("loading the model %s", config.engine.model)
+        config = replace(config, engine=replace(config.engine, model=hub.model_directory(config.engine.model)))
         engine = Engine(config.engine)
         max_tokens = min(config.max_tokens, engine.max_model_len)
         texts = read_texts(config.rollouts, config.texts, config.engine.model, max_tokens)
         held_out, texts = _split(texts, config)
         draft = _starting_draft(config, engine, texts)
+        choose_engine(config.export_for, draft.config.aux_layers, engine.model_config)  # refused now, not at the end
         capture = engine.start_capture(CaptureConfig(draft.config.aux_layers, memory_bytes=2**62))
         trainer = DraftTrainer(config.trainer, draft, engine.model.head_weight)
         run.start(trainer)
         held_out_sequences = with_states(engine, capture, held_out)
         train(config, run, engine, capture, trainer, texts, held_out_sequences)
-        export, temperature = _export(run, trainer, held_out_sequences)
+        export, temperature, served_by = _export(run, trainer, held_out_sequences, engine.model_config)
         engine.shutdown()
         run.sinks.record(config.steps, "draft_verified", verified_acceptance(config, export, held_out))
-        return _finish(run, trainer, export, temperature)
+        return _finish(run, trainer, export, temperature, served_by)
 
 
 def train(
@@ -170,7 +184,8 @@ def _starting_draft(config: DraftConfig, engine: Engine, texts: Sequence[DraftTe
     if config.draft_vocab_size is not None:
         raise ValueError(f"draft: start={config.start} has a vocabulary; draft_vocab_size is that of a new draft")
     embedding = engine.model.embedding.word_embeddings.weight
-    return load_draft(config.start, engine.model_config, embedding, embedding.dtype)
+    options = {"head_weight": engine.model.head_weight, "numbers_of": config.engine.draft_layer_ids}
+    return load_draft(config.start, engine.model_config, embedding, embedding.dtype, **options)
 
 
 def _split(texts: list[DraftText], config: DraftConfig) -> tuple[list[DraftText], list[DraftText]]:
@@ -190,10 +205,9 @@ def verified_acceptance(config: DraftConfig, export: Path, held_out: Sequence[Dr
     engine = Engine(replace(config.engine, **settings))
     prompts = [list(text.token_ids[: text.num_prompt or len(text.token_ids) // 2]) for text in held_out]
     lengths = [len(text.token_ids) - len(prompt) for text, prompt in zip(held_out, prompts, strict=True)]
-    params = [
-        SamplingParams(max_tokens=length, temperature=config.trainer.temperature, seed=config.seed + index)
-        for index, length in enumerate(lengths)
-    ]
+    ends = stop_token_ids(engine.tokenizer) if engine.tokenizer is not None else ()
+    sampling = SamplingParams(temperature=config.trainer.temperature, stop_token_ids=ends)
+    params = [replace(sampling, max_tokens=length, seed=config.seed + index) for index, length in enumerate(lengths)]
     engine.generate(prompts, params)
     stats = engine.stats()
     engine.shutdown()
@@ -205,16 +219,20 @@ def verified_acceptance(config: DraftConfig, export: Path, held_out: Sequence[Dr
     }
 
 
-def _export(run: TrainingRun, trainer: DraftTrainer, held_out: Sequence[DraftSequence]) -> tuple[Path, float]:
-    """Writes the draft at its best temperature, which is returned too."""
+def _export(
+    run: TrainingRun, trainer: DraftTrainer, held_out: Sequence[DraftSequence], target: ModelConfig
+) -> tuple[Path, float, str]:
+    """Writes the draft at its best temperature. Returns that too, and the engine that the directory is for."""
     temperature = trainer.unrolled.tune_temperature(held_out)
     export = run.path / "draft"
     shutil.rmtree(export, ignore_errors=True)
-    save_draft(export, trainer.draft, temperature)
-    return export, temperature
+    served_by = save_draft(export, trainer.draft, temperature, export_for=run.config.export_for, target=target)
+    return export, temperature, served_by
 
 
-def _finish(run: TrainingRun, trainer: DraftTrainer, export: Path, temperature: float) -> dict[str, Any]:
+def _finish(
+    run: TrainingRun, trainer: DraftTrainer, export: Path, temperature: float, served_by: str
+) -> dict[str, Any]:
     """Records the weights' hash, writes the report, and prints the summary, which it returns."""
     digest = trainer.weights_hash()
     run.directory.write_weights_hash(digest)
@@ -227,6 +245,7 @@ def _finish(run: TrainingRun, trainer: DraftTrainer, export: Path, temperature: 
         "draft_temperature": temperature,
         "weights_hash": digest,
         "draft": str(export),
+        "draft_layer_ids_for": served_by,
         "report": str(write_report(run.path)),
     }
     run.view.summary(results)

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from lockstep.engine import Engine
 from lockstep.engine.capture import CaptureConfig
 from lockstep.engine.draft_checkpoint import load_draft, save_draft
+from lockstep.engine.draft_config import ServingEngine, choose_engine
 from lockstep.engine.models.eagle3 import Eagle3Draft
 from lockstep.engine.speculation.speculation import MAX_DRAFT_TOKENS
 from lockstep.recipes.draft import draft_sequence
@@ -41,6 +42,7 @@ Publish = Callable[[Iterable[tuple[str, torch.Tensor]], int], None]
 class DraftStageConfig:
     """train_every: steps of the loop between trainings; 0: there is no draft.
     start: a draft directory. None: a new draft is made, and untrained.
+    export_for: the engine that the final directory is for, "sglang" or "vllm"; see DraftConfig.
     draft_vocab_size: of a new draft; None is the usual 32000, or the target's whole vocabulary where that is smaller.
     num_draft_tokens: that the engine drafts per request and step.
     sequences_per_update: captured samples in an update. passes: over the captured samples in a training.
@@ -55,6 +57,7 @@ class DraftStageConfig:
 
     train_every: int = 0
     start: str | None = None
+    export_for: ServingEngine | None = None
     draft_vocab_size: int | None = None
     num_draft_tokens: int = 4
     sequences_per_update: int = 16
@@ -117,6 +120,8 @@ class DraftStage:
         self.publish = publish
         # The one that learns; the one that serves; and an earlier one of these, kept to compare.
         self.draft, self.served, self.frozen = (self._read_draft() for _ in range(3))
+        # Refused now, not at the end.
+        choose_engine(config.export_for, self.draft.config.aux_layers, engine.model_config)
         self.trainer = DraftTrainer(config.trainer, self.draft, engine.model.head_weight)
         self.version = 0  # of the served draft: the step after which it was published
         self.frozen_version = 0
@@ -130,7 +135,11 @@ class DraftStage:
 
     def _read_draft(self) -> Eagle3Draft:
         embedding = self.engine.model.embedding.word_embeddings.weight
-        return load_draft(self.config.start, self.engine.model_config, embedding, embedding.dtype)
+        options = {
+            "head_weight": self.engine.model.head_weight,
+            "numbers_of": self.engine.config.draft_layer_ids,
+        }
+        return load_draft(self.config.start, self.engine.model_config, embedding, embedding.dtype, **options)
 
     # In each step of the loop ------------------------------------------------------------------------------------
 
@@ -227,7 +236,7 @@ class DraftStage:
         The run's engine is put to sleep: the timed ones need its memory.
         """
         shutil.rmtree(path, ignore_errors=True)
-        save_draft(path, self.served)
+        save_draft(path, self.served, export_for=self.config.export_for, target=self.engine.model_config)
         self.engine.sleep()
         temperature = self.config.trainer.temperature
         return decode_speed(self.engine.config, path, trainer, samples[: self.config.speed_samples], temperature)

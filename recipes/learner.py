@@ -18,6 +18,7 @@ from lockstep.recipes.training_batches import (
     policy_batches,
     scored_responses,
 )
+from lockstep.rollout import hub
 from lockstep.rollout.sample import Sample
 from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.trainer_bridge import TrainerConfig
@@ -127,13 +128,13 @@ class Learner:
         options = self.config.algorithm
         return replace(
             self.config.trainer,
-            model=options.critic_model or model,
+            model=hub.model_directory(options.critic_model or model),
             head="scalar",
             learning_rate=options.critic_learning_rate,
         )
 
     def _teacher_config(self, model: str) -> EngineConfig:
-        path, engine = self.config.algorithm.teacher_model, self.config.engine
+        path, engine = hub.model_directory(self.config.algorithm.teacher_model), self.config.engine
         if load_tokenizer(path).get_vocab() != load_tokenizer(model).get_vocab():
             raise ValueError(f"teacher {path} has another vocabulary than {model}: it cannot score its tokens")
         return EngineConfig(model=path, device=engine.device, dtype=engine.dtype)

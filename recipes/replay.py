@@ -66,7 +66,7 @@ def run(config: ReplayConfig) -> dict[str, Any]:
     run_config = replace(resumed(rl.RLConfig(run=config.run)), cluster=config.cluster)
     steps = _chosen_steps(config)
     launch.set_up_process(run_config.seed, run_config.num_threads)
-    start = str(rl.starting_model(run_config, run_config.task.build()))
+    start = str(rl.starting_model(run_config, rl.tasks_of(run_config)[0]))
     trainer, engine = replace(run_config.trainer, model=start), replace(run_config.engine, model=start)
     with (
         open_cluster(run_config.cluster, trainer, engine, run_config.seed, run_config.num_threads) as cluster,
@@ -101,7 +101,7 @@ class Replay:
         self.config = config
         self.cluster = cluster
         self.path = config.directory
-        self.worker = rl.rollout_worker(config, cluster, config.task.build().train)
+        self.worker = rl.rollout_worker(config, cluster, rl.tasks_of(config)[0].train)
         self.learner = learner
         self.is_loaded = False
         self.served = 0

@@ -12,7 +12,9 @@ from typing import Any
 from lockstep.engine import Engine, EngineConfig
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.pooling import scored_part
+from lockstep.recipes.room import pairs_with_room
 from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
+from lockstep.rollout import hub
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.preferences import PairSamplingConfig, Preference, read_pairs, sample_pairs, write_pairs
 from lockstep.rollout.rewards.models import conversation_ids
@@ -49,10 +51,11 @@ def run(config: RewardConfig) -> dict[str, Any]:
     if config.dry_run:
         raise ValueError("lockstep reward has no plan to print: --dry-run is for rl and sft")
     config = resumed(config)
+    given = given_pairs(config) if config.train_files else None
     with TrainingRun(config, "reward") as run:
         model = str(config.model.resolve(run.path / "new_model", config.task.build().train, config.seed))
-        train, held_out = preference_pairs(config, run, model)
-        tokenizer, pad_token_id = load_tokenizer(model), load_model_config(model).pad_token_id
+        train, held_out = given or sampled_pairs(config, run, hub.model_directory(config.policy or model))
+        tokenizer, pad_token_id = load_tokenizer(model, config.chat), load_model_config(model).pad_token_id
         train_tokens, held_out_tokens = (
             [tokenized(tokenizer, pair, pad_token_id) for pair in pairs] for pairs in (train, held_out)
         )
@@ -82,15 +85,30 @@ def run(config: RewardConfig) -> dict[str, Any]:
         return run.finish(trainer)
 
 
-def preference_pairs(config: RewardConfig, run: TrainingRun, model: str) -> tuple[list[Preference], list[Preference]]:
-    """The pairs to learn from, and those held out. Raises ValueError if either are none."""
-    if config.train_files:
-        train, held_out = read_pairs(config.train_files), read_pairs(config.held_out_files)
-        if not config.held_out_files:
-            num_held_out = math.ceil(len(train) * config.held_out_fraction)
-            train, held_out = train[: len(train) - num_held_out], train[len(train) - num_held_out :]
-    else:
-        train, held_out = sampled_pairs(config, run, config.policy or model)
+def given_pairs(config: RewardConfig) -> tuple[list[Preference], list[Preference]]:
+    """The pairs of the files, to learn from and held out. Raises ValueError if either are none, or one has no room."""
+    model, tokenizer = config.model.described(config.task.build().train, config.chat)
+    budget = config.trainer.max_tokens_per_micro_batch
+
+    def why_not(pair: Preference) -> str | None:
+        lengths = [len(sequence) for sequence in tokenized(tokenizer, pair, model.pad_token_id)]
+        if max(lengths) > model.max_position_embeddings:
+            return f"has no room: it has {max(lengths):,} tokens, and the model takes {model.max_position_embeddings:,}"
+        if sum(lengths) > budget:
+            both = f"both responses have {sum(lengths):,} tokens"
+            return f"has no room: {both}, and trainer.max_tokens_per_micro_batch allows {budget:,}"
+        return None
+
+    train = pairs_with_room(read_pairs(config.train_files), config.task, why_not)
+    held_out = pairs_with_room(read_pairs(config.held_out_files), config.task, why_not)
+    if not config.held_out_files:
+        num_held_out = math.ceil(len(train) * config.held_out_fraction)
+        train, held_out = train[: len(train) - num_held_out], train[len(train) - num_held_out :]
+    return some_of_each(train, held_out)
+
+
+def some_of_each(train: list[Preference], held_out: list[Preference]) -> tuple[list[Preference], list[Preference]]:
+    """Both. Raises ValueError if either are none."""
     if not (train and held_out):
         raise ValueError(f"{len(train)} pairs to learn from and {len(held_out)} held out: there must be some of each")
     return train, held_out
@@ -100,7 +118,7 @@ def sampled_pairs(config: RewardConfig, run: TrainingRun, policy: str) -> tuple[
     """A policy's right answers against its wrong ones; made once for a run, and found there when it is resumed."""
     files = {name: run.path / f"{name}_pairs.jsonl" for name in ("train", "held_out")}
     if not all(file.exists() for file in files.values()):
-        tasks, tokenizer, sampling = config.task.build(), load_tokenizer(policy), config.sampling
+        tasks, tokenizer, sampling = config.task.build(), load_tokenizer(policy, config.chat), config.sampling
         _LOG.info("sampling answers of the model %s, to make pairs", policy)
         engine = Engine(replace(config.engine, model=policy))
         try:
@@ -111,7 +129,7 @@ def sampled_pairs(config: RewardConfig, run: TrainingRun, policy: str) -> tuple[
                 write_pairs(file, sample_pairs(engine, tokenizer, task, number, sampling, config.seed))
         finally:
             engine.shutdown()
-    return read_pairs([str(files["train"])]), read_pairs([str(files["held_out"])])
+    return some_of_each(read_pairs([str(files["train"])]), read_pairs([str(files["held_out"])]))
 
 
 def check_lengths(name: str, pairs: Sequence[PreferencePair], config: RewardConfig, longest: int) -> None:

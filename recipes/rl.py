@@ -20,9 +20,11 @@ from lockstep.recipes.evaluate import evaluate_tasks
 from lockstep.recipes.inputs import TaskConfig
 from lockstep.recipes.learner import Learner
 from lockstep.recipes.plan import dry_run, rl_plan
+from lockstep.recipes.room import rl_with_room
 from lockstep.recipes.run_directory import read_rollouts, rollout_steps
 from lockstep.recipes.step_clock import StepClock
 from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
+from lockstep.rollout.answer_watch import AnswerWatch
 from lockstep.rollout.buffer import BufferConfig, RolloutBuffer
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.environments.worker import build_worker
@@ -109,13 +111,14 @@ def run(config: RLConfig) -> dict[str, Any]:
     check_reward(config.reward)
     if config.dry_run:
         return dry_run(rl_plan(config))
+    tasks, further = tasks_of(config)
     with TrainingRun(config, "rl") as run:
         config = config.without_draft_where_none_can_learn()
-        _LOG.debug("reading the task %s", config.task.kind)
-        tasks = config.task.build()
         start = str(starting_model(config, tasks))
         trainer, engine = replace(config.trainer, model=start), replace(config.engine, model=start)
-        engine, draft_config = with_draft(engine, config.draft, run.path / "new_draft", tasks.train, config.seed)
+        engine, draft_config = with_draft(
+            engine, config.draft, run.path / "new_draft", tasks.train, config.seed, config.chat
+        )
         with open_cluster(config.cluster, trainer, engine, config.seed, config.num_threads) as cluster:
             run.start(cluster.trainer)
             if version := config.steps_made(cluster.trainer):
@@ -123,11 +126,17 @@ def run(config: RLConfig) -> dict[str, Any]:
             with Learner(config, cluster, start) as learner:
                 draft = open_draft_stage(draft_config, cluster.engine, config.rollout.temperature)
                 run.restore(learner=learner, draft=draft)
-                train(config, run, tasks, cluster, learner, draft)
+                train(config, run, tasks, {"": tasks.held_out, **further}, cluster, learner, draft)
                 if timed := draft.finish(run.path / "draft", cluster.trainer, last_samples(run.path)):
                     run.sinks.record(config.steps, "draft", timed)
             warmup = run.path / WARMUP
             return run.finish(cluster.trainer, earlier_runs=[warmup] if warmup.exists() else [])
+
+
+def tasks_of(config: RLConfig) -> tuple[TaskSplits, dict[str, Task]]:
+    """The run's task, and the held-out problems of its further evaluations: those with room, see recipes/room.py."""
+    further = {name: task.build().held_out for name, task in config.evaluation_tasks.items()}
+    return rl_with_room(config, config.task.build(), further)
 
 
 def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
@@ -141,9 +150,11 @@ def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
         runs_dir=str(config.directory),
         model=config.model,
         task=config.task,
+        chat=config.chat,
         seed=config.seed,
         num_threads=config.num_threads,
         sinks=config.sinks,
+        wandb=replace(config.wandb, id=None, name=f"{config.wandb.name or config.directory.name} warm-up"),
     )
     if not (warmup.directory / "weights.sha256").exists():
         sft.run(warmup)
@@ -152,7 +163,7 @@ def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
 
 def rollout_worker(config: RLConfig, cluster: LocalCluster, task: Task) -> RolloutWorker:
     """What draws and scores a run's samples, and in a replay draws them again."""
-    tokenizer = load_tokenizer(cluster.engine.config.model)
+    tokenizer = load_tokenizer(cluster.engine.config.model, config.chat)
     reward = cluster.rewards.build(config.reward, task)
     return build_worker(cluster.engine, tokenizer, task, reward, config.rollout, config.seed, config.environment)
 
@@ -165,6 +176,7 @@ def train(
     config: RLConfig,
     run: TrainingRun,
     tasks: TaskSplits,
+    held_out: Mapping[str, Task],
     cluster: LocalCluster,
     learner: Learner,
     draft: DraftStage | NoDraftStage,
@@ -173,10 +185,10 @@ def train(
     `s - 1 - max_staleness` to `s - 1`, and while it is made the engine generates for later steps with version `s - 1`.
     """
     trainer, engine = cluster.trainer, cluster.engine
-    held_out = {"": tasks.held_out, **{name: task.build().held_out for name, task in config.evaluation_tasks.items()}}
     worker = rollout_worker(config, cluster, tasks.train)
     buffer = RolloutBuffer(worker, config.buffer, learner.algorithm.keep_group)
     run.restore(buffer=buffer)
+    watch = AnswerWatch()
 
     def evaluate_if_due(step: int) -> None:
         if step % config.evaluate_every == 0 or step == config.steps:
@@ -191,7 +203,7 @@ def train(
                     config.seed,
                     config.environment,
                 )
-            run.record_evaluation(step, results)
+            run.record_evaluation(step, results, worker.tokenizer.decode)
 
     steps_made = config.steps_made(trainer)
     if steps_made == 0:
@@ -207,7 +219,8 @@ def train(
         buffer.new_version()
         run.directory.write_rollouts(step, learner.learned)
         metrics = step_metrics(step, groups, stats, buffer, clock)
-        run.record(step, metrics | {"verifier_failures": failed} | drafted)
+        unanswered = watch.step([sample for group in groups for sample in group])
+        run.record(step, metrics | {"verifier_failures": failed, "unanswered": unanswered} | drafted)
         evaluate_if_due(step)
         run.checkpoint_if_due(step, trainer=trainer, learner=learner, buffer=buffer, draft=draft)
 

@@ -35,7 +35,17 @@ from lockstep.recipes.config_schema import to_plain
 
 LOCK_FILE = "run.lock"
 # Keys that a resumed run may change: how long it runs and how it is watched, not what it computes.
-MAY_DIFFER = ("steps", "sinks", "sinks.*", "keep_checkpoints", "checkpoint_every", "live", "report")
+MAY_DIFFER = (
+    "steps",
+    "sinks",
+    "sinks.*",
+    "wandb.*",
+    "keep_checkpoints",
+    "checkpoint_every",
+    "push_to_hub",
+    "live",
+    "report",
+)
 
 
 class RunDirectory:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lockstep.recipes.plan import dry_run, sft_plan
+from lockstep.recipes.room import sft_with_room
 from lockstep.recipes.training_run import TrainingRun, TrainingRunConfig, resumed
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.tasks import Problem, Task
@@ -35,10 +36,10 @@ def run(config: SFTConfig) -> dict[str, Any]:
     config = resumed(config)
     if config.dry_run:
         return dry_run(sft_plan(config))
+    tasks = sft_with_room(config, config.task.build())
     with TrainingRun(config, "sft") as run:
-        tasks = config.task.build()
         model = config.model.resolve(run.path / "new_model", tasks.train, config.seed)
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(model, config.chat)
         _LOG.info("loading the model %s into the trainer", model)
         trainer = MegatronTrainer(replace(config.trainer, model=str(model)))
         run.start(trainer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -14,15 +14,17 @@ from omegaconf import OmegaConf
 
 from lockstep.kernels import numerics
 from lockstep.recipes import config_schema, launch
+from lockstep.recipes.export import complete_export, push
+from lockstep.recipes.first_start import settled
 from lockstep.recipes.inputs import ModelSource, TaskConfig
 from lockstep.recipes.live import LiveView
 from lockstep.recipes.report import write_report
 from lockstep.recipes.run_directory import RunDirectory, read_config, read_metrics
 from lockstep.recipes.run_log import RunLog
-from lockstep.recipes.sinks import Sinks, open_sinks
+from lockstep.recipes.sinks import Sinks, WandbConfig, open_sinks
 from lockstep.recipes.trace import Trace
+from lockstep.rollout.chat_template import ChatConfig
 from lockstep.rollout.evaluation import EvalResult
-from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 
 _LOG = logging.getLogger(__name__)
@@ -45,8 +47,10 @@ class TrainingRunConfig:
     name: the run is written to `runs_dir`/`name`; where that holds an unfinished run of this config, it goes on.
     run: a run directory to resume with the config that it holds; everything else given is then ignored.
     num_threads: CPU threads; null takes the machine's. Part of the config, since gradients' last bits depend on it.
+    chat: how conversations become text, see rollout/chat_template.py.
     trainer: its `model` is filled in by the run.
-    sinks: beside metrics.jsonl: "wandb", "tensorboard".
+    push_to_hub: org/name on the hub, a private repository to which the model goes at the end; made if it is not there.
+    sinks: beside metrics.jsonl: "wandb", "tensorboard". wandb: of the first, see recipes/sinks.py.
     dry_run: print the plan, with its arithmetic of memory and batches, and start nothing (also --dry-run).
     """
 
@@ -57,11 +61,14 @@ class TrainingRunConfig:
     num_threads: int | None = 2
     model: ModelSource = field(default_factory=ModelSource)
     task: TaskConfig = field(default_factory=TaskConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(model=START))
     steps: int = 100
     checkpoint_every: int = 20
     keep_checkpoints: int = 2
+    push_to_hub: str | None = None
     sinks: tuple[str, ...] = ()
+    wandb: WandbConfig = field(default_factory=WandbConfig)
     dry_run: bool = False
 
     @property
@@ -73,9 +80,10 @@ Config = TypeVar("Config", bound=TrainingRunConfig)
 
 
 def resumed(config: Config) -> Config:
-    """The config to run: the one given, or with `run` set the one stored there."""
+    """The config to run: the one given, with what the run settles at its first start, or with `run` set the one stored
+    there."""
     if config.run is None:
-        return config
+        return settled(config) if isinstance(config, TrainingRunConfig) else config
     if not (Path(config.run) / "config.yaml").exists():
         raise ValueError(f"run={config.run}: there is no run to resume (no config.yaml)")
     stored = config_schema.build(type(config), OmegaConf.create(read_config(config.run)))
@@ -140,14 +148,33 @@ class TrainingRun:
             if name in metrics and math.isfinite(metrics[name]):
                 self.trace.counter(name, metrics[name])
 
-    def record_evaluation(self, step: int, results: Mapping[str, EvalResult]) -> None:
-        """results: by data set; the names of its metrics follow its own, which is empty for the run's task."""
+    def record_evaluation(
+        self, step: int, results: Mapping[str, EvalResult], decode: Callable[[Sequence[int]], str]
+    ) -> None:
+        """results: by data set; the names of its metrics follow its own, which is empty for the run's task.
+
+        decode: a tokenizer's, for the prompts in tables of samples.
+        """
         metrics = {
             f"{task}/{name}" if task else name: value
             for task, result in results.items()
             for name, value in result.metrics().items()
         }
         self.sinks.record(step, "eval", metrics)
+        rows = [
+            {
+                "data set": task or self.config.task.kind,
+                "problem": sample.problem_id,
+                "prompt": decode(sample.prompt_ids),
+                "response": sample.text,
+                "reward": sample.reward,
+                "correct": sample.correct,
+                "reference": sample.reference,
+            }
+            for task, result in results.items()
+            for sample in result.samples[: self.config.wandb.sample_rows]
+        ]
+        self.sinks.record_samples(step, "eval", rows)
 
     def checkpoint_if_due(self, step: int, **parts: CheckpointPart) -> None:
         """Every `checkpoint_every` steps, and at the last: all parts that decide how the run goes on."""
@@ -165,11 +192,13 @@ class TrainingRun:
         export = self.path / "model"
         shutil.rmtree(export, ignore_errors=True)
         trainer.export_hf(export)
+        tokenizer = complete_export(export, self.config.chat)
         digest = trainer.weights_hash()
         self.directory.write_weights_hash(digest)
         results = {**summarize(read_metrics(self.path)), "weights_hash": digest, "model": str(export)}
-        decode = load_tokenizer(export).decode
-        results["report"] = str(write_report(self.path, decode=decode, earlier_runs=earlier_runs))
+        results["report"] = str(write_report(self.path, decode=tokenizer.decode, earlier_runs=earlier_runs))
+        if self.config.push_to_hub is not None:
+            results["pushed"] = push(export, self.config.push_to_hub)
         self.view.summary(results)
         return results
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lockstep.engine import Engine
+from lockstep.rollout.answer_watch import num_unanswered
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.environments.failures import FAILED
 from lockstep.rollout.environments.worker import build_worker
@@ -51,6 +52,7 @@ class EvalResult:
 
     environment_failures: episodes that failed, which count as wrong; None where a response is one turn.
     verifier_failures: samples that scored 0 since a verifier gave no verdict.
+    unanswered: samples in which no answer was found.
     """
 
     accuracy: float
@@ -63,6 +65,7 @@ class EvalResult:
     samples: list[Sample]
     environment_failures: int | None = None
     verifier_failures: int = 0
+    unanswered: int = 0
 
     def metrics(self) -> dict[str, float | str]:
         """All but the samples, by name."""
@@ -75,6 +78,7 @@ class EvalResult:
             "truncated": self.truncated,
             **({} if self.environment_failures is None else {"environment_failures": self.environment_failures}),
             "verifier_failures": self.verifier_failures,
+            "unanswered": self.unanswered,
             "digest": self.digest,
         }
 
@@ -113,6 +117,7 @@ def evaluate(
         samples=samples,
         environment_failures=None if environment.kind == SINGLE_TURN else num_failed,
         verifier_failures=num_unjudged,
+        unanswered=num_unanswered(samples),
     )
 
 

@@ -22,7 +22,12 @@ class Response:
     finish_reason: str | None = None
 
     def append(self, output: RequestOutput, is_last: bool) -> None:
-        """What was generated on. is_last: there is no room for more, so that "length" is the end."""
+        """What was generated on. is_last: there is no room for more, so that "length" is the end.
+
+        Raises FloatingPointError for a request that failed: nothing is learned from what came before.
+        """
+        if output.error is not None:
+            raise FloatingPointError(output.error)
         self.response_ids += output.token_ids
         self.logprobs += output.logprobs
         self.weight_versions += output.weight_versions

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lockstep.engine import Engine
 from lockstep.engine.files import write_whole
 from lockstep.rollout.evaluation import EVALUATION_STEP
-from lockstep.rollout.model_output import parse_json, valid_text
+from lockstep.rollout.model_output import valid_text
 from lockstep.rollout.tasks import Task
+from lockstep.rollout.tasks.chats import Messages, looks_like_chat, read_messages, to_ask
+from lockstep.rollout.tasks.data_files import Row, plain_text, read_rows
 from lockstep.rollout.worker import RolloutConfig, RolloutWorker
 
 
 @dataclass(frozen=True)
 class Preference:
-    """Of two responses to a conversation, the better one and the other."""
+    """Of two responses to a conversation, the better one and the other. where: the row that it was read from."""
 
     messages: tuple[Mapping[str, str], ...]
     chosen: str
     rejected: str
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -37,26 +39,20 @@ class PairSamplingConfig:
 
 
 def read_pairs(files: Sequence[str]) -> list[Preference]:
-    """The lines of JSONL files, each {"prompt", "chosen", "rejected"}.
+    """The rows of .jsonl, .json or .parquet files, each {"prompt", "chosen", "rejected"}.
 
-    prompt: text, or a list of {role, content}. chosen, rejected: text, or a list of messages that ends in the response
-    (and begins with the prompt where there is no "prompt" of its own).
-    Raises ValueError that names the file and line of what is none of these.
+    prompt: text, or messages as tasks/chats.py reads them. chosen, rejected: text, or messages that end in the response
+    (and begin with the prompt where there is no "prompt" of its own).
+    Raises ValueError that names the file, row and column of what is none of these.
     """
-    pairs = []
-    for file in files:
-        if not Path(file).is_file():
-            raise ValueError(f"no preference file {file}")
-        with open(file, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    pairs.append(_parse(parse_json(line.decode())))
-                except ValueError as error:
-                    shape = '{"prompt", "chosen", "rejected"}'
-                    raise ValueError(f"{file}, line {number} is no preference {shape}: {error}") from error
-    return pairs
+    return [_parse(row) for file in files for row in _rows(file)]
+
+
+def _rows(file: str) -> Iterator[Row]:
+    try:
+        yield from read_rows(file)
+    except FileNotFoundError:
+        raise ValueError(f"no preference file {file}") from None
 
 
 def write_pairs(path: Path, pairs: Sequence[Preference]) -> None:
@@ -87,37 +83,31 @@ def sample_pairs(
     return pairs
 
 
-def _parse(line: Any) -> Preference:
-    if not isinstance(line, dict):
-        raise ValueError(f"it is a {type(line).__name__}, not an object")
-    answers = {name: line.get(name) for name in ("chosen", "rejected")}
-    before, responses = zip(*(_split(name, value) for name, value in answers.items()), strict=True)
-    if "prompt" in line:
-        prompt = line["prompt"]
-        turns = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else _turns("prompt", prompt)
-    elif before[0] != before[1]:
-        raise ValueError("chosen and rejected begin with different prompts")
-    else:
-        turns = before[0]
-    if not turns:
-        raise ValueError("the prompt is empty")
-    return Preference(turns, *responses)
+def _parse(row: Row) -> Preference:
+    chosen_before, chosen = _response(row, "chosen")
+    _, rejected = _response(row, "rejected")
+    if chosen == rejected:
+        row.fail("has the same response in columns 'chosen' and 'rejected': neither is the better one")
+    if "prompt" not in row.values and chosen_before:
+        return Preference(chosen_before, chosen, rejected, str(row))
+    prompt = row.value("prompt")
+    if not looks_like_chat(prompt):
+        return Preference(({"role": "user", "content": row.text("prompt", "prompt")},), chosen, rejected, str(row))
+    try:
+        return Preference(to_ask(read_messages(prompt)), chosen, rejected, str(row))
+    except ValueError as error:
+        row.fail(f"has no prompt in column 'prompt': {error}")
 
 
-def _split(name: str, value: Any) -> tuple[tuple[Mapping[str, str], ...], str]:
-    """The messages before a response, and the response."""
-    if isinstance(value, str):
-        return (), value
-    turns = _turns(name, value)
-    if not turns or turns[-1]["role"] != "assistant":
-        raise ValueError(f"{name} must end with the assistant's message")
-    return turns[:-1], turns[-1]["content"]
-
-
-def _turns(name: str, messages: Any) -> tuple[Mapping[str, str], ...]:
-    if not isinstance(messages, list):
-        raise ValueError(f"{name} must be a text or a list of messages, got a {type(messages).__name__}")
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(f"{name} holds a message without a role and a content that are texts")
-    return tuple({"role": message["role"], "content": message["content"]} for message in messages)
+def _response(row: Row, column: str) -> tuple[Messages, str]:
+    """The messages before it, where the column has a conversation, and the response. A policy may have said nothing."""
+    value = row.value(column)
+    try:
+        if not looks_like_chat(value):
+            return (), plain_text(value)
+        *before, last = read_messages(value)
+        if last["role"] != "assistant":
+            raise ValueError(f"its last message is the {last['role']}'s, not the assistant's")
+        return to_ask(tuple(before)) if "prompt" not in row.values else (), last["content"]
+    except ValueError as error:
+        row.fail(f"has no response in column {column!r}: {error}")

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lockstep.engine import Engine, SamplingParams
-from lockstep.engine.detokenizer import decode_text
+from lockstep.engine.checks import Rule, Whole, conform
 from lockstep.engine.models.config import load_model_config
+from lockstep.engine.request import SAMPLING_RULES
+from lockstep.rollout.end_of_turn import response_text, stop_token_ids
 from lockstep.rollout.group import Group, Response
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.rewards import Completion, Reward, StepFailures, correct_reward
@@ -29,9 +31,13 @@ class RolloutConfig:
     min_p: float = 0.0
 
     def __post_init__(self):
-        for field in ("prompts_per_step", "samples_per_prompt", "max_tokens"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"rollout.{field} must be at least 1, got {getattr(self, field)}")
+        conform(self, _RULES)
+
+
+# The sampling fields are what `SamplingParams` makes of them: a trainer computes with the same temperature.
+_RULES: dict[str, Rule] = {"prompts_per_step": Whole(1), "samples_per_prompt": Whole(1)} | {
+    name: SAMPLING_RULES[name] for name in ("max_tokens", "temperature", "top_p", "top_k", "min_p")
+}
 
 
 class RolloutWorker:
@@ -46,6 +52,7 @@ class RolloutWorker:
         self.failures = StepFailures()
         self.config = config
         self.seed = seed
+        self.stop_token_ids = stop_token_ids(tokenizer)
         self.order = ProblemOrder(len(task), seed)
         model = load_model_config(engine.config.model)
         self.max_model_len = engine.config.max_model_len or model.max_position_embeddings
@@ -90,7 +97,7 @@ class RolloutWorker:
 
     def score(self, groups: Sequence[Group]) -> None:
         """Makes the samples of groups that have ended; they are judged together."""
-        texts = [[decode_text(self.tokenizer, r.response_ids) for r in group.responses] for group in groups]
+        texts = [[response_text(self.tokenizer, r.response_ids) for r in group.responses] for group in groups]
         completions = [
             Completion(group.problem, text, len(response.response_ids))
             for group, group_texts in zip(groups, texts, strict=True)
@@ -122,5 +129,5 @@ class RolloutWorker:
             top_k=config.top_k,
             min_p=config.min_p,
             seed=seed,
-            stop_token_ids=(self.tokenizer.eos_token_id,),
+            stop_token_ids=self.stop_token_ids,
         )

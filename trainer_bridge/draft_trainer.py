@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 from lockstep.engine.checkpoint import CheckpointError
+from lockstep.engine.checks import FP32_MAX, Choice, Real, Rule, Whole, conform
 from lockstep.engine.files import whole_file
 from lockstep.engine.models.eagle3 import Eagle3Draft
+from lockstep.engine.request import MIN_TEMPERATURE
 from lockstep.engine.weights import checksum
 from lockstep.kernels.process_state import own_state
 from lockstep.trainer_bridge.draft_batch import DraftBatch, DraftSequence
@@ -44,11 +46,16 @@ class DraftTrainerConfig(AdamWConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.loss not in LOSSES:
-            raise ValueError(f"DraftTrainerConfig.loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
-        for field in ("num_steps", "max_tokens_per_micro_batch", "temperature", "step_decay"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"DraftTrainerConfig.{field} must be positive, got {getattr(self, field)}")
+        conform(self, _RULES)
+
+
+_RULES: dict[str, Rule] = {
+    "num_steps": Whole(1),
+    "max_tokens_per_micro_batch": Whole(1),
+    "temperature": Real(MIN_TEMPERATURE, FP32_MAX, f"a finite number of at least {MIN_TEMPERATURE:.2g}"),
+    "step_decay": Real(0.0, expected="a finite number > 0", open_low=True, fp32=True),
+    "loss": Choice(tuple(LOSSES)),
+}
 
 
 class DraftTrainer:

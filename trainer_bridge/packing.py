@@ -7,6 +7,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from lockstep.engine.checks import Whole, plain, sequence_ids
+from lockstep.engine.request import SAMPLING_RULES
 from lockstep.engine.transfer import to_device
 from lockstep.trainer_bridge.aggregation import Aggregation, StepCounts, token_weights
 
@@ -137,10 +139,15 @@ def pack(
 
     aggregation: a key of AGGREGATIONS, which gives the weights; length: for "constant_length".
 
-    Raises ValueError for a sequence longer than max_tokens, per-token fields of another length than token_ids, a
-    trained token 0, a missing or non-finite value of a trained token, a field that some sequences have and others lack,
-    or a step without any trained token.
+    A temperature, and an advantage, mean the number that they hold, whatever its type, as in `SamplingParams`.
+
+    Raises ValueError for a sequence longer than max_tokens, token ids that are no whole numbers of at least 0,
+    per-token fields of another length than token_ids, a trained token 0, a missing or non-finite value of a trained
+    token, a field that some sequences have and others lack, or a step without any trained token.
     """
+    temperature = SAMPLING_RULES["temperature"]("temperature", temperature)
+    max_tokens = Whole(1)("max_tokens", max_tokens)
+    sequences = [_with_plain_ids(index, sequence) for index, sequence in enumerate(sequences)]
     columns = [_columns(index, sequence) for index, sequence in enumerate(sequences)]
     for name in _COLUMNS:
         if len({getattr(sequence, name) is None for sequence in sequences}) > 1:
@@ -163,6 +170,13 @@ def pack(
         )
         for members in bins
     ]
+
+
+def _with_plain_ids(index: int, sequence: TrainSequence) -> TrainSequence:
+    try:
+        return replace(sequence, token_ids=sequence_ids(sequence.token_ids))
+    except ValueError as error:
+        raise ValueError(f"sequence {index}: {error}") from None
 
 
 def _columns(index: int, sequence: TrainSequence) -> dict[str, np.ndarray]:
@@ -189,7 +203,8 @@ def _columns(index: int, sequence: TrainSequence) -> dict[str, np.ndarray]:
 
 
 def _per_token(value: float | Sequence[float], num_tokens: int) -> Sequence[float]:
-    return [value] * num_tokens if isinstance(value, int | float) else value
+    number = plain(value)
+    return [number] * num_tokens if isinstance(number, int | float) else value
 
 
 def _pack_bin(

@@ -5,17 +5,34 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
 
 from lockstep.engine.checkpoint import check_weights, iterate_weights
+from lockstep.engine.checks import (
+    SECONDS,
+    Choice,
+    Rule,
+    Whole,
+    check_device_is_there,
+    conform,
+    device_name,
+    dtype_name,
+    flag,
+    list_of_sequences,
+    optional,
+    path,
+    power_of_two,
+    sequence_ids,
+)
 from lockstep.engine.dummy_weights import fill_dummy
 from lockstep.engine.export import save_hf
 from lockstep.engine.models.config import Head, ModelConfig, as_scalar_model, load_model_config, read_config_json
 from lockstep.engine.models.names import head_matrix_shapes
 from lockstep.engine.models.sharding import ParameterShard, product_shapes
+from lockstep.engine.request import SAMPLING_RULES
 from lockstep.engine.weights import checksum
 from lockstep.kernels import numerics
 from lockstep.kernels.process_state import own_state
@@ -78,20 +95,9 @@ class TrainerConfig(AdamWConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for field, known in (
-            ("dtype", ("float32", "bfloat16")),
-            ("head", ("lm", "scalar")),
-            ("load_format", ("auto", "dummy")),
-            ("optimizer", ("adamw", "none")),
-        ):
-            if getattr(self, field) not in known:
-                raise ValueError(f"TrainerConfig.{field} must be one of {known}, got {getattr(self, field)!r}")
+        conform(self, _RULES)
         if self.device.startswith("cpu") and self.dtype != "float32":
             raise ValueError(f"on the CPU the trainer equals the engine in float32 only, got dtype={self.dtype!r}")
-        if self.max_tokens_per_micro_batch < 1:
-            raise ValueError(f"TrainerConfig.max_tokens_per_micro_batch is {self.max_tokens_per_micro_batch}")
-        if self.rank_timeout_s <= 0:
-            raise ValueError(f"TrainerConfig.rank_timeout_s is {self.rank_timeout_s}")
         self.parallel_sizes(num_ranks=self.tensor_parallel_size * self.pipeline_parallel_size)
 
     def parallel_sizes(self, num_ranks: int) -> ParallelSizes:
@@ -107,6 +113,31 @@ class TrainerConfig(AdamWConfig):
         )
 
 
+_RULES: dict[str, Rule] = {
+    "model": path,
+    "device": device_name,
+    "dtype": dtype_name(("float32", "bfloat16")),
+    "head": Choice(get_args(Head)),
+    "load_format": Choice(("auto", "dummy")),
+    "seed": Whole(0),
+    "reference_model": optional(path),
+    "optimizer": Choice(("adamw", "none")),
+    "max_tokens_per_micro_batch": Whole(1),
+    "recompute": flag,
+    "row_parallel_splits": power_of_two,
+    "gradient_splits": power_of_two,
+    "rank_timeout_s": SECONDS,
+} | dict.fromkeys(
+    (
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "virtual_pipeline_parallel_size",
+        "expert_parallel_size",
+    ),
+    Whole(1),
+)
+
+
 class MegatronTrainer:
     """Trains one model. `step_count` is the number of updates made.
 
@@ -117,6 +148,7 @@ class MegatronTrainer:
     """
 
     def __init__(self, config: TrainerConfig):
+        check_device_is_there("TrainerConfig.device", config.device)
         self.config = config
         self.device = numerics.usable_device(config.device)
         self.num_threads = torch.get_num_threads()  # with which the row contract is seen to be kept
@@ -187,7 +219,8 @@ class MegatronTrainer:
     def logprobs(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[list[float | None]]:
         """`[None, lp(t1 | t0), lp(t2 | t0 t1), ...]` per sequence, of log-softmax(logits / temperature).
 
-        Raises ValueError for an unknown token id, an empty sequence, or one that is longer than
+        A temperature means the number that it holds, whatever its type, as in `SamplingParams`. Raises ValueError that
+        names the temperature, or the sequence with an unknown token id, without a token, or longer than
         max_tokens_per_micro_batch or than the model's positions.
         """
         self._require_head("lm")
@@ -227,6 +260,8 @@ class MegatronTrainer:
         self, sequences: Sequence[Sequence[int]], temperature: float, weights: list[dict[str, torch.Tensor]] | None
     ) -> list[list[float]]:
         """What the head gives for each sequence: its tokens' values, or the log-probs of all but the first."""
+        temperature = SAMPLING_RULES["temperature"]("temperature", temperature)
+        sequences = [self._checked(i, ids) for i, ids in enumerate(list_of_sequences("sequences", sequences))]
         with own_state(self.device, self.num_threads), torch.no_grad():
             return self._scores(sequences, temperature, weights)
 
@@ -256,13 +291,21 @@ class MegatronTrainer:
             [token for sequence in sequences for token in sequence], dtype=torch.int64, device="cpu"
         )
         positions, cu_seqlens = sequence_layout([len(sequence) for sequence in sequences])
-        self._check_tokens(token_ids, positions)
         if self.config.head == "scalar":
             rows = torch.arange(len(token_ids), dtype=torch.int64, device="cpu")
             return MicroBatch(token_ids, positions, cu_seqlens, rows, token_ids, temperature)
         # The row before each token that is not the first of its sequence predicts it.
         rows = (positions > 0).nonzero().squeeze(1) - 1
         return MicroBatch(token_ids, positions, cu_seqlens, rows, token_ids[rows + 1], temperature)
+
+    def _checked(self, index: int, sequence: Sequence[int]) -> list[int]:
+        """Raises ValueError for what `engine.score` would refuse too."""
+        try:
+            ids = sequence_ids(sequence, self.model_config.vocab_size)
+            self._check_length(len(ids))
+        except ValueError as error:
+            raise ValueError(f"sequence {index}: {error}") from None
+        return ids
 
     def _share_values(self, own: list[torch.Tensor] | None, sizes: Sequence[int]) -> torch.Tensor:
         """The values of all data-parallel ranks, of so many each, from the last stage's to every rank."""
@@ -283,11 +326,12 @@ class MegatronTrainer:
         if lowest < 0 or highest >= self.model_config.vocab_size:
             unknown = lowest if lowest < 0 else highest
             raise ValueError(f"token id {unknown} is not in the vocabulary of {self.model_config.vocab_size}")
-        longest = int(positions.max()) + 1
-        if longest > self.model_config.max_position_embeddings:
-            raise ValueError(
-                f"a sequence has {longest} tokens, the model has {self.model_config.max_position_embeddings} positions"
-            )
+        self._check_length(int(positions.max()) + 1)
+
+    def _check_length(self, num_tokens: int) -> None:
+        limit = self.model_config.max_position_embeddings
+        if num_tokens > limit:
+            raise ValueError(f"a sequence has {num_tokens} tokens, the model has {limit} positions")
 
     # Training --------------------------------------------------------------------------------------------------------
 

@@ -62,7 +62,9 @@ class Episode:
         return self.transcript.token_ids, replace(self.sampling, seed=self.turn_seeds[-1], max_tokens=max_tokens)
 
     def advance(self, output: RequestOutput) -> None:
-        """Takes the turn that the policy wrote, and what the environment makes of it."""
+        """Takes the turn that the policy wrote, and what comes of it. Raises as Response.append does."""
+        if output.error is not None:
+            raise FloatingPointError(output.error)
         self.transcript.write(output.token_ids, output.logprobs, output.weight_versions)
         ended = output.finish_reason == "stop"
         written = output.token_ids[:-1] if ended else output.token_ids

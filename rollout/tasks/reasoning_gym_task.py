@@ -118,14 +118,16 @@ class ReasoningGymTask:
 def build_reasoning_gym(config: ReasoningGymConfig) -> TaskSplits:
     """Both splits; even streams train, odd streams are held out, and training never repeats a held-out question.
 
-    Raises ValueError for an unknown dataset, an unknown option, an option value that the dataset refuses, and shortcut
-    settings out of range.
+    Raises ValueError for an unknown dataset, an unknown option, an option value that the dataset refuses, and settings
+    of shortcuts or of the verifier out of range.
     """
     if not 0.0 <= config.shortcut_fraction <= 1.0 or config.shortcut_min_steps < 2:
         raise ValueError(
             f"shortcut_fraction must be in [0, 1] and shortcut_min_steps at least 2, "
             f"got {config.shortcut_fraction} and {config.shortcut_min_steps}"
         )
+    if not 0.0 < config.verify_timeout_s < math.inf:
+        raise ValueError(f"verify_timeout_s must be positive, got {config.verify_timeout_s}")
     verifier = _verifier(config)
     verifiers = VerifierPool(verifier, num_workers=2 if verifier.each_alone else 1)
     held_out = ReasoningGymTask(config, config.seed + _STREAM_STRIDE, config.held_out_size, frozenset(), verifiers)
@@ -135,7 +137,7 @@ def build_reasoning_gym(config: ReasoningGymConfig) -> TaskSplits:
 
 def _verifier(config: ReasoningGymConfig) -> Verifier:
     """For most data sets answers are data, and a process judges as many as come at once."""
-    parts = [part["name"] for part in config.options.get("datasets", ()) if isinstance(part, Mapping)]
+    parts = [part.name for part in config.options.get("datasets", ()) if hasattr(part, "name")]  # of `composite`
     evaluates = not EVALUATES.keys().isdisjoint({config.dataset, *parts})
     return Verifier(
         name=f"reasoning-gym {config.dataset}",

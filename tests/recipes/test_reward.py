@@ -135,40 +135,10 @@ def test_pairs_are_learned_from_where_the_model_will_be_scored():
         assert reward.tokenized(tokenizer, pair, other).chosen == [*ids, end]
 
 
-ASKED, SAID = '{"role": "user", "content": "q"}', '{"role": "assistant", "content": "a"}'
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ("{", "not JSON"),
-        ("[" * 10**5, "nested too deeply"),
-        ('{"prompt": "a", "chosen": "b"}', "rejected must be a text or a list of messages, got a NoneType"),
-        ('{"chosen": "b", "rejected": "c"}', "the prompt is empty"),
-        ("[]", "it is a list, not an object"),
-        ('{"prompt": "a", "chosen": [], "rejected": "c"}', "chosen must end with the assistant's message"),
-        (f'{{"chosen": [{ASKED}], "rejected": [{ASKED}, {SAID}]}}', "chosen must end with the assistant's message"),
-        (f'{{"chosen": [{ASKED}, {SAID}], "rejected": [{SAID}]}}', "begin with different prompts"),
-        ('{"prompt": "a", "chosen": [{"role": "assistant", "content": null}], "rejected": "c"}', "that are texts"),
-        ('{"prompt": [{"role": "user", "content": ["a"]}], "chosen": "b", "rejected": "c"}', "that are texts"),
-        ('{"prompt": 7, "chosen": "b", "rejected": "c"}', "prompt must be a text or a list of messages, got a int"),
-        ('{"prompt": "a", "chosen": 1, "rejected": 0}', "chosen must be a text or a list of messages, got a int"),
-        ('{"prompt": "\\udcff", "chosen": "é", "rejected": "c"}'.encode("latin-1"), "can't decode byte 0xe9"),
-    ],
-)
-def test_a_bad_line_is_named(line, reason, tmp_path):
-    line = line if isinstance(line, bytes) else line.encode()
-    (tmp_path / "bad.jsonl").write_bytes(b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n' + line + b"\n")
-    with pytest.raises(ValueError, match=f"line 2 is no preference.*{reason}"):
-        read_pairs([str(tmp_path / "bad.jsonl")])
-
-
-def test_lone_surrogates_are_replaced_where_pairs_are_read_and_written(tmp_path):
-    (tmp_path / "in.jsonl").write_text('{"prompt": "\\ud800q", "chosen": "\\ud83d\\ude00", "rejected": "c"}')
-    (pair,) = read_pairs([str(tmp_path / "in.jsonl")])
-    assert (pair.messages[0]["content"], pair.chosen) == ("\ufffdq", "\U0001f600")
+def test_lone_surrogates_are_replaced_where_pairs_are_written(tmp_path):
     write_pairs(tmp_path / "out.jsonl", [Preference(({"role": "user", "content": "\ud800q"},), "\U0001f600", "c")])
-    assert read_pairs([str(tmp_path / "out.jsonl")]) == [pair]
+    (pair,) = read_pairs([str(tmp_path / "out.jsonl")])
+    assert (pair.messages[0]["content"], pair.chosen) == ("\ufffdq", "\U0001f600")
 
 
 def test_a_pair_that_is_too_long_is_named_before_the_start(config):

@@ -2,7 +2,8 @@
 
 import json
 
-import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 import reasoning_gym
 
@@ -27,11 +28,6 @@ WORKED = [
 
 def problems(task, count):
     return [task.problem(index) for index in range(count)]
-
-
-@pytest.fixture(autouse=True)
-def datasets_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("dataset", ["chain_sum", "letter_counting", "number_sorting", "gcd", "maze"])
@@ -120,7 +116,7 @@ def test_every_line_of_a_running_sum_is_true():
         assert extract_answer(answer) == problem.answer
 
 
-@pytest.mark.parametrize("dataset", ["chain_sum", "number_sorting", "gcd", "letter_counting"])
+@pytest.mark.parametrize("dataset", ["chain_sum"])  # all of them: test_reasoning_gym_verifier.py
 def test_scores_are_reasoning_gyms(dataset):
     task = build_task(ReasoningGymConfig(dataset, held_out_size=4)).train
     oracle = reasoning_gym.create_dataset(dataset, seed=0, size=100)
@@ -177,7 +173,7 @@ ROWS = [{"question": f"What is {n}+1?", "answer": f"because {n}\n#### {n + 1}", 
 
 def write(path, rows):
     if path.suffix == ".parquet":
-        datasets.Dataset.from_list(rows).to_parquet(str(path))
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)

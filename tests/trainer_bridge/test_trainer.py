@@ -183,13 +183,13 @@ def test_an_error_in_a_later_micro_batch_leaves_no_gradient(model_dir):
 
 
 def test_impossible_sequences_are_named(model_dir):
-    trainer = MegatronTrainer(TrainerConfig(model=model_dir, max_tokens_per_micro_batch=300))
+    trainer = MegatronTrainer(TrainerConfig(model=model_dir, max_tokens_per_micro_batch=200))
     for bad, message in (
-        ([[1, 131]], "131 is not in the vocabulary of 131"),
-        ([[-1]], "-1 is not in the vocabulary"),
-        ([[1], []], "sequence 1 has 0 tokens"),
+        ([[1, 131]], "sequence 0: token id 131 is outside the vocabulary of 131"),
+        ([[-1]], "token id -1 is outside the vocabulary"),
+        ([[1], []], "sequence 1: is empty"),
         ([[1] * 257], "257 tokens, the model has 256 positions"),
-        ([[1] * 301], "301 tokens, a micro-batch holds 1 to 300"),
+        ([[1] * 201], "201 tokens, a micro-batch holds 1 to 200"),
     ):
         with pytest.raises(ValueError, match=message):
             trainer.logprobs(bad)
@@ -208,11 +208,11 @@ def test_impossible_sequences_are_named(model_dir):
         ({"lr_schedule": "cosine"}, "needs total_steps"),
         ({"load_format": "random"}, "load_format must be one of"),
         ({"optimizer": "sgd"}, "optimizer must be one of"),
-        ({"max_tokens_per_micro_batch": 0}, "max_tokens_per_micro_batch is 0"),
+        ({"max_tokens_per_micro_batch": 0}, "max_tokens_per_micro_batch must be at least 1, got 0"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size must be at least 1"),
         ({"gradient_splits": 6}, "gradient_splits must be a power of two"),
         ({"virtual_pipeline_parallel_size": 2}, "needs pipeline_parallel_size"),
-        ({"rank_timeout_s": 0.0}, "rank_timeout_s is 0"),
+        ({"rank_timeout_s": 0.0}, "rank_timeout_s must be positive"),
     ],
 )
 def test_impossible_configurations_are_named(options, message):
