@@ -18,6 +18,8 @@ import pytest
 
 from lockstep.rollout.rewards import RewardEngines, build_reward, isolation
 from lockstep.rollout.rewards.isolation import IsolationError, Limits, Outcome, remove_tree, run_program
+from lockstep.rollout.rewards.verifiers import Verifier, VerifierPool
+from lockstep.rollout.tasks import Problem
 
 # A busy machine may take seconds to start a process: the wall clock is short only where it is what stops one.
 LIMITS = Limits(wall_time_s=60.0, cpu_time_s=1, memory_bytes=1 << 29, file_bytes=1 << 20, output_bytes=1 << 16)
@@ -44,9 +46,9 @@ STOPPED = {
         "CPU time",
     ),
     "closes its output and sleeps": ("import os, time; os.close(1); os.close(2); time.sleep(99)", "wall time"),
-    "forks": ("import os\nwhile True: os.fork()", "start a process"),
-    "runs a command": ("import subprocess; subprocess.run(['sleep', '99'])", "start a process"),
-    "becomes another program": ("import os; os.execv('/bin/sh', ['sh'])", "start a process"),
+    "forks": ("import os\nwhile True: os.fork()", "PermissionError"),
+    "runs a command": ("import subprocess; subprocess.run(['sleep', '99'])", "PermissionError"),
+    "becomes another program": ("import os; os.execv('/bin/sh', ['sh'])", "PermissionError"),
     "eats memory": ("x = []\nwhile True: x.append(bytearray(10**7))", "MemoryError"),
     "prints without end": ("while True: print('x' * 1000)", "output"),
     "writes a large file": ("open('large', 'w').write('x' * 10**7)", "File too large"),
@@ -169,10 +171,9 @@ REFUSED = {
     "no descriptor beyond the standard ones": "os.fstat((inherited or [63])[0])",
 }
 
-TRY_ALL = """
+SET_UP = """
 import ctypes, fcntl, json, os, resource, socket, struct
 F_SETOWN, F_SETSIG, F_SETOWN_EX = 8, 10, 15
-pid, outside, judge, expressions = json.loads(input())
 libc = ctypes.CDLL(None, use_errno=True)
 def checked(result):
     if result == -1:
@@ -184,9 +185,13 @@ def readable(descriptor):
         return bool(os.fstat(descriptor))
     except OSError:
         return False
-results = {}
 inherited = [number for number in range(3, 64) if readable(number)]
 (r, w), pair, own = os.pipe(), socket.socketpair(), os.open('own', os.O_RDWR | os.O_CREAT)
+"""
+TRY_ALL = f"""
+{SET_UP}
+pid, outside, judge, expressions = json.loads(input())
+results = {{}}
 for name, expression in expressions.items():
     try:
         eval(expression)
@@ -196,6 +201,23 @@ for name, expression in expressions.items():
     except BaseException as error:
         results[name] = repr(error)
 print(json.dumps(results))
+"""
+
+
+# A function that may read any file, and has its input and a pipe for its own result.
+ALLOWED_TO_FUNCTIONS = (
+    "what it is judged by", "the program's input file", "the input for writing",
+    "no descriptor beyond the standard ones",
+)  # fmt: skip
+FUNCTION = """
+def score(problem, text):
+    names = dict(problem.metadata)
+    exec(SET_UP, names)
+    try:
+        eval(text, names)
+    except OSError:
+        return 1.0
+    return 0.0
 """
 
 
@@ -276,6 +298,51 @@ def test_what_reaches_others_is_refused_and_nothing_is_left(user, sandbox, caugh
     assert not caught_signals
 
 
+def test_a_function_reaches_others_as_little(sandbox, caught_signals, tmp_path):
+    (tmp_path / "mine.py").write_text(f"SET_UP = {SET_UP!r}\n{FUNCTION}")
+    before = _left_on_this_machine()
+    names = {"pid": os.getpid(), "outside": str(OUTSIDE), "judge": __file__}
+    problem = Problem("p", ({"role": "user", "content": "?"},), "7", names)
+    tried = {name: expression for name, expression in REFUSED.items() if name not in ALLOWED_TO_FUNCTIONS}
+    pool = VerifierPool(Verifier("mine", f"{tmp_path}/mine.py:score", limits=replace(LIMITS, sandbox=sandbox)))
+    scores = dict(zip(tried, pool.verify([(problem, expression) for expression in tried.values()]), strict=True))
+    pool.close()
+    assert {name: getattr(score, "reason", score) for name, score in scores.items() if score != 1.0} == {}
+    assert _left_on_this_machine() == before
+    assert not caught_signals
+
+
+# What the newest kernel's answer is replaced by, and in which sandbox the same is refused all the same.
+OLD_KERNELS = {
+    "no Landlock": ("bubblewrap", "return max(0, _libc.syscall(_LANDLOCK_CREATE, None, 0, 1))", "return 0"),
+    "Landlock 1": (
+        "landlock",
+        "version = _check(_libc.syscall(_LANDLOCK_CREATE, None, 0, 1),",
+        "version = 1 or (",
+    ),
+}
+
+
+@pytest.mark.parametrize("kernel", OLD_KERNELS)
+def test_older_kernels_refuse_the_same(kernel, tmp_path, monkeypatch, caught_signals):
+    sandbox, old, new = OLD_KERNELS[kernel]
+    if why := isolation.why_not(sandbox):
+        pytest.skip(why)
+    source = isolation._MAIN.read_text()
+    assert old in source
+    for name in ("isolated_main.py", "remote_tests.py"):
+        shutil.copyfile(isolation._MAIN.with_name(name), tmp_path / name)
+    (tmp_path / "isolated_main.py").write_text(source.replace(old, new))
+    monkeypatch.setattr(isolation, "_MAIN", tmp_path / "isolated_main.py")
+    before = _left_on_this_machine()
+    job = json.dumps([os.getpid(), str(OUTSIDE), __file__, REFUSED])
+    outcome = run_program(TRY_ALL, job, replace(LIMITS, sandbox=sandbox))
+    assert outcome.failure is None
+    assert {name: result for name, result in json.loads(outcome.output).items() if result} == {}
+    assert _left_on_this_machine() == before
+    assert not caught_signals
+
+
 OTHER_INTERFACES = {
     "32-bit": "b8 14 00 00 00 cd 80 c3",  # mov eax, 20 (getpid); int 0x80; ret
     "x32": "b8 27 00 00 40 0f 05 c3",  # mov eax, 0x40000027 (getpid); syscall; ret
@@ -324,6 +391,28 @@ def test_an_honest_program_runs(sandbox):
     outcome = run_program(HONEST, "3 4\n", replace(LIMITS, sandbox=sandbox, cpu_time_s=20, memory_bytes=1 << 31))
     lines = ["7", "y", "3", "6.0", "(1,)", "Point(x=1)", "alarm", "own", "40.0", "late", "end"]
     assert (outcome.output.decode().splitlines(), outcome.failure) == (lines, None)
+
+
+LIBRARIES = """
+import threading
+import math_verify, networkx, numpy, pandas, reasoning_gym, sympy
+x = sympy.symbols('x')
+results = []
+def work(n): results.append(numpy.linalg.norm(numpy.ones((200, 200)) @ numpy.ones((200, 200))) > 0 and n)
+threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+[thread.start() for thread in threads]; [thread.join() for thread in threads]
+print(sum(results), sympy.integrate(sympy.exp(-x**2), (x, -sympy.oo, sympy.oo)))
+print(math_verify.verify(math_verify.parse('$1/2$'), math_verify.parse('$0.5$')))
+data = reasoning_gym.create_dataset('chain_sum', size=1, seed=1)
+print(data.score_answer(data[0]['answer'], data[0]), pandas.DataFrame({'a': [1, 2]}).a.sum())
+"""
+
+
+def test_libraries_of_mathematics_run():
+    """In the sandbox that this machine uses; the list of calls is the same in both."""
+    limits = replace(LIMITS, cpu_time_s=60, memory_bytes=1 << 33, num_threads=64)
+    outcome = run_program(LIBRARIES, "", limits)
+    assert (outcome.output.decode(), outcome.failure) == ("28 sqrt(pi)\nTrue\n1.0 3\n", None)
 
 
 def test_exit_codes_are_kept(sandbox):
@@ -406,6 +495,29 @@ def test_a_sandbox_that_does_not_work_is_found_by_trying_it(tmp_path, monkeypatc
     assert "No permissions to create new namespace" in isolation.why_not.__wrapped__("bubblewrap")
     monkeypatch.setenv("PATH", "")
     assert "apt-get install bubblewrap" in isolation.why_not.__wrapped__("bubblewrap")
+
+
+@pytest.mark.parametrize("machine", [("Darwin", "arm64"), ("Linux", "aarch64")])
+def test_other_machines_are_refused_by_name(machine, monkeypatch):
+    monkeypatch.setattr("platform.system", lambda: machine[0])
+    monkeypatch.setattr("platform.machine", lambda: machine[1])
+    for sandbox in ("bubblewrap", "landlock"):
+        reason = isolation.why_not.__wrapped__(sandbox)
+        assert reason == f"isolation is written for Linux on x86-64, not {machine[0]} on {machine[1]}"
+
+
+def test_without_a_sandbox_only_what_needs_none_is_judged(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(isolation, "why_not", lambda name: "not here")
+    isolation._say.cache_clear()
+    (tmp_path / "mine.py").write_text("def score(problem, text): return len(text)\n")
+    verifier = Verifier("mine", f"{tmp_path}/mine.py:score", must_confine=False)
+    pool = VerifierPool(verifier)
+    assert pool.verify([(Problem("p", ({"role": "user", "content": "?"},), "7"), "four")]) == [4.0]
+    pool.close()
+    assert "isolation: none on this machine; not here" in caplog.text
+    with pytest.raises(IsolationError, match="this machine cannot isolate a process"):
+        VerifierPool(replace(verifier, must_confine=True)).open()
+    isolation._say.cache_clear()
 
 
 def test_an_unknown_sandbox_is_refused():

@@ -197,6 +197,10 @@ def test_an_isolated_reward_as_documented(folder, monkeypatch):
     completions = [Completion(PROBLEM, text, 1) for text in ("a", "relative", "raise")]
     with LocalRewards() as rewards:
         reward = rewards.build({**terms, "format": 1.0}, None)
+        started = children()
+        for task in (None, object()):  # evaluations build their rewards anew
+            rewards.build({**terms, "format": 1.0}, task)
+        assert children() == started
         monkeypatch.chdir("/")  # what a run does later does not matter
         before = children()
         assert reward(completions) == [1.0, 8.0, 0.0]
