@@ -26,7 +26,7 @@ _CHECK_ROWS = {"cpu": 288, "cuda": 2100}
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of this name. ValueError: it is neither "cpu" nor "cuda" or "cuda:NUMBER", or there is no such GPU here."""
+    """The device of this name. ValueError: it is none of "cpu", "cuda" and "cuda:NUMBER", or this machine lacks it."""
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda") or not (number.isdecimal() or name == kind):
         raise ValueError(f'device must be "cpu", "cuda" or "cuda:NUMBER", got {name!r}')
