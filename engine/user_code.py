@@ -36,8 +36,10 @@ def load_object(reference: str, what: str) -> Callable[..., Any]:
     place, is_file, name = _split(reference, what)
     try:
         module = _module_of_file(place) if is_file else _module_of_name(place)
-    except _DoesNotImport as error:
-        raise ValueError(f"cannot find the {what} {reference!r}: {error}") from error.__cause__
+    except _NotThereError as error:
+        raise ValueError(f"cannot find the {what} {reference!r}: {error}") from None
+    except _DoesNotLoadError as error:
+        raise ValueError(f"cannot load the {what} {reference!r}: {error}") from error.__cause__
     try:
         found = functools.reduce(getattr, name.split("."), module)
     except AttributeError:
@@ -70,8 +72,12 @@ def unknown_name(what: str, name: str, known: Iterable[str], more: str = "") -> 
     )
 
 
-class _DoesNotImport(Exception):
-    """Its message says why; its cause is what the user's code raised, if it did."""
+class _NotThereError(Exception):
+    """There is no such file or module."""
+
+
+class _DoesNotLoadError(Exception):
+    """Its message says why and where; its cause is what the user's code raised."""
 
 
 def _split(reference: str, what: str) -> tuple[str, bool, str]:
@@ -88,9 +94,9 @@ def _split(reference: str, what: str) -> tuple[str, bool, str]:
 def _module_of_file(place: str) -> ModuleType:
     path = Path(place).expanduser().absolute()
     if not path.exists():
-        raise _DoesNotImport(f"there is no file {path}")
+        raise _NotThereError(f"there is no file {path}")
     if not path.is_file():
-        raise _DoesNotImport(f"{path} is not a file")
+        raise _NotThereError(f"{path} is not a file")
     status = path.stat()
     return _execute(path, status.st_mtime_ns, status.st_size)
 
@@ -110,7 +116,7 @@ def _execute(path: Path, mtime_ns: int, size: int) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise _DoesNotImport(_reason(error)) from error
+        raise _DoesNotLoadError(_reason(error)) from error
     finally:
         sys.modules.pop(name, None)
     return module
@@ -124,10 +130,10 @@ def _module_of_name(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and f"{name}.".startswith(f"{error.name}."):
-            raise _DoesNotImport(f"there is no module {error.name} (looked up in {Path.cwd()} too)") from error
-        raise _DoesNotImport(_reason(error)) from error
+            raise _NotThereError(f"there is no module {error.name} (looked up in {Path.cwd()} too)") from error
+        raise _DoesNotLoadError(_reason(error)) from error
     except (Exception, SystemExit) as error:
-        raise _DoesNotImport(_reason(error)) from error
+        raise _DoesNotLoadError(_reason(error)) from error
 
 
 def _look_in(folder: Path) -> None:

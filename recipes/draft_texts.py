@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from lockstep.recipes.run_directory import read_rollouts, rollout_steps
+from lockstep.rollout.tasks.data_files import READERS, read_rows
 from lockstep.rollout.tokenizer import encode_response, load_tokenizer
 
 
@@ -26,8 +26,8 @@ class DraftText:
 def read_texts(rollouts: str | None, file: str | None, model: str, max_tokens: int) -> list[DraftText]:
     """The samples of all steps of the run directory `rollouts`, or the lines of `file`, in order.
 
-    file: a .jsonl of objects with "text", or with "prompt" and "response", of which the response is learned; any other
-    file is a text a line. max_tokens: what is longer is cut. Texts without a token to draft are left out.
+    file: .jsonl, .json or .parquet rows with "text", or with "prompt" and "response", of which the response is learned;
+    any other file is a text a line. max_tokens: what is longer is cut. Texts without a token to draft are left out.
     Raises ValueError unless exactly one source is given, for a line that is neither, and where nothing is left.
     """
     if (rollouts is None) == (file is None):
@@ -49,13 +49,25 @@ def _of_run(path: str) -> Iterator[DraftText]:
 
 def _of_file(path: Path, model: str) -> Iterator[DraftText]:
     tokenizer = load_tokenizer(model)
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            record = json.loads(line) if path.suffix == ".jsonl" else {"text": line.rstrip("\n")}
-            if "text" in record:
-                yield DraftText(tuple(tokenizer.encode(record["text"], add_special_tokens=False)), 0)
-            elif "prompt" in record and "response" in record:
-                prompt = tokenizer.encode(record["prompt"], add_special_tokens=False)
-                yield DraftText((*prompt, *encode_response(tokenizer, record["response"])), len(prompt))
-            else:
-                raise ValueError(f'{path}, line {number}: neither "text" nor "prompt" and "response"')
+    if path.suffix.lower() not in READERS:
+        for line in _lines(path):
+            yield DraftText(tuple(tokenizer.encode(line, add_special_tokens=False)), 0)
+        return
+    for row in read_rows(path):
+        if "text" in row.values:
+            yield DraftText(tuple(tokenizer.encode(row.text("text", "text"), add_special_tokens=False)), 0)
+        elif "prompt" in row.values and "response" in row.values:
+            prompt = tokenizer.encode(row.text("prompt", "prompt"), add_special_tokens=False)
+            response = encode_response(tokenizer, row.text("response", "response"))
+            yield DraftText((*prompt, *response), len(prompt))
+        else:
+            row.fail('has neither a column "text" nor "prompt" and "response"')
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"draft: no file {path}")
+    try:
+        return path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read {path}: byte {error.start + 1} is not UTF-8; save it as UTF-8") from None

@@ -5,21 +5,30 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lockstep.engine import Engine, EngineConfig
+from lockstep.engine.config_fields import Count, Seed, Text, Threads, check_fields
 from lockstep.engine.detokenizer import decode_text
 from lockstep.engine.files import write_whole
+from lockstep.engine.models.config import load_model_config
 from lockstep.recipes import launch
+from lockstep.recipes.first_start import made_from_nothing, settled_for_model, settled_task
 from lockstep.recipes.inputs import TaskConfig
 from lockstep.recipes.metrics import format_value, title_of
+from lockstep.recipes.room import eval_with_room
+from lockstep.rollout import hub
+from lockstep.rollout.answer_watch import warn_unanswered
+from lockstep.rollout.chat_template import ChatConfig
 from lockstep.rollout.environments import EnvironmentConfig
 from lockstep.rollout.evaluation import EvalResult, EvaluationConfig, evaluate
+from lockstep.rollout.model_output import printable
 from lockstep.rollout.rewards import LocalRewards, check_reward
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.tokenizer import load_tokenizer
@@ -29,8 +38,10 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """engine.model is the directory to evaluate. reward: empty is the task's own verifier.
+    """engine.model is the directory to evaluate, or the hub's org/name@revision.
 
+    reward: empty is the task's own verifier.
+    chat: how conversations become text; without any option, as in the run that made the model, with its date.
     tasks: data sets by name, each like `task`; without any, `task` alone. show: responses to print of each.
     output: a JSON file for the results.
     """
@@ -38,27 +49,34 @@ class EvalConfig:
     engine: EngineConfig
     task: TaskConfig = field(default_factory=TaskConfig)
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    chat: ChatConfig = field(default_factory=ChatConfig)
     reward: Any = field(default_factory=dict)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    seed: int = 0
-    num_threads: int | None = None
-    show: int = 3
-    output: str | None = None
+    seed: Seed = 0
+    num_threads: Threads | None = None
+    show: Count = 3
+    output: Text | None = None
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def run(config: EvalConfig) -> dict[str, dict[str, Any]]:
     """Prints and returns each data set's metrics. The digests are the same for any engine settings and batch size."""
     launch.set_up_process(config.seed, config.num_threads)
     check_reward(config.reward)
-    tasks = {name: task.build().held_out for name, task in config.tasks.items()}
-    if not tasks:
-        task = config.task.build().held_out
-        tasks = {task.name: task}
+    model = hub.model_directory(hub.pinned(config.engine.model))
+    chat, is_new = settled_for_model(config.chat, model), made_from_nothing(model)
+    settled_tasks = [settled_task(task, is_new) for task in (config.tasks or {"": config.task}).values()]
+    built = [task.build().held_out for task in settled_tasks]
+    names = config.tasks or [task.name for task in built]
+    given = dict(zip(names, zip(settled_tasks, built, strict=True), strict=True))
+    tokenizer = load_tokenizer(model, chat)
+    tasks = eval_with_room(config, load_model_config(model), tokenizer, given)
     _LOG.info("loading the model %s", config.engine.model)
-    engine = Engine(config.engine)
+    engine = Engine(replace(config.engine, model=model))
     _LOG.info("evaluating %s", ", ".join(tasks))
-    tokenizer = load_tokenizer(config.engine.model)
     with LocalRewards() as rewards:
         results = evaluate_tasks(
             engine, tokenizer, tasks, config.reward, rewards, config.evaluation, config.seed, config.environment
@@ -67,10 +85,12 @@ def run(config: EvalConfig) -> dict[str, dict[str, Any]]:
     console = Console(highlight=False)
     for name, result in results.items():
         _print_samples(console, name, result, tokenizer, config.show)
+        if result.unanswered == len(result.samples):
+            warn_unanswered(f"{name}: no response", result.samples)
     metrics = {name: {**result.metrics(), "samples": len(result.samples)} for name, result in results.items()}
     console.print(_table(metrics))
     if config.output is not None:
-        content = {"model": config.engine.model, "seed": config.seed, "tasks": metrics}
+        content = {"model": config.engine.model, "seed": config.seed, "date": chat.date, "tasks": metrics}
         write_whole(Path(config.output), json.dumps(content, indent=2) + "\n")
     return metrics
 
@@ -95,9 +115,10 @@ def evaluate_tasks(
 def _print_samples(console: Console, name: str, result: EvalResult, tokenizer, count: int) -> None:
     for sample in result.samples[:count]:
         mark = "[green]correct[/]" if sample.correct else "[red]wrong[/]"
-        console.print(f"{name} {sample.problem_id} {mark} ({sum(sample.written)} tokens)")
+        console.print(f"{escape(f'{name} {sample.problem_id}')} {mark} ({sum(sample.written)} tokens)")
         text = decode_text(tokenizer, [*sample.prompt_ids, *sample.response_ids], skip_special_tokens=False)
-        console.print(text, markup=False, soft_wrap=True)
+        shown = printable(text).encode(console.encoding, "backslashreplace").decode(console.encoding)
+        console.print(shown, markup=False, soft_wrap=True)
 
 
 def _table(metrics: Mapping[str, Mapping[str, Any]]) -> Table:

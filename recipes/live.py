@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group
@@ -25,7 +25,7 @@ class LiveView:
     """A sink that people watch. Use as a context manager, so that the terminal is restored when the stage raises.
 
     Without a terminal a record is a line of at most LINE_WIDTH characters, and there is at most one every LINE_EVERY_S:
-    of the newest records, with the first and the last step always. Every record goes whole to the logger of steps.
+    of the newest records, with a stage's first and last always. Every record goes whole to the logger of steps.
 
     Args:
         stage: the stage's name; its records move the progress bar, those of other stages only fill the table.
@@ -66,10 +66,13 @@ class LiveView:
         STEPS.info("%s  %s", head, "  ".join(shown))
         if not self.console.is_terminal:
             self._waiting[stage] = _fitting(head, shown)
-            if step >= self._total_steps:
+            if step >= self._total_steps or stage not in self._printed_s:
                 self._print_waiting([stage])
             elif time.monotonic() - max(self._printed_s.values(), default=-math.inf) >= LINE_EVERY_S:
                 self._print_waiting([min(self._waiting, key=lambda waiting: self._printed_s.get(waiting, -math.inf))])
+
+    def record_samples(self, step: int, stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The report shows samples; here there is no room."""
 
     def close(self) -> None:
         """Leave the last state on the terminal. May be called again."""

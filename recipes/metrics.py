@@ -21,6 +21,7 @@ METRICS: Mapping[str, Metric] = {
     "response_length": Metric("response length (tokens)", ".1f"),
     "turns": Metric("turns of an episode", ".2f"),
     "environment_failures": Metric("environment failures", ".0f"),
+    "unanswered": Metric("responses without an answer", ".0f"),
     "truncated": Metric("truncated responses", ".1%"),
     "entropy": Metric("entropy (nats)", ".3f"),
     "kl": Metric("KL to the reference (nats)", ".2e"),

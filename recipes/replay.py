@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lockstep.engine.config_fields import Text, check_fields
 from lockstep.recipes import content_hashes, launch, rl
 from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.cluster.local import LocalCluster
@@ -29,9 +30,12 @@ class ReplayConfig:
     again. cluster: where trainer and engine live now; another than the run's changes nothing.
     """
 
-    run: str
-    step: str = "all"
+    run: Text
+    step: Text = "all"
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 @dataclass(frozen=True, order=True)
@@ -66,7 +70,7 @@ def run(config: ReplayConfig) -> dict[str, Any]:
     run_config = replace(resumed(rl.RLConfig(run=config.run)), cluster=config.cluster)
     steps = _chosen_steps(config)
     launch.set_up_process(run_config.seed, run_config.num_threads)
-    start = str(rl.starting_model(run_config, run_config.task.build()))
+    start = str(rl.starting_model(run_config, rl.tasks_of(run_config)[0]))
     trainer, engine = replace(run_config.trainer, model=start), replace(run_config.engine, model=start)
     with (
         open_cluster(run_config.cluster, trainer, engine, run_config.seed, run_config.num_threads) as cluster,
@@ -101,7 +105,7 @@ class Replay:
         self.config = config
         self.cluster = cluster
         self.path = config.directory
-        self.worker = rl.rollout_worker(config, cluster, config.task.build().train)
+        self.worker = rl.rollout_worker(config, cluster, rl.tasks_of(config)[0].train)
         self.learner = learner
         self.is_loaded = False
         self.served = 0

@@ -39,18 +39,19 @@ PLOTTED = (
 )
 # Metrics that one plot compares: its title, and their names in the legend.
 COMPARED: Mapping[str, Mapping[str, str]] = {
-    "tokens per decoding step, held-out samples": {
+    "tokens per decoding step, held-out": {
         "draft/held_out_learned": "learned draft",
         "draft/held_out_frozen": "frozen draft",
         "draft/held_out_ngram": "n-gram",
     },
-    "tokens per verify step, the engine's rollouts": {"draft/tokens_per_verify_step": "draft that serves"},
-    "accepted drafts by place, the engine's rollouts": {
+    "tokens per verify step, rollouts": {"draft/tokens_per_verify_step": "draft that serves"},
+    "accepted drafts by place, rollouts": {
         f"draft/accepted_at_{place}": f"token {place}" for place in range(1, MAX_DRAFT_TOKENS + 1)
     },
 }
 EVALUATIONS = ("eval", "draft_eval", "draft_verified")  # stages of records that are of held-out problems
 MOST_REWARDS_SHOWN = 16
+FIGURE_INCHES = (4.2, 2.5)  # about a phone's width, at which the text is as large as that of the page
 ENGINE_TIMES = ("time/rollout", "time/wait_for_trainer")  # the other line of recipes/step_clock.py
 COLOURS = ("#2f6fed", "#e07a1f", "#2a9d63", "#b04ac4", "#c2a200", "#5a6b7b")
 PLOT_STYLE = {
@@ -229,7 +230,7 @@ def _plot_compared(title: str, lines: Mapping[str, str], stage: str, records: Se
         steps, values = zip(*((r["step"], float(r[name])) for r in records if name in r), strict=True)
         colour = COLOURS[index % len(COLOURS)]
         axes.plot(steps, values, color=colour, linewidth=1.6, marker="o", markersize=2.5, label=label)
-    axes.legend(frameon=False, fontsize=8.5, ncols=4, handlelength=1.0, columnspacing=1.2)
+    axes.legend(frameon=False, fontsize=8.5, ncols=3, handlelength=1.0, columnspacing=1.2)
     return _svg(figure)
 
 
@@ -244,7 +245,7 @@ def _plot_time(stage: str, records: Sequence[Record]) -> str:
         axes.bar(steps, seconds, width, bottom=bottoms, label=title_of(name), color=COLOURS[index % len(COLOURS)])
         bottoms = [bottom + second for bottom, second in zip(bottoms, seconds, strict=True)]
     axes.set_ylim(0, max(bottoms) * 1.25 or 1.0)
-    axes.legend(loc="upper left", ncols=4, frameon=False, fontsize=8.5, handlelength=1.0, columnspacing=1.2)
+    axes.legend(loc="upper left", ncols=3, frameon=False, fontsize=8.5, handlelength=1.0, columnspacing=1.2)
     return _svg(figure)
 
 
@@ -254,7 +255,7 @@ def _is_part(name: str) -> bool:
 
 
 def _new_plot(title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5.6, 2.7), layout="constrained")
+    figure = Figure(figsize=FIGURE_INCHES, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title)
     axes.set_xlabel("step")

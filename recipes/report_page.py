@@ -54,8 +54,6 @@ tr:first-child th { border-top: 0; color: var(--soft); font-weight: 500; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 @media (max-width: 600px) {
   main { padding: 18px 12px 48px; }
-  .plot { overflow-x: auto; }
-  .plot svg { width: 520px; max-width: none; }  /* scrolls: scaled down, its text could not be read */
   summary { padding: 9px 10px; gap: 10px; }
   .body { padding: 0 10px 12px; }
   td, th { padding: 5px 8px; }

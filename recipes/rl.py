@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.engine import EngineConfig
+from lockstep.engine.config_fields import Count, Size
 from lockstep.recipes import sft
 from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.cluster.local import LocalCluster
@@ -20,9 +21,12 @@ from lockstep.recipes.evaluate import evaluate_tasks
 from lockstep.recipes.inputs import TaskConfig
 from lockstep.recipes.learner import Learner
 from lockstep.recipes.plan import dry_run, rl_plan
+from lockstep.recipes.room import rl_with_room
 from lockstep.recipes.run_directory import read_rollouts, rollout_steps
+from lockstep.recipes.start_checks import check_rl, check_teacher
 from lockstep.recipes.step_clock import StepClock
-from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
+from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, has_ended, is_due, resumed
+from lockstep.rollout.answer_watch import AnswerWatch
 from lockstep.rollout.buffer import BufferConfig, RolloutBuffer
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.environments.worker import build_worker
@@ -48,7 +52,7 @@ class RLConfig(TrainingRunConfig):
     environment: what answers the model between its turns; by default nothing does, and a response is one turn.
     evaluation_tasks: further data sets to evaluate on, by name, each like `task`.
     buffer: max_staleness=0 generates, then trains; with more, generation runs ahead. See rollout/buffer.py.
-    evaluate_every: steps between held-out evaluations.
+    evaluate_every: steps between held-out evaluations, and one before the first and after the last; 0: there are none.
     engine: its `model` is filled in by the run.
     cluster: where trainer and engines live; cluster=ray takes configs/cluster/ray.yaml.
     draft: a draft model that learns from the rollouts and speeds them up, see recipes/draft_stage.py; off by default,
@@ -65,11 +69,17 @@ class RLConfig(TrainingRunConfig):
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(model=START))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     evaluation_tasks: dict[str, TaskConfig] = field(default_factory=dict)
-    evaluate_every: int = 20
+    evaluate_every: Count = 20
+    steps: Size = 100
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     draft: DraftStageConfig = field(default_factory=DraftStageConfig)
 
     def __post_init__(self):
+        super().__post_init__()
+        if self.rollout.temperature == 0.0:
+            raise ValueError(
+                "rollout.temperature=0: all samples of a prompt would be one; RL needs a temperature above 0"
+            )
         if self.draft.is_on and self.engine.draft_model is not None:
             raise ValueError(
                 f"engine.draft_model={self.engine.draft_model} does not go with a draft that learns during the run "
@@ -94,7 +104,6 @@ class RLConfig(TrainingRunConfig):
             f"cluster.kind={self.cluster.kind}": self.cluster.kind != "local",
             f"environment.kind={self.environment.kind}": self.environment.kind != SINGLE_TURN,
             f"buffer.max_staleness={self.buffer.max_staleness}": self.buffer.max_staleness > 0,
-            f"rollout.temperature={self.rollout.temperature}": self.rollout.temperature == 0.0,
         }
         reason = next((name for name, is_set in reasons.items() if is_set), None)
         if reason is None or not self.draft.is_on:
@@ -109,13 +118,21 @@ def run(config: RLConfig) -> dict[str, Any]:
     check_reward(config.reward)
     if config.dry_run:
         return dry_run(rl_plan(config))
+    check_rl(config)
+    tasks, further = tasks_of(config)
     with TrainingRun(config, "rl") as run:
         config = config.without_draft_where_none_can_learn()
-        _LOG.debug("reading the task %s", config.task.kind)
-        tasks = config.task.build()
-        start = str(starting_model(config, tasks))
+        start = starting_model(config, tasks)
+        run.check_made("the new model", run.path / "new_model")
+        if start.is_relative_to(run.path / WARMUP):
+            run.check_made("the warm-up's model", start)
+        check_teacher(config, start)
+        start = str(start)
         trainer, engine = replace(config.trainer, model=start), replace(config.engine, model=start)
-        engine, draft_config = with_draft(engine, config.draft, run.path / "new_draft", tasks.train, config.seed)
+        engine, draft_config = with_draft(
+            engine, config.draft, run.path / "new_draft", tasks.train, config.seed, config.chat
+        )
+        run.check_made("the new draft", run.path / "new_draft")
         with open_cluster(config.cluster, trainer, engine, config.seed, config.num_threads) as cluster:
             run.start(cluster.trainer)
             if version := config.steps_made(cluster.trainer):
@@ -123,11 +140,17 @@ def run(config: RLConfig) -> dict[str, Any]:
             with Learner(config, cluster, start) as learner:
                 draft = open_draft_stage(draft_config, cluster.engine, config.rollout.temperature)
                 run.restore(learner=learner, draft=draft)
-                train(config, run, tasks, cluster, learner, draft)
+                train(config, run, tasks, {"": tasks.held_out, **further}, cluster, learner, draft)
                 if timed := draft.finish(run.path / "draft", cluster.trainer, last_samples(run.path)):
                     run.sinks.record(config.steps, "draft", timed)
             warmup = run.path / WARMUP
             return run.finish(cluster.trainer, earlier_runs=[warmup] if warmup.exists() else [])
+
+
+def tasks_of(config: RLConfig) -> tuple[TaskSplits, dict[str, Task]]:
+    """The run's task, and the held-out problems of its further evaluations: those with room, see recipes/room.py."""
+    further = {name: task.build().held_out for name, task in config.evaluation_tasks.items()}
+    return rl_with_room(config, config.task.build(), further)
 
 
 def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
@@ -141,18 +164,20 @@ def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
         runs_dir=str(config.directory),
         model=config.model,
         task=config.task,
+        chat=config.chat,
         seed=config.seed,
         num_threads=config.num_threads,
         sinks=config.sinks,
+        wandb=replace(config.wandb, id=None, name=f"{config.wandb.name or config.directory.name} warm-up"),
     )
-    if not (warmup.directory / "weights.sha256").exists():
+    if not has_ended(warmup):
         sft.run(warmup)
     return warmup.directory / "model"
 
 
 def rollout_worker(config: RLConfig, cluster: LocalCluster, task: Task) -> RolloutWorker:
     """What draws and scores a run's samples, and in a replay draws them again."""
-    tokenizer = load_tokenizer(cluster.engine.config.model)
+    tokenizer = load_tokenizer(cluster.engine.config.model, config.chat)
     reward = cluster.rewards.build(config.reward, task)
     return build_worker(cluster.engine, tokenizer, task, reward, config.rollout, config.seed, config.environment)
 
@@ -165,6 +190,7 @@ def train(
     config: RLConfig,
     run: TrainingRun,
     tasks: TaskSplits,
+    held_out: Mapping[str, Task],
     cluster: LocalCluster,
     learner: Learner,
     draft: DraftStage | NoDraftStage,
@@ -173,13 +199,13 @@ def train(
     `s - 1 - max_staleness` to `s - 1`, and while it is made the engine generates for later steps with version `s - 1`.
     """
     trainer, engine = cluster.trainer, cluster.engine
-    held_out = {"": tasks.held_out, **{name: task.build().held_out for name, task in config.evaluation_tasks.items()}}
     worker = rollout_worker(config, cluster, tasks.train)
     buffer = RolloutBuffer(worker, config.buffer, learner.algorithm.keep_group)
     run.restore(buffer=buffer)
+    watch = AnswerWatch()
 
     def evaluate_if_due(step: int) -> None:
-        if step % config.evaluate_every == 0 or step == config.steps:
+        if is_due(step, config.evaluate_every, config.steps):
             with run.trace.span("evaluation", step=step):
                 results = evaluate_tasks(
                     engine,
@@ -191,7 +217,7 @@ def train(
                     config.seed,
                     config.environment,
                 )
-            run.record_evaluation(step, results)
+            run.record_evaluation(step, results, worker.tokenizer.decode)
 
     steps_made = config.steps_made(trainer)
     if steps_made == 0:
@@ -207,7 +233,8 @@ def train(
         buffer.new_version()
         run.directory.write_rollouts(step, learner.learned)
         metrics = step_metrics(step, groups, stats, buffer, clock)
-        run.record(step, metrics | {"verifier_failures": failed} | drafted)
+        unanswered = watch.step([sample for group in groups for sample in group])
+        run.record(step, metrics | {"verifier_failures": failed, "unanswered": unanswered} | drafted)
         evaluate_if_due(step)
         run.checkpoint_if_due(step, trainer=trainer, learner=learner, buffer=buffer, draft=draft)
 

@@ -31,6 +31,7 @@ _OF_LIBRARIES = {
     "MemoryError": "this machine is out of memory: `--dry-run` says what a run needs",
     "DistNetworkError": "processes could not connect: is the port in use, or the address of another machine?",
     "SafetensorError": "a safetensors file is damaged or incomplete: copy or download it again",
+    "UsageError": "this is from wandb; WANDB_MODE=offline keeps its files in the run directory and asks nobody",
     "YAMLError": "a YAML file is damaged, or not written as YAML",
 }
 

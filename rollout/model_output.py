@@ -62,8 +62,12 @@ def fenced_blocks(text: str, languages: Sequence[str]) -> list[str]:
 def shown(text: object, longest: int = 300) -> str:
     """One line for people: control characters escaped, and cut to a length."""
     text = str(text)
-    cut = text if len(text) <= longest else f"{text[:longest]}..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+    return printable(text if len(text) <= longest else f"{text[:longest]}...", kept="")
+
+
+def printable(text: str, kept: str = "\n\t") -> str:
+    """The text with escapes in the place of characters that would act on a terminal, or hide what others say."""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
 def _refused(name: str) -> float:

@@ -3,65 +3,69 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from annotated_types import Interval
 
 from lockstep.engine import Engine
+from lockstep.engine.config_fields import MAX_COUNT, Positive, Size, check_fields
 from lockstep.engine.files import write_whole
 from lockstep.rollout.evaluation import EVALUATION_STEP
+from lockstep.rollout.model_output import valid_text
 from lockstep.rollout.tasks import Task
+from lockstep.rollout.tasks.chats import Messages, looks_like_chat, read_messages, to_ask
+from lockstep.rollout.tasks.data_files import Row, plain_text, read_rows
 from lockstep.rollout.worker import RolloutConfig, RolloutWorker
 
 
 @dataclass(frozen=True)
 class Preference:
-    """Of two responses to a conversation, the better one and the other."""
+    """Of two responses to a conversation, the better one and the other. where: the row that it was read from."""
 
     messages: tuple[Mapping[str, str], ...]
     chosen: str
     rejected: str
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
 class PairSamplingConfig:
     """How a policy's answers become pairs: of each problem with a right and a wrong answer, the first of each."""
 
-    train_problems: int = 1000
-    held_out_problems: int = 200
-    samples_per_problem: int = 8
-    max_tokens: int = 256
-    temperature: float = 1.0
+    train_problems: Size = 1000
+    held_out_problems: Size = 200
+    samples_per_problem: Annotated[int, Interval(ge=2, le=MAX_COUNT)] = 8
+    max_tokens: Size = 256
+    temperature: Positive = 1.0
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def read_pairs(files: Sequence[str]) -> list[Preference]:
-    """The lines of JSONL files, each {"prompt", "chosen", "rejected"}.
+    """The rows of .jsonl, .json or .parquet files, each {"prompt", "chosen", "rejected"}.
 
-    prompt: text, or a list of {role, content}. chosen, rejected: text, or a list of messages that ends in the response
-    (and begins with the prompt where there is no "prompt" of its own).
-    Raises ValueError that names the file and line of what is none of these.
+    prompt: text, or messages as tasks/chats.py reads them. chosen, rejected: text, or messages that end in the response
+    (and begin with the prompt where there is no "prompt" of its own).
+    Raises ValueError that names the file, row and column of what is none of these.
     """
-    pairs = []
-    for file in files:
-        if not Path(file).is_file():
-            raise ValueError(f"no preference file {file}")
-        with open(file, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    pairs.append(_parse(json.loads(line)))
-                except (ValueError, KeyError, TypeError) as error:
-                    shape = '{"prompt", "chosen", "rejected"}'
-                    raise ValueError(f"{file}, line {number} is no preference {shape}: {error!r}") from error
-    return pairs
+    return [_parse(row) for file in files for row in _rows(file)]
+
+
+def _rows(file: str) -> Iterator[Row]:
+    try:
+        yield from read_rows(file)
+    except FileNotFoundError:
+        raise ValueError(f"no preference file {file}") from None
 
 
 def write_pairs(path: Path, pairs: Sequence[Preference]) -> None:
     """What `read_pairs` reads; the file is there whole or not at all."""
     records = [{"prompt": pair.messages, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
-    write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_whole(path, "".join(valid_text(json.dumps(record, ensure_ascii=False)) + "\n" for record in records))
 
 
 def sample_pairs(
@@ -86,15 +90,31 @@ def sample_pairs(
     return pairs
 
 
-def _parse(line: Mapping[str, Any]) -> Preference:
-    chosen, rejected = line["chosen"], line["rejected"]
-    prompt = line["prompt"] if isinstance(chosen, str) or "prompt" in line else chosen[:-1]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    turns = tuple({"role": str(m["role"]), "content": str(m["content"])} for m in messages)
-    if not turns:
-        raise ValueError("the prompt is empty")
-    return Preference(turns, _response(chosen), _response(rejected))
+def _parse(row: Row) -> Preference:
+    chosen_before, chosen = _response(row, "chosen")
+    _, rejected = _response(row, "rejected")
+    if chosen == rejected:
+        row.fail("has the same response in columns 'chosen' and 'rejected': neither is the better one")
+    if "prompt" not in row.values and chosen_before:
+        return Preference(chosen_before, chosen, rejected, str(row))
+    prompt = row.value("prompt")
+    if not looks_like_chat(prompt):
+        return Preference(({"role": "user", "content": row.text("prompt", "prompt")},), chosen, rejected, str(row))
+    try:
+        return Preference(to_ask(read_messages(prompt)), chosen, rejected, str(row))
+    except ValueError as error:
+        row.fail(f"has no prompt in column 'prompt': {error}")
 
 
-def _response(value: str | Sequence[Mapping[str, str]]) -> str:
-    return value if isinstance(value, str) else str(value[-1]["content"])
+def _response(row: Row, column: str) -> tuple[Messages, str]:
+    """The messages before it, where the column has a conversation, and the response. A policy may have said nothing."""
+    value = row.value(column)
+    try:
+        if not looks_like_chat(value):
+            return (), plain_text(value)
+        *before, last = read_messages(value)
+        if last["role"] != "assistant":
+            raise ValueError(f"its last message is the {last['role']}'s, not the assistant's")
+        return to_ask(tuple(before)) if "prompt" not in row.values else (), last["content"]
+    except ValueError as error:
+        row.fail(f"has no response in column {column!r}: {error}")

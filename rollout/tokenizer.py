@@ -8,26 +8,16 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lockstep.engine.config_fields import Size, check_fields
 from lockstep.engine.tokenizer import load_tokenizer as load_foreign_tokenizer
+from lockstep.rollout.answer_tags import ANSWER_CLOSE, ANSWER_OPEN
+from lockstep.rollout.chat_template import CHAT_TEMPLATE, ChatConfig, apply_template, set_chat_options
+from lockstep.rollout.end_of_turn import end_of_turn
 from lockstep.rollout.model_output import valid_text
-from lockstep.rollout.tasks.answers import ANSWER_CLOSE, ANSWER_OPEN
 
 PAD = "<|pad|>"
 END = "<|end|>"
 ROLES = ("system", "user", "assistant")
-
-# A turn is one role token, the content, and one end token. Tools are shown as JSON, their results as a user's turn.
-CHAT_TEMPLATE = (
-    "{% if tools %}{{ '<|system|>' + tools | tojson + '<|end|>' }}{% endif %}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'tool' %}"
-    "{{ '<|user|><tool_response>' + message['content'] + '</tool_response><|end|>' }}"
-    "{% else %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
-    "{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
 
 # Digits stand alone, so that a number is its digits whatever the training text was; an operator takes the spaces
 # around it, so that `4 + 3` is three tokens. Byte-level BPE works inside the other pieces: words, punctuation, space.
@@ -38,8 +28,11 @@ _PIECES = Regex(r"\p{N}| ?[-+*/=%^<>()] ?| ?\p{L}+| ?[^\s\p{L}\p{N}]|\s+(?!\S)|\
 class TokenizerConfig:
     """vocab_size: upper bound, at least 256 bytes + 7 special tokens; training stops early on little text."""
 
-    vocab_size: int = 384
-    max_length: int = 4096
+    vocab_size: Size = 384
+    max_length: Size = 4096
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def build_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> PreTrainedTokenizerFast:
@@ -82,9 +75,14 @@ def build_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> PreTrained
     )
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in a local directory. Raises as the engine's `load_tokenizer` does."""
-    return load_foreign_tokenizer(path)
+def load_tokenizer(path: str | Path, chat: ChatConfig | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer saved in a local directory, which renders conversations as `chat` says.
+
+    Raises as the engine's `load_tokenizer` and `set_chat_options` do.
+    """
+    tokenizer = load_foreign_tokenizer(path)
+    set_chat_options(tokenizer, chat or ChatConfig())
+    return tokenizer
 
 
 def render_prompt(
@@ -92,26 +90,12 @@ def render_prompt(
 ) -> list[int]:
     """Token ids of the conversation through the tokenizer's chat template, up to where the response begins.
 
-    tools: JSON schemas for the template. Raises ValueError when the tokenizer has no chat template.
+    tools: JSON schemas for the template. Raises ValueError as `apply_template` does.
     """
     return tokenizer.encode(apply_template(tokenizer, messages, tools), add_special_tokens=False)
 
 
-def apply_template(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
-) -> str:
-    """The text of `render_prompt`'s tokens."""
-    if tokenizer.chat_template is None:
-        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template")
-    text = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        tools=[dict(tool) for tool in tools] or None,
-        tokenize=False,
-        add_generation_prompt=True,
-    )
-    return valid_text(text)
-
-
 def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a whole response, the end token included."""
-    return [*tokenizer.encode(valid_text(text), add_special_tokens=False), tokenizer.eos_token_id]
+    """Token ids of a whole response as the chat template writes it, the end of turn included."""
+    end = end_of_turn(tokenizer)
+    return [*tokenizer.encode(end.before + valid_text(text) + end.after, add_special_tokens=False), end.token_id]

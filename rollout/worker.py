@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from lockstep.engine import Engine, SamplingParams
 from lockstep.engine.checks import Rule, Whole, conform
-from lockstep.engine.detokenizer import decode_text
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.request import SAMPLING_RULES
+from lockstep.rollout.end_of_turn import response_text, stop_token_ids
 from lockstep.rollout.group import Group, Response
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.rewards import Completion, Reward, StepFailures, correct_reward
@@ -52,6 +52,7 @@ class RolloutWorker:
         self.failures = StepFailures()
         self.config = config
         self.seed = seed
+        self.stop_token_ids = stop_token_ids(tokenizer)
         self.order = ProblemOrder(len(task), seed)
         model = load_model_config(engine.config.model)
         self.max_model_len = engine.config.max_model_len or model.max_position_embeddings
@@ -96,7 +97,7 @@ class RolloutWorker:
 
     def score(self, groups: Sequence[Group]) -> None:
         """Makes the samples of groups that have ended; they are judged together."""
-        texts = [[decode_text(self.tokenizer, r.response_ids) for r in group.responses] for group in groups]
+        texts = [[response_text(self.tokenizer, r.response_ids) for r in group.responses] for group in groups]
         completions = [
             Completion(group.problem, text, len(response.response_ids))
             for group, group_texts in zip(groups, texts, strict=True)
@@ -128,5 +129,5 @@ class RolloutWorker:
             top_k=config.top_k,
             min_p=config.min_p,
             seed=seed,
-            stop_token_ids=(self.tokenizer.eos_token_id,),
+            stop_token_ids=self.stop_token_ids,
         )

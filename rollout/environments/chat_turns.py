@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from lockstep.rollout.chat_template import apply_template
+from lockstep.rollout.end_of_turn import MARK, split_at_end, stop_token_ids
 from lockstep.rollout.environments.environment import Messages, Opening, TokenIds
-from lockstep.rollout.tokenizer import apply_template, render_prompt
-
-_MARK = "a7f3-turn-4c1e"  # stands for a turn of the policy; no template changes it
+from lockstep.rollout.tokenizer import render_prompt
 
 
 class ChatTurns:
@@ -26,7 +26,7 @@ class ChatTurns:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None):
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size or len(tokenizer)
-        self._special_ids = frozenset(tokenizer.all_special_ids)
+        self._stop_ids = stop_token_ids(tokenizer)
 
     def opening_ids(self, opening: Opening) -> list[int]:
         """The episode's prompt, up to where the policy begins to write. Raises ValueError for what is no opening."""
@@ -43,20 +43,20 @@ class ChatTurns:
         """
         if (token_ids := self._token_ids(observation, "the observation of an episode that goes on")) is not None:
             return token_ids
-        messages, mark = _checked_messages(observation), _MARK
+        messages, mark = _checked_messages(observation), MARK
         while any(mark in str(message) for message in messages):  # what a model wrote may stand in there
             mark += "+"
         turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
         _, _, after = apply_template(self.tokenizer, [*turn, *messages]).rpartition(mark)
-        end, *ids = self.tokenizer.encode(after, add_special_tokens=False) or [None]
-        if end not in self._special_ids:
+        split = split_at_end(self.tokenizer, after, self._stop_ids)
+        if split is None:
             raise ValueError(
                 f"the chat template of {self.tokenizer.name_or_path!r} ends an assistant's turn with "
-                f"{after[:20]!r}, which is no special token: turns cannot be told apart"
+                f"{after[:20]!r}, which is no special token at which generation stops: turns cannot be told apart"
             )
-        if not ids:
+        if not split[-1]:
             raise ValueError("the chat template renders the observation as nothing")
-        return ids  # without the template's end of turn: the policy's own stop token stands there
+        return split[-1]  # without the template's end of turn: the policy's own stop token stands there
 
     def _token_ids(self, content: Messages | TokenIds, what: str) -> list[int] | None:
         """The ids, where the content is such; None for messages."""

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lockstep.engine import user_code
 from lockstep.rollout.rewards.failures import FailureWarnings
 from lockstep.rollout.rewards.isolation import Limits
 from lockstep.rollout.rewards.models import RewardEngines
 from lockstep.rollout.rewards.reward import Completion, Reward
-from lockstep.rollout.rewards.score_values import check_signature, load_function, plain_score, reason_of, settled
+from lockstep.rollout.rewards.score_values import check_signature, plain_score, reason_of, settled
 from lockstep.rollout.rewards.verifiers import Verifier, open_pool
 
 _MATH_CHECK = f"{Path(__file__).with_name('math_check.py')}:same_mathematics"
@@ -60,15 +61,17 @@ class MathOptions:
     """limits: of the comparison of one answer, which simplifies expressions and may take for ever.
 
     num_workers: isolated processes that compare at a time.
+    ignore_units: 10 is right where the reference is 10 cm, and 50 where it is 50%.
     """
 
     limits: Limits = field(default_factory=Limits)
     num_workers: int = 2
+    ignore_units: bool = False
 
 
 def checked_function(options: FunctionOptions) -> Callable[..., Any]:
     """The function. Raises ValueError for a path that leads to none, and for one that takes other arguments."""
-    function = load_function(options.reference)
+    function = user_code.load_object(options.reference, "reward function")
     check_signature(function, options.path, _BATCH_TAKES if options.batch else _TAKES)
     return function
 
@@ -99,8 +102,9 @@ def function_reward(options: FunctionOptions, engines: RewardEngines | None) -> 
 
 
 def math_reward(options: MathOptions, engines: RewardEngines | None) -> Reward:
-    """1 where math-verify finds the answer equal to the reference, else 0."""
-    verifier = Verifier("math", _MATH_CHECK, limits=options.limits, each_alone=False)
+    """1 where math-verify finds the answer equal to the reference, else 0; see `math_check`."""
+    arguments = {"ignore_units": options.ignore_units}
+    verifier = Verifier("math", _MATH_CHECK, arguments, options.limits, each_alone=False)
     return _pooled(verifier, options.num_workers, engines)
 
 

@@ -1,75 +1,117 @@
-"""Runs untrusted or unreliable Python in this process, after giving up all that could harm or stall others.
+"""Runs untrusted or unreliable Python after giving up all that could harm or stall others.
 
-Started by `isolation` as `python -I isolated_main.py job.json` in a directory of its own, with the standard library
-alone. The kernel then enforces, until this process ends:
+Started by `isolation` as `python -I isolated_main.py MAIN DESCRIPTOR`, with the standard library alone. This process is
+ours: it runs MAIN, reads its job from the descriptor, and answers there. What it judges runs in a child, which has no
+descriptor but its standard ones and has been through `confine`. The kernel then enforces, until the child ends, within
+bubblewrap or without it:
 
-    Landlock     files are written in this directory only, and read where the job allows it
-    seccomp      no second process (the kernel ends this one), no socket, no signal to others, no new modes or owners
+    Landlock     files are written in the child's directory only, and read where the job allows it
+    seccomp      a list of allowed system calls; see system_calls.py
     rlimits      CPU time, address space, size of a file, open files, core dumps
     no capability, no way to gain one, and an end with the parent
+
+`overuse` watches from outside what the kernel has no limit for; `remove_tree` removes what is left.
 """
 
+import contextlib
 import ctypes
-import importlib
-import importlib.util
 import json
 import os
-import platform
 import resource
+import runpy
+import select
 import signal
+import socket
 import struct
 import sys
+import time
 import traceback
-from types import SimpleNamespace
+import types
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
 _LANDLOCK_CREATE, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT, _SECCOMP, _CAPSET = 444, 445, 446, 317, 126
-_EPERM, _ENOSYS = 1, 38
 
 # Rights of linux/landlock.h, in the order of their bits, and how many of them each version of its interface knows.
 _READ = 0b1101  # execute, read a file, list a directory
+_WRITE_FILE, _READ_FILE = 0b10, 0b100
+_MAKE_SPECIAL = 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11  # character devices, sockets, pipes, block devices
 _NUM_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
 _NUM_RIGHTS_LATER = 16
+_TCP_FROM, _SCOPES_FROM = 4, 6
+_BIND_AND_CONNECT, _ABSTRACT_SOCKETS_AND_SIGNALS = 0b11, 0b11
+_WRITABLE_DEVICES = ("/dev/null", "/dev/zero", "/dev/full")
 
-# x86-64's numbers. Of calls that reach other processes, or files without opening them.
-_REFUSED = {
-    "truncate": 76, "chmod": 90, "fchmod": 91, "chown": 92, "fchown": 93, "lchown": 94, "fchownat": 260,
-    "fchmodat": 268, "fchmodat2": 452, "setxattr": 188, "lsetxattr": 189, "fsetxattr": 190, "setxattrat": 463,
-    "utime": 132, "utimes": 235, "futimesat": 261, "utimensat": 280,
-    "socket": 41, "io_uring_setup": 425,
-    "kill": 62, "tkill": 200, "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297, "pidfd_send_signal": 424,
-    "pidfd_open": 434, "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "process_madvise": 440,
-    "setpriority": 141, "sched_setparam": 142, "sched_setscheduler": 144, "sched_setaffinity": 203,
-    "sched_setattr": 314, "ioprio_set": 251, "migrate_pages": 256, "move_pages": 279,
-    "shmctl": 31, "semctl": 66, "msgctl": 71, "unshare": 272,
-}  # fmt: skip
-_CLONE, _FORK, _VFORK, _CLONE3, _TGKILL, _PRLIMIT = 56, 57, 58, 435, 234, 302
-_CLONE_THREAD = 0x10000
-_X32_CALLS = 0x40000000
-_AUDIT_ARCH_X86_64 = 0xC000003E
+_JUMP_IF_EQUAL = 0x15
+_OWN_PID = 0x7FFFFFFE  # as in system_calls.py, which this file cannot import
 
-_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-_NUMBER, _ARCH, _ARG0, _ARG2_LOW, _ARG2_HIGH = 0, 4, 16, 32, 36  # offsets in struct seccomp_data
+_WATCH_EVERY_S = 0.1
+_LONGEST_PATH = 2000  # bytes
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 def confine(job: dict) -> None:
-    """Raises OSError that names what this kernel cannot enforce; nothing foreign has run then."""
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        raise OSError(f"isolation is written for Linux on x86-64, not {platform.system()} on {platform.machine()}")
-    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "a signal at the parent's death")
-    if os.getppid() != job["parent"]:
-        sys.exit("the parent has ended")
+    """From here on, this process may run foreign code. Its working directory is where it may write.
+
+    job: what `isolation.confinement` gives, and "parent": the process with which this one ends.
+    Raises OSError that names what this kernel cannot enforce; nothing foreign has run then.
+    """
+    _end_with(job["parent"])
     for name, limit in job["rlimits"].items():
         # One second more before the end that cannot be caught: the first signal names the reason.
         resource.setrlimit(getattr(resource, name), (limit, limit + (name == "RLIMIT_CPU")))
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     header, none = struct.pack("<Ii", 0x20080522, 0), bytes(24)
     _check(_libc.syscall(_CAPSET, header, none), "dropping capabilities")
-    _restrict_files(os.getcwd(), job["readable"])
-    _filter_calls()
+    if job["needs_landlock"] or landlock_version():
+        _restrict_files(os.getcwd(), job["readable"])
+    _filter_calls(bytes.fromhex(job["filter"]))
+
+
+def landlock_version() -> int:
+    """Of this kernel's Landlock interface; 0 where it has none."""
+    return max(0, _libc.syscall(_LANDLOCK_CREATE, None, 0, 1))
+
+
+def overuse(child: int, directory: str, job: dict) -> str | None:
+    """Why a child is to be stopped for its number of threads, or for what lies in its directory; None where it is not.
+
+    job: what `isolation.confinement` gives. Cheap enough to ask some ten times a second.
+    """
+    with contextlib.suppress(OSError, ValueError), open(f"/proc/{child}/stat", "rb") as file:
+        num_threads = int(file.read().rpartition(b")")[2].split()[17])
+        if num_threads > job["num_threads"]:
+            return f"threads: more than {job['num_threads']}"
+    if job["is_tmpfs"]:  # its mount limits the bytes
+        usage = os.statvfs(directory)
+        return f"files: more than {job['num_files']}" if usage.f_files - usage.f_ffree > job["num_files"] else None
+    return _too_much_in(directory, job["num_files"], job["disk_bytes"])
+
+
+def _too_much_in(directory: str, num_files: int, disk_bytes: int) -> str | None:
+    pending, files, size = [directory], 0, 0
+    while pending:
+        with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                files += 1
+                with contextlib.suppress(OSError):
+                    size += entry.stat(follow_symlinks=False).st_blocks * 512
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+                if files > num_files:
+                    return f"files: more than {num_files}"
+                if size > disk_bytes:
+                    return f"disk: more than {disk_bytes} bytes"
+                if len(os.fsencode(entry.path)) > _LONGEST_PATH:
+                    return "files: nested too deeply"
+    return None
+
+
+def _end_with(parent: int) -> None:
+    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "a signal at the parent's death")
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _check(result: int, what: str) -> int:
@@ -78,12 +120,15 @@ def _check(result: int, what: str) -> int:
     return result
 
 
-def _restrict_files(directory: str, readable: list[str]) -> None:
+def _restrict_files(directory: str, readable: list) -> None:
     version = _check(_libc.syscall(_LANDLOCK_CREATE, None, 0, 1), "Landlock (Linux 5.13 and later)")
     everything = (1 << _NUM_RIGHTS.get(version, _NUM_RIGHTS_LATER)) - 1
-    ruleset = _check(_libc.syscall(_LANDLOCK_CREATE, struct.pack("<Q", everything), 8, 0), "a Landlock ruleset")
-    write_file = 0b10
-    for path, rights in [(directory, everything), ("/dev/null", write_file | 0b100), *((p, _READ) for p in readable)]:
+    attributes = struct.pack("<Q", everything)
+    attributes += struct.pack("<Q", _BIND_AND_CONNECT) if version >= _TCP_FROM else b""
+    attributes += struct.pack("<Q", _ABSTRACT_SOCKETS_AND_SIGNALS) if version >= _SCOPES_FROM else b""
+    ruleset = _check(_libc.syscall(_LANDLOCK_CREATE, attributes, len(attributes), 0), "a Landlock ruleset")
+    writable = [(path, _WRITE_FILE | _READ_FILE) for path in _WRITABLE_DEVICES]
+    for path, rights in [(directory, everything & ~_MAKE_SPECIAL), *writable, *((p, _READ) for p in readable)]:
         if not os.path.exists(path):
             continue
         if not os.path.isdir(path):
@@ -96,79 +141,157 @@ def _restrict_files(directory: str, readable: list[str]) -> None:
     os.close(ruleset)
 
 
-def _filter_calls() -> None:
-    """Each instruction is (code, jump if true, jump if false, value); jumps count instructions from the next one."""
-    load_number = (_LOAD, 0, 0, _NUMBER)
-    refuse, kill, allow = ((_RETURN, 0, 0, value) for value in (_ERRNO | _EPERM, _KILL, _ALLOW))
-    program = [
-        (_LOAD, 0, 0, _ARCH), (_EQUAL, 1, 0, _AUDIT_ARCH_X86_64), kill,
-        load_number, (_AT_LEAST, 0, 1, _X32_CALLS), kill,
-        (_EQUAL, 0, 1, _FORK), kill, (_EQUAL, 0, 1, _VFORK), kill,
-        # clone3 hides its flags from the filter; the C library then falls back to clone.
-        (_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, _ERRNO | _ENOSYS),
-        (_EQUAL, 0, 4, _CLONE), (_LOAD, 0, 0, _ARG0), (_ANY_BIT, 1, 0, _CLONE_THREAD), kill, allow,
-        (_EQUAL, 0, 4, _TGKILL), (_LOAD, 0, 0, _ARG0), (_EQUAL, 1, 0, os.getpid()), refuse, allow,
-        # Limits may be read (no new one is given), of whatever process.
-        (_EQUAL, 0, 6, _PRLIMIT), (_LOAD, 0, 0, _ARG2_LOW), (_EQUAL, 0, 3, 0), (_LOAD, 0, 0, _ARG2_HIGH),
-        (_EQUAL, 0, 1, 0), allow, refuse,
-    ]  # fmt: skip
-    for number in _REFUSED.values():
-        program += [(_EQUAL, 0, 1, number), refuse]
-    program.append(allow)
-    code = ctypes.create_string_buffer(b"".join(struct.pack("<HBBI", *instruction) for instruction in program))
-    header = struct.pack("<HxxxxxxQ", len(program), ctypes.addressof(code))
+def _filter_calls(program: bytes) -> None:
+    """Each instruction is (code, jump if true, jump if false, value)."""
+    instructions = [
+        (code, yes, no, os.getpid() if code == _JUMP_IF_EQUAL and value == _OWN_PID else value)
+        for code, yes, no, value in struct.iter_unpack("<HBBI", program)
+    ]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("<HBBI", *one) for one in instructions))
+    header = struct.pack("<HxxxxxxQ", len(instructions), ctypes.addressof(code))
     _check(_libc.syscall(_SECCOMP, 1, 0, header), "seccomp")
 
 
-def run_program(job: dict) -> None:
-    """The program as the main module; its output and its exit code are the job's."""
-    exec(compile(job["program"], "program.py", "exec"), {"__name__": "__main__"})
+def run_program(channel: int) -> None:
+    """A job's program in a child. Answers {"error"} where it cannot be confined, else {"code", "stopped"}.
 
-
-def run_function(job: dict) -> None:
-    """One line of JSON for each item, on what was the standard output: what the function itself prints is dropped."""
-    results = os.fdopen(os.dup(1), "w", buffering=1)
-    with open(os.devnull, "w") as nothing:
-        os.dup2(nothing.fileno(), 1)
-    function = load_function(job["function"])
-    for problem, response in job["items"]:
-        results.write(json.dumps(float(function(SimpleNamespace(**problem), response))) + "\n")
-
-
-def load_function(reference: str):
-    """`path/to/file.py:name`, or the dotted path of a function. Raises ValueError that says what is wrong."""
-    is_file = ".py:" in reference
-    module_name, _, name = reference.rpartition(":" if is_file else ".")
-    try:
-        if is_file:
-            spec = importlib.util.spec_from_file_location(os.path.basename(module_name)[:-3], module_name)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(module_name)
-        function = getattr(module, name)
-    except (ImportError, OSError, AttributeError) as error:
-        raise ValueError(f"cannot find the reward function {reference!r}: {error}") from error
-    if not callable(function):
-        raise ValueError(f"reward {reference!r} is a {type(function).__name__}, not a function")
-    return function
-
-
-def main() -> None:
-    with open(sys.argv[1], encoding="utf-8") as file:
+    Where the job has tests, they run in a second child, whose end is the program's: its code is answered.
+    code: as subprocess counts exit codes; stopped: why this process has stopped a child, or null.
+    """
+    with os.fdopen(os.dup(channel), "rb") as file:
         job = json.load(file)
+    deadline = time.monotonic() + job["wall_time_s"]
+    roles = [(_run_source, job["program"], None)]
+    if job["tests"] is not None:
+        remote = runpy.run_path(os.path.join(os.path.dirname(__file__), "remote_tests.py"))
+        ends = socket.socketpair()
+        roles = [
+            (remote["serve_program"], job["program"], ends[0]),
+            (remote["run_tests"], job["tests"], ends[1]),
+        ]
+    children, error = [], ""
+    while len(children) < len(roles) and not error:
+        child, error = _confined_child(job, *roles[len(children)])
+        if child == 0:
+            return  # to Python's own end, which waits for threads and flushes
+        children.append(child)
+    for _, _, end in roles:
+        if end is not None:
+            end.close()
+    stopped = None if error else _watch(children, job, deadline)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in reversed(children)]
+    answer = {"error": error} if error else {"code": codes[0], "stopped": stopped}
+    os.write(channel, json.dumps(answer).encode())
+
+
+def _confined_child(job: dict, run, source: str, end) -> tuple:
+    """(process id, why it could not be confined); in the child, where `run` has ended, (0, "")."""
+    confined, ready = os.pipe()
+    parent, child = os.getpid(), os.fork()
+    if child == 0:
+        _be_confined({**job, "parent": parent}, [ready] + ([] if end is None else [end.fileno()]))
+        sys.argv[:] = ["program.py"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            run(source, *(() if end is None else (4,)))
+        except Exception:
+            # The standard error was closed to what the job prints, and is the parent's way to a reason.
+            traceback.print_exc(limit=-1)
+            sys.exit(1)
+        return 0, ""
+    os.close(ready)
+    with os.fdopen(confined, "rb") as file:
+        return child, file.read().decode()
+
+
+def _run_source(source: str) -> None:
+    exec(compile(source, "program.py", "exec"), sys.modules["__main__"].__dict__)
+
+
+def _watch(children: list, job: dict, deadline: float) -> str | None:
+    """Until the last child ends or one is stopped; why it is stopped. The others end with it."""
+    ended = select.poll()
+    ended.register(os.pidfd_open(children[-1]), select.POLLIN)
+    stopped = None
+    while stopped is None:
+        left = deadline - time.monotonic()
+        if ended.poll(max(0.0, min(left, _WATCH_EVERY_S)) * 1e3):
+            break
+        if left <= 0:
+            stopped = f"wall time: more than {job['wall_time_s']} s"
+        for child in children:
+            stopped = stopped or overuse(child, os.getcwd(), job)
+    for child in children if stopped else children[:-1]:
+        os.kill(child, signal.SIGKILL)
+    return stopped
+
+
+def _be_confined(job: dict, kept: list) -> None:
+    """Keeps the first of `kept`, as descriptor 3, until it is confined; it gets the reason where that fails."""
+    for number, descriptor in enumerate(kept):
+        os.dup2(descriptor, 200 + number)
+    for number in range(len(kept)):
+        os.dup2(200 + number, 3 + number, inheritable=False)
+    os.closerange(3 + len(kept), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     sys.path[:] = job["path"]
     try:
         confine(job)
     except OSError as error:
-        print(error, file=sys.stderr)
-        sys.exit(job["cannot_confine"])
-    try:
-        (run_program if "program" in job else run_function)(job)
-    except Exception:
-        # The standard error was closed to what the job prints, and is the parent's way to a reason.
-        traceback.print_exc(limit=-1)
-        sys.exit(1)
+        os.write(3, str(error).encode())
+        os._exit(1)
+    os.close(3)
+
+
+def remove_tree(directory) -> None:
+    """However deep it is and whatever its modes are: nothing recurses, and no path is longer than one name.
+
+    Nothing may still move what lies within. Raises OSError for what cannot be removed.
+    """
+    opened = os.open(directory, _DIRECTORY)
+    levels = [("", _emptied(opened))]
+    while levels:
+        name, inner = levels[-1]
+        if inner:
+            below = inner.pop()
+            os.chmod(below, 0o700, dir_fd=opened)
+            opened = _moved(opened, below)
+            levels.append((below, _emptied(opened)))
+        else:
+            levels.pop()
+            if levels:
+                opened = _moved(opened, "..")
+                os.rmdir(name, dir_fd=opened)
+    os.close(opened)
+    os.rmdir(directory)
+
+
+def _emptied(opened: int) -> list:
+    """Removes a directory's files; the names of the directories in it."""
+    with os.scandir(opened) as entries:
+        found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+    for name, is_directory in found:
+        if not is_directory:
+            os.unlink(name, dir_fd=opened)
+    return [name for name, is_directory in found if is_directory]
+
+
+def _moved(opened: int, name: str) -> int:
+    """Another open directory in place of this one."""
+    other = os.open(name, _DIRECTORY, dir_fd=opened)
+    os.close(opened)
+    return other
+
+
+def main() -> None:
+    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "a signal at the parent's death")
+    # No process of the same user may look into this one's memory, or a child answer for another one.
+    _check(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "memory that others cannot read")
+    path, descriptor = sys.argv[1:]
+    if path == __file__:
+        run_program(int(descriptor))
+    else:
+        sys.argv[:] = [path, descriptor]
+        runpy.run_path(path, run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -12,24 +12,28 @@ from transformers import PreTrainedTokenizerBase
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.engine.pooling import ScoreAt, scored_part
-from lockstep.rollout.model_output import valid_text
+from lockstep.rollout import hub
+from lockstep.rollout.chat_template import ChatConfig, apply_template
+from lockstep.rollout.end_of_turn import stop_token_ids
 from lockstep.rollout.rewards.failures import FailedScore, FailureWarnings
 from lockstep.rollout.rewards.isolation import Limits
 from lockstep.rollout.rewards.reward import Completion, Reward
 from lockstep.rollout.rewards.text_rewards import compile_pattern, text_check
-from lockstep.rollout.rewards.verifiers import open_pool
+from lockstep.rollout.rewards.verifiers import Verifier, VerifierPool, open_pool
 from lockstep.rollout.tokenizer import load_tokenizer, render_prompt
 
 
 @dataclass(frozen=True)
 class RewardModelOptions:
-    """model: an HF directory (...ForSequenceClassification with one label); engine: other options of EngineConfig.
+    """model: an HF directory (...ForSequenceClassification with one label), or one of the hub, org/name@revision.
 
+    engine: other options of EngineConfig. date: see ChatConfig; null: the run's.
     score_at: whose token's value is the score: "last_non_pad", as transformers has it, or "last"; engine/pooling.py.
     """
 
     model: str
     engine: Mapping[str, Any] = field(default_factory=dict)
+    date: str | None = None
     score_at: ScoreAt = "last_non_pad"
 
     def __post_init__(self):
@@ -38,7 +42,7 @@ class RewardModelOptions:
 
 @dataclass(frozen=True)
 class JudgeOptions:
-    """model, engine: a language model's, as for a reward model.
+    """model, engine, date: a language model's, as for a reward model. chat_template_kwargs: see ChatConfig.
 
     template: what the judge is asked; {question}, {answer} (the reference) and {response} are filled in.
     pattern: its first group, where it is found last in the judge's text, is the verdict: a number, or a key of scores.
@@ -57,6 +61,8 @@ class JudgeOptions:
     unparsed: float = 0.0
     max_tokens: int = 512
     temperature: float = 0.0
+    date: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self):
@@ -67,22 +73,31 @@ class JudgeOptions:
 
 
 class RewardEngines:
-    """The engines that rewards ask, one of each config. Use as a context manager."""
+    """The engines that rewards ask, one of each config, and the verifiers' processes. Use as a context manager."""
 
     def __init__(self):
         self._engines: dict[EngineConfig, Engine] = {}
-        self._at_close: set[Callable[[], None]] = set()
+        self._pools: list[VerifierPool] = []
 
-    def at_close(self, close: Callable[[], None]) -> None:
-        """Calls it, once, when these engines are closed."""
-        self._at_close.add(close)
+    def pool(self, verifier: Verifier, num_workers: int) -> VerifierPool:
+        """The processes of a verifier; several rewards, and the same reward for several tasks, share them."""
+        for pool in self._pools:
+            if (pool.verifier, pool.num_workers) == (verifier, num_workers):
+                return pool
+        self._pools.append(VerifierPool(verifier, num_workers))
+        return self._pools[-1]
 
-    def engine(self, model: str, options: Mapping[str, Any]) -> Engine:
-        """Raises ValueError for an option that EngineConfig lacks, and as Engine does."""
+    @staticmethod
+    def config(model: str, options: Mapping[str, Any]) -> EngineConfig:
+        """Raises ValueError for an option that EngineConfig lacks, and for a hub id without files."""
         try:
-            config = EngineConfig(model=model, **options)
+            return EngineConfig(model=hub.model_directory(model), **options)
         except TypeError as error:
             raise ValueError(f"engine options of {model}: {error}") from error
+
+    def engine(self, model: str, options: Mapping[str, Any]) -> Engine:
+        """Raises ValueError as `config` and Engine do."""
+        config = self.config(model, options)
         if config not in self._engines:
             self._engines[config] = Engine(config)
         return self._engines[config]
@@ -94,8 +109,8 @@ class RewardEngines:
         self.close()
 
     def close(self) -> None:
-        for close in self._at_close:
-            close()
+        for pool in self._pools:
+            pool.close()
         for engine in self._engines.values():
             engine.shutdown()
 
@@ -105,18 +120,17 @@ def conversation_ids(
 ) -> list[int]:
     """Token ids of a whole conversation, the response as its last turn: what a reward model learns from and scores.
 
-    Raises ValueError when the tokenizer has no chat template.
+    Raises ValueError as `apply_template` does.
     """
-    if tokenizer.chat_template is None:
-        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template")
-    turns = [*(dict(message) for message in messages), {"role": "assistant", "content": response}]
-    text = valid_text(tokenizer.apply_chat_template(turns, tokenize=False))
+    turns = [*messages, {"role": "assistant", "content": response}]
+    text = apply_template(tokenizer, turns, add_generation_prompt=False)
     return tokenizer.encode(text, add_special_tokens=False)
 
 
 def reward_model_reward(options: RewardModelOptions, engines: RewardEngines) -> Reward:
     """The model's score of the conversation, in its own tokens. One that the model cannot take has failed."""
-    engine, tokenizer = engines.engine(options.model, options.engine), load_tokenizer(options.model)
+    engine = engines.engine(options.model, options.engine)
+    tokenizer = load_tokenizer(hub.model_directory(options.model), ChatConfig(date=options.date))
     if engine.model_config.head != "scalar":
         raise ValueError(f"{options.model} is no reward model: it is not a ...ForSequenceClassification")
     warnings = FailureWarnings("reward_model")
@@ -132,7 +146,9 @@ def reward_model_reward(options: RewardModelOptions, engines: RewardEngines) -> 
 
 def judge_reward(options: JudgeOptions, engines: RewardEngines) -> Reward:
     """The verdict of a language model that reads the response. A prompt that it cannot take has failed."""
-    engine, tokenizer = engines.engine(options.model, options.engine), load_tokenizer(options.model)
+    engine = engines.engine(options.model, options.engine)
+    chat = ChatConfig(None, options.chat_template_kwargs, options.date)
+    tokenizer = load_tokenizer(hub.model_directory(options.model), chat)
     warnings = FailureWarnings("judge")
     scores = {str(verdict): score for verdict, score in options.scores.items()}
     check = text_check(
@@ -140,7 +156,7 @@ def judge_reward(options: JudgeOptions, engines: RewardEngines) -> Reward:
     )
     pool = open_pool(check, 1, engines)
     sampling = SamplingParams(
-        max_tokens=options.max_tokens, temperature=options.temperature, stop_token_ids=(tokenizer.eos_token_id,)
+        max_tokens=options.max_tokens, temperature=options.temperature, stop_token_ids=stop_token_ids(tokenizer)
     )
 
     def reward(completions: Sequence[Completion]) -> list[float]:

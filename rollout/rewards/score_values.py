@@ -1,60 +1,14 @@
-"""A user's reward function: how it is found, what it must take, and what it may return. Standard library alone.
+"""A user's reward function: what it must take, and what it may return. Standard library alone.
 
 Used in the trainer's process and, loaded as a file, in isolated ones.
 """
 
 import asyncio
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import math
-import os
-import sys
 import threading
 
 _LONGEST_REASON = 300  # characters
-
-
-def load_function(reference: str):
-    """`path/to/file.py:name`, or the dotted path of a function. Raises ValueError that says what is wrong.
-
-    A file may import its neighbours: its folder is first on sys.path while it loads, and last from then on.
-    """
-    is_file = ".py:" in reference
-    module_name, _, name = reference.rpartition(":" if is_file else ".")
-    try:
-        module = _load_file(os.path.abspath(module_name)) if is_file else importlib.import_module(module_name)
-        function = getattr(module, name)
-    except (KeyboardInterrupt, MemoryError):
-        raise
-    except (ImportError, OSError, AttributeError) as error:
-        raise ValueError(f"cannot find the reward function {reference!r}: {error}") from error
-    except BaseException as error:
-        raise ValueError(f"cannot load the reward function {reference!r}: {type(error).__name__}: {error}") from error
-    if not callable(function):
-        raise ValueError(f"reward {reference!r} is a {type(function).__name__}, not a function")
-    return function
-
-
-def _load_file(path: str):
-    folder, stem = os.path.dirname(path), os.path.basename(path)[:-3]
-    # A name of its own, in sys.modules as dataclasses and pickle want it: two files may have the same stem.
-    name = f"{stem}_{hashlib.sha256(path.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    sys.path.insert(0, folder)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    finally:
-        sys.path.remove(folder)
-        if folder not in sys.path:
-            sys.path.append(folder)  # what it imports when it is called; behind all that others import
-    return module
 
 
 def check_signature(function, name: str, takes) -> None:
@@ -94,7 +48,8 @@ def plain_score(value, name: str, timeout_s: float | None) -> float:
         what = f"{name} returned {shown} ({type(value).__name__})"
         raise ValueError(f"{what}; it must return a finite number{_hint(value)}")
     try:
-        score = float(value)
+        item = getattr(value, "item", None)  # of numpy and torch
+        score = float(item() if callable(item) else value)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{name} returned a {type(value).__name__} that is no number: {error}") from error
     if not math.isfinite(score):

@@ -16,7 +16,6 @@ import pickle
 import resource
 import select
 import signal
-import subprocess
 import sys
 import time
 from multiprocessing import Pipe
@@ -25,6 +24,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 _HIGHEST_DESCRIPTOR = 1 << 20
+_WATCH_EVERY_S = 0.1  # what a child uses that the kernel has no limit for
+_LOADER = Path("engine") / "user_code.py"
 _LONGEST_RESULT = 1 << 14  # bytes of one line
 
 
@@ -32,11 +33,14 @@ def main() -> None:
     channel = Connection(int(sys.argv[1]))
     job = pickle.loads(channel.recv_bytes())  # from our own parent
     sys.path[:] = job["path"]
-    isolated, values = (_sibling(name) for name in ("isolated_main", "score_values"))
+    here = Path(__file__).parent
+    isolated, values, user_code = (
+        _alone(file) for file in (here / "isolated_main.py", here / "score_values.py", here.parents[1] / _LOADER)
+    )
     try:
-        function = values.load_function(job["function"])
+        function = user_code.load_object(job["function"], "reward function")
         if job["arguments"] is not None:
-            function = function(**job["arguments"])
+            function = function(**pickle.loads(job["arguments"]))  # of classes that `path` leads to
         if job["takes"]:
             values.check_signature(function, job["name"], job["takes"])
     except BaseException as error:
@@ -50,12 +54,13 @@ def main() -> None:
                 judge.judge(pickle.loads(channel.recv_bytes()))
     finally:
         judge.end_child()
-        _remove(job["directory"])
+        with contextlib.suppress(OSError):  # within bubblewrap it is a mount, which vanishes
+            isolated.remove_tree(job["directory"])
 
 
-def _sibling(name: str):
-    """A file beside this one, without the package around it, whose imports take seconds."""
-    spec = importlib.util.spec_from_file_location(f"lockstep_{name}", Path(__file__).with_name(f"{name}.py"))
+def _alone(file: Path):
+    """A file's module, without the package around it, whose imports take seconds."""
+    spec = importlib.util.spec_from_file_location(f"lockstep_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -67,6 +72,7 @@ class _Judge:
     def __init__(self, channel, job, function, isolated, values):
         self.channel = channel
         self.job = job
+        self.confinement = job["confinement"]
         self.function = function
         self.isolated = isolated
         self.values = values
@@ -101,7 +107,7 @@ class _Judge:
         if status is None:
             os.kill(child.pid, signal.SIGKILL)
             status = _reaped(child.pid, None)
-        _remove(child.directory)
+        self.isolated.remove_tree(child.directory)
         return os.waitstatus_to_exitcode(status)
 
     def _forked(self) -> SimpleNamespace:
@@ -125,9 +131,14 @@ class _Judge:
         with contextlib.suppress(BrokenPipeError):  # its end is read below
             child.requests.send_bytes(pickle.dumps(items))
         while done < len(items):
-            ready, _, _ = select.select([child.results, self.channel], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
+            left = max(0.0, deadline - time.monotonic())
+            ready, _, _ = select.select([child.results, self.channel], [], [], min(left, _WATCH_EVERY_S))
+            if not ready and left <= _WATCH_EVERY_S:
                 return done, f"wall time: more than {wall_time_s} s"
+            if not ready:
+                if too_much := self.confinement and self.isolated.overuse(child.pid, child.directory, self.confinement):
+                    return done, too_much
+                continue
             if self.channel in ready:
                 raise EOFError  # the parent asks nothing while it waits, so this is its end
             chunk = os.read(child.results, 1 << 16)
@@ -172,17 +183,17 @@ class _Judge:
             return [0.0, self.values.reason_of(error)]
 
     def _confine(self, result_end: int) -> None:
-        limits = dict(self.job["rlimits"])
+        if self.confinement is None:
+            return
+        limits = dict(self.confinement["rlimits"])
         if not self.job["each_alone"]:
             del limits["RLIMIT_CPU"]  # would count all items together; each has its wall time
         limits["RLIMIT_AS"] += _address_space()  # what the verifier's own library takes is not the text's
-        confined = {"parent": os.getppid(), "rlimits": limits, "readable": self.job["readable"]}
         try:
-            self.isolated.confine(confined)
+            self.isolated.confine({**self.confinement, "parent": os.getppid(), "rlimits": limits})
         except OSError as error:
-            if self.job["must_confine"]:
-                _write(result_end, [0.0, {"cannot_confine": str(error)}])
-                os._exit(0)
+            _write(result_end, [0.0, {"cannot_confine": str(error)}])
+            os._exit(0)
 
 
 def _close_others(kept: list) -> None:
@@ -226,16 +237,6 @@ def _write(descriptor: int, result) -> None:
 def _address_space() -> int:
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[0]) * resource.getpagesize()
-
-
-def _remove(directory: str) -> None:
-    """However deep it is: rm does not recurse as shutil does."""
-    try:
-        os.rmdir(directory)
-    except FileNotFoundError:
-        pass
-    except OSError:
-        subprocess.run(["rm", "-rf", "--", directory], check=False, timeout=600, stdin=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

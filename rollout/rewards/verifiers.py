@@ -7,21 +7,22 @@ import itertools
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol
 
+from lockstep.rollout.rewards import isolation
 from lockstep.rollout.rewards.failures import FailureWarnings
+from lockstep.rollout.rewards.isolated_main import remove_tree
 from lockstep.rollout.rewards.isolation import IsolationError, Limits
 from lockstep.rollout.tasks.problem import Problem
 
@@ -29,12 +30,6 @@ _MAIN = Path(__file__).with_name("verifier_main.py")
 _START_TIMEOUT_S = 120.0  # Python and the verifier's imports, on a busy machine
 _GRACE_S = 30.0  # beyond an item's wall_time_s, which the process itself keeps, until the process is taken for dead
 _REMEMBERED = 1 << 14  # verdicts
-_SIGNALS = {
-    signal.SIGSYS: "it made a system call that is not allowed",
-    signal.SIGXCPU: "CPU time",
-    signal.SIGKILL: "CPU time, or memory of the machine",
-    signal.SIGXFSZ: "file size",
-}
 
 
 @dataclass(frozen=True)
@@ -66,29 +61,22 @@ class Verifier:
             **{
                 name: getattr(self, name) for name in ("name", "function", "each_alone", "must_confine", "takes", "cwd")
             },
-            "arguments": None if self.arguments is None else dict(self.arguments),
+            "arguments": None if self.arguments is None else pickle.dumps(dict(self.arguments)),
             "wall_time_s": limits.wall_time_s,
-            "rlimits": {
-                "RLIMIT_CPU": limits.cpu_time_s,
-                "RLIMIT_AS": limits.memory_bytes,
-                "RLIMIT_FSIZE": limits.file_bytes,
-                "RLIMIT_NOFILE": 64,
-                "RLIMIT_CORE": 0,
-            },
-            "readable": ["/"],
+            "confinement": isolation.confinement(limits, needed=self.must_confine),
             "path": [os.path.abspath(path) for path in sys.path],
         }
 
 
 class PoolOwner(Protocol):
-    def at_close(self, close: Callable[[], None]) -> None: ...
+    def pool(self, verifier: Verifier, num_workers: int) -> VerifierPool:
+        """One for equal verifiers, closed with its owner."""
+        ...
 
 
 def open_pool(verifier: Verifier, num_workers: int, owner: PoolOwner | None) -> VerifierPool:
-    """A pool that its owner closes, with its first process. Raises ValueError where the verifier cannot be loaded."""
-    pool = VerifierPool(verifier, num_workers)
-    if owner is not None:
-        owner.at_close(pool.close)
+    """The owner's pool, with its first process. Raises ValueError where the verifier cannot be loaded."""
+    pool = VerifierPool(verifier, num_workers) if owner is None else owner.pool(verifier, num_workers)
     pool.open()
     return pool
 
@@ -105,7 +93,7 @@ class VerifierPool:
         self.num_workers = num_workers
         self._warnings = FailureWarnings(verifier.name)
         self._workers: list[_Worker] = []
-        self._known: dict[tuple[str, str, str | None], float] = {}
+        self._known: dict[tuple[str, str, str, str | None], float] = {}
         self._lock = threading.Lock()
         self._closing = weakref.finalize(self, _close_all, self._workers)
 
@@ -127,7 +115,7 @@ class VerifierPool:
         Raises ValueError where the verifier cannot be loaded or a problem not be sent, IsolationError where this
         machine cannot isolate a process, RuntimeError where processes of the pool die of no item's doing.
         """
-        keys = [(problem.problem_id, problem.answer, text) for problem, text in items]
+        keys = [(problem.problem_id, problem.question, problem.answer, text) for problem, text in items]
         with self._lock:
             new = {key: item for key, item in zip(keys, items, strict=True) if key not in self._known}
             for (key, (problem, _)), (score, failure) in zip(new.items(), self._judge(list(new.values())), strict=True):
@@ -210,12 +198,11 @@ class _Worker:
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self.channel.close()  # at which the process ends
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.folder.cleanup()
+        isolation.stop(self.process)
+        with contextlib.suppress(OSError):
+            remove_tree(self.folder)
 
     def _send_rest(self) -> None:
         self._extend_deadline()
@@ -230,12 +217,13 @@ class _Worker:
         self._start()
 
     def _start(self) -> None:
-        self.folder = tempfile.TemporaryDirectory(prefix="lockstep-verifier-", ignore_cleanup_errors=True)
+        self.folder = tempfile.mkdtemp(prefix="lockstep-verifier-")
         self.channel, theirs = Pipe()
-        self.process = _launch(theirs, self.folder.name)
+        needed = self.verifier.must_confine
+        self.process = isolation.start(_MAIN, theirs.fileno(), self.folder, self.verifier.limits, needed=needed)
         theirs.close()
         try:
-            self.channel.send_bytes(pickle.dumps({**self.verifier.job(), "directory": self.folder.name}))
+            self.channel.send_bytes(pickle.dumps({**self.verifier.job(), "directory": self.folder}))
             if not self.channel.poll(_START_TIMEOUT_S):
                 raise ValueError(f"verifier {self.verifier.name} was not loaded within {_START_TIMEOUT_S} s")
             error = json.loads(self.channel.recv_bytes())["error"]
@@ -254,21 +242,6 @@ class _Worker:
             return _reason({"exit": self.process.wait(5.0)})
         except subprocess.TimeoutExpired:
             return "without an answer"
-
-
-def _launch(channel: Connection, folder: str) -> subprocess.Popen:
-    """The process of `verifier_main`, with its end of the channel."""
-    environment = {"HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-    return subprocess.Popen(
-        [sys.executable, "-I", str(_MAIN), str(channel.fileno())],
-        cwd=folder,
-        env={**environment, "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},  # it forks: no threads of its own
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        pass_fds=[channel.fileno()],
-        start_new_session=True,
-    )
 
 
 def _close_all(workers: list[_Worker]) -> None:
@@ -297,5 +270,4 @@ def _reason(failure: str | Mapping[str, int]) -> str:
     code = failure["exit"]
     if code >= 0:
         return f"it ended without a score (exit code {code})"
-    number = signal.Signals(-code)
-    return f"stopped by {number.name}: {_SIGNALS.get(number, 'a fault of its own')}"
+    return isolation.signal_reason(-code)

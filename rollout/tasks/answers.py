@@ -1,10 +1,23 @@
 """The answer inside a response: how it is written, how it is found again, and how plain answers are compared."""
 
+import re
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 
-ANSWER_OPEN = "<answer>"
-ANSWER_CLOSE = "</answer>"
+from lockstep.rollout.answer_tags import ANSWER_CLOSE, ANSWER_OPEN
+
+ANSWER_INSTRUCTION = f"Give the final answer alone, between {ANSWER_OPEN} and {ANSWER_CLOSE}."
+
+_LONGEST_NUMBER = 1000  # characters
+_PLAIN = {  # full-width characters, and what stands for a minus sign
+    **{0xFF01 + code: 0x21 + code for code in range(94)},
+    **dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"), "-"),
+}
+_NUMBER = re.compile(
+    r"(?P<sign>[-+]?)\s*\\?[$€£¥₹]?\s*(?P<inner_sign>[-+]?)\s*"
+    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?P<exponent>(?:[eE][-+]?\d+)?)"
+    r"\s*(?P<percent>(?:\\?%|percent)?)\.?"
+)
 
 
 def format_answer(answer: str) -> str:
@@ -30,16 +43,33 @@ def same_text(answer: str, reference: str) -> bool:
 
 
 def same_number(answer: str, reference: str) -> bool:
-    """Equal as decimal numbers; thousands commas and a leading dollar sign are ignored, so 1,000.0 equals $1000."""
+    """Equal as decimal numbers: 1,000.0 equals $1000 and 1e3; 5% equals 0.05.
 
-    def parse(text: str) -> Decimal | None:
-        try:
-            return Decimal(text.strip().removeprefix("$").replace(",", ""))
-        except InvalidOperation:
-            return None
-
-    left, right = parse(answer), parse(reference)
+    A number has an optional sign, before or behind an optional currency sign, digits of any script, commas between
+    groups of three, an exponent, a percent sign or a full stop. Nothing else is a number: no 1,2,3, unit, fraction, NaN
+    or infinity.
+    """
+    left, right = _number(answer), _number(reference)
     return left is not None and right is not None and left == right
+
+
+def _number(text: str) -> Decimal | None:
+    if len(text) > _LONGEST_NUMBER:
+        return None
+    text = text.translate(_PLAIN).strip()
+    if text.startswith("$") and text.endswith("$") and len(text) > 1:  # LaTeX's
+        text = text[1:-1].strip()
+    found = _NUMBER.fullmatch(text)
+    if found is None or (found["sign"] and found["inner_sign"]):
+        return None
+    try:
+        number = Decimal("".join(found.group("sign", "inner_sign", "digits", "exponent")).replace(",", ""))
+    except InvalidOperation:  # an exponent beyond what a Decimal holds
+        return None
+    if not found["percent"]:
+        return number
+    sign, digits, exponent = number.as_tuple()
+    return Decimal((sign, digits, exponent - 2))  # to the last digit, where a division would round
 
 
 COMPARISONS: dict[str, Callable[[str, str], bool]] = {

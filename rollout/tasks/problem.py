@@ -15,6 +15,7 @@ class Problem:
     answer:     the reference answer; it may be one of several that the task's verifier accepts.
     metadata:   what the verifier needs beside the answer.
     solution:   a worked response that ends in the tagged answer, for supervised training; None where there is none.
+    instruction: what the last message says beside the question, at its end: how to write the answer.
     """
 
     problem_id: str
@@ -22,11 +23,12 @@ class Problem:
     answer: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
     solution: str | None = None
+    instruction: str = ""
 
     @property
     def question(self) -> str:
-        """The content of the last message."""
-        return self.messages[-1]["content"]
+        """The content of the last message, without the instruction."""
+        return self.messages[-1]["content"].removesuffix(self.instruction)
 
 
 class Task(Protocol):

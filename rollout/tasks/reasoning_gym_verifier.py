@@ -72,19 +72,29 @@ def _is_sympy_program(answer: str) -> bool:
 
     code = stringify_expr(answer, {}, _sympy_names(), standard_transformations)
     tree = ast.parse(code.strip(), mode="eval")
-    named = {id(arg) for node in ast.walk(tree) if _is_named(node) for arg in node.args}
     for node in ast.walk(tree):
-        if isinstance(node, _PROGRAM):
-            return True
-        if isinstance(node, ast.Constant) and isinstance(node.value, str | bytes) and id(node) not in named:
+        if isinstance(node, _PROGRAM) or (isinstance(node, ast.Call) and _passes_text(node)):
             return True
         if isinstance(node, ast.Name) and (node.id.startswith("_") or _is_builtin(node.id)):
             return True
     return False
 
 
-def _is_named(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _TAKES_TEXT
+def _passes_text(call: ast.Call) -> bool:
+    """sympy evaluates a text that a function is given, but for those that its parser writes itself."""
+    if isinstance(call.func, ast.Name) and call.func.id in _TAKES_TEXT:
+        return False
+    arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
+    return any(_is_text(argument) for argument in arguments)
+
+
+def _is_text(node: ast.AST) -> bool:
+    """Whether it has a text in it that no call of the parser's own takes."""
+    if isinstance(node, ast.Call):
+        return _passes_text(node)
+    if isinstance(node, ast.Constant):
+        return isinstance(node.value, str | bytes)
+    return any(_is_text(child) for child in ast.iter_child_nodes(node))
 
 
 def _is_builtin(name: str) -> bool:

@@ -89,7 +89,7 @@ def test_code_that_does_not_import_names_file_and_line(name, form):
     for file, (text, _) in BROKEN.items():
         write(file, text)
     reference = f"{name}:score" if form == "file" else f"{name.removesuffix('.py')}.score"
-    with pytest.raises(ValueError, match="cannot find the reward function") as error:
+    with pytest.raises(ValueError, match="cannot load the reward function") as error:
         load_object(reference, "reward function")
     assert BROKEN[name][1] in str(error.value)
     assert len(str(error.value).splitlines()) == 1

@@ -73,7 +73,7 @@ def test_a_run_learns_exports_and_resumes_to_the_bit(tmp_path, path):
     ("changes", "message"),
     [
         ({"texts": None}, "give either rollouts=RUN_DIRECTORY or texts=FILE"),
-        ({"texts": "bad.jsonl"}, 'line 1: neither "text"'),
+        ({"texts": "bad.jsonl"}, r'row bad/0 .*line 1\) has neither a column "text"'),
     ],
 )
 def test_sources_that_do_not_serve_are_refused(changes, message, tmp_path, path, monkeypatch):

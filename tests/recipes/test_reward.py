@@ -13,10 +13,12 @@ from lockstep.recipes.new_model import ModelShape
 from lockstep.recipes.run_directory import read_metrics
 from lockstep.recipes.training_run import START, TrainingRun
 from lockstep.rollout.preferences import PairSamplingConfig, Preference, read_pairs, sample_pairs, write_pairs
+from lockstep.rollout.rewards.failures import StepFailures
 from lockstep.rollout.rewards.models import conversation_ids
 from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer, load_tokenizer
 from lockstep.rollout.worker import RolloutWorker
 from lockstep.trainer_bridge import TrainerConfig
+from lockstep.trainer_bridge.preference import PreferencePair
 
 
 @pytest.fixture
@@ -95,7 +97,7 @@ def test_a_policy_s_right_answers_become_pairs_with_its_wrong_ones(monkeypatch):
         return SimpleNamespace(problem=problem, samples=samples)
 
     def init(self, engine, tokenizer, task, *others):
-        self.task = task
+        self.task, self.failures = task, StepFailures()
 
     monkeypatch.setattr(RolloutWorker, "__init__", init)
     monkeypatch.setattr(RolloutWorker, "begin", begin)
@@ -133,11 +135,20 @@ def test_pairs_are_learned_from_where_the_model_will_be_scored():
         assert reward.tokenized(tokenizer, pair, other).chosen == [*ids, end]
 
 
-@pytest.mark.parametrize("line", ["{", '{"prompt": "a", "chosen": "b"}', '{"chosen": "b", "rejected": "c"}', "[]"])
-def test_a_bad_line_is_named(line, tmp_path):
-    (tmp_path / "bad.jsonl").write_text(f'{{"prompt": "a", "chosen": "b", "rejected": "c"}}\n{line}\n')
-    with pytest.raises(ValueError, match="line 2 is no preference"):
-        read_pairs([str(tmp_path / "bad.jsonl")])
+def test_lone_surrogates_are_replaced_where_pairs_are_written(tmp_path):
+    write_pairs(tmp_path / "out.jsonl", [Preference(({"role": "user", "content": "\ud800q"},), "\U0001f600", "c")])
+    (pair,) = read_pairs([str(tmp_path / "out.jsonl")])
+    assert (pair.messages[0]["content"], pair.chosen) == ("\ufffdq", "\U0001f600")
+
+
+def test_a_pair_that_is_too_long_is_named_before_the_start(config):
+    pairs = [PreferencePair([1] * 20, [1] * 30), PreferencePair([1] * 300, [1] * 40)]
+    reward.check_lengths("training", pairs, config, longest=300)
+    with pytest.raises(ValueError, match="training pair 2 has conversations of 300 and 40 tokens"):
+        reward.check_lengths("training", pairs, config, longest=99)
+    small = replace(config, trainer=replace(config.trainer, max_tokens_per_micro_batch=339))
+    with pytest.raises(ValueError, match=r"pair 2 has 340 tokens, and .*_batch=339"):
+        reward.check_lengths("training", pairs, small, longest=300)
 
 
 def test_missing_pairs_are_named(config, tmp_path):

@@ -1,18 +1,21 @@
 """Sinks and the live view: every record arrives; optional packages are asked for by name."""
 
+import dataclasses
 import io
 import itertools
 import math
 import sys
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from lockstep.recipes import live, sinks
 from lockstep.recipes.live import LiveView, sparkline
 from lockstep.recipes.metrics import METRICS
 from lockstep.recipes.run_directory import RunDirectory, read_metrics
-from lockstep.recipes.sinks import open_sinks
+from lockstep.recipes.sinks import WandbConfig, open_sinks
 
 
 @pytest.fixture
@@ -24,10 +27,14 @@ def run(tmp_path):
 class Recording:
     def __init__(self) -> None:
         self.records: list[tuple] = []
+        self.samples: list[tuple] = []
         self.closed = 0
 
     def record(self, step, stage, metrics) -> None:
         self.records.append((step, stage, dict(metrics)))
+
+    def record_samples(self, step, stage, rows) -> None:
+        self.samples.append((step, stage, list(rows)))
 
     def close(self) -> None:
         self.closed += 1
@@ -67,7 +74,75 @@ def test_wandb_runs_offline_inside_the_run_directory(run, monkeypatch):
     with open_sinks(("wandb",), run, {"steps": 2}) as opened:
         opened.record(1, "rl", {"reward": 0.5})
         opened.record(1, "eval", {"accuracy": 0.5})
+        opened.record_samples(1, "eval", [{"data set": "a", "prompt": "p", "response": "r", "reward": 1.0}])
     assert list(run.path.glob("wandb/offline-run-*/*.wandb"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    wandb: WandbConfig = WandbConfig()  # noqa: RUF009  frozen
+
+
+class FakeWandb:
+    """Stands in for the package: what it was asked for, after the checks of names that the real one makes."""
+
+    def __init__(self, monkeypatch):
+        self.started, self.logged = [], []
+        self.real = pytest.importorskip("wandb")
+        monkeypatch.setattr(self.real, "init", self.init)
+
+    def init(self, **options):
+        self.real.Settings(run_id=options["id"], project=options["project"], entity=options["entity"])
+        self.started.append(options)
+        return self
+
+    def log(self, values):
+        self.logged.append(values)
+
+    def finish(self):
+        pass
+
+
+def test_wandbs_names_are_options_are_cleaned_and_ids_are_unique_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(sinks.launch, "_reachable", lambda url: False)
+    fake = FakeWandb(monkeypatch)
+    odd = WandbConfig(project="my/project?" + "x" * 200, entity="team#1", group="a:b", name=" ", id="run/1")
+    for folder, config in (("a b:c", Config()), ("a b:c", Config()), ("d/a b:c", Config()), ("e", Config(odd))):
+        with RunDirectory(tmp_path / folder, {}) as run, open_sinks(("wandb",), run, config):
+            pass
+    first, resumed, other, named = fake.started
+    assert first["id"] == resumed["id"] != other["id"]
+    assert [start["resume"] for start in fake.started] == ["allow"] * 4
+    assert (first["name"], first["project"], first["entity"], first["group"]) == ("a b-c", "lockstep", None, None)
+    assert (named["name"], named["id"], named["entity"], named["group"]) == ("run", "run-1", "team-1", "a-b")
+    assert len(named["project"]) == 128
+    assert named["project"].startswith("my-project-xxx")
+
+
+@settings(deadline=None)
+@given(st.text(min_size=1, max_size=200))
+def test_every_name_becomes_one_that_wandb_takes(name):
+    wandb = pytest.importorskip("wandb")
+    clean = sinks.accepted_name(name, "instead")
+    wandb.Settings(run_id=clean, project=clean, entity=clean, run_name=clean, run_group=clean)
+    assert sinks.accepted_name(clean, "instead") == clean
+
+
+def test_wandb_gets_a_table_of_samples_of_each_data_set(run, monkeypatch):
+    monkeypatch.setattr(sinks.launch, "_reachable", lambda url: False)
+    fake = FakeWandb(monkeypatch)
+    rows = [
+        {"data set": name, "prompt": f"p{n}", "response": "r", "reward": 0.5, "reference": str(n)}
+        for name in ("sums", "gcd")
+        for n in range(5)
+    ]
+    with open_sinks(("wandb",), run, Config(WandbConfig(sample_rows=2))) as opened:
+        opened.record_samples(4, "eval", rows)
+        opened.record_samples(8, "eval", [])
+    (logged,) = fake.logged
+    table = logged["eval/samples"]
+    assert (logged["step"], table.columns) == (4, ["step", "data set", "prompt", "response", "reward", "reference"])
+    assert [(row[1], row[2]) for row in table.data] == [("sums", "p0"), ("sums", "p1"), ("gcd", "p0"), ("gcd", "p1")]
 
 
 def test_tensorboard_writes_every_value(run):
@@ -114,7 +189,7 @@ def test_without_a_terminal_lines_are_few_and_short_and_the_first_and_last_are_t
     assert max(map(len, lines)) <= 160
     assert heads[0] == "rl 1/400"
     assert heads[-2:] == ["rl 400/400", "eval 400/400"]
-    assert len(lines) < next(clock) / live.LINE_EVERY_S + 3
+    assert len(lines) < next(clock) / live.LINE_EVERY_S + 5  # the first and the last of two stages beside
     assert 3 <= sum(head.startswith("eval") for head in heads) <= len(lines) - 3  # both stages have their turns
 
 

@@ -15,7 +15,7 @@ from lockstep.rollout.environments.chat_turns import ChatTurns
 from lockstep.rollout.environments.environment import Action
 from lockstep.rollout.environments.guess_number import GuessNumberConfig, GuessNumberEnvironment
 from lockstep.rollout.environments.tool_calls import TOOL_CALL_FORMATS, ToolCall
-from lockstep.rollout.model_output import fenced_blocks, parse_json, shown, valid_text
+from lockstep.rollout.model_output import fenced_blocks, parse_json, printable, shown, valid_text
 from lockstep.rollout.rewards import Completion, RewardEngines, build_reward
 from lockstep.rollout.rewards.code import extract_program
 from lockstep.rollout.rewards.failures import FailedScore
@@ -136,6 +136,7 @@ PIECES = [
     "\u202e", "é", "🙂", "null", "true", '"name"', '"arguments"', "a7f3-turn-4c1e", "<|end|>", "\r", "\u2028", "\\",
     "\x1b[2J", "'", "\\N{", "0x",
 ]  # fmt: skip
+SUMS = string.digits + "+-*/%().e_jxJ \t\n\0'\"\\{}[]<>=!&|^~@:;,a\u212f\u0663"
 anything = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=9)), max_size=20).map("".join)
 
 
@@ -226,6 +227,12 @@ def test_samples_of_any_tokens_are_written_and_shown(tokenizer, tmp_path):
     assert [row["text"] for row in read_rollouts(tmp_path / "run", 1)] == texts
     page = write_report(tmp_path / "run", decode=tokenizer.decode).read_text(encoding="utf-8")
     assert "<script>alert" not in page
+
+
+def test_what_is_printed_acts_on_no_terminal():
+    hostile = "\x1b]52;c;aGk=\x07\u202egnp.exe\u202c\0\r\x9b2J\ntwo\tlines é"
+    assert printable(hostile) == r"\x1b]52;c;aGk=\x07\u202egnp.exe\u202c\x00\r\x9b2J" + "\ntwo\tlines é"
+    assert shown("a\nb" + "c" * 999, 5) == r"a\nbcc..."
 
 
 ENDLESS = "a" * 40 + "!"

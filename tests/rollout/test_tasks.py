@@ -2,7 +2,8 @@
 
 import json
 
-import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 import reasoning_gym
 
@@ -27,11 +28,6 @@ WORKED = [
 
 def problems(task, count):
     return [task.problem(index) for index in range(count)]
-
-
-@pytest.fixture(autouse=True)
-def datasets_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("dataset", ["chain_sum", "letter_counting", "number_sorting", "gcd", "maze"])
@@ -120,7 +116,7 @@ def test_every_line_of_a_running_sum_is_true():
         assert extract_answer(answer) == problem.answer
 
 
-@pytest.mark.parametrize("dataset", ["chain_sum", "number_sorting", "gcd", "letter_counting"])
+@pytest.mark.parametrize("dataset", ["chain_sum"])  # all of them: test_reasoning_gym_verifier.py
 def test_scores_are_reasoning_gyms(dataset):
     task = build_task(ReasoningGymConfig(dataset, held_out_size=4)).train
     oracle = reasoning_gym.create_dataset(dataset, seed=0, size=100)
@@ -156,9 +152,6 @@ def test_an_index_outside_the_split_is_an_error(index):
         (ReasoningGymConfig("chain_sum", {"terms": 3}), r"no option \['terms'\]; it has: .*max_terms"),
         (ReasoningGymConfig("chain_sum", {"seed": 3}), r"no option \['seed'\]"),
         (ReasoningGymConfig("chain_sum", {"min_terms": 9, "max_terms": 2}), "refuses options .*max_terms must be"),
-        (ReasoningGymConfig("chain_sum", held_out_size=0), "at least 1 problem"),
-        (ReasoningGymConfig("chain_sum", shortcut_fraction=1.5), "shortcut_fraction must be in"),
-        (ReasoningGymConfig("chain_sum", shortcut_min_steps=1), "shortcut_min_steps at least 2"),
     ],
 )
 def test_bad_reasoning_gym_configs_are_named(config, message):
@@ -177,7 +170,7 @@ ROWS = [{"question": f"What is {n}+1?", "answer": f"because {n}\n#### {n + 1}", 
 
 def write(path, rows):
     if path.suffix == ".parquet":
-        datasets.Dataset.from_list(rows).to_parquet(str(path))
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)

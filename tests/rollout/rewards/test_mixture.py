@@ -3,6 +3,8 @@
 import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lockstep.rollout.rewards import REWARDS, Completion, RewardEngines
 from lockstep.rollout.rewards import build_reward as build_batch_reward
@@ -50,12 +52,50 @@ def test_extract_answer(response, answer):
     assert extract_answer(response) == answer
 
 
+@given(st.lists(st.sampled_from(["<answer>", "</answer>", "1", " ", "<answer", "\n"])).map("".join))
+def test_extract_answer_is_the_last_match_of_its_pattern(response):
+    tagged = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", response, re.DOTALL)
+    assert extract_answer(response) == (tagged[-1].strip() if tagged else None)
+
+
 @pytest.mark.parametrize(
-    ("answer", "equal"),
-    [("1000", True), ("1,000.00", True), ("$1000", True), ("1001", False), ("", False), ("x", False)],
+    ("answer", "reference", "equal"),
+    [
+        *(
+            ("1,000", text, True)
+            for text in ("1000", "1,000.00", "$1000", "1e3", "1000.", "+1,000", "\\$1,000", "$1000$")
+        ),
+        *(("1,000", text, False) for text in ("1001", "", "x", "1", "1,0,00", "10,00", ",1000", "1000 km", "1_000")),
+        ("5%", "5%", True),
+        ("5%", "0.05", True),
+        ("5\\%", "5 percent", True),
+        ("5%", "5", False),
+        *(
+            ("-5", text, True)
+            for text in ("-$5", "$-5", "- 5", "\u22125", "\uff0d\uff15", "-5.0", "-\u0665", "\u20135")
+        ),
+        *(("-5", text, False) for text in ("--5", "-$-5", "5", "-", "$", "-.")),
+        *((".5", text, True) for text in ("0.5", "0.50", "50%", "5e-1", "\u0660.5")),
+        ("1,2,3", "123", False),
+        ("1,2,3", "1,2,3", False),
+        *(
+            (text, text, False)
+            for text in ("sNaN", "NaN", "inf", "-Infinity", "1/2", "\u00b2", "\ud800", "1e", "e5", "")
+        ),
+        *((text, text, True) for text in ("1e999999", "1e-999999%", "9" * 900)),
+        *((text, "1", False) for text in ("1e999999", "1e" + "9" * 30, "9" * 5000, "-1e-999999", "1" + ",000" * 5000)),
+    ],
 )
-def test_same_number(answer, equal):
-    assert same_number(answer, "1,000") is equal
+def test_same_number(answer, reference, equal):
+    assert same_number(answer, reference) is equal
+    assert same_number(reference, answer) is equal
+
+
+@settings(max_examples=60)
+@given(st.text(max_size=30) | st.text("-+$0123456789.,eE% \u2212\u0665\uff15", max_size=12))
+def test_no_text_makes_a_comparison_of_numbers_raise(text):
+    assert same_number(text, "7") in (True, False)
+    assert same_number(text, text) in (True, False)
 
 
 def test_same_text_strips_the_ends_only():
