@@ -326,7 +326,7 @@ class MegatronTrainer:
         lowest, highest = int(token_ids.min()), int(token_ids.max())
         if lowest < 0 or highest >= self.model_config.vocab_size:
             unknown = lowest if lowest < 0 else highest
-            raise ValueError(f"token id {unknown} is not in the vocabulary of {self.model_config.vocab_size}")
+            raise ValueError(f"token id {unknown} is outside the vocabulary of {self.model_config.vocab_size}")
         self._check_length(int(positions.max()) + 1)
 
     def _check_length(self, num_tokens: int) -> None:

@@ -134,7 +134,7 @@ def test_numbers_beyond_any_memory_are_refused(field, value):
 
 
 def test_a_large_max_tokens_ends_with_the_model_s_positions(engine):
-    ((tokens, _, reason),) = outputs(engine, [list(range(1, 250))], max_tokens=2**63 - 1)
+    ((tokens, _, reason),) = outputs(engine, [[5] * 249], max_tokens=2**63 - 1)
     assert (len(tokens), reason) == (7, "length")
 
 
@@ -157,7 +157,7 @@ def test_a_config_field_is_what_it_means_or_is_refused(config, field):
         if made is None or value is None:
             continue
         made = getattr(made, field)
-        assert made == plain(value)
+        assert made == type(made)(plain(value))
         assert type(made) in ((str, int, float) if default is None else (type(default),))
         assert not isinstance(made, float) or math.isfinite(made)
 
