@@ -19,7 +19,7 @@ from lockstep.rollout.environments.environment import Action, Environment, Openi
 from lockstep.rollout.guarded import CallFailed, failure_of
 from lockstep.rollout.tasks import Problem
 
-START_TIMEOUT_S = 120.0  # Python and its imports, on a busy machine
+START_TIMEOUT_S = 600.0  # Python and its imports, on a busy machine
 _GRACE_S = 1.0
 
 

@@ -92,11 +92,11 @@ def test_episodes_are_those_of_this_process(chat, processes):
 )
 def test_no_deed_reaches_this_process_or_another_episode(chat, processes, deed, reason):
     process = processes(deed=deed)
-    process.ensure_started()
-    process.timeout_s = 1.0 if "timeout" in reason else 60.0
     other, hostile = (new_episode(chat, lambda: RemoteEnvironment(process)) for _ in range(2))
     play_turns(other, 1)
-    play_turns(hostile, 2)
+    play_turns(hostile, 1)
+    process.timeout_s = 1.0 if "timeout" in reason else 60.0
+    play_turns(hostile, 1)
     assert hostile.finish_reason == "error"
     assert str(hostile.failures[0]).startswith("Hostile.step failed at turn 1 of p/0: ")
     assert reason in str(hostile.failures[0])
