@@ -178,7 +178,13 @@ def local(tmp_path, lengths=(1, 9, 4000, 2), overlong="error", **options):
 
 
 def test_a_prompt_without_room_is_named_before_anything_starts(tmp_path, model):
-    config = rl.RLConfig(runs_dir=str(tmp_path / "runs"), task=local(tmp_path), model=ModelSource(path=str(model)))
+    config = rl.RLConfig(
+        runs_dir=str(tmp_path / "runs"),
+        task=local(tmp_path),
+        model=ModelSource(path=str(model)),
+        rollout=RolloutConfig(max_tokens=40),
+        evaluation=EvaluationConfig(max_tokens=40),
+    )
     for run, at_start in ((rl, replace(config, dry_run=True)), (rl, config), (sft, None)):
         stage = at_start or sft.SFTConfig(runs_dir=config.runs_dir, task=config.task, model=config.model)
         with pytest.raises(
