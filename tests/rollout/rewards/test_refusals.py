@@ -251,6 +251,38 @@ def test_a_function_reaches_others_as_little(sandbox, caught_signals, tmp_path):
     assert not caught_signals
 
 
+ANSWERS = {
+    "that it cannot be confined": '[0.0, {"cannot_confine": "x"}]',
+    "how it ended": '[0.0, {"exit": 0}]',
+    "a list": "[0.0, [1]]",
+    "no number": '["1.0", null]',
+    "a score without a number": "[NaN, null]",
+    "nothing": "[",
+    "deep": "[" * 9000,
+}
+ANSWERING = """
+import os
+def score(problem, text):
+    if text == "escape": raise ValueError("\\x1b[2J\\x1b]0;title\\x07gone")
+    if text == "honest": return 1.0
+    for descriptor in range(3, 64):
+        try: os.write(descriptor, text.encode() + b"\\n")
+        except OSError: pass
+    os._exit(0)
+"""
+
+
+def test_no_answer_of_a_judged_function_is_more_than_its_own_failure(sandbox, tmp_path):
+    (tmp_path / "mine.py").write_text(ANSWERING)
+    problem = Problem("p", ({"role": "user", "content": "?"},), "7")
+    texts = [*ANSWERS.values(), "escape", "honest"]
+    pool = VerifierPool(Verifier("mine", f"{tmp_path}/mine.py:score", limits=replace(LIMITS, sandbox=sandbox)))
+    scores = pool.verify([(problem, text) for text in texts])
+    pool.close()
+    assert [float(score) for score in scores] == [0.0] * (len(texts) - 1) + [1.0]
+    assert all(score.reason.isprintable() for score in scores[:-1])
+
+
 # What the newest kernel's answer is replaced by, and in which sandbox the same is refused all the same.
 OLD_KERNELS = {
     "no Landlock": ("bubblewrap", "return max(0, _libc.syscall(_LANDLOCK_CREATE, None, 0, 1))", "return 0"),
