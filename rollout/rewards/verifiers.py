@@ -266,7 +266,7 @@ def _plain(items: Sequence[tuple[Problem, str | None]]) -> list[tuple[dict[str, 
 def _reason(failure: str | Mapping[str, int]) -> str:
     """A failure in words; {"exit": code} is the process's end before its result, as subprocess counts codes."""
     if isinstance(failure, str):
-        return failure
+        return isolation.one_line(failure)
     code = failure["exit"]
     if code >= 0:
         return f"it ended without a score (exit code {code})"

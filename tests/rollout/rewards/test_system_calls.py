@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 import socket
 import struct
@@ -69,6 +70,17 @@ def test_the_docs_list_what_the_code_does():
     some = {row[0]: row[2] for row in rows if len(row) == 3}
     for name, (action, reason) in reasons().items():
         assert (some if action == "allow some" else written)[name] == reason, name
+
+
+def test_the_tests_that_the_docs_name_are_there():
+    text = (Path(__file__).parents[3] / "docs" / "security.md").read_text()
+    files = dict(re.findall(r"([A-Z]) (?:is )?`(test_\w+\.py)`", text))
+    named = re.findall(r"\b([A-Z]) `((?!test_)\w+)", text)
+    assert len(files) >= 5
+    assert len(named) > 25
+    for letter, name in ((letter, name) for letter, name in named if letter in files):
+        source = Path(__file__).with_name(files[letter]).read_text()
+        assert re.search(rf"def test_\w*{name}", source), (letter, name)
 
 
 @needs_libseccomp
