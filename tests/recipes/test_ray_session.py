@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -11,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from lockstep.engine import EngineConfig
+from lockstep.recipes import launch
 from lockstep.recipes.cluster.weights_folder import WeightsFolder
 from lockstep.recipes.run_inputs import with_absolute_paths
 from lockstep.trainer_bridge import TrainerConfig
@@ -78,6 +80,21 @@ def test_the_store_of_one_machine_is_a_file_and_that_of_several_listens_on_one_a
     stranger = dist.TCPStore(host, port, is_master=False)
     assert not stranger.check(["key"])
     assert not connect((host, port, "guess"), 5.0).check(["key"])
+
+
+def test_a_trainer_of_one_process_listens_on_the_loopback_alone(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(launch, "ENVIRONMENT_DEFAULTS", {})
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    launch.prepare_environment()
+    before = set(listeners())
+    group = dist.ProcessGroupGloo(dist.HashStore(), 0, 1, timedelta(seconds=5))
+    assert {address.ip for address in set(listeners()) - before} <= {"127.0.0.1"}
+    del group
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # ranks of torchrun may be on several machines
+    launch.prepare_environment()
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
 
 
 def listeners():
