@@ -46,6 +46,8 @@ class EnvironmentConfig:
     max_episode_tokens: of a whole episode, the prompt included; null takes the engine's longest sequence.
     tool_format: how the model writes tool calls: hermes (Qwen), llama, mistral, deepseek.
     timeout_s: of one call of the environment; null waits for ever, and calls it in the run's own thread.
+    own_process: the environments live in another process, which is killed where a call takes longer, and may be ended
+        by them: for code that cannot be interrupted, or not be trusted to return.
     on_error: what becomes of an episode whose environment or tool raises, does not return in time, or returns what it
         may not. "fail": it ends with a reward of 0. "retry": it is played again with the same seed, up to `max_retries`
         times, and then fails. "skip": its group is not trained on, and another one is played in its place (at most
@@ -58,6 +60,7 @@ class EnvironmentConfig:
     max_episode_tokens: Size | None = None
     tool_format: Text = "hermes"
     timeout_s: Seconds | None = 60.0
+    own_process: bool = False
     on_error: OnError = "fail"
     max_retries: Count = 2
     calculator: CalculatorConfig = field(default_factory=CalculatorConfig)
