@@ -249,8 +249,13 @@ class DraftStage:
 
     @torch.no_grad()
     def load(self, folder: str | Path) -> None:
-        """Goes on where `save` was called, and publishes the draft that was served then."""
+        """Goes on where `save` was called, and publishes the draft that was served then.
+
+        A checkpoint of a part of the run that trained no draft, on another cluster, has none: then with the first one.
+        """
         folder = Path(folder)
+        if not folder.exists():
+            return
         self.trainer.load(folder / "trainer")
         with safe_open(folder / "drafts.safetensors", framework="pt") as file:
             for name, parameter in self._kept():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lockstep.engine.models.config import load_model_config
+from lockstep.engine.speculation.build import NGRAM
 from lockstep.recipes.cluster.config import check_cluster
 from lockstep.recipes.inputs import ModelSource
 from lockstep.recipes.sinks import check_sinks
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 def check_rl(config: RLConfig) -> None:
     """All but the data, which recipes/room.py looks at. Raises ValueError that names the key which is wrong."""
     check_stage(config)
+    check_models(config)
     check_algorithm(config)
     check_lengths(config)
     if config.cluster.kind == "ray":
@@ -42,6 +44,20 @@ def check_stage(config: TrainingRunConfig) -> None:
             raise ValueError(f"{key} must not be empty: the run is written to runs_dir/name")
     if config.steps == 0:
         raise ValueError("steps=0: there is nothing to do; steps must be at least 1")
+
+
+def check_models(config: RLConfig) -> None:
+    """Raises ValueError for a model beside the run's own that is not there."""
+    beside = {
+        "algorithm.critic_model": config.algorithm.critic_model,
+        "algorithm.teacher_model": config.algorithm.teacher_model,
+        "trainer.reference_model": config.trainer.reference_model,
+        "engine.draft_model": None if config.engine.draft_model == NGRAM else config.engine.draft_model,
+        "draft.start": config.draft.start,
+    }
+    for key, path in beside.items():
+        if path is not None and hub.parse(path) is None and not (Path(path) / "config.json").is_file():
+            raise ValueError(f"{key}={path} is no model directory: it has no config.json")
 
 
 def check_algorithm(config: RLConfig) -> None:

@@ -251,11 +251,18 @@ def has_ended(config: TrainingRunConfig) -> bool:
     path = config.directory
     if not (path / "weights.sha256").exists() or not (path / CONFIG_FILE).exists():
         return False
-    stored, inputs = completed(type(config), read_config(path), str(path / CONFIG_FILE)), RunInputs(path)
+    stored = completed(type(config), read_config(path), str(path / CONFIG_FILE))
     may_differ = [pattern for pattern in MAY_DIFFER if pattern != "steps"]
-    if differences(stored, to_plain(as_stored(config)), may_differ):
+    if differences(stored, to_plain(as_stored(settled(config))), may_differ):
         return False
-    return not any(inputs.changes(*role) for role in inputs.with_recorded(config_inputs(config)).items())
+    return not changed_inputs(config)
+
+
+def changed_inputs(config: TrainingRunConfig) -> list[str]:
+    """A line for each file that the run in the config's directory was started from and that is not what it was."""
+    inputs = RunInputs(config.directory)
+    roles = inputs.with_recorded(config_inputs(config))
+    return [line for role, files in roles.items() for line in inputs.changes(role, files)]
 
 
 def _hint(config: TrainingRunConfig, stage: str) -> str:

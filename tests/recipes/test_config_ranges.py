@@ -154,6 +154,8 @@ def plain_value(plain: dict, key: str) -> object:
         ("rl", "algorithm.name", "distillation", "algorithm.teacher_model"),
         ("rl", "reward", {"corect": 1}, "no reward 'corect'"),
         ("rl", "reward", {"judge": {"model": "nowhere"}}, "nowhere"),
+        ("rl", "trainer.reference_model", "nowhere", "trainer.reference_model=nowhere is no model directory"),
+        ("rl", "draft.start", "nowhere", "draft.start=nowhere is no model directory"),
         ("rl", "environment.kind", "no.such", "cannot find the environment 'no.such'"),
         ("rl", "task.reasoning_gym.dataset", "sums", "sums"),
         ("rl", "evaluation_tasks", {"a": {"reasoning_gym": {"dataset": "sums"}}}, "sums"),

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -11,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from lockstep.engine import EngineConfig
+from lockstep.recipes import launch
 from lockstep.recipes.cluster.weights_folder import WeightsFolder
 from lockstep.recipes.run_inputs import with_absolute_paths
 from lockstep.trainer_bridge import TrainerConfig
@@ -64,12 +66,11 @@ def test_an_own_cluster_is_beside_any_other_and_its_death_after_a_run_ends_no_ru
 
 
 def test_the_store_of_one_machine_is_a_file_and_that_of_several_listens_on_one_address(tmp_path):
-    actor = TrainerActor(0, 1, seed=0, num_threads=1)
+    actor, before = TrainerActor(0, 1, seed=0, num_threads=1), set(listeners())
     address = actor.open_store(tmp_path)
-    assert not [c for c in psutil.Process().net_connections("inet") if c.status == "LISTEN"]
+    assert set(listeners()) == before
     connect(address, 5.0).set("key", "value")
     assert actor._store.get("key") == b"value"
-    before = set(listeners())
     host, port, token = actor.open_store(None)
     assert [(c.ip, c.port) for c in set(listeners()) - before] == [(host, port)]
     assert host not in ("", "0.0.0.0", "::")
@@ -78,6 +79,21 @@ def test_the_store_of_one_machine_is_a_file_and_that_of_several_listens_on_one_a
     stranger = dist.TCPStore(host, port, is_master=False)
     assert not stranger.check(["key"])
     assert not connect((host, port, "guess"), 5.0).check(["key"])
+
+
+def test_a_trainer_of_one_process_listens_on_the_loopback_alone(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(launch, "ENVIRONMENT_DEFAULTS", {})
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    launch.prepare_environment()
+    before = set(listeners())
+    group = dist.ProcessGroupGloo(dist.HashStore(), 0, 1, timedelta(seconds=5))
+    assert {address.ip for address in set(listeners()) - before} <= {"127.0.0.1"}
+    del group
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # ranks of torchrun may be on several machines
+    launch.prepare_environment()
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
 
 
 def listeners():

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from short_runs import Killed, short_config
 
-from lockstep.recipes import rl, run_config, sft
+from lockstep.recipes import replay, rl, run_config, sft
 from lockstep.recipes.cli import main
 from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.config_schema import to_plain
@@ -95,14 +95,17 @@ def test_no_file_that_a_run_started_from_may_change_before_it_is_resumed(user, t
     for name, role in changed.items():
         file = tmp_path / name
         content, times = file.read_bytes(), file.stat()
-        file.write_bytes(content.replace(b"0", b"1", 1) if b"0" in content else content + b" ")
-        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # neither its time nor (mostly) its size tells
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if file.suffix == ".safetensors" else content + b"\n")
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # its time does not tell
         for config in (user, rl.RLConfig(run=str(run))):
             with pytest.raises(ValueError, match=r"files that are not what they were") as error:
                 rl.run(config)
             assert role in str(error.value)
             assert file.name in str(error.value)
             assert "overwrite=true" in str(error.value)
+        if role != "the warm-up's model":
+            with pytest.raises(ValueError, match=rf"started from files that .*\n.*{file.name}"):
+                replay.run(replay.ReplayConfig(run=str(run)))
         file.write_bytes(content)
     assert checkpoint_steps(run) == [1], "a refusal changed the run"
     (tmp_path / "model" / "README.md").write_text("read by nobody")
