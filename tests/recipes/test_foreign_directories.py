@@ -10,6 +10,7 @@ from short_runs import short_config
 from lockstep.recipes import cli, content_hashes, rl
 
 STEPS = ("checkpoints/step_000001", "checkpoints/step_000002")
+OLD_FILES = (".metadata", "common.pt", "__0_0.distcp")
 POISONED = {
     "an older checkpoint": [
         f"{step}/trainer/{name}" for step in STEPS for name in (".metadata", "common.pt", "__0_0.distcp")
@@ -26,17 +27,8 @@ POISONED = {
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     config = short_config(folder)
-    evaluation = replace(config.evaluation, num_problems=2)
-    rl.run(
-        replace(
-            config,
-            steps=2,
-            checkpoint_every=1,
-            warmup=replace(config.warmup, steps=0),
-            evaluate_every=5,
-            evaluation=evaluation,
-        )
-    )
+    short = {"steps": 2, "checkpoint_every": 1, "evaluate_every": 5, "warmup": replace(config.warmup, steps=0)}
+    rl.run(replace(config, evaluation=replace(config.evaluation, num_problems=2), **short))
     return folder / "short"
 
 
