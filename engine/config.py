@@ -19,6 +19,7 @@ from lockstep.engine.checks import (
     path,
     power_of_two,
 )
+from lockstep.engine.config_fields import InputPath
 from lockstep.engine.draft_config import LayerIds
 from lockstep.engine.speculation.build import check_speculation
 from lockstep.engine.speculation.speculation import MAX_DRAFT_TOKENS
@@ -58,7 +59,7 @@ class EngineConfig:
     draft_min_accepted: a request of whose drafts fewer than this are accepted per step goes on without for a while.
     """
 
-    model: str
+    model: InputPath
     device: str = "cpu"
     dtype: str = "float32"
     load_format: str = "auto"
@@ -78,7 +79,7 @@ class EngineConfig:
     ep_size: int = 1
     rank_timeout_s: float = 120.0
     rank_start_timeout_s: float = 900.0
-    draft_model: str | None = None
+    draft_model: InputPath | None = None
     draft_layer_ids: LayerIds = "auto"
     num_draft_tokens: int = 0
     draft_max_requests: int | None = None

@@ -113,9 +113,10 @@ def _completed(
             )
     has_all_tokens = config.draft_vocab_size == config.vocab_size
     if has_all_tokens and "d2t" not in tensors and "t2d" not in tensors:
-        tensors["d2t"] = torch.zeros(config.vocab_size, dtype=torch.int64)
+        tensors["d2t"] = torch.zeros(config.vocab_size, dtype=torch.int64, device="cpu")
     if _HEAD not in tensors and head_weight is not None and "d2t" in tensors and "fc.weight" in tensors:
-        rows = (tensors["d2t"] + torch.arange(len(tensors["d2t"]))).clamp(0, len(head_weight) - 1)
+        draft_ids = torch.arange(len(tensors["d2t"]), dtype=torch.int64, device="cpu")
+        rows = (tensors["d2t"] + draft_ids).clamp(0, len(head_weight) - 1)
         tensors[_HEAD] = head_weight.detach().cpu()[rows].to(tensors["fc.weight"].dtype)
     return tensors
 

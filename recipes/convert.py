@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from lockstep.engine.checkpoint import check_weights, iterate_weights
+from lockstep.engine.config_fields import Size, Text, check_fields
 from lockstep.engine.draft_config import LayerIds, ServingEngine
 from lockstep.engine.export import save_hf
 from lockstep.engine.models.config import ModelConfig, as_scalar_model, load_model_config, read_config_json
@@ -47,23 +48,26 @@ class ConvertConfig:
     engine_tp experts are shared out: 1 or all.
     """
 
-    model: str | None = None
-    checkpoint: str | None = None
-    output: str | None = None
-    draft: str | None = None
+    model: Text | None = None
+    checkpoint: Text | None = None
+    output: Text | None = None
+    draft: Text | None = None
     export_for: ServingEngine | None = None
     draft_layer_ids: LayerIds = "auto"
-    new_checkpoint: str | None = None
-    run: str | None = None
+    new_checkpoint: Text | None = None
+    run: Text | None = None
     allow_pickle: bool = False
     table: bool = False
     plan: bool = False
-    trainer_tp: int = 1
-    trainer_pp: int = 1
-    trainer_ep: int = 1
-    engine_tp: int = 1
-    engine_ep: int = 1
-    engine_replicas: int = 1
+    trainer_tp: Size = 1
+    trainer_pp: Size = 1
+    trainer_ep: Size = 1
+    engine_tp: Size = 1
+    engine_ep: Size = 1
+    engine_replicas: Size = 1
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def run(config: ConvertConfig) -> dict[str, Any]:

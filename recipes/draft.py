@@ -8,12 +8,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.engine.capture import Capture, CaptureConfig, CapturedSequence
+from lockstep.engine.config_fields import Count, Input, InputPath, Seed, Size, Text, Threads, check_fields
 from lockstep.engine.draft_checkpoint import load_draft, save_draft
 from lockstep.engine.draft_config import ServingEngine, choose_engine
 from lockstep.engine.models.config import ModelConfig
@@ -23,7 +24,8 @@ from lockstep.recipes.draft_texts import DraftText, read_texts
 from lockstep.recipes.report import write_report
 from lockstep.recipes.run_directory import read_metrics
 from lockstep.recipes.sinks import WandbConfig
-from lockstep.recipes.training_run import TrainingRun, resumed
+from lockstep.recipes.start_checks import check_stage
+from lockstep.recipes.training_run import TrainingRun, is_due, resumed
 from lockstep.rollout import hub
 from lockstep.rollout.end_of_turn import stop_token_ids
 from lockstep.rollout.order import ProblemOrder
@@ -37,8 +39,8 @@ USUAL_DRAFT_VOCAB = 32000
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """name, run, runs_dir, seed, num_threads, steps, checkpoint_every, keep_checkpoints, sinks, wandb: as in the other
-        stages.
+    """name, run, runs_dir, seed, num_threads, steps, checkpoint_every, keep_checkpoints, sinks, wandb, overwrite: as in
+        the other stages.
 
     engine: serves the target, engine.model; the hidden states are recomputed through it.
     rollouts: a run directory whose samples are learned; or texts: a file, see recipes/draft_texts.py.
@@ -49,37 +51,37 @@ class DraftConfig:
         SGLang where it can read such a draft, else vLLM; the summary says which.
     draft_vocab_size: of a new draft; None is the usual 32000, or the target's whole vocabulary where that is smaller.
     norm_aux, norm_output: of a new draft, see Eagle3Config.
-    sequences_per_step: texts in an update. held_out: texts kept back for evaluation, every evaluate_every steps.
+    sequences_per_step: texts in an update. held_out: texts kept back for evaluation, every evaluate_every steps (0:
+        there is none).
     """
 
     engine: EngineConfig
     name: str = "draft"
-    run: str | None = None
+    run: Text | None = None
     runs_dir: str = "runs"
-    seed: int = 0
-    num_threads: int | None = 2
-    rollouts: str | None = None
-    texts: str | None = None
-    max_tokens: int = 4096
-    start: str | None = None
+    seed: Seed = 0
+    num_threads: Threads | None = 2
+    rollouts: Annotated[str, Input("rollouts")] | None = None
+    texts: InputPath | None = None
+    max_tokens: Size = 4096
+    start: InputPath | None = None
     export_for: ServingEngine | None = None
-    draft_vocab_size: int | None = None
+    draft_vocab_size: Size | None = None
     norm_aux: bool = False
     norm_output: bool = False
     trainer: DraftTrainerConfig = field(default_factory=DraftTrainerConfig)
-    steps: int = 1000
-    sequences_per_step: int = 16
-    held_out: int = 32
-    evaluate_every: int = 50
-    checkpoint_every: int = 100
-    keep_checkpoints: int = 2
+    steps: Size = 1000
+    sequences_per_step: Size = 16
+    held_out: Size = 32
+    evaluate_every: Count = 50
+    checkpoint_every: Count = 100
+    keep_checkpoints: Count = 2
     sinks: tuple[str, ...] = ()
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    overwrite: bool = False
 
     def __post_init__(self):
-        for name in ("sequences_per_step", "held_out", "evaluate_every", "checkpoint_every", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"DraftConfig.{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self)
 
     @property
     def directory(self) -> Path:
@@ -89,6 +91,7 @@ class DraftConfig:
 def run(config: DraftConfig) -> dict[str, Any]:
     """Trains until `config.steps` updates are made, exports the draft to `draft` in the run directory, and tries it."""
     config = resumed(config)
+    check_stage(config)
     config = replace(config, engine=replace(config.engine, model=hub.pinned(config.engine.model)))
     with TrainingRun(config, "draft") as run:
         _LOG.info("loading the model %s", config.engine.model)
@@ -122,7 +125,7 @@ def train(
     """The loop. Step s learns from the texts whose turn it is; their states are computed for it and then dropped."""
 
     def evaluate_if_due(step: int) -> None:
-        if step % config.evaluate_every == 0 or step == config.steps:
+        if is_due(step, config.evaluate_every, config.steps):
             run.sinks.record(step, "draft_eval", trainer.unrolled.evaluate(held_out))
 
     order = ProblemOrder(len(texts), config.seed)

@@ -14,13 +14,16 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from safetensors.torch import save_file
 
 from lockstep.engine import Engine
 from lockstep.engine.capture import CaptureConfig
 from lockstep.engine.checkpoint import CheckpointError, opened_tensors
+from lockstep.engine.config_fields import MAX_COUNT, Count, InputPath, Positive, Size, check_fields
 from lockstep.engine.draft_checkpoint import load_draft, save_draft
 from lockstep.engine.draft_config import ServingEngine, choose_engine
 from lockstep.engine.models.eagle3 import Eagle3Draft
@@ -55,28 +58,22 @@ class DraftStageConfig:
     trainer: its temperature is that of the rollouts.
     """
 
-    train_every: int = 0
-    start: str | None = None
+    train_every: Count = 0
+    start: InputPath | None = None
     export_for: ServingEngine | None = None
-    draft_vocab_size: int | None = None
-    num_draft_tokens: int = 4
-    sequences_per_update: int = 16
-    passes: int = 1
-    capture_every: int = 1
-    held_out_every: int = 8
-    freeze_at: int = 1
-    speed_samples: int = 16
-    memory_gb: float = 4.0
+    draft_vocab_size: Size | None = None
+    num_draft_tokens: Size = 4
+    sequences_per_update: Size = 16
+    passes: Size = 1
+    capture_every: Size = 1
+    held_out_every: Annotated[int, Interval(ge=2, le=MAX_COUNT)] = 8
+    freeze_at: Size = 1
+    speed_samples: Size = 16
+    memory_gb: Positive = 4.0
     trainer: DraftTrainerConfig = field(default_factory=DraftTrainerConfig)
 
     def __post_init__(self):
-        if self.train_every < 0:
-            raise ValueError(f"DraftStageConfig.train_every must be at least 0, got {self.train_every}")
-        for name in ("sequences_per_update", "passes", "capture_every", "freeze_at", "speed_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"DraftStageConfig.{name} must be at least 1, got {getattr(self, name)}")
-        if self.held_out_every < 2:
-            raise ValueError(f"DraftStageConfig.held_out_every must be at least 2, got {self.held_out_every}")
+        check_fields(self)
         longest = min(MAX_DRAFT_TOKENS, self.trainer.num_steps)
         if not 1 <= self.num_draft_tokens <= longest:
             raise ValueError(

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lockstep.engine import Engine, EngineConfig
+from lockstep.engine.config_fields import Count, Seed, Text, Threads, check_fields
 from lockstep.engine.detokenizer import decode_text
 from lockstep.engine.files import write_whole
 from lockstep.engine.models.config import load_model_config
@@ -52,10 +53,13 @@ class EvalConfig:
     reward: Any = field(default_factory=dict)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    seed: int = 0
-    num_threads: int | None = None
-    show: int = 3
-    output: str | None = None
+    seed: Seed = 0
+    num_threads: Threads | None = None
+    show: Count = 3
+    output: Text | None = None
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def run(config: EvalConfig) -> dict[str, dict[str, Any]]:

@@ -178,15 +178,17 @@ def _run_rows(config: TrainingRunConfig, num_problems: int, per_step: int, model
     epochs = config.steps * per_step / num_problems
     itemsize = 2 if config.trainer.dtype == "bfloat16" else 4
     state = num_parameters(model) * (itemsize + (12 if itemsize == 2 else 8))
+    when = f"every {config.checkpoint_every} steps" if config.checkpoint_every else "at the end"
     kept = f"{config.keep_checkpoints} kept" if config.keep_checkpoints else "all kept"
     return [
         ("steps", f"{config.steps:,}", f"{epochs:.3g} epochs of {num_problems:,} problems"),
-        ("a checkpoint", size(state), f"weights and optimizer, every {config.checkpoint_every} steps; {kept}"),
+        ("a checkpoint", size(state), f"weights and optimizer, {when}; {kept}"),
     ]
 
 
 def _evaluation_row(config: RLConfig) -> Row:
-    times = 1 + config.steps // config.evaluate_every + (config.steps % config.evaluate_every > 0)
+    every = config.evaluate_every
+    times = 1 + config.steps // every + (config.steps % every > 0) if every else 0
     evaluation = config.evaluation
     each = evaluation.num_problems * evaluation.samples_per_problem * (1 + len(config.evaluation_tasks))
     return ("evaluations", f"{times:,}", f"of at most {each:,} samples of {evaluation.max_tokens} tokens")

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lockstep.engine.config_fields import Text, check_fields
 from lockstep.recipes import content_hashes, launch, rl
 from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.cluster.local import LocalCluster
@@ -29,9 +30,12 @@ class ReplayConfig:
     again. cluster: where trainer and engine live now; another than the run's changes nothing.
     """
 
-    run: str
-    step: str = "all"
+    run: Text
+    step: Text = "all"
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 @dataclass(frozen=True, order=True)

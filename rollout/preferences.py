@@ -6,8 +6,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Interval
 
 from lockstep.engine import Engine
+from lockstep.engine.config_fields import MAX_COUNT, Positive, Size, check_fields
 from lockstep.engine.files import write_whole
 from lockstep.rollout.evaluation import EVALUATION_STEP
 from lockstep.rollout.model_output import valid_text
@@ -31,11 +35,14 @@ class Preference:
 class PairSamplingConfig:
     """How a policy's answers become pairs: of each problem with a right and a wrong answer, the first of each."""
 
-    train_problems: int = 1000
-    held_out_problems: int = 200
-    samples_per_problem: int = 8
-    max_tokens: int = 256
-    temperature: float = 1.0
+    train_problems: Size = 1000
+    held_out_problems: Size = 200
+    samples_per_problem: Annotated[int, Interval(ge=2, le=MAX_COUNT)] = 8
+    max_tokens: Size = 256
+    temperature: Positive = 1.0
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def read_pairs(files: Sequence[str]) -> list[Preference]:

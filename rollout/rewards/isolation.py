@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import os
+import platform
 import selectors
 import signal
 import socket
@@ -49,7 +50,7 @@ class IsolationError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """wall_time_s: from the start of the process, Python's own start (some 50 ms) included. cpu_time_s: whole seconds.
+    """wall_time_s: of the judged process, or of one item where it judges several. cpu_time_s: whole seconds.
     memory_bytes: of address space. file_bytes: size of a file, all of which lie in a temporary directory.
     disk_bytes, num_files: of all that lies in that directory. num_threads: it starts no process.
     output_bytes: of what it prints.
@@ -294,6 +295,8 @@ def _library_path() -> tuple[list[str], list[str]]:
 @functools.cache
 def why_not(sandbox: str) -> str:
     """Why a sandbox does not work on this machine, found by trying it; empty where it does."""
+    if (machine := (platform.system(), platform.machine())) != ("Linux", "x86_64"):
+        return f"isolation is written for Linux on x86-64, not {machine[0]} on {machine[1]}"
     if sandbox == "bubblewrap" and bubblewrap.find() is None:
         return "bubblewrap is not installed (Debian: apt-get install bubblewrap)"
     limits = Limits(wall_time_s=60.0, memory_bytes=1 << 32)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lockstep.engine import user_code
+from lockstep.engine.models.config import load_model_config
 from lockstep.rollout.rewards import code, functions, models, rules, text_rewards
 from lockstep.rollout.rewards.failures import FailedScore
 from lockstep.rollout.rewards.models import RewardEngines
@@ -87,6 +88,8 @@ def check_reward(terms: Any) -> None:
             options = _options(REWARDS[kind].options, options)
             if isinstance(options, functions.FunctionOptions):
                 functions.checked_function(options)
+            if isinstance(options, models.RewardModelOptions | models.JudgeOptions):
+                load_model_config(RewardEngines.config(options.model, options.engine).model)
 
 
 class LocalRewards(RewardEngines):

@@ -87,12 +87,17 @@ class RewardEngines:
         self._pools.append(VerifierPool(verifier, num_workers))
         return self._pools[-1]
 
-    def engine(self, model: str, options: Mapping[str, Any]) -> Engine:
-        """Raises ValueError for an option that EngineConfig lacks, for a hub id without files, and as Engine does."""
+    @staticmethod
+    def config(model: str, options: Mapping[str, Any]) -> EngineConfig:
+        """Raises ValueError for an option that EngineConfig lacks, and for a hub id without files."""
         try:
-            config = EngineConfig(model=hub.model_directory(model), **options)
+            return EngineConfig(model=hub.model_directory(model), **options)
         except TypeError as error:
             raise ValueError(f"engine options of {model}: {error}") from error
+
+    def engine(self, model: str, options: Mapping[str, Any]) -> Engine:
+        """Raises ValueError as `config` and Engine do."""
+        config = self.config(model, options)
         if config not in self._engines:
             self._engines[config] = Engine(config)
         return self._engines[config]

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -22,7 +23,7 @@ from lockstep.rollout.evaluation import EvaluationConfig
 from lockstep.rollout.tasks import LocalFilesConfig, ReasoningGymConfig, TaskSplits
 from lockstep.rollout.tasks.answers import ANSWER_INSTRUCTION
 from lockstep.rollout.tokenizer import load_tokenizer, render_prompt
-from lockstep.rollout.worker import RolloutConfig
+from lockstep.rollout.worker import RolloutConfig, RolloutWorker
 
 GCD = ReasoningGymConfig(dataset="gcd", train_size=20, held_out_size=4)
 
@@ -381,3 +382,15 @@ def test_an_evaluation_names_what_has_no_room_before_the_model_is_loaded(tmp_pat
     (tmp_path / "other.jsonl").write_text(json.dumps({"question": "7" * 4000, "answer": "7", "worked": "7"}))
     with pytest.raises(ValueError, match="problem other/0 of task 'rows' has no room"):
         evaluate.run(evaluate.EvalConfig(EngineConfig(model=str(model)), task))
+
+
+def test_what_sft_teaches_stops_generation(tmp_path, model):
+    tokenizer = load_tokenizer(model)
+    end, end_of_text = tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|end_of_text|>"])
+    task = local(tmp_path, (1, 2)).build().train
+    taught = sft.example_sequence(tokenizer, task, 0)
+    assert taught.token_ids[-1] == end != tokenizer.eos_token_id == end_of_text
+    assert taught.loss_mask[-2:] == [True, True]
+    engine = SimpleNamespace(config=EngineConfig(model=str(model)))
+    worker = RolloutWorker(engine, tokenizer, task, None, RolloutConfig(), 0)
+    assert worker.sampling_params(1, 5).stop_token_ids == (end, end_of_text)

@@ -1,8 +1,13 @@
 """Programs are scored by what they print or by test code; whatever one does is its own failure alone."""
 
-import pytest
+import json
+import os
 
-from lockstep.rollout.rewards import Completion, RewardEngines, build_reward
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lockstep.rollout.rewards import Completion, RewardEngines, build_reward, remote_tests
 from lockstep.rollout.tasks import Problem
 
 MESSAGES = ({"role": "user", "content": "?"},)
@@ -98,6 +103,32 @@ def test_honest_programs_pass_their_test_code(name, apart):
     program, tests = HONEST[name]
     assert score(program, {"test_code": tests}, test_code_apart=apart, count=1)[0] == 1.0
     assert score(program, {"test_code": f"{tests}\nassert False"}, test_code_apart=apart, count=1)[0] == 0.0
+
+
+VALUES = st.recursive(
+    st.one_of(
+        *(st.none(), st.booleans(), st.integers(), st.text(), st.just("\ud800"), st.binary(), st.fractions()),
+        *(st.floats(allow_nan=False), st.complex_numbers(allow_nan=False), st.decimals(allow_nan=False)),
+        *(st.datetimes(), st.dates(), st.times(), st.timedeltas()),
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@pytest.fixture(scope="module")
+def peer():
+    reader, writer = os.pipe()
+    os.close(writer)
+    return remote_tests.Tests(reader)
+
+
+@settings(max_examples=150, deadline=None)
+@given(VALUES)
+def test_values_arrive_as_they_are(peer, value):
+    arrived = peer.decoded(json.loads(json.dumps(peer.encoded(value))))
+    assert arrived == value
+    assert type(arrived) is type(value)
 
 
 FALSE = {

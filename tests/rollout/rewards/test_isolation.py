@@ -18,6 +18,8 @@ import pytest
 
 from lockstep.rollout.rewards import RewardEngines, build_reward, isolation
 from lockstep.rollout.rewards.isolation import IsolationError, Limits, Outcome, remove_tree, run_program
+from lockstep.rollout.rewards.verifiers import Verifier, VerifierPool
+from lockstep.rollout.tasks import Problem
 
 # A busy machine may take seconds to start a process: the wall clock is short only where it is what stops one.
 LIMITS = Limits(wall_time_s=60.0, cpu_time_s=1, memory_bytes=1 << 29, file_bytes=1 << 20, output_bytes=1 << 16)
@@ -169,10 +171,9 @@ REFUSED = {
     "no descriptor beyond the standard ones": "os.fstat((inherited or [63])[0])",
 }
 
-TRY_ALL = """
+SET_UP = """
 import ctypes, fcntl, json, os, resource, socket, struct
 F_SETOWN, F_SETSIG, F_SETOWN_EX = 8, 10, 15
-pid, outside, judge, expressions = json.loads(input())
 libc = ctypes.CDLL(None, use_errno=True)
 def checked(result):
     if result == -1:
@@ -184,9 +185,13 @@ def readable(descriptor):
         return bool(os.fstat(descriptor))
     except OSError:
         return False
-results = {}
 inherited = [number for number in range(3, 64) if readable(number)]
 (r, w), pair, own = os.pipe(), socket.socketpair(), os.open('own', os.O_RDWR | os.O_CREAT)
+"""
+TRY_ALL = f"""
+{SET_UP}
+pid, outside, judge, expressions = json.loads(input())
+results = {{}}
 for name, expression in expressions.items():
     try:
         eval(expression)
@@ -196,6 +201,23 @@ for name, expression in expressions.items():
     except BaseException as error:
         results[name] = repr(error)
 print(json.dumps(results))
+"""
+
+
+# A function that may read any file, and has its input and a pipe for its own result.
+ALLOWED_TO_FUNCTIONS = (
+    "what it is judged by", "the program's input file", "the input for writing",
+    "no descriptor beyond the standard ones",
+)  # fmt: skip
+FUNCTION = """
+def score(problem, text):
+    names = dict(problem.metadata)
+    exec(SET_UP, names)
+    try:
+        eval(text, names)
+    except OSError:
+        return 1.0
+    return 0.0
 """
 
 
@@ -276,19 +298,45 @@ def test_what_reaches_others_is_refused_and_nothing_is_left(user, sandbox, caugh
     assert not caught_signals
 
 
-def test_bubblewrap_protects_without_landlock(tmp_path, monkeypatch, caught_signals):
-    """As on kernels before 5.13: the same refusals, by its mounts and namespaces."""
-    if why := isolation.why_not("bubblewrap"):
+def test_a_function_reaches_others_as_little(sandbox, caught_signals, tmp_path):
+    (tmp_path / "mine.py").write_text(f"SET_UP = {SET_UP!r}\n{FUNCTION}")
+    before = _left_on_this_machine()
+    names = {"pid": os.getpid(), "outside": str(OUTSIDE), "judge": __file__}
+    problem = Problem("p", ({"role": "user", "content": "?"},), "7", names)
+    tried = {name: expression for name, expression in REFUSED.items() if name not in ALLOWED_TO_FUNCTIONS}
+    pool = VerifierPool(Verifier("mine", f"{tmp_path}/mine.py:score", limits=replace(LIMITS, sandbox=sandbox)))
+    scores = dict(zip(tried, pool.verify([(problem, expression) for expression in tried.values()]), strict=True))
+    pool.close()
+    assert {name: getattr(score, "reason", score) for name, score in scores.items() if score != 1.0} == {}
+    assert _left_on_this_machine() == before
+    assert not caught_signals
+
+
+# What the newest kernel's answer is replaced by, and in which sandbox the same is refused all the same.
+OLD_KERNELS = {
+    "no Landlock": ("bubblewrap", "return max(0, _libc.syscall(_LANDLOCK_CREATE, None, 0, 1))", "return 0"),
+    "Landlock 1": (
+        "landlock",
+        "version = _check(_libc.syscall(_LANDLOCK_CREATE, None, 0, 1),",
+        "version = 1 or (",
+    ),
+}
+
+
+@pytest.mark.parametrize("kernel", OLD_KERNELS)
+def test_older_kernels_refuse_the_same(kernel, tmp_path, monkeypatch, caught_signals):
+    sandbox, old, new = OLD_KERNELS[kernel]
+    if why := isolation.why_not(sandbox):
         pytest.skip(why)
     source = isolation._MAIN.read_text()
-    without = source.replace("return max(0, _libc.syscall(_LANDLOCK_CREATE, None, 0, 1))", "return 0")
-    assert without != source
-    main = tmp_path / "isolated_main.py"
-    main.write_text(without)
-    monkeypatch.setattr(isolation, "_MAIN", main)
+    assert old in source
+    for name in ("isolated_main.py", "remote_tests.py"):
+        shutil.copyfile(isolation._MAIN.with_name(name), tmp_path / name)
+    (tmp_path / "isolated_main.py").write_text(source.replace(old, new))
+    monkeypatch.setattr(isolation, "_MAIN", tmp_path / "isolated_main.py")
     before = _left_on_this_machine()
     job = json.dumps([os.getpid(), str(OUTSIDE), __file__, REFUSED])
-    outcome = run_program(TRY_ALL, job, replace(LIMITS, sandbox="bubblewrap"))
+    outcome = run_program(TRY_ALL, job, replace(LIMITS, sandbox=sandbox))
     assert outcome.failure is None
     assert {name: result for name, result in json.loads(outcome.output).items() if result} == {}
     assert _left_on_this_machine() == before
@@ -447,6 +495,29 @@ def test_a_sandbox_that_does_not_work_is_found_by_trying_it(tmp_path, monkeypatc
     assert "No permissions to create new namespace" in isolation.why_not.__wrapped__("bubblewrap")
     monkeypatch.setenv("PATH", "")
     assert "apt-get install bubblewrap" in isolation.why_not.__wrapped__("bubblewrap")
+
+
+@pytest.mark.parametrize("machine", [("Darwin", "arm64"), ("Linux", "aarch64")])
+def test_other_machines_are_refused_by_name(machine, monkeypatch):
+    monkeypatch.setattr("platform.system", lambda: machine[0])
+    monkeypatch.setattr("platform.machine", lambda: machine[1])
+    for sandbox in ("bubblewrap", "landlock"):
+        reason = isolation.why_not.__wrapped__(sandbox)
+        assert reason == f"isolation is written for Linux on x86-64, not {machine[0]} on {machine[1]}"
+
+
+def test_without_a_sandbox_only_what_needs_none_is_judged(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(isolation, "why_not", lambda name: "not here")
+    isolation._say.cache_clear()
+    (tmp_path / "mine.py").write_text("def score(problem, text): return len(text)\n")
+    verifier = Verifier("mine", f"{tmp_path}/mine.py:score", must_confine=False)
+    pool = VerifierPool(verifier)
+    assert pool.verify([(Problem("p", ({"role": "user", "content": "?"},), "7"), "four")]) == [4.0]
+    pool.close()
+    assert "isolation: none on this machine; not here" in caplog.text
+    with pytest.raises(IsolationError, match="this machine cannot isolate a process"):
+        VerifierPool(replace(verifier, must_confine=True)).open()
+    isolation._say.cache_clear()
 
 
 def test_an_unknown_sandbox_is_refused():
