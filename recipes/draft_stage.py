@@ -18,11 +18,11 @@ from typing import Annotated
 
 import torch
 from annotated_types import Interval
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lockstep.engine import Engine
 from lockstep.engine.capture import CaptureConfig
+from lockstep.engine.checkpoint import CheckpointError, opened_tensors
 from lockstep.engine.config_fields import MAX_COUNT, Count, InputPath, Positive, Size, check_fields
 from lockstep.engine.draft_checkpoint import load_draft, save_draft
 from lockstep.engine.draft_config import ServingEngine, choose_engine
@@ -257,10 +257,13 @@ class DraftStage:
         if not folder.exists():
             return
         self.trainer.load(folder / "trainer")
-        with safe_open(folder / "drafts.safetensors", framework="pt") as file:
-            for name, parameter in self._kept():
+        with opened_tensors(folder, "drafts.safetensors") as file:
+            kept, versions = dict(self._kept()), file.metadata() or {}
+            if set(file.keys()) != kept.keys() or not versions.keys() >= {"version", "frozen_version"}:
+                raise CheckpointError(f"{folder / 'drafts.safetensors'} does not hold this run's drafts")
+            for name, parameter in kept.items():
                 parameter.copy_(file.get_tensor(name))
-            self.version, self.frozen_version = (int(file.metadata()[key]) for key in ("version", "frozen_version"))
+            self.version, self.frozen_version = (int(versions[key]) for key in ("version", "frozen_version"))
         if self.version > 0:
             self.publish([*self.served.named_parameters(), ("token_map", self.served.token_map)], self.version)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lockstep.engine import EngineConfig
+from lockstep.engine.foreign_files import read_json
 from lockstep.recipes.training_batches import (
     BatchShape,
     all_tokens,
@@ -92,7 +93,10 @@ class Learner:
             self.critic.save(path / "critic")
 
     def load(self, path: Path) -> None:
-        self.entropy_coefficient = json.loads((path / "state.json").read_text())["entropy_coefficient"]
+        coefficient = read_json(path, "state.json").get("entropy_coefficient")
+        if not isinstance(coefficient, int | float):
+            raise ValueError(f"{path / 'state.json'} is damaged: it has no entropy_coefficient")
+        self.entropy_coefficient = coefficient
         if self.critic is not None:
             self.critic.load(path / "critic")
 
