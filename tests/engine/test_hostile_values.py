@@ -239,7 +239,11 @@ def test_other_prompts_are_refused_by_name_and_nothing_is_left(engine, trainer, 
     assert outputs(engine, seed=5) == usual
 
 
-@pytest.mark.parametrize("prompts", ["text", b"text", 3, None, {1: [2]}, {1, 2}, torch.tensor(3), object()], ids=repr)
+@pytest.mark.parametrize(
+    "prompts",
+    ["text", b"text", 3, None, {1: [2]}, {1, 2}, torch.tensor(3), object()],
+    ids=lambda value: type(value).__name__,
+)
 def test_what_is_no_list_of_prompts_is_refused(engine, trainer, prompts):
     with pytest.raises(ValueError, match="prompts must be a list of sequences"):
         engine.generate(prompts)
@@ -253,7 +257,11 @@ def test_prompts_may_be_rows_of_an_array_or_come_one_by_one(engine):
     assert engine.generate([]) == engine.score([]) == []
 
 
-@pytest.mark.parametrize("params", ["x", {"max_tokens": 3}, [None], [{}], iter([SamplingParams()]), 3], ids=repr)
+@pytest.mark.parametrize(
+    "params",
+    ["x", {"max_tokens": 3}, [None], [{}], iter([SamplingParams()]), 3],
+    ids=lambda value: type(value).__name__,
+)
 def test_what_is_no_sampling_params_is_refused(engine, params):
     with pytest.raises(ValueError, match=r"params(\[0\])? must be SamplingParams"):
         engine.generate([PROMPT], params)
