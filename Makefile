@@ -55,6 +55,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --upgrade pip
 	$(BIN)/pip install --constraint constraints.txt torch
 	$(BIN)/pip install --constraint constraints.txt --editable '.[dev,ray,sinks]'
+	@command -v bwrap >/dev/null || echo "No bubblewrap here: judged programs are confined by Landlock and seccomp alone." \
+		"To have it too: apt-get install bubblewrap (docs/security.md)"
 	touch $@
 
 clean:

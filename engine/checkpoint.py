@@ -46,7 +46,7 @@ def opened_tensors(directory: Path, name: str) -> Iterator[Any]:
         yield opened
 
 
-class _TensorFiles:
+class TensorFiles:
     """The tensors of a directory by name, over one file or many, read one at a time through memory maps."""
 
     def __init__(self, directory: Path) -> None:
@@ -155,7 +155,7 @@ def listing(title: str, names: Iterable[str], limit: int = 20) -> str:
     return f"; {title}: {', '.join(map(printable, ordered[:limit]))}{more}"
 
 
-def _check(files: _TensorFiles, path: Path, entries: list[Entry], config: ModelConfig) -> None:
+def _check(files: TensorFiles, path: Path, entries: list[Entry], config: ModelConfig) -> None:
     """Raises CheckpointError, naming every tensor at fault, before any weight has been read."""
     expected = {name: shape for entry in entries for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True)}
     found = {name for name in files.names() if not name.startswith(_behind(config))}
@@ -179,7 +179,7 @@ def _check(files: _TensorFiles, path: Path, entries: list[Entry], config: ModelC
         raise CheckpointError(f"{path} does not hold the weights that the model needs{problems}")
 
 
-def _check_tied(files: _TensorFiles, path: Path, config: ModelConfig) -> None:
+def _check_tied(files: TensorFiles, path: Path, config: ModelConfig) -> None:
     if not config.tie_word_embeddings or _HEAD not in files.names():
         return
     head, embedding = files.read(_HEAD), files.read(_EMBEDDING)
@@ -190,17 +190,17 @@ def _check_tied(files: _TensorFiles, path: Path, config: ModelConfig) -> None:
 def check_weights(path: str | Path, config: ModelConfig) -> None:
     """Raises what `iterate_weights` raises, from the files' headers alone: before memory is taken for the model."""
     directory = Path(path)
-    with _TensorFiles(directory) as files:
+    with TensorFiles(directory) as files:
         _check(files, directory, _entries(files, config), config)
 
 
 def extra_tensors(path: str | Path, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """(transformers' name, tensor) of what a directory holds beside the model: layers that predict further tokens."""
-    with _TensorFiles(Path(path)) as files:
+    with TensorFiles(Path(path)) as files:
         yield from ((name, files.read(name)) for name in sorted(files.names()) if name.startswith(_behind(config)))
 
 
-def _entries(files: _TensorFiles, config: ModelConfig) -> list[Entry]:
+def _entries(files: TensorFiles, config: ModelConfig) -> list[Entry]:
     held = files.names()
     return [as_stacked(entry) if entry.hf_stacked in held else entry for entry in expand(config)]
 
@@ -222,7 +222,7 @@ def iterate_weights(
     Raises MissingFileError, CheckpointError and ValueError, on the first `next`.
     """
     directory = Path(path)
-    with _TensorFiles(directory) as files:
+    with TensorFiles(directory) as files:
         held = files.names()
         _check(files, directory, _entries(files, config), config)
         _check_tied(files, directory, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 from lockstep.engine.checks import (
     SECONDS,
@@ -18,6 +19,8 @@ from lockstep.engine.checks import (
     path,
     power_of_two,
 )
+from lockstep.engine.config_fields import InputPath
+from lockstep.engine.draft_config import LayerIds
 from lockstep.engine.speculation.build import check_speculation
 from lockstep.engine.speculation.speculation import MAX_DRAFT_TOKENS
 
@@ -48,13 +51,15 @@ class EngineConfig:
     rank_start_timeout_s: how long they may take to start and to read their weights.
     draft_model: what drafts tokens ahead: "ngram" (copies from the request's text and its group's), or the directory
         of an EAGLE-3 model in the format of SGLang and vLLM. None: nothing does. It changes no bit of any output.
+    draft_layer_ids: whose numbers of the target's layers stand in a draft's config.json: "sglang"'s or "vllm"'s, which
+        differ by one. "auto": as the directory says, see draft_config.py.
     num_draft_tokens: drafts per request and step, 1 to 8.
     draft_max_requests: the most requests that decode together with drafts. None: as many as were measured to be faster
         with them, by batch size.
     draft_min_accepted: a request of whose drafts fewer than this are accepted per step goes on without for a while.
     """
 
-    model: str
+    model: InputPath
     device: str = "cpu"
     dtype: str = "float32"
     load_format: str = "auto"
@@ -74,7 +79,8 @@ class EngineConfig:
     ep_size: int = 1
     rank_timeout_s: float = 120.0
     rank_start_timeout_s: float = 900.0
-    draft_model: str | None = None
+    draft_model: InputPath | None = None
+    draft_layer_ids: LayerIds = "auto"
     num_draft_tokens: int = 0
     draft_max_requests: int | None = None
     draft_min_accepted: float = 0.25
@@ -104,6 +110,7 @@ _RULES: dict[str, Rule] = {
     "rank_timeout_s": SECONDS,
     "rank_start_timeout_s": SECONDS,
     "draft_model": optional(path),
+    "draft_layer_ids": Choice(get_args(LayerIds)),
     "num_draft_tokens": Whole(0, MAX_DRAFT_TOKENS, expected=f"1 to {MAX_DRAFT_TOKENS}"),
     "draft_max_requests": Whole(0, none=True),
     "draft_min_accepted": Real(0.0, expected="a finite number of at least 0"),

@@ -1,67 +1,117 @@
-"""Turns tokens into text: all at once, or those of one request as they arrive, with the stop strings in it."""
+"""Turns tokens into text: all at once, or those of one request as they arrive, with the stop strings in it.
+
+One rule for both. The text of a request is one decoding of its tokens, special tokens written out, without those that
+are `unseen`: ends of turn and of text, and padding. A request with stop strings ends with the first token after which
+that text contains one of them (an unfinished character at the end is shown as the replacement character), and its text
+ends before the one that begins first. An unseen token whose whole text is in a stop string is seen.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 REPLACEMENT_CHARACTER = "\ufffd"
+# Of so many tokens without an end of a character, those before the last few are taken for good where decoding allows.
+_LONG_UNSETTLED, _LAST_FEW = 16, 4
 
 
 class Tokenizer(Protocol):
+    """What is used of transformers' tokenizers."""
+
+    eos_token_id: int | None
+    pad_token_id: int | None
+    all_special_ids: Sequence[int]
+    added_tokens_decoder: Mapping[int, Any]
+
     def decode(
         self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
     ) -> str: ...
 
 
-def decode_text(tokenizer: Tokenizer, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-    """The text of tokens as they are; some tokenizers would take out spaces before punctuation."""
-    return tokenizer.decode(
-        list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-    )
+def decode_text(
+    tokenizer: Tokenizer,
+    token_ids: Sequence[int],
+    skip_special_tokens: bool = True,
+    unseen: Collection[int] = (),
+) -> str:
+    """The text of tokens as they are, without the `unseen`: some tokenizers would take out spaces before commas."""
+    seen = [token for token in token_ids if token not in unseen] if unseen else list(token_ids)
+    return tokenizer.decode(seen, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The special tokens, in whichever of the tokenizer's files they are said to be."""
+    added = tokenizer.added_tokens_decoder
+    return frozenset(tokenizer.all_special_ids) | {token for token, said in added.items() if said.special}
+
+
+def unseen_ids(
+    tokenizer: Tokenizer, special: Collection[int], end_ids: Iterable[int], stop: Sequence[str] = ()
+) -> frozenset[int]:
+    """The tokens that a request's text is without, of those that may end it (end_ids), the tokenizer's end and padding.
+
+    Only special tokens are: a word that ends a request is a word of its text.
+    """
+    ids = set(special) & {*end_ids, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    if stop:
+        texts = {token: decode_text(tokenizer, [token], skip_special_tokens=False) for token in ids}
+        ids = {token for token in ids if not any(texts[token] and texts[token] in wanted for wanted in stop)}
+    return frozenset(ids)
 
 
 class Detokenizer:
-    """Incremental decoding of one request's output.
+    """Finds the stop strings of one request while its tokens arrive.
 
     A token's text can depend on its neighbours (a character may span several byte-level tokens, a tokenizer may strip
-    a leading space), so new text is the difference of two decodings that share a short left context, and an unfinished
-    character is held back until its last byte arrives.
+    a leading space), so new text is the difference of two decodings that share a short left context. It is settled
+    where it ends with a whole character; what is not is decoded again with each token, and searched each time.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
-        self.text = ""
-        self.found_stop = False
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), unseen: Collection[int] = frozenset()):
         self.tokenizer = tokenizer
         self.stop = tuple(stop)
-        self.longest_stop = max(map(len, self.stop), default=0)
-        self.token_ids: list[int] = []
-        self.context_start = 0
-        self.read_until = 0
+        self.unseen = unseen
+        self.found_stop = False
+        self._longest_stop = max(map(len, self.stop), default=0)
+        self._token_ids: list[int] = []
+        self._settled_end = ""  # the last settled characters, as many as a stop string may begin with
+        self._context_start = 0
+        self._num_settled = 0
+        self._context = ""  # text of the tokens from _context_start to _num_settled
 
     def append(self, token_id: int) -> bool:
-        """Adds one token; returns whether a stop string is now complete (`text` then ends before that string)."""
-        self.token_ids.append(token_id)
-        before = self._decode(self.context_start, self.read_until)
-        after = self._decode(self.context_start, len(self.token_ids))
-        if after.endswith(REPLACEMENT_CHARACTER) or len(after) <= len(before):
-            return False
-        search_from = max(0, len(self.text) - self.longest_stop + 1)
-        self.text += after[len(before) :]
-        self.context_start, self.read_until = self.read_until, len(self.token_ids)
-        return self._cut_at_stop(search_from)
+        """Adds one token; returns whether the text of the tokens so far contains a stop string."""
+        if token_id in self.unseen:
+            return self.found_stop
+        self._token_ids.append(token_id)
+        text = self._decode(self._context_start, len(self._token_ids))
+        new = text[len(self._context) :]
+        self.found_stop = any(stop in self._settled_end + new for stop in self.stop)
+        if new and not text.endswith(REPLACEMENT_CHARACTER):
+            self._settle(len(self._token_ids), new)
+        elif len(self._token_ids) - self._num_settled >= _LONG_UNSETTLED:
+            self._settle_part(text)
+        return self.found_stop
 
-    def finish(self) -> str:
-        """The whole text, with an unfinished character at the end shown as the replacement character."""
-        before = self._decode(self.context_start, self.read_until)
-        return self.text + self._decode(self.context_start, len(self.token_ids))[len(before) :]
+    def cut(self, token_ids: Sequence[int]) -> str:
+        """The text of the request's tokens, up to the stop string if one was found."""
+        text = decode_text(self.tokenizer, token_ids, skip_special_tokens=False, unseen=self.unseen)
+        found = [at for at in map(text.find, self.stop) if at >= 0] if self.found_stop else []
+        return text[: min(found)] if found else text
+
+    def _settle(self, end: int, new: str) -> None:
+        self._context_start, self._num_settled = self._num_settled, end
+        self._context = self._decode(self._context_start, end)
+        if self._longest_stop > 1:
+            self._settled_end = (self._settled_end + new)[1 - self._longest_stop :]
+
+    def _settle_part(self, text: str) -> None:
+        """Settles all but the last few of many tokens that ended with no whole character, such as bytes of no text."""
+        end = len(self._token_ids) - _LAST_FEW
+        part = self._decode(self._context_start, end)
+        if part + self._decode(end, len(self._token_ids)) == text:
+            self._settle(end, part[len(self._context) :])
 
     def _decode(self, start: int, end: int) -> str:
-        return decode_text(self.tokenizer, self.token_ids[start:end])
-
-    def _cut_at_stop(self, search_from: int) -> bool:
-        found = [at for at in (self.text.find(stop, search_from) for stop in self.stop) if at >= 0]
-        if found:
-            self.text = self.text[: min(found)]
-            self.found_stop = True
-        return self.found_stop
+        return decode_text(self.tokenizer, self._token_ids[start:end], skip_special_tokens=False)

@@ -14,7 +14,7 @@ from lockstep.engine.build import build_model, check_parallel, num_kv_pages, ran
 from lockstep.engine.capture import Capture, CaptureConfig
 from lockstep.engine.checks import Choice, check_device_is_there
 from lockstep.engine.config import EngineConfig
-from lockstep.engine.detokenizer import Detokenizer, decode_text
+from lockstep.engine.detokenizer import Detokenizer, decode_text, special_ids, unseen_ids
 from lockstep.engine.foreign_files import has_file
 from lockstep.engine.intake import check_is_request, check_not_queued, checked_version, new_requests
 from lockstep.engine.laps import Laps
@@ -54,6 +54,7 @@ class Engine(Serving):
         sizes = scheduler_config(config, self.model_config)
         self.max_model_len = sizes.max_model_len
         self.tokenizer = _load_tokenizer(config.model)
+        self.special_ids = frozenset() if self.tokenizer is None else special_ids(self.tokenizer)
         self.weight_version = 0
         self.workers: Workers | None = start_workers(config, self.model_config) if config.tp_size > 1 else None
         try:
@@ -128,12 +129,12 @@ class Engine(Serving):
         for request in requests:
             if self.capture is not None:
                 self.capture.choose(request)
-            if request.params.stop:
-                request.detokenizer = Detokenizer(self.tokenizer, request.params.stop)
             if request.params.edits_logits:
                 self.editing.append(request)
             end_of_sequence = () if request.params.ignore_eos else self.model_config.eos_token_ids
             request.stop_ids = frozenset((*request.params.stop_token_ids, *end_of_sequence))
+            if request.params.stop:
+                request.detokenizer = Detokenizer(self.tokenizer, request.params.stop, self._unseen_ids(request))
             self.scheduler.add(request)
 
     def step(self) -> list[Request]:
@@ -185,13 +186,7 @@ class Engine(Serving):
         check_is_request("output", request)
         if request.finish_reason is None:
             raise ValueError(f"request {request.request_id} has not ended")
-        detokenizer = request.detokenizer
-        if detokenizer is not None:
-            text = detokenizer.text if detokenizer.found_stop else detokenizer.finish()
-        elif self.tokenizer is not None:
-            text = decode_text(self.tokenizer, request.output_ids)
-        else:
-            text = None
+        text = self._text(request)
         return RequestOutput(
             request_id=request.request_id,
             prompt_index=request.prompt_index,
@@ -208,6 +203,23 @@ class Engine(Serving):
             num_accepted_tokens=request.num_accepted,
             error=None if request.failure is None else str(request.failure),
         )
+
+    def _text(self, request: Request) -> str | None:
+        """None without a tokenizer, and where it fails: that is the request's error then."""
+        if self.tokenizer is None:
+            return None
+        try:
+            if request.detokenizer is not None:
+                return request.detokenizer.cut(request.output_ids)
+            unseen = self._unseen_ids(request)
+            return decode_text(self.tokenizer, request.output_ids, skip_special_tokens=False, unseen=unseen)
+        except Exception as error:
+            request.failure = request.failure or _own_failure(request, error)
+            return None
+
+    def _unseen_ids(self, request: Request) -> frozenset[int]:
+        end_ids = (*request.params.stop_token_ids, *self.model_config.eos_token_ids)
+        return unseen_ids(self.tokenizer, self.special_ids, end_ids, request.params.stop)
 
     # Hidden states ---------------------------------------------------------------------------------------------------
 
@@ -503,7 +515,7 @@ class Engine(Serving):
             try:
                 self._finish_if_done(request)
             except Exception as error:  # a tokenizer's, say: it is this request's and no other's
-                self._fail(request, RuntimeError(f"request {request.request_id}: {type(error).__name__}: {error}"))
+                self._fail(request, _own_failure(request, error))
         if collected.verified:
             self.speculation.record(collected.verified)
         for request in collected.broken:
@@ -554,3 +566,7 @@ def _load_tokenizer(path: str):
     from lockstep.engine.tokenizer import load_tokenizer  # a second of imports that token-id users do not need
 
     return load_tokenizer(path)
+
+
+def _own_failure(request: Request, error: Exception) -> RuntimeError:
+    return RuntimeError(f"request {request.request_id}: {type(error).__name__}: {error}")

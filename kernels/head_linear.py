@@ -7,8 +7,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# MKL without its strict mode takes another path, with another order of sums, for other numbers of rows.
-_CPU_ROW_MULTIPLE = 16
+from lockstep.kernels.linear import padded_rows
+
 # Part of the meaning of the bits; the tiles of rows and columns are free.
 _BLOCK_K = 64
 
@@ -41,7 +41,7 @@ def _head_linear_cpu(x: Tensor, weight: Tensor) -> Tensor:
     if x.dtype != torch.float32:
         raise ValueError(f"head_linear on the CPU takes float32, not {x.dtype}")
     num_rows, num_heads, _ = x.shape
-    padding = -num_rows % _CPU_ROW_MULTIPLE
+    padding = padded_rows(num_rows, weight.shape[1]) - num_rows
     x_HMK = F.pad(x.transpose(0, 1), (0, 0, 0, padding)).contiguous()
     y_HMN = torch.empty(num_heads, num_rows + padding, weight.shape[1], dtype=torch.float32, device="cpu")
     # A product a head: torch's batched one has other bits, and other ones again for other numbers of rows.

@@ -13,6 +13,9 @@ from lockstep.kernels.linear_decode import can_decode, linear_decode
 _CPU_ROW_MULTIPLE = 16
 # So many rows are not copied to be padded: the last ones are multiplied alone.
 _CPU_MANY_ROWS = 512
+# And so it does where it deals few columns and few rows out to threads: seen on 2 to 16 threads of an EPYC for fewer
+# than 12 columns a thread, unless there are as many rows as columns and 4 a thread.
+_CPU_COLUMNS_PER_THREAD, _CPU_ROWS_PER_THREAD = 12, 4
 
 # Up to so many rows a Triton kernel that only streams the weight wins over cuBLASLt's ...
 _DECODE_MAX_ROWS = 16
@@ -59,23 +62,30 @@ def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise ValueError(f"linear on the CPU takes float32, not {x.dtype}")
     # torch turns some strided batches into bmm, which has other bits: always hand it two dimensions.
     x_MK = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    num_rows = x_MK.shape[0]
+    num_rows, num_columns = x_MK.shape[0], weight.shape[0]
     num_last = num_rows % _CPU_ROW_MULTIPLE
-    if num_last == 0:
+    num_padded = padded_rows(num_rows, num_columns)
+    if num_padded == num_rows:
         y = F.linear(x_MK, weight)
-    elif num_rows < _CPU_MANY_ROWS:
-        y = F.linear(_pad_rows(x_MK), weight)[:num_rows]
+    elif num_rows < _CPU_MANY_ROWS or num_padded - num_rows >= _CPU_ROW_MULTIPLE:
+        y = F.linear(F.pad(x_MK, (0, 0, 0, num_padded - num_rows)), weight)[:num_rows]
     else:
-        y = torch.empty(num_rows, weight.shape[0], dtype=torch.float32, device="cpu")
+        y = torch.empty(num_rows, num_columns, dtype=torch.float32, device="cpu")
         torch.mm(x_MK[:-num_last], weight.t(), out=y[:-num_last])
-        y[-num_last:] = F.linear(_pad_rows(x_MK[-num_last:]), weight)[:num_last]
+        last = F.pad(x_MK[-num_last:], (0, 0, 0, padded_rows(num_last, num_columns) - num_last))
+        y[-num_last:] = F.linear(last, weight)[:num_last]
     if bias is not None:
         y.add_(bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _pad_rows(x_MK: Tensor) -> Tensor:
-    return F.pad(x_MK, (0, 0, 0, -x_MK.shape[0] % _CPU_ROW_MULTIPLE))
+def padded_rows(num_rows: int, num_columns: int) -> int:
+    """Of how many rows a product on the CPU with a weight of num_columns columns is made, for their bits to be those of
+    many rows: so many at least, and a multiple of 16."""
+    threads = torch.get_num_threads()
+    if num_rows and num_columns < _CPU_COLUMNS_PER_THREAD * threads:
+        num_rows = max(num_rows, num_columns, _CPU_ROWS_PER_THREAD * threads)
+    return num_rows + -num_rows % _CPU_ROW_MULTIPLE
 
 
 def _linear_cuda(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

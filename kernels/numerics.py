@@ -26,10 +26,10 @@ _CHECK_ROWS = {"cpu": 288, "cuda": 2100}
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of this name. ValueError: it is neither "cpu" nor "cuda" or "cuda:N", or there is no such GPU here."""
+    """The device of this name. ValueError: it is none of "cpu", "cuda" and "cuda:NUMBER", or this machine lacks it."""
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda") or not (number.isdecimal() or name == kind):
-        raise ValueError(f'device must be "cpu", "cuda" or "cuda:N", got {name!r}')
+        raise ValueError(f'device must be "cpu", "cuda" or "cuda:NUMBER", got {name!r}')
     if kind == "cuda" and (torch.version.cuda is None or not torch.cuda.is_available()):
         built = "torch sees none (nvidia-smi lists those that the driver has; CUDA_VISIBLE_DEVICES may hide them)"
         if torch.version.cuda is None:

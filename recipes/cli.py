@@ -36,16 +36,33 @@ class Stage:
     config: str
     run: str
     summary: str
+    resumes: bool = False  # run=DIR takes the config that the directory holds
 
 
 STAGES: Mapping[str, Stage] = {
-    "sft": Stage("lockstep.recipes.sft:SFTConfig", "lockstep.recipes.sft:run", "supervised fine-tuning"),
-    "rl": Stage("lockstep.recipes.rl:RLConfig", "lockstep.recipes.rl:run", "reinforcement learning from rewards"),
+    "sft": Stage(
+        "lockstep.recipes.sft:SFTConfig",
+        "lockstep.recipes.sft:run",
+        "supervised fine-tuning",
+        resumes=True,
+    ),
+    "rl": Stage(
+        "lockstep.recipes.rl:RLConfig",
+        "lockstep.recipes.rl:run",
+        "reinforcement learning from rewards",
+        resumes=True,
+    ),
     "reward": Stage(
-        "lockstep.recipes.reward:RewardConfig", "lockstep.recipes.reward:run", "a reward model from preference pairs"
+        "lockstep.recipes.reward:RewardConfig",
+        "lockstep.recipes.reward:run",
+        "a reward model from preference pairs",
+        resumes=True,
     ),
     "draft": Stage(
-        "lockstep.recipes.draft:DraftConfig", "lockstep.recipes.draft:run", "an EAGLE-3 draft for a model, offline"
+        "lockstep.recipes.draft:DraftConfig",
+        "lockstep.recipes.draft:run",
+        "an EAGLE-3 draft for a model, offline",
+        resumes=True,
     ),
     "eval": Stage(
         "lockstep.recipes.evaluate:EvalConfig", "lockstep.recipes.evaluate:run", "accuracy on held-out tasks"
@@ -118,15 +135,17 @@ def _flags_first(arguments: list[str]) -> list[str]:
 
 def _run_stage(name: str, stage: Stage, overrides: list[str]) -> None:
     full_errors = launch.full_errors_asked()
-    with ConsoleLog():
+    with ConsoleLog() as console_log:
         with _user_errors(full_errors):
             launch.check_machine()
             launch.prepare_environment()
             _LOG.debug("importing torch and Megatron-core")
             config_class, run = _resolve(stage.config), _resolve(stage.run)
+            _LOG.debug("composing the config")
             config = _compose(name, stage, config_class, overrides)
         if config is not None:
             with _user_errors(full_errors, "(HYDRA_FULL_ERROR=1 shows where)"), compilers_say_so():
+                console_log.is_running = True
                 _LOG.debug("starting lockstep %s", name)
                 run(config)
 
@@ -154,13 +173,15 @@ def _compose(name: str, stage: Stage, config_class: type, overrides: list[str]) 
         ValueError: what Hydra or OmegaConf refused, in one message that names the key.
     """
     import hydra  # here and not above: 0.4 s that `lockstep --help` need not wait
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
 
-    from lockstep.recipes import config_schema
+    from lockstep.recipes import config_schema, run_config
 
     composed = []
 
     def keep(config: Any) -> None:
-        composed.append(config)
+        composed.append((config, list(HydraConfig.get().overrides.task)))
 
     _register(name, stage, config_schema.mirror(config_class))
     arguments_before = sys.argv
@@ -174,7 +195,13 @@ def _compose(name: str, stage: Stage, config_class: type, overrides: list[str]) 
     finally:
         sys.argv = arguments_before
     # The stage itself runs after Hydra has returned, so that its tracebacks are its own.
-    return config_schema.build(config_class, composed[0]) if composed else None
+    if not composed:
+        return None
+    config, task_overrides = composed[0]
+    if stage.resumes and config.run is not None:
+        given = OmegaConf.to_container(config, resolve=True)
+        return run_config.resumed_from_plain(config_class, given, set(run_config.keys_of_overrides(task_overrides)))
+    return config_schema.build(config_class, config)
 
 
 def _register(name: str, stage: Stage, schema: type) -> None:

@@ -19,6 +19,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from lockstep.engine.config_fields import FieldError
+
+_hints_of = functools.cache(typing.get_type_hints)
+
 # `~` where a path begins in an override: at its start, in a list or in a mapping. Quoted ones are expanded later.
 _HOME = re.compile(r"(?:(?<=^)|(?<=[\[,{:\s]))~(?=/|$|[,\]}])")
 
@@ -26,7 +30,7 @@ _HOME = re.compile(r"(?:(?<=^)|(?<=[\[,{:\s]))~(?=/|$|[,\]}])")
 @functools.cache
 def mirror(config_class: type) -> type:
     """A mutable dataclass with config_class's keys and defaults, in types that OmegaConf accepts; nested ones too."""
-    hints = typing.get_type_hints(config_class)
+    hints = _hints_of(config_class)
     fields = []
     for field in dataclasses.fields(config_class):
         if not field.init:
@@ -45,7 +49,7 @@ def mirror(config_class: type) -> type:
 
 def keys(config_class: type, prefix: str = "") -> Iterator[str]:
     """Every dotted key that config_class can be given, nested dataclasses included."""
-    hints = typing.get_type_hints(config_class)
+    hints = _hints_of(config_class)
     for field in dataclasses.fields(config_class):
         if not field.init:
             continue
@@ -61,7 +65,11 @@ def build(config_class: type, config: DictConfig) -> Any:
     Raises:
         ValueError: a key is unknown, or has no value; or a value is none of its `Literal`'s; or the config refuses it.
     """
-    plain = _with_home(OmegaConf.to_container(config, resolve=True))
+    return from_plain(config_class, _with_home(OmegaConf.to_container(config, resolve=True)))
+
+
+def from_plain(config_class: type, plain: Mapping[str, Any]) -> Any:
+    """`build` of what YAML holds. Keys that are left out have the dataclass's defaults."""
     missing = list(_missing_keys(plain))
     if missing:
         raise ValueError(f"no value for {', '.join(missing)}: set it with {missing[0]}=VALUE")
@@ -128,6 +136,8 @@ def _mirror_type(annotation: Any) -> Any:
         return mirror(annotation)
     if annotation is Path:
         return str
+    if annotation is int:
+        return Any  # OmegaConf would cut 1.5 down to 1; `_build` refuses it
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is None:
         return annotation
@@ -169,18 +179,29 @@ def _build(annotation: Any, value: Any, key: str) -> Any:
         if value not in arguments:
             raise ValueError(f"{key}: {value!r} is none of {', '.join(map(repr, arguments))}")
         return value
+    if annotation is int:
+        return _whole_number(value, key)
     if value is None:
         return None
     if dataclasses.is_dataclass(annotation):
-        hints = typing.get_type_hints(annotation)
+        hints = _hints_of(annotation)
         prefix = f"{key}." if key else ""
         for name in value.keys() - hints.keys():
             raise ValueError(unknown_key_message(prefix + name, [prefix + known for known in hints]))
-        return annotation(**{name: _build(hints[name], item, prefix + name) for name, item in value.items()})
+        values = {name: _build(hints[name], item, prefix + name) for name, item in value.items()}
+        try:
+            return annotation(**values)
+        except FieldError as error:
+            raise ValueError(f"{prefix}{error.field} {error.problem}") from error
+        except ValueError as error:  # of a check that knows the class alone
+            owner, message = f"{annotation.__name__}.", str(error)
+            raise ValueError(prefix + message.removeprefix(owner) if message.startswith(owner) else message) from error
     if annotation is Path:
         return Path(value)
     if origin in (Union, UnionType):
         arms = [arm for arm in arguments if arm is not NoneType]
+        if value is None and NoneType in arguments:
+            return None
         return _build(arms[0], value, key) if len(arms) == 1 else value
     if annotation is tuple or origin is tuple:
         arms = arguments if arguments and ... not in arguments else arguments[:1] * len(value) or (Any,) * len(value)
@@ -192,3 +213,13 @@ def _build(annotation: Any, value: Any, key: str) -> Any:
     if isinstance(value, dict) and len(arguments) == 2:
         return {name: _build(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
     return value
+
+
+def _whole_number(value: Any, key: str) -> int:
+    """Numbers written as 1e3 and digits in quotes are whole numbers too."""
+    try:
+        if isinstance(value, bool) or int(value) != (float(value) if isinstance(value, str) else value):
+            raise ValueError(value)
+        return int(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{key} must be a whole number, got {value!r}") from None

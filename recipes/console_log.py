@@ -1,13 +1,13 @@
 """What a command says while it works: messages of the package's loggers, and that it still works where none comes.
 
 Modules say what they begin with `logging.getLogger(__name__).info("loading the model ...")`. Where a command runs,
-these are lines on the standard error. `debug` names what goes on without a line, for the case that it takes long.
+these are lines on the standard output; warnings go to the standard error. `debug` names what goes on without a line,
+for the case that it takes long.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,14 +25,17 @@ STEP_SILENT_S = 30.0  # steps are said by their own lines: only a long one is
 
 
 class ConsoleLog(logging.Handler):
-    """Lines on the standard error, at most 160 characters each; use as a context manager around a command.
+    """Lines of at most 160 characters each; use as a context manager around a command.
 
+    Until `is_running` is set, what the command prints is a config or a help text, and all lines are standard error's.
     Where it shows a terminal with a live table, the table says that the command works.
     """
 
     def __init__(self, silent_s: float = SILENT_S, console: Console | None = None) -> None:
         super().__init__(logging.DEBUG)
-        self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self.is_running = False
+        self._errors = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self._output = console or Console(highlight=False, soft_wrap=True)
         self._silent_s = silent_s
         self._activity, self._is_stepping = "", False
         self._began_s = self._said_s = time.monotonic()
@@ -60,8 +63,10 @@ class ConsoleLog(logging.Handler):
                 self._begin("" if is_step else record.getMessage(), is_step)
             if is_step or record.levelno < logging.INFO or getattr(record, "in_the_log_alone", False):
                 return
-            prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-            self._say(prefix + record.getMessage())
+            if record.levelno >= logging.WARNING:
+                self._say(f"{record.levelname.lower()}: {record.getMessage()}", self._errors)
+            else:
+                self._say(record.getMessage(), self._progress)
         except Exception:
             self.handleError(record)
 
@@ -70,16 +75,20 @@ class ConsoleLog(logging.Handler):
         self._began_s = self._said_s = time.monotonic()
         self._pause_s = max(self._silent_s, STEP_SILENT_S) if is_step else self._silent_s
 
-    def _say(self, line: str) -> None:
+    @property
+    def _progress(self) -> Console:
+        return self._output if self.is_running else self._errors
+
+    def _say(self, line: str, console: Console) -> None:
         self._said_s = time.monotonic()
-        self.console.print(one_line(line), markup=False)
+        console.print(one_line(line), markup=False)
 
     def _watch(self) -> None:
         while not self._ended.wait(min(0.5, self._silent_s / 4)):
             now = time.monotonic()
-            has_table = self._is_stepping and self.console.is_terminal
+            has_table = self._is_stepping and self._output.is_terminal
             if self._activity and not has_table and now - self._said_s >= self._pause_s:
-                self._say(f"... {self._activity} ({now - self._began_s:.0f} s so far)")
+                self._say(f"... {self._activity} ({now - self._began_s:.0f} s so far)", self._progress)
                 self._pause_s = min(2 * self._pause_s, max(MOST_SILENT_S, self._silent_s))
 
 

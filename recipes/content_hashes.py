@@ -18,7 +18,7 @@ def check_file(path: Path) -> None:
     for file in (path, recorded):
         if not file.exists():
             raise ValueError(f"{file} is missing")
-    if recorded.read_text(encoding="utf-8") != _line(_hash_of(path), path.name):
+    if recorded.read_text(encoding="utf-8") != _line(hash_of(path), path.name):
         raise ValueError(f"{path} was changed after it was written: it does not have the hash in {recorded.name}")
 
 
@@ -45,10 +45,11 @@ def check_folder(folder: Path) -> None:
 def _hashes(folder: Path) -> dict[str, str]:
     """By path below the folder; of the list itself none."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / FOLDER_LIST)
-    return {file.relative_to(folder).as_posix(): _hash_of(file) for file in files}
+    return {file.relative_to(folder).as_posix(): hash_of(file) for file in files}
 
 
-def _hash_of(path: Path) -> str:
+def hash_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

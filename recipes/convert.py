@@ -11,12 +11,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lockstep.engine.checkpoint import iterate_weights
+from lockstep.engine.checkpoint import check_weights, iterate_weights
+from lockstep.engine.config_fields import Size, Text, check_fields
+from lockstep.engine.draft_config import LayerIds, ServingEngine
 from lockstep.engine.export import save_hf
 from lockstep.engine.models.config import ModelConfig, as_scalar_model, load_model_config, read_config_json
 from lockstep.engine.models.names import expand, format_table
 from lockstep.engine.models.sharding import check_divides, check_expert_ranks
+from lockstep.engine.pickled_weights import has_pickled_weights, rewrite_pickled_model
 from lockstep.engine.weights import checksum
+from lockstep.recipes.convert_draft import convert_draft
 from lockstep.recipes.old_checkpoints import rewrite_checkpoint, rewrite_run
 from lockstep.trainer_bridge.checkpoint import CheckpointFiles
 from lockstep.trainer_bridge.layout import trainer_layout
@@ -31,29 +35,39 @@ class ConvertConfig:
     """model: an HF directory of the same architecture (its config and tokenizer are copied).
     checkpoint: a folder that a trainer saved, such as runs/NAME/checkpoints/step_000100/trainer; null takes the
     weights of `model`. output: where the HF directory is written.
-    allow_pickle: rewrite what an earlier version saved, in files that hold pickles: with checkpoint and
-    new_checkpoint that folder, with `run` all checkpoints of a run directory, in their place. Say true only for files
-    whose origin you trust: a pickle can be made to run code. (The reader here refuses what no checkpoint needs.)
+    draft: an EAGLE-3 draft directory of the target `model`, in any layout that is read, to be written to `output` for
+    the engine export_for: "sglang" or "vllm", which number the target's layers differently. draft_layer_ids: whose
+    numbers stand in `draft`; "auto": as the directory says.
+    allow_pickle: read files that hold pickles, to write them as safetensors: pytorch_model.bin of `model` or `draft`;
+    what an earlier version saved: with checkpoint and new_checkpoint that folder, with `run` all checkpoints of a run
+    directory, in their place. Say true only for files whose origin you trust: a pickle can be made to run code. (The
+    readers here refuse what tensors and checkpoints do not need.)
     table: print the table of names instead.
     plan: print instead which slices travel when a trainer of trainer_tp x trainer_pp ranks publishes its weights to
     engine_replicas engines of engine_tp ranks. trainer_ep, engine_ep: over how many of the ranks of trainer_tp and of
     engine_tp experts are shared out: 1 or all.
     """
 
-    model: str | None = None
-    checkpoint: str | None = None
-    output: str | None = None
-    new_checkpoint: str | None = None
-    run: str | None = None
+    model: Text | None = None
+    checkpoint: Text | None = None
+    output: Text | None = None
+    draft: Text | None = None
+    export_for: ServingEngine | None = None
+    draft_layer_ids: LayerIds = "auto"
+    new_checkpoint: Text | None = None
+    run: Text | None = None
     allow_pickle: bool = False
     table: bool = False
     plan: bool = False
-    trainer_tp: int = 1
-    trainer_pp: int = 1
-    trainer_ep: int = 1
-    engine_tp: int = 1
-    engine_ep: int = 1
-    engine_replicas: int = 1
+    trainer_tp: Size = 1
+    trainer_pp: Size = 1
+    trainer_ep: Size = 1
+    engine_tp: Size = 1
+    engine_ep: Size = 1
+    engine_replicas: Size = 1
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def run(config: ConvertConfig) -> dict[str, Any]:
@@ -63,6 +77,15 @@ def run(config: ConvertConfig) -> dict[str, Any]:
         summary = _rewrite(config)
     elif config.model is None:
         raise ValueError("convert: set model=DIRECTORY, an HF directory of the architecture")
+    elif config.draft is not None:
+        summary = convert_draft(
+            config.draft,
+            config.model,
+            _output(config),
+            config.export_for,
+            config.draft_layer_ids,
+            config.allow_pickle,
+        )
     elif config.table or config.plan:
         text = format_table(expand(load_model_config(config.model))) if config.table else _plan(config)
         console.print(text, markup=False, soft_wrap=True)
@@ -89,12 +112,13 @@ def _rewrite(config: ConvertConfig) -> dict[str, Any]:
 
 
 def _export(config: ConvertConfig) -> dict[str, Any]:
-    if config.output is None:
-        raise ValueError("convert: set output=DIRECTORY (or table=true to print the names, plan=true a weight plan)")
-    if Path(config.output).exists():
-        raise ValueError(f"convert: {config.output} exists; choose another output")
+    output = _output(config)
     _LOG.info("loading the model %s", config.checkpoint or config.model)
     model = load_model_config(config.model)
+    if config.checkpoint is None and config.allow_pickle and has_pickled_weights(Path(config.model)):
+        rewrite_pickled_model(Path(config.model), Path(output))
+        check_weights(output, model)
+        return {"output": output, "weights_hash": checksum(iterate_weights(output, model))}
     if config.checkpoint is None:
         return _write(config, model, 0, lambda: iterate_weights(config.model, model, torch.float32))
     with CheckpointFiles(config.checkpoint) as files:
@@ -106,6 +130,14 @@ def _export(config: ConvertConfig) -> dict[str, Any]:
         names = [entry.megatron for entry in expand(model)]
         step = files.common["step_count"]
         return _write(config, model, step, lambda: ((name, files.read_whole(f"weight/{name}")) for name in names))
+
+
+def _output(config: ConvertConfig) -> str:
+    if config.output is None:
+        raise ValueError("convert: set output=DIRECTORY (or table=true to print the names, plan=true a weight plan)")
+    if Path(config.output).exists():
+        raise ValueError(f"convert: {config.output} exists; choose another output")
+    return config.output
 
 
 def _write(

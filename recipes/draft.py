@@ -8,20 +8,26 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.engine.capture import Capture, CaptureConfig, CapturedSequence
+from lockstep.engine.config_fields import Count, Input, InputPath, Seed, Size, Text, Threads, check_fields
 from lockstep.engine.draft_checkpoint import load_draft, save_draft
+from lockstep.engine.draft_config import ServingEngine, choose_engine
+from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.models.eagle3 import Eagle3Config, Eagle3Draft, initialize
 from lockstep.engine.speculation.speculation import MAX_DRAFT_TOKENS
 from lockstep.recipes.draft_texts import DraftText, read_texts
 from lockstep.recipes.report import write_report
 from lockstep.recipes.run_directory import read_metrics
 from lockstep.recipes.sinks import WandbConfig
-from lockstep.recipes.training_run import TrainingRun, resumed
+from lockstep.recipes.start_checks import check_stage
+from lockstep.recipes.training_run import TrainingRun, is_due, resumed
+from lockstep.rollout import hub
+from lockstep.rollout.end_of_turn import stop_token_ids
 from lockstep.rollout.order import ProblemOrder
 from lockstep.trainer_bridge.draft_batch import DraftSequence
 from lockstep.trainer_bridge.draft_trainer import DraftTrainer, DraftTrainerConfig, frequent_tokens
@@ -33,45 +39,49 @@ USUAL_DRAFT_VOCAB = 32000
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """name, run, runs_dir, seed, num_threads, steps, checkpoint_every, keep_checkpoints, sinks, wandb: as in the other
-        stages.
+    """name, run, runs_dir, seed, num_threads, steps, checkpoint_every, keep_checkpoints, sinks, wandb, overwrite: as in
+        the other stages.
 
     engine: serves the target, engine.model; the hidden states are recomputed through it.
     rollouts: a run directory whose samples are learned; or texts: a file, see recipes/draft_texts.py.
     max_tokens: texts are cut to so many.
-    start: a draft directory to go on from. None: a new draft, with the most frequent tokens of the texts.
+    start: a draft directory to go on from (its layer ids: engine.draft_layer_ids). None: a new draft, with the most
+        frequent tokens of the texts.
+    export_for: "sglang" or "vllm", which number the target's layers differently: one directory cannot serve both. None:
+        SGLang where it can read such a draft, else vLLM; the summary says which.
     draft_vocab_size: of a new draft; None is the usual 32000, or the target's whole vocabulary where that is smaller.
     norm_aux, norm_output: of a new draft, see Eagle3Config.
-    sequences_per_step: texts in an update. held_out: texts kept back for evaluation, every evaluate_every steps.
+    sequences_per_step: texts in an update. held_out: texts kept back for evaluation, every evaluate_every steps (0:
+        there is none).
     """
 
     engine: EngineConfig
     name: str = "draft"
-    run: str | None = None
+    run: Text | None = None
     runs_dir: str = "runs"
-    seed: int = 0
-    num_threads: int | None = 2
-    rollouts: str | None = None
-    texts: str | None = None
-    max_tokens: int = 4096
-    start: str | None = None
-    draft_vocab_size: int | None = None
+    seed: Seed = 0
+    num_threads: Threads | None = 2
+    rollouts: Annotated[str, Input("rollouts")] | None = None
+    texts: InputPath | None = None
+    max_tokens: Size = 4096
+    start: InputPath | None = None
+    export_for: ServingEngine | None = None
+    draft_vocab_size: Size | None = None
     norm_aux: bool = False
     norm_output: bool = False
     trainer: DraftTrainerConfig = field(default_factory=DraftTrainerConfig)
-    steps: int = 1000
-    sequences_per_step: int = 16
-    held_out: int = 32
-    evaluate_every: int = 50
-    checkpoint_every: int = 100
-    keep_checkpoints: int = 2
+    steps: Size = 1000
+    sequences_per_step: Size = 16
+    held_out: Size = 32
+    evaluate_every: Count = 50
+    checkpoint_every: Count = 100
+    keep_checkpoints: Count = 2
     sinks: tuple[str, ...] = ()
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    overwrite: bool = False
 
     def __post_init__(self):
-        for name in ("sequences_per_step", "held_out", "evaluate_every", "checkpoint_every", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"DraftConfig.{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self)
 
     @property
     def directory(self) -> Path:
@@ -81,22 +91,26 @@ class DraftConfig:
 def run(config: DraftConfig) -> dict[str, Any]:
     """Trains until `config.steps` updates are made, exports the draft to `draft` in the run directory, and tries it."""
     config = resumed(config)
+    check_stage(config)
+    config = replace(config, engine=replace(config.engine, model=hub.pinned(config.engine.model)))
     with TrainingRun(config, "draft") as run:
         _LOG.info("loading the model %s", config.engine.model)
+        config = replace(config, engine=replace(config.engine, model=hub.model_directory(config.engine.model)))
         engine = Engine(config.engine)
         max_tokens = min(config.max_tokens, engine.max_model_len)
         texts = read_texts(config.rollouts, config.texts, config.engine.model, max_tokens)
         held_out, texts = _split(texts, config)
         draft = _starting_draft(config, engine, texts)
+        choose_engine(config.export_for, draft.config.aux_layers, engine.model_config)  # refused now, not at the end
         capture = engine.start_capture(CaptureConfig(draft.config.aux_layers, memory_bytes=2**62))
         trainer = DraftTrainer(config.trainer, draft, engine.model.head_weight)
         run.start(trainer)
         held_out_sequences = with_states(engine, capture, held_out)
         train(config, run, engine, capture, trainer, texts, held_out_sequences)
-        export, temperature = _export(run, trainer, held_out_sequences)
+        export, temperature, served_by = _export(run, trainer, held_out_sequences, engine.model_config)
         engine.shutdown()
         run.sinks.record(config.steps, "draft_verified", verified_acceptance(config, export, held_out))
-        return _finish(run, trainer, export, temperature)
+        return _finish(run, trainer, export, temperature, served_by)
 
 
 def train(
@@ -111,7 +125,7 @@ def train(
     """The loop. Step s learns from the texts whose turn it is; their states are computed for it and then dropped."""
 
     def evaluate_if_due(step: int) -> None:
-        if step % config.evaluate_every == 0 or step == config.steps:
+        if is_due(step, config.evaluate_every, config.steps):
             run.sinks.record(step, "draft_eval", trainer.unrolled.evaluate(held_out))
 
     order = ProblemOrder(len(texts), config.seed)
@@ -173,7 +187,8 @@ def _starting_draft(config: DraftConfig, engine: Engine, texts: Sequence[DraftTe
     if config.draft_vocab_size is not None:
         raise ValueError(f"draft: start={config.start} has a vocabulary; draft_vocab_size is that of a new draft")
     embedding = engine.model.embedding.word_embeddings.weight
-    return load_draft(config.start, engine.model_config, embedding, embedding.dtype)
+    options = {"head_weight": engine.model.head_weight, "numbers_of": config.engine.draft_layer_ids}
+    return load_draft(config.start, engine.model_config, embedding, embedding.dtype, **options)
 
 
 def _split(texts: list[DraftText], config: DraftConfig) -> tuple[list[DraftText], list[DraftText]]:
@@ -193,10 +208,9 @@ def verified_acceptance(config: DraftConfig, export: Path, held_out: Sequence[Dr
     engine = Engine(replace(config.engine, **settings))
     prompts = [list(text.token_ids[: text.num_prompt or len(text.token_ids) // 2]) for text in held_out]
     lengths = [len(text.token_ids) - len(prompt) for text, prompt in zip(held_out, prompts, strict=True)]
-    params = [
-        SamplingParams(max_tokens=length, temperature=config.trainer.temperature, seed=config.seed + index)
-        for index, length in enumerate(lengths)
-    ]
+    ends = stop_token_ids(engine.tokenizer) if engine.tokenizer is not None else ()
+    sampling = SamplingParams(temperature=config.trainer.temperature, stop_token_ids=ends)
+    params = [replace(sampling, max_tokens=length, seed=config.seed + index) for index, length in enumerate(lengths)]
     engine.generate(prompts, params)
     stats = engine.stats()
     engine.shutdown()
@@ -208,16 +222,20 @@ def verified_acceptance(config: DraftConfig, export: Path, held_out: Sequence[Dr
     }
 
 
-def _export(run: TrainingRun, trainer: DraftTrainer, held_out: Sequence[DraftSequence]) -> tuple[Path, float]:
-    """Writes the draft at its best temperature, which is returned too."""
+def _export(
+    run: TrainingRun, trainer: DraftTrainer, held_out: Sequence[DraftSequence], target: ModelConfig
+) -> tuple[Path, float, str]:
+    """Writes the draft at its best temperature. Returns that too, and the engine that the directory is for."""
     temperature = trainer.unrolled.tune_temperature(held_out)
     export = run.path / "draft"
     shutil.rmtree(export, ignore_errors=True)
-    save_draft(export, trainer.draft, temperature)
-    return export, temperature
+    served_by = save_draft(export, trainer.draft, temperature, export_for=run.config.export_for, target=target)
+    return export, temperature, served_by
 
 
-def _finish(run: TrainingRun, trainer: DraftTrainer, export: Path, temperature: float) -> dict[str, Any]:
+def _finish(
+    run: TrainingRun, trainer: DraftTrainer, export: Path, temperature: float, served_by: str
+) -> dict[str, Any]:
     """Records the weights' hash, writes the report, and prints the summary, which it returns."""
     digest = trainer.weights_hash()
     run.directory.write_weights_hash(digest)
@@ -230,6 +248,7 @@ def _finish(run: TrainingRun, trainer: DraftTrainer, export: Path, temperature: 
         "draft_temperature": temperature,
         "weights_hash": digest,
         "draft": str(export),
+        "draft_layer_ids_for": served_by,
         "report": str(write_report(run.path)),
     }
     run.view.summary(results)

@@ -14,14 +14,18 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from safetensors import safe_open
+from annotated_types import Interval
 from safetensors.torch import save_file
 
 from lockstep.engine import Engine
 from lockstep.engine.capture import CaptureConfig
+from lockstep.engine.checkpoint import CheckpointError, opened_tensors
+from lockstep.engine.config_fields import MAX_COUNT, Count, InputPath, Positive, Size, check_fields
 from lockstep.engine.draft_checkpoint import load_draft, save_draft
+from lockstep.engine.draft_config import ServingEngine, choose_engine
 from lockstep.engine.models.eagle3 import Eagle3Draft
 from lockstep.engine.speculation.speculation import MAX_DRAFT_TOKENS
 from lockstep.recipes.draft import draft_sequence
@@ -41,6 +45,7 @@ Publish = Callable[[Iterable[tuple[str, torch.Tensor]], int], None]
 class DraftStageConfig:
     """train_every: steps of the loop between trainings; 0: there is no draft.
     start: a draft directory. None: a new draft is made, and untrained.
+    export_for: the engine that the final directory is for, "sglang" or "vllm"; see DraftConfig.
     draft_vocab_size: of a new draft; None is the usual 32000, or the target's whole vocabulary where that is smaller.
     num_draft_tokens: that the engine drafts per request and step.
     sequences_per_update: captured samples in an update. passes: over the captured samples in a training.
@@ -53,27 +58,22 @@ class DraftStageConfig:
     trainer: its temperature is that of the rollouts.
     """
 
-    train_every: int = 0
-    start: str | None = None
-    draft_vocab_size: int | None = None
-    num_draft_tokens: int = 4
-    sequences_per_update: int = 16
-    passes: int = 1
-    capture_every: int = 1
-    held_out_every: int = 8
-    freeze_at: int = 1
-    speed_samples: int = 16
-    memory_gb: float = 4.0
+    train_every: Count = 0
+    start: InputPath | None = None
+    export_for: ServingEngine | None = None
+    draft_vocab_size: Size | None = None
+    num_draft_tokens: Size = 4
+    sequences_per_update: Size = 16
+    passes: Size = 1
+    capture_every: Size = 1
+    held_out_every: Annotated[int, Interval(ge=2, le=MAX_COUNT)] = 8
+    freeze_at: Size = 1
+    speed_samples: Size = 16
+    memory_gb: Positive = 4.0
     trainer: DraftTrainerConfig = field(default_factory=DraftTrainerConfig)
 
     def __post_init__(self):
-        if self.train_every < 0:
-            raise ValueError(f"DraftStageConfig.train_every must be at least 0, got {self.train_every}")
-        for name in ("sequences_per_update", "passes", "capture_every", "freeze_at", "speed_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"DraftStageConfig.{name} must be at least 1, got {getattr(self, name)}")
-        if self.held_out_every < 2:
-            raise ValueError(f"DraftStageConfig.held_out_every must be at least 2, got {self.held_out_every}")
+        check_fields(self)
         longest = min(MAX_DRAFT_TOKENS, self.trainer.num_steps)
         if not 1 <= self.num_draft_tokens <= longest:
             raise ValueError(
@@ -117,6 +117,8 @@ class DraftStage:
         self.publish = publish
         # The one that learns; the one that serves; and an earlier one of these, kept to compare.
         self.draft, self.served, self.frozen = (self._read_draft() for _ in range(3))
+        # Refused now, not at the end.
+        choose_engine(config.export_for, self.draft.config.aux_layers, engine.model_config)
         self.trainer = DraftTrainer(config.trainer, self.draft, engine.model.head_weight)
         self.version = 0  # of the served draft: the step after which it was published
         self.frozen_version = 0
@@ -130,7 +132,11 @@ class DraftStage:
 
     def _read_draft(self) -> Eagle3Draft:
         embedding = self.engine.model.embedding.word_embeddings.weight
-        return load_draft(self.config.start, self.engine.model_config, embedding, embedding.dtype)
+        options = {
+            "head_weight": self.engine.model.head_weight,
+            "numbers_of": self.engine.config.draft_layer_ids,
+        }
+        return load_draft(self.config.start, self.engine.model_config, embedding, embedding.dtype, **options)
 
     # In each step of the loop ------------------------------------------------------------------------------------
 
@@ -227,7 +233,7 @@ class DraftStage:
         The run's engine is put to sleep: the timed ones need its memory.
         """
         shutil.rmtree(path, ignore_errors=True)
-        save_draft(path, self.served)
+        save_draft(path, self.served, export_for=self.config.export_for, target=self.engine.model_config)
         self.engine.sleep()
         temperature = self.config.trainer.temperature
         return decode_speed(self.engine.config, path, trainer, samples[: self.config.speed_samples], temperature)
@@ -243,13 +249,21 @@ class DraftStage:
 
     @torch.no_grad()
     def load(self, folder: str | Path) -> None:
-        """Goes on where `save` was called, and publishes the draft that was served then."""
+        """Goes on where `save` was called, and publishes the draft that was served then.
+
+        A checkpoint of a part of the run that trained no draft, on another cluster, has none: then with the first one.
+        """
         folder = Path(folder)
+        if not folder.exists():
+            return
         self.trainer.load(folder / "trainer")
-        with safe_open(folder / "drafts.safetensors", framework="pt") as file:
-            for name, parameter in self._kept():
+        with opened_tensors(folder, "drafts.safetensors") as file:
+            kept, versions = dict(self._kept()), file.metadata() or {}
+            if set(file.keys()) != kept.keys() or not versions.keys() >= {"version", "frozen_version"}:
+                raise CheckpointError(f"{folder / 'drafts.safetensors'} does not hold this run's drafts")
+            for name, parameter in kept.items():
                 parameter.copy_(file.get_tensor(name))
-            self.version, self.frozen_version = (int(file.metadata()[key]) for key in ("version", "frozen_version"))
+            self.version, self.frozen_version = (int(versions[key]) for key in ("version", "frozen_version"))
         if self.version > 0:
             self.publish([*self.served.named_parameters(), ("token_map", self.served.token_map)], self.version)
 

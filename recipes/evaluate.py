@@ -14,12 +14,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from lockstep.engine import Engine, EngineConfig
+from lockstep.engine.config_fields import Count, Seed, Text, Threads, check_fields
 from lockstep.engine.detokenizer import decode_text
 from lockstep.engine.files import write_whole
+from lockstep.engine.models.config import load_model_config
 from lockstep.recipes import launch
 from lockstep.recipes.first_start import made_from_nothing, settled_for_model, settled_task
 from lockstep.recipes.inputs import TaskConfig
 from lockstep.recipes.metrics import format_value, title_of
+from lockstep.recipes.room import eval_with_room
 from lockstep.rollout import hub
 from lockstep.rollout.answer_watch import warn_unanswered
 from lockstep.rollout.chat_template import ChatConfig
@@ -50,10 +53,13 @@ class EvalConfig:
     reward: Any = field(default_factory=dict)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    seed: int = 0
-    num_threads: int | None = None
-    show: int = 3
-    output: str | None = None
+    seed: Seed = 0
+    num_threads: Threads | None = None
+    show: Count = 3
+    output: Text | None = None
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def run(config: EvalConfig) -> dict[str, dict[str, Any]]:
@@ -62,14 +68,15 @@ def run(config: EvalConfig) -> dict[str, dict[str, Any]]:
     check_reward(config.reward)
     model = hub.model_directory(hub.pinned(config.engine.model))
     chat, is_new = settled_for_model(config.chat, model), made_from_nothing(model)
-    tasks = {name: settled_task(task, is_new).build().held_out for name, task in config.tasks.items()}
-    if not tasks:
-        task = settled_task(config.task, is_new).build().held_out
-        tasks = {task.name: task}
+    settled_tasks = [settled_task(task, is_new) for task in (config.tasks or {"": config.task}).values()]
+    built = [task.build().held_out for task in settled_tasks]
+    names = config.tasks or [task.name for task in built]
+    given = dict(zip(names, zip(settled_tasks, built, strict=True), strict=True))
+    tokenizer = load_tokenizer(model, chat)
+    tasks = eval_with_room(config, load_model_config(model), tokenizer, given)
     _LOG.info("loading the model %s", config.engine.model)
     engine = Engine(replace(config.engine, model=model))
     _LOG.info("evaluating %s", ", ".join(tasks))
-    tokenizer = load_tokenizer(model, chat)
     with LocalRewards() as rewards:
         results = evaluate_tasks(
             engine, tokenizer, tasks, config.reward, rewards, config.evaluation, config.seed, config.environment

@@ -44,7 +44,7 @@ def settled(config: Config) -> Config:
     """
     if config.push_to_hub is not None:
         hub.check_repo(config.push_to_hub, "push_to_hub")
-    stored = read_run(config.directory)
+    stored = None if config.overwrite else read_run(config.directory)
     date = config.chat.date or _at(stored or {}, "chat.date")
     if date is None and stored is None:
         date = datetime.date.today().isoformat()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lockstep.engine.config_fields import InputPath, check_fields
 from lockstep.engine.models.config import ModelConfig, load_model_config, parse_model_config
 from lockstep.recipes.new_model import ModelShape, new_config, new_model
 from lockstep.rollout import hub
@@ -69,9 +70,12 @@ class ModelSource:
     """An HF directory, or the hub's org/name@revision (`path`); without one, a model of `shape` and its tokenizer are
     made from nothing."""
 
-    path: str | None = None
+    path: InputPath | None = None
     shape: ModelShape = field(default_factory=ModelShape)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+    def __post_init__(self):
+        check_fields(self)
 
     def resolve(self, directory: Path, task: Task, seed: int) -> Path:
         """The model directory; made at `directory` from the task's own text, and found there by a resumed run."""

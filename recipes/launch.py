@@ -51,6 +51,9 @@ def prepare_environment() -> None:
     for name, value in ENVIRONMENT_DEFAULTS.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("OMP_NUM_THREADS", str(usable_cpus()))
+    # A trainer alone talks to itself: gloo would listen on the machine's address in the network.
+    if "TORCHELASTIC_RUN_ID" not in os.environ and "lo" in (name for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if "HF_HUB_OFFLINE" not in os.environ and not _reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
         os.environ["HF_HUB_OFFLINE"] = "1"
     # What Megatron-core says at import on a machine without Transformer Engine; Lockstep brings its own layers.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lockstep.engine import EngineConfig
+from lockstep.engine.foreign_files import read_json
 from lockstep.recipes.training_batches import (
     BatchShape,
     all_tokens,
@@ -20,7 +21,6 @@ from lockstep.recipes.training_batches import (
 )
 from lockstep.rollout import hub
 from lockstep.rollout.sample import Sample
-from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.trainer_bridge import TrainerConfig
 from lockstep.trainer_bridge.algorithm_config import next_entropy_coefficient
 from lockstep.trainer_bridge.algorithms import build_algorithm
@@ -43,14 +43,14 @@ class Learner:
     def __init__(self, config: RLConfig, cluster: LocalCluster, model: str):
         """model: the directory that the run starts from.
 
-        Raises ValueError for algorithm options that do not fit together, or a teacher with another vocabulary.
+        Raises ValueError for algorithm options that do not fit together.
         """
         self.config = config
         self.trainer = cluster.trainer
         self.algorithm = build_algorithm(config.algorithm, config.rollout.max_tokens)
         self.entropy_coefficient = config.algorithm.entropy_coefficient
         self.critic = cluster.open_critic(self._critic_config(model)) if self.algorithm.critic else None
-        self.teacher = cluster.open_teacher(self._teacher_config(model)) if self.algorithm.needs_teacher else None
+        self.teacher = cluster.open_teacher(self._teacher_config()) if self.algorithm.needs_teacher else None
         self.learned: list[Sample] = []
         self._shape = BatchShape(
             config.trainer.max_tokens_per_micro_batch, config.rollout.temperature, config.rollout.max_tokens
@@ -93,7 +93,10 @@ class Learner:
             self.critic.save(path / "critic")
 
     def load(self, path: Path) -> None:
-        self.entropy_coefficient = json.loads((path / "state.json").read_text())["entropy_coefficient"]
+        coefficient = read_json(path, "state.json").get("entropy_coefficient")
+        if not isinstance(coefficient, int | float):
+            raise ValueError(f"{path / 'state.json'} is damaged: it has no entropy_coefficient")
+        self.entropy_coefficient = coefficient
         if self.critic is not None:
             self.critic.load(path / "critic")
 
@@ -133,10 +136,8 @@ class Learner:
             learning_rate=options.critic_learning_rate,
         )
 
-    def _teacher_config(self, model: str) -> EngineConfig:
+    def _teacher_config(self) -> EngineConfig:
         path, engine = hub.model_directory(self.config.algorithm.teacher_model), self.config.engine
-        if load_tokenizer(path).get_vocab() != load_tokenizer(model).get_vocab():
-            raise ValueError(f"teacher {path} has another vocabulary than {model}: it cannot score its tokens")
         return EngineConfig(model=path, device=engine.device, dtype=engine.dtype)
 
 

@@ -8,11 +8,14 @@ from math import prod
 import torch
 
 from lockstep.engine import EngineConfig
+from lockstep.engine.build import CPU_KV_CACHE_BYTES
 from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.models.names import expand
 from lockstep.engine.models.sharding import Shard, parameter_shards
 from lockstep.trainer_bridge import TrainerConfig
 from lockstep.trainer_bridge.layout import local_layout
+
+OPTIMIZER, ACTIVATIONS = "optimizer", "activations"  # names of items
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,13 @@ def num_parameters(model: ModelConfig) -> int:
     return sum(entry.num_elements for entry in expand(model))
 
 
-def trainer_memory(model: ModelConfig, config: TrainerConfig, num_ranks: int) -> list[Item]:
-    """Of the rank that takes the most, in a world of num_ranks. Raises ValueError for sizes that the model refuses."""
+def trainer_memory(
+    model: ModelConfig, config: TrainerConfig, num_ranks: int, most_tokens: int | None = None
+) -> list[Item]:
+    """Of the rank that takes the most, in a world of num_ranks. Raises ValueError for sizes that the model refuses.
+
+    most_tokens: that an update has, where these are fewer than a micro-batch takes.
+    """
     sizes = config.parallel_sizes(num_ranks)
     sizes.check(model)
     layouts = [local_layout(model, sizes, rank) for rank in range(num_ranks)]
@@ -45,8 +53,8 @@ def trainer_memory(model: ModelConfig, config: TrainerConfig, num_ranks: int) ->
         share = held // sizes.data
         how = f"{'fp32 master and ' if masters else ''}two fp32 moments each"
         shared_out = f", over {sizes.data} data-parallel ranks" if sizes.data > 1 else ""
-        items.append(Item("optimizer", share * (12 if masters else 8), how + shared_out))
-    if activations := _activations(model, config):
+        items.append(Item(OPTIMIZER, share * (12 if masters else 8), how + shared_out))
+    if activations := _activations(model, config, most_tokens):
         items.append(activations)
     return items
 
@@ -59,8 +67,12 @@ def engine_memory(model: ModelConfig, config: EngineConfig, *, is_remote: bool) 
     items = [Item("weights", held * size, f"{held:,} parameters x {size} bytes")]
     if is_remote:
         items.append(Item("room for an update", held * size, "new weights arrive beside those that serve"))
+    per_token = kv_bytes_per_token(model, config)
+    if config.kv_cache_tokens is None and config.device == "cpu":
+        longest = config.max_model_len or model.max_position_embeddings
+        most = min(CPU_KV_CACHE_BYTES, config.max_running_requests * longest * per_token)
+        items.append(Item("KV cache", most, f"at most {CPU_KV_CACHE_BYTES >> 20} MiB on a CPU"))
     if config.kv_cache_tokens is not None:
-        per_token = kv_bytes_per_token(model, config)
         how = f"{config.kv_cache_tokens:,} tokens x {per_token:,} bytes"
         items.append(Item("KV cache", config.kv_cache_tokens * per_token, how))
     return items
@@ -72,7 +84,7 @@ def kv_bytes_per_token(model: ModelConfig, config: EngineConfig) -> int:
     return model.num_layers * model.kv_elements_per_token * getattr(torch, config.dtype).itemsize // heads
 
 
-def _activations(model: ModelConfig, config: TrainerConfig) -> Item | None:
+def _activations(model: ModelConfig, config: TrainerConfig, most_tokens: int | None) -> Item | None:
     """What a micro-batch keeps for its backward pass; None for layers with experts or latent attention.
 
     A layer keeps the inputs of its two norms and three of its products' (hidden), qkv, the rotated queries, keys and
@@ -88,6 +100,7 @@ def _activations(model: ModelConfig, config: TrainerConfig) -> Item | None:
     per_token += model.hidden_size + model.vocab_size
     in_flight = config.pipeline_parallel_size  # 1F1B: the first stage has so many micro-batches at once
     tokens, size = config.max_tokens_per_micro_batch, getattr(torch, config.dtype).itemsize
+    tokens = min(tokens, most_tokens or tokens)
     recompute = ", recomputed layer by layer" if config.recompute else ""
     how = f"estimate: {tokens:,} tokens x {per_token * size:,} bytes" + (f" x {in_flight}" if in_flight > 1 else "")
-    return Item("activations", tokens * per_token * size * in_flight, how + recompute)
+    return Item(ACTIVATIONS, tokens * per_token * size * in_flight, how + recompute)

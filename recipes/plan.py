@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from lockstep.engine.models.config import ModelConfig
+from lockstep.recipes.fit import Fit, gpu_fit, host_fit, size
 from lockstep.recipes.inputs import ModelSource
 from lockstep.recipes.memory import Item, engine_memory, kv_bytes_per_token, num_parameters, trainer_memory
 from lockstep.recipes.room import rl_with_room, sft_with_room
@@ -76,7 +76,10 @@ def rl_plan(config: RLConfig) -> Plan:
     plan.sections["The run"].append(_evaluation_row(config))
     is_remote = config.cluster.kind == "ray"
     num_ranks = config.cluster.trainer_ranks
-    trainer = trainer_memory(model, config.trainer, num_ranks)
+    longest = _longest_sequence(config, prompts, model)
+    per_update = math.ceil(config.rollout.prompts_per_step / config.algorithm.mini_batches)
+    most_tokens = per_update * config.rollout.samples_per_prompt * longest
+    trainer = trainer_memory(model, config.trainer, num_ranks, most_tokens)
     engine = engine_memory(model, config.engine, is_remote=is_remote)
     algorithm = build_algorithm(config.algorithm, config.rollout.max_tokens)
     if algorithm.needs_reference:
@@ -84,17 +87,16 @@ def rl_plan(config: RLConfig) -> Plan:
     plan.sections[f"Memory of the trainer ({_ranks(num_ranks)})"] = _memory_rows(trainer)
     learning = [trainer]
     if algorithm.critic:
-        learning.append(trainer_memory(model.with_scalar_head(), config.trainer, num_ranks))
+        learning.append(trainer_memory(model.with_scalar_head(), config.trainer, num_ranks, most_tokens))
         plan.sections["Memory of the critic (beside the trainer)"] = _memory_rows(learning[-1])
     title = f"Memory of the engine ({config.cluster.num_engines} x {_ranks(config.engine.tp_size)})"
     plan.sections[title] = [*_memory_rows(engine), *_kv_rows(config, model, prompts)]
-    longest = _longest_sequence(config, prompts, model)
     allowed = config.engine.max_model_len or model.max_position_embeddings
     plan.problems += crowded
     plan.problems += _too_long(max(prompts) + 1, allowed, longest, config.trainer.max_tokens_per_micro_batch)
     if (kv_tokens := config.engine.kv_cache_tokens) is not None and kv_tokens < longest:
         plan.problems.append(f"engine.kv_cache_tokens={kv_tokens:,} is less than one sequence of {longest:,} tokens")
-    plan.problems += _too_big(config.trainer.device, learning if is_remote else [*learning, engine])
+    _say_fit(plan, _rl_fits(config, learning, engine))
     return plan
 
 
@@ -118,10 +120,13 @@ def sft_plan(config: SFTConfig) -> Plan:
     ]
     plan.sections["The run"] = _run_rows(config, len(tasks.train), config.examples_per_step, model)
     num_ranks = config.trainer.tensor_parallel_size * config.trainer.pipeline_parallel_size
-    trainer = trainer_memory(model, config.trainer, num_ranks)
+    most_tokens = config.examples_per_step * max(lengths)
+    trainer = trainer_memory(model, config.trainer, num_ranks, most_tokens)
     plan.sections[f"Memory of the trainer ({_ranks(num_ranks)})"] = _memory_rows(trainer)
     plan.problems += _too_long(max(lengths), model.max_position_embeddings, max(lengths), budget)
-    plan.problems += _too_big(config.trainer.device, [trainer])
+    on_cpu = config.trainer.device.startswith("cpu")
+    alone = host_fit([trainer], [], ranks=1, engines=0, others=0)
+    _say_fit(plan, [alone if on_cpu else gpu_fit(config.trainer.device, [trainer])])
     return plan
 
 
@@ -171,17 +176,19 @@ def _longest_sequence(config: RLConfig, prompts: Sequence[int], model: ModelConf
 
 def _run_rows(config: TrainingRunConfig, num_problems: int, per_step: int, model: ModelConfig) -> list[Row]:
     epochs = config.steps * per_step / num_problems
-    size = 2 if config.trainer.dtype == "bfloat16" else 4
-    state = num_parameters(model) * (size + (12 if size == 2 else 8))
+    itemsize = 2 if config.trainer.dtype == "bfloat16" else 4
+    state = num_parameters(model) * (itemsize + (12 if itemsize == 2 else 8))
+    when = f"every {config.checkpoint_every} steps" if config.checkpoint_every else "at the end"
     kept = f"{config.keep_checkpoints} kept" if config.keep_checkpoints else "all kept"
     return [
         ("steps", f"{config.steps:,}", f"{epochs:.3g} epochs of {num_problems:,} problems"),
-        ("a checkpoint", _size(state), f"weights and optimizer, every {config.checkpoint_every} steps; {kept}"),
+        ("a checkpoint", size(state), f"weights and optimizer, {when}; {kept}"),
     ]
 
 
 def _evaluation_row(config: RLConfig) -> Row:
-    times = 1 + config.steps // config.evaluate_every + (config.steps % config.evaluate_every > 0)
+    every = config.evaluate_every
+    times = 1 + config.steps // every + (config.steps % every > 0) if every else 0
     evaluation = config.evaluation
     each = evaluation.num_problems * evaluation.samples_per_problem * (1 + len(config.evaluation_tasks))
     return ("evaluations", f"{times:,}", f"of at most {each:,} samples of {evaluation.max_tokens} tokens")
@@ -189,7 +196,7 @@ def _evaluation_row(config: RLConfig) -> Row:
 
 def _memory_rows(items: Sequence[Item]) -> list[Row]:
     total = sum(item.num_bytes for item in items)
-    return [(item.name, _size(item.num_bytes), item.how) for item in items] + [("in all", _size(total), "")]
+    return [(item.name, size(item.num_bytes), item.how) for item in items] + [("in all", size(total), "")]
 
 
 def _kv_rows(config: RLConfig, model: ModelConfig, prompts: Sequence[int]) -> list[Row]:
@@ -201,10 +208,9 @@ def _kv_rows(config: RLConfig, model: ModelConfig, prompts: Sequence[int]) -> li
     groups = math.ceil(running / rollout.samples_per_prompt)
     tokens = running * own + groups * max(prompts)
     wanted = tokens * kv_bytes_per_token(model, engine)
-    rows = [("KV that a step can fill", _size(wanted), f"{running} running x {own:,} tokens + {groups} prompts")]
-    if engine.kv_cache_tokens is None:
-        free = f"{engine.memory_fraction:.0%} of the free memory" if engine.device != "cpu" else "up to 512 MiB"
-        rows.insert(0, ("KV cache", "the rest", free))
+    rows = [("KV that a step can fill", size(wanted), f"{running} running x {own:,} tokens + {groups} prompts")]
+    if engine.kv_cache_tokens is None and engine.device != "cpu":
+        rows.insert(0, ("KV cache", "the rest", f"{engine.memory_fraction:.0%} of the free memory"))
     return rows
 
 
@@ -221,22 +227,26 @@ def _too_long(needed: int, allowed: int, longest: int, budget: int) -> list[str]
     return problems
 
 
-def _too_big(device: str, parts: Sequence[Sequence[Item]]) -> list[str]:
-    """Where the run's GPU is here: do its processes fit?"""
-    if not device.startswith("cuda") or not torch.cuda.is_available():
-        return []
-    total = torch.cuda.get_device_properties(torch.device(device)).total_memory
-    needed = sum(item.num_bytes for items in parts for item in items)
-    return [f"{_size(needed)} are needed on {device}, which has {_size(total)}"] if needed > total else []
+def _rl_fits(config: RLConfig, learning: Sequence[Sequence[Item]], engine: Sequence[Item]) -> list[Fit]:
+    """Of each place that holds a part of the run and could be looked at from here."""
+    cluster, is_remote = config.cluster, config.cluster.kind == "ray"
+    if config.trainer.device.startswith("cuda"):
+        return [gpu_fit(config.trainer.device, learning if is_remote else [*learning, engine])]
+    if cluster.address is not None:
+        return []  # of machines that this one need not be like
+    engines = cluster.num_engines * config.engine.tp_size if is_remote else 1
+    return [host_fit(learning, engine, ranks=cluster.trainer_ranks, engines=engines, others=int(is_remote))]
+
+
+def _say_fit(plan: Plan, fits: Sequence[Fit]) -> None:
+    for fit in fits:
+        available = "" if fit.available is None else f" of {size(fit.available)}"
+        plan.sections[f"Does it fit in {fit.place}?"] = [
+            (fit.verdict, size(fit.needed) + available, fit.how),
+        ]
+        if fit.problem is not None:
+            plan.problems.append(fit.problem)
 
 
 def _ranks(count: int) -> str:
     return "one process" if count == 1 else f"each of {count} ranks"
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:,.1f} GiB"

@@ -11,13 +11,14 @@ from typing import Any
 
 from rich.console import Console
 
+from lockstep.engine.config_fields import Text, check_fields
 from lockstep.recipes import content_hashes, launch, rl
 from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.cluster.local import LocalCluster
 from lockstep.recipes.cluster.open_cluster import open_cluster
 from lockstep.recipes.learner import Learner
 from lockstep.recipes.run_directory import checkpoint_path, checkpoint_steps, read_rollouts, rollout_steps
-from lockstep.recipes.training_run import resumed
+from lockstep.recipes.training_run import changed_inputs, resumed
 from lockstep.rollout.environments.worker import EpisodeWorker
 from lockstep.rollout.group import Response
 from lockstep.rollout.sample import FOR_READERS, Sample
@@ -29,9 +30,12 @@ class ReplayConfig:
     again. cluster: where trainer and engine live now; another than the run's changes nothing.
     """
 
-    run: str
-    step: str = "all"
+    run: Text
+    step: Text = "all"
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 @dataclass(frozen=True, order=True)
@@ -61,9 +65,12 @@ def main(config: ReplayConfig) -> None:
 def run(config: ReplayConfig) -> dict[str, Any]:
     """Prints what was compared, and the first difference if there is one.
 
-    Raises ValueError for a rollout file or checkpoint that was changed since it was written, and names it.
+    Raises ValueError for a rollout file or checkpoint that was changed since it was written, or a file that the run was
+    started from, and names it.
     """
     run_config = replace(resumed(rl.RLConfig(run=config.run)), cluster=config.cluster)
+    if changes := changed_inputs(run_config):
+        raise ValueError("\n".join([f"run={config.run} was started from files that are not what they were", *changes]))
     steps = _chosen_steps(config)
     launch.set_up_process(run_config.seed, run_config.num_threads)
     start = str(rl.starting_model(run_config, rl.tasks_of(run_config)[0]))

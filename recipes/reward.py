@@ -10,9 +10,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lockstep.engine import Engine, EngineConfig
+from lockstep.engine.config_fields import Count, Fraction, InputPath, Size
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.pooling import scored_part
-from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
+from lockstep.recipes.room import pairs_with_room
+from lockstep.recipes.start_checks import check_stage
+from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, is_due, resumed
 from lockstep.rollout import hub
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.preferences import PairSamplingConfig, Preference, read_pairs, sample_pairs, write_pairs
@@ -31,18 +34,19 @@ class RewardConfig(TrainingRunConfig):
     policy: without files, the HF directory of a language model whose answers to the task become pairs, its right ones
         against its wrong ones; they are kept in the run. null: `model`.
     sampling, engine: of these answers; the engine's `model` is filled in by the run.
-    pairs_per_step: pairs in one update. evaluate_every: steps between looks at the held-out pairs.
+    pairs_per_step: pairs in one update. evaluate_every: steps between looks at the held-out pairs; 0: none.
     """
 
     name: str = "reward"
-    train_files: tuple[str, ...] = ()
-    held_out_files: tuple[str, ...] = ()
-    held_out_fraction: float = 0.1
-    policy: str | None = None
+    train_files: tuple[InputPath, ...] = ()
+    held_out_files: tuple[InputPath, ...] = ()
+    held_out_fraction: Fraction = 0.1
+    policy: InputPath | None = None
     sampling: PairSamplingConfig = field(default_factory=PairSamplingConfig)
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(model=START))
-    pairs_per_step: int = 32
-    evaluate_every: int = 20
+    pairs_per_step: Size = 32
+    evaluate_every: Count = 20
+    steps: Size = 100
 
 
 def run(config: RewardConfig) -> dict[str, Any]:
@@ -50,9 +54,12 @@ def run(config: RewardConfig) -> dict[str, Any]:
     if config.dry_run:
         raise ValueError("lockstep reward has no plan to print: --dry-run is for rl and sft")
     config = resumed(config)
+    check_stage(config)
+    given = given_pairs(config) if config.train_files else None
     with TrainingRun(config, "reward") as run:
         model = str(config.model.resolve(run.path / "new_model", config.task.build().train, config.seed))
-        train, held_out = preference_pairs(config, run, model)
+        run.check_made("the new model", run.path / "new_model")
+        train, held_out = given or sampled_pairs(config, run, hub.model_directory(config.policy or model))
         tokenizer, pad_token_id = load_tokenizer(model, config.chat), load_model_config(model).pad_token_id
         train_tokens, held_out_tokens = (
             [tokenized(tokenizer, pair, pad_token_id) for pair in pairs] for pairs in (train, held_out)
@@ -65,7 +72,7 @@ def run(config: RewardConfig) -> dict[str, Any]:
         order = ProblemOrder(len(train_tokens), config.seed)
 
         def evaluate_if_due(step: int) -> None:
-            if step % config.evaluate_every == 0 or step == config.steps:
+            if is_due(step, config.evaluate_every, config.steps):
                 run.sinks.record(step, "eval", evaluate_pairs(trainer, held_out_tokens))
 
         if trainer.step_count == 0:
@@ -83,15 +90,30 @@ def run(config: RewardConfig) -> dict[str, Any]:
         return run.finish(trainer)
 
 
-def preference_pairs(config: RewardConfig, run: TrainingRun, model: str) -> tuple[list[Preference], list[Preference]]:
-    """The pairs to learn from, and those held out. Raises ValueError if either are none."""
-    if config.train_files:
-        train, held_out = read_pairs(config.train_files), read_pairs(config.held_out_files)
-        if not config.held_out_files:
-            num_held_out = math.ceil(len(train) * config.held_out_fraction)
-            train, held_out = train[: len(train) - num_held_out], train[len(train) - num_held_out :]
-    else:
-        train, held_out = sampled_pairs(config, run, hub.model_directory(config.policy or model))
+def given_pairs(config: RewardConfig) -> tuple[list[Preference], list[Preference]]:
+    """The pairs of the files, to learn from and held out. Raises ValueError if either are none, or one has no room."""
+    model, tokenizer = config.model.described(config.task.build().train, config.chat)
+    budget = config.trainer.max_tokens_per_micro_batch
+
+    def why_not(pair: Preference) -> str | None:
+        lengths = [len(sequence) for sequence in tokenized(tokenizer, pair, model.pad_token_id)]
+        if max(lengths) > model.max_position_embeddings:
+            return f"has no room: it has {max(lengths):,} tokens, and the model takes {model.max_position_embeddings:,}"
+        if sum(lengths) > budget:
+            both = f"both responses have {sum(lengths):,} tokens"
+            return f"has no room: {both}, and trainer.max_tokens_per_micro_batch allows {budget:,}"
+        return None
+
+    train = pairs_with_room(read_pairs(config.train_files), config.task, why_not)
+    held_out = pairs_with_room(read_pairs(config.held_out_files), config.task, why_not)
+    if not config.held_out_files:
+        num_held_out = math.ceil(len(train) * config.held_out_fraction)
+        train, held_out = train[: len(train) - num_held_out], train[len(train) - num_held_out :]
+    return some_of_each(train, held_out)
+
+
+def some_of_each(train: list[Preference], held_out: list[Preference]) -> tuple[list[Preference], list[Preference]]:
+    """Both. Raises ValueError if either are none."""
     if not (train and held_out):
         raise ValueError(f"{len(train)} pairs to learn from and {len(held_out)} held out: there must be some of each")
     return train, held_out
@@ -112,7 +134,8 @@ def sampled_pairs(config: RewardConfig, run: TrainingRun, policy: str) -> tuple[
                 write_pairs(file, sample_pairs(engine, tokenizer, task, number, sampling, config.seed))
         finally:
             engine.shutdown()
-    return read_pairs([str(files["train"])]), read_pairs([str(files["held_out"])])
+    run.check_made("the policy's pairs", *files.values())
+    return some_of_each(read_pairs([str(files["train"])]), read_pairs([str(files["held_out"])]))
 
 
 def check_lengths(name: str, pairs: Sequence[PreferencePair], config: RewardConfig, longest: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.engine import EngineConfig
+from lockstep.engine.config_fields import Count, Size
 from lockstep.recipes import sft
 from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.cluster.local import LocalCluster
@@ -22,8 +23,9 @@ from lockstep.recipes.learner import Learner
 from lockstep.recipes.plan import dry_run, rl_plan
 from lockstep.recipes.room import rl_with_room
 from lockstep.recipes.run_directory import read_rollouts, rollout_steps
+from lockstep.recipes.start_checks import check_rl, check_teacher
 from lockstep.recipes.step_clock import StepClock
-from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, resumed
+from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, has_ended, is_due, resumed
 from lockstep.rollout.answer_watch import AnswerWatch
 from lockstep.rollout.buffer import BufferConfig, RolloutBuffer
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
@@ -50,7 +52,7 @@ class RLConfig(TrainingRunConfig):
     environment: what answers the model between its turns; by default nothing does, and a response is one turn.
     evaluation_tasks: further data sets to evaluate on, by name, each like `task`.
     buffer: max_staleness=0 generates, then trains; with more, generation runs ahead. See rollout/buffer.py.
-    evaluate_every: steps between held-out evaluations.
+    evaluate_every: steps between held-out evaluations, and one before the first and after the last; 0: there are none.
     engine: its `model` is filled in by the run.
     cluster: where trainer and engines live; cluster=ray takes configs/cluster/ray.yaml.
     draft: a draft model that learns from the rollouts and speeds them up, see recipes/draft_stage.py; off by default,
@@ -67,11 +69,17 @@ class RLConfig(TrainingRunConfig):
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(model=START))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     evaluation_tasks: dict[str, TaskConfig] = field(default_factory=dict)
-    evaluate_every: int = 20
+    evaluate_every: Count = 20
+    steps: Size = 100
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     draft: DraftStageConfig = field(default_factory=DraftStageConfig)
 
     def __post_init__(self):
+        super().__post_init__()
+        if self.rollout.temperature == 0.0:
+            raise ValueError(
+                "rollout.temperature=0: all samples of a prompt would be one; RL needs a temperature above 0"
+            )
         if self.draft.is_on and self.engine.draft_model is not None:
             raise ValueError(
                 f"engine.draft_model={self.engine.draft_model} does not go with a draft that learns during the run "
@@ -96,7 +104,6 @@ class RLConfig(TrainingRunConfig):
             f"cluster.kind={self.cluster.kind}": self.cluster.kind != "local",
             f"environment.kind={self.environment.kind}": self.environment.kind != SINGLE_TURN,
             f"buffer.max_staleness={self.buffer.max_staleness}": self.buffer.max_staleness > 0,
-            f"rollout.temperature={self.rollout.temperature}": self.rollout.temperature == 0.0,
         }
         reason = next((name for name, is_set in reasons.items() if is_set), None)
         if reason is None or not self.draft.is_on:
@@ -111,12 +118,21 @@ def run(config: RLConfig) -> dict[str, Any]:
     check_reward(config.reward)
     if config.dry_run:
         return dry_run(rl_plan(config))
+    check_rl(config)
     tasks, further = tasks_of(config)
     with TrainingRun(config, "rl") as run:
         config = config.without_draft_where_none_can_learn()
-        start = str(starting_model(config, tasks))
+        start = starting_model(config, tasks)
+        run.check_made("the new model", run.path / "new_model")
+        if start.is_relative_to(run.path / WARMUP):
+            run.check_made("the warm-up's model", start)
+        check_teacher(config, start)
+        start = str(start)
         trainer, engine = replace(config.trainer, model=start), replace(config.engine, model=start)
-        engine, draft_config = with_draft(engine, config.draft, run.path / "new_draft", tasks.train, config.seed)
+        engine, draft_config = with_draft(
+            engine, config.draft, run.path / "new_draft", tasks.train, config.seed, config.chat
+        )
+        run.check_made("the new draft", run.path / "new_draft")
         with open_cluster(config.cluster, trainer, engine, config.seed, config.num_threads) as cluster:
             run.start(cluster.trainer)
             if version := config.steps_made(cluster.trainer):
@@ -154,7 +170,7 @@ def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
         sinks=config.sinks,
         wandb=replace(config.wandb, id=None, name=f"{config.wandb.name or config.directory.name} warm-up"),
     )
-    if not (warmup.directory / "weights.sha256").exists():
+    if not has_ended(warmup):
         sft.run(warmup)
     return warmup.directory / "model"
 
@@ -189,7 +205,7 @@ def train(
     watch = AnswerWatch()
 
     def evaluate_if_due(step: int) -> None:
-        if step % config.evaluate_every == 0 or step == config.steps:
+        if is_due(step, config.evaluate_every, config.steps):
             with run.trace.span("evaluation", step=step):
                 results = evaluate_tasks(
                     engine,

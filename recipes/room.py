@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from lockstep.engine import EngineConfig
+from lockstep.engine.models.config import ModelConfig
 from lockstep.rollout.chat_template import apply_template
-from lockstep.rollout.environments import SINGLE_TURN
+from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
+from lockstep.rollout.preferences import Preference
 from lockstep.rollout.tasks import Problem, Task, TaskSplits
 from lockstep.rollout.tasks.views import ChosenProblems
 from lockstep.rollout.tokenizer import encode_response
 
 if TYPE_CHECKING:
+    from lockstep.recipes.evaluate import EvalConfig
     from lockstep.recipes.inputs import TaskConfig
     from lockstep.recipes.rl import RLConfig
     from lockstep.recipes.sft import SFTConfig
@@ -93,14 +98,9 @@ def rl_with_room(config: RLConfig, tasks: TaskSplits, further: dict[str, Task]) 
     those that are evaluated. further: the held-out problems of other tasks. Raises as `sft_with_room` does.
     """
     model, tokenizer = config.model.described(tasks.train, config.chat)
-    longest = min(config.engine.max_model_len or math.inf, model.max_position_embeddings)
-    by = "the model" if longest == model.max_position_embeddings else "engine.max_model_len"
-    asked = Room(longest, by, 1)
-    if config.environment.kind != SINGLE_TURN and (config.environment.max_episode_tokens or longest) < longest:
-        asked = Room(config.environment.max_episode_tokens, "environment.max_episode_tokens", 1)
+    asked = learned = _asked(config.engine, config.environment, model)
     budget = config.trainer.max_tokens_per_micro_batch
-    learned = asked
-    if budget < longest:  # the response may come to be as long as it is allowed to
+    if budget < asked.tokens:  # the response may come to be as long as it is allowed to
         tokens = min(config.rollout.max_tokens, budget) if config.environment.kind == SINGLE_TURN else 1
         learned = _smaller(asked, Room(budget, "trainer.max_tokens_per_micro_batch", tokens))
     number = config.evaluation.num_problems
@@ -110,6 +110,44 @@ def rl_with_room(config: RLConfig, tasks: TaskSplits, further: dict[str, Task]) 
         name: with_room(task, config.evaluation_tasks[name], asked, tokenizer, number) for name, task in further.items()
     }
     return TaskSplits(train, held_out), others
+
+
+def eval_with_room(
+    config: EvalConfig,
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: dict[str, tuple[TaskConfig, Task]],
+) -> dict[str, Task]:
+    """The tasks, of which all problems to evaluate leave room for a token. Raises as `with_room` does."""
+    room = _asked(config.engine, config.environment, model)
+    number = config.evaluation.num_problems
+    return {name: with_room(task, options, room, tokenizer, number) for name, (options, task) in tasks.items()}
+
+
+def pairs_with_room(
+    pairs: Sequence[Preference], config: TaskConfig, why_not: Callable[[Preference], str | None]
+) -> list[Preference]:
+    """The pairs, or what is left of them where `config` skips those without room. Raises ValueError that names one."""
+    kept, skipped = [], []
+    for pair in pairs:
+        why = why_not(pair)
+        if why is None:
+            kept.append(pair)
+        elif config.overlong == "error":
+            raise ValueError(f"{pair.where} {why}{_advice(config, True)}")
+        else:
+            skipped.append(f"{pair.where} {why}")
+    if skipped:
+        _say(f"{len(skipped)} of {len(pairs)} pairs are skipped; the first: {skipped[0]}")
+    return kept
+
+
+def _asked(engine: EngineConfig, environment: EnvironmentConfig, model: ModelConfig) -> Room:
+    """A prompt leaves room for a token at least."""
+    longest = min(engine.max_model_len or math.inf, model.max_position_embeddings)
+    if environment.kind != SINGLE_TURN and (environment.max_episode_tokens or longest) < longest:
+        return Room(environment.max_episode_tokens, "environment.max_episode_tokens", 1)
+    return Room(longest, "the model" if longest == model.max_position_embeddings else "engine.max_model_len", 1)
 
 
 def _smaller(*rooms: Room) -> Room:

@@ -2,6 +2,7 @@
 
     runs/NAME/
         config.yaml                   the resolved config
+        inputs.json                   what the run was started from, see run_inputs.py
         metrics.jsonl                 one JSON object a line, with `step` and `stage`
         rollouts/step_000123.jsonl    one sample a line: token ids, log-probs, seed, weight versions, reward, ...
         checkpoints/step_000123/      what the stage put there; `checkpoints/latest` names the newest
@@ -11,19 +12,21 @@
 
 Files and checkpoints are written under another name, synced and renamed, so a name that exists is complete. Only
 metrics.jsonl grows in place; opening the directory repairs its last line. Rollouts and checkpoints that were changed
-since are refused by name: when a run is resumed, and where they are read.
+since are refused by name: when a run is resumed, and where they are read. Files beside them with other names are left
+alone. The directory can be read by its owner alone.
 """
 
 import contextlib
 import dataclasses
 import fcntl
-import fnmatch
+import itertools
 import json
 import math
 import os
+import re
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,20 +35,15 @@ import yaml
 from lockstep.engine.files import TEMPORARY, flush_to_disk, whole_folder, write_whole
 from lockstep.recipes import content_hashes
 from lockstep.recipes.config_schema import to_plain
+from lockstep.recipes.run_config import CONFIG_FILE, MAY_DIFFER, completed, differences, read_config
+from lockstep.recipes.run_inputs import INPUTS_FILE, RunInputs
 
 LOCK_FILE = "run.lock"
-# Keys that a resumed run may change: how long it runs and how it is watched, not what it computes.
-MAY_DIFFER = (
-    "steps",
-    "sinks",
-    "sinks.*",
-    "wandb.*",
-    "keep_checkpoints",
-    "checkpoint_every",
-    "push_to_hub",
-    "live",
-    "report",
-)
+# What a run makes before its first step, from its config and inputs; but for the runs of stages that it begins with.
+_MADE_FROM_INPUTS = (
+    INPUTS_FILE, "new_model", "new_draft", "train_pairs.jsonl", "held_out_pairs.jsonl", "metrics.jsonl", "model",
+    "report.html", "trace.json",
+)  # fmt: skip
 
 
 class RunDirectory:
@@ -56,9 +54,13 @@ class RunDirectory:
 
     Args:
         path: the directory, made if it is not there.
-        config: the resolved config, a dataclass or a mapping.
+        config: the resolved config, a dataclass or a mapping. A run of another one that has not finished a step, such
+            as one that could not start, is replaced.
         may_differ: patterns (fnmatch) of dotted config keys that may differ from the run that is resumed.
         keep_checkpoints: how many of the newest checkpoints stay; 0 keeps all.
+        overwrite: a run that is there is moved to `NAME.old-1` (or 2, ...) beside it, whole.
+        inputs: gives the hashes of the files that the config names, by config key; see `settle_inputs`.
+        hint: what an error says last: how to go on.
     Raises:
         ValueError: another process runs here; or the directory holds something else, or a run with another config, or
             a rollout file or newest checkpoint that was changed since it was written.
@@ -71,14 +73,24 @@ class RunDirectory:
         *,
         may_differ: Iterable[str] = MAY_DIFFER,
         keep_checkpoints: int = 2,
+        overwrite: bool = False,
+        inputs: Callable[[], Mapping[str, Mapping[str, str]]] = dict,
+        hint: str = "resume that, or name another run",
     ) -> None:
         self.path = Path(path)
+        if keep_checkpoints < 0:
+            raise ValueError(f"keep_checkpoints must be at least 0 (all), got {keep_checkpoints}")
         self.keep_checkpoints = keep_checkpoints
+        self._hint = hint
         _require_run_or_empty(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.moved_to = _move_aside(self.path) if overwrite else None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(mode=0o700, exist_ok=True)
         self._lock = _take_lock(self.path / LOCK_FILE)
         try:
-            _settle_config(self.path / "config.yaml", to_plain(config), tuple(may_differ))
+            self.inputs = RunInputs(self.path)
+            self._settle_config(config, tuple(may_differ))
+            self.settle_inputs(self.inputs.with_recorded(inputs()))
             for folder in (self.path / "rollouts", self.path / "checkpoints"):
                 folder.mkdir(exist_ok=True)
             self._recover()
@@ -151,21 +163,73 @@ class RunDirectory:
         """Record the final weights' SHA-256 (hex). Opening the directory again removes it, until the next end."""
         write_whole(self.path / "weights.sha256", digest + "\n")
 
+    @property
+    def has_finished_a_step(self) -> bool:
+        """Whether there is anything that took training to make."""
+        if checkpoint_steps(self.path) or rollout_steps(self.path):
+            return True
+        metrics = self.path / "metrics.jsonl"
+        return metrics.exists() and any(record.get("step", 0) > 0 for record in _read_lines(metrics))
+
+    def settle_inputs(self, roles: Mapping[str, Mapping[str, str]], made_by_the_run: bool = False) -> None:
+        """Records the files that the run starts from, or compares them with what was recorded.
+
+        roles: hashes by file, by role, see RunInputs. A run that has not finished a step starts again from new ones,
+        unless they are files that it made itself.
+        Raises ValueError that names the files which are not as they were.
+        """
+        changes = [line for role, files in roles.items() for line in self.inputs.changes(role, files)]
+        if changes and (made_by_the_run or self.has_finished_a_step):
+            text = f"{self.path} was started from files that are not what they were; put them back, or {self._hint}"
+            raise ValueError("\n".join([text, *changes]))
+        if changes:
+            self._start_again(self._plain_config)
+        self.inputs.record(roles)
+
+    def _settle_config(self, config: Any, may_differ: tuple[str, ...]) -> None:
+        """Writes config.yaml; where there is one, refuses a config that differs in other keys than may_differ's."""
+        self._plain_config = plain = to_plain(config)
+        file = self.path / CONFIG_FILE
+        lines, started = [], plain
+        if file.exists():
+            stored = read_config(self.path)
+            started = self.inputs.config or stored
+            if dataclasses.is_dataclass(config):
+                stored, started = (completed(type(config), held, str(file)) for held in (stored, started))
+            lines = differences(started, plain, may_differ)
+            if lines and self.has_finished_a_step:
+                was_edited = not differences(stored, plain, may_differ)
+                what = f"{file} was changed after the run had begun" if was_edited else ""
+                what = what or f"{self.path} holds a run with another config"
+                raise ValueError("\n".join([f"{what}; {self._hint}", *lines]))
+        if lines:
+            self._start_again(plain)
+        elif self.inputs.config is None or not file.exists():
+            self.inputs.start(started)
+        write_whole(file, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+
+    def _start_again(self, plain: Mapping[str, Any]) -> None:
+        """Removes what was made from another config or other files. Runs of earlier stages look after themselves."""
+        for name in _MADE_FROM_INPUTS:
+            _delete(self.path / name)
+        self.inputs.start(plain)
+
     def _recover(self) -> None:
         """Remove what a killed run left unfinished, and what it wrote after its newest checkpoint."""
         for folder in (self.path, self.path / "rollouts", self.path / "checkpoints"):
             for leftover in folder.glob(TEMPORARY + "*"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                _delete(leftover)
         (self.path / "weights.sha256").unlink(missing_ok=True)
         self._point_to_latest()
         self._drop_old_checkpoints()
         last_step = -1 if self.resume_step is None else self.resume_step
         rollouts = self.path / "rollouts"
-        for file in rollouts.glob("step_*"):
-            if _step_of(file) > last_step:
-                file.unlink()
-        for step in _steps(rollouts.glob("step_*")):
-            content_hashes.check_file(self.rollouts_path(step))
+        for suffix in (".jsonl", content_hashes.SUFFIX):
+            for step in _steps(rollouts, suffix):
+                if step > last_step:
+                    (rollouts / f"{_step_name(step)}{suffix}").unlink()
+                else:
+                    content_hashes.check_file(self.rollouts_path(step))
         if self.resume_checkpoint is not None:
             content_hashes.check_folder(self.resume_checkpoint)
         metrics = self.path / "metrics.jsonl"
@@ -187,11 +251,6 @@ class RunDirectory:
         write_whole(pointer, _step_name(self.resume_step) + "\n")
 
 
-def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The resolved config of the run at path."""
-    return yaml.safe_load((Path(path) / "config.yaml").read_text(encoding="utf-8"))
-
-
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The records of the run at path, in order; a line that is being written, or was torn by a kill, is left out."""
     file = Path(path) / "metrics.jsonl"
@@ -208,12 +267,12 @@ def read_rollouts(path: str | os.PathLike[str], step: int) -> list[dict[str, Any
 
 def rollout_steps(path: str | os.PathLike[str]) -> list[int]:
     """Steps of the run at path that have rollouts, ascending."""
-    return _steps((Path(path) / "rollouts").glob("step_*.jsonl"))
+    return _steps(Path(path) / "rollouts", ".jsonl")
 
 
 def checkpoint_steps(path: str | os.PathLike[str]) -> list[int]:
     """Steps of the run at path that have a complete checkpoint, ascending."""
-    return _steps((Path(path) / "checkpoints").glob("step_*"))
+    return [step for step in _steps(Path(path) / "checkpoints", "") if checkpoint_path(path, step).is_dir()]
 
 
 def checkpoint_path(path: str | os.PathLike[str], step: int) -> Path:
@@ -221,12 +280,11 @@ def checkpoint_path(path: str | os.PathLike[str], step: int) -> Path:
     return Path(path) / "checkpoints" / _step_name(step)
 
 
-def _steps(paths: Iterable[Path]) -> list[int]:
-    return sorted({_step_of(path) for path in paths})
-
-
-def _step_of(path: Path) -> int:
-    return int(path.stem.removeprefix("step_"))
+def _steps(folder: Path, suffix: str) -> list[int]:
+    """Of the names that a run writes; backups and archives beside them have others."""
+    numbers = (re.fullmatch(rf"step_(\d{{6,}}){re.escape(suffix)}", path.name) for path in folder.glob("step_*"))
+    steps = sorted(int(match[1]) for match in numbers if match)
+    return [step for step in steps if (folder / f"{_step_name(step)}{suffix}").exists()]
 
 
 def _step_name(step: int) -> str:
@@ -238,7 +296,8 @@ def _require_run_or_empty(path: Path) -> None:
         raise ValueError(f"{path} is not a directory")
     if path.is_dir() and not (path / "config.yaml").exists():
         # A run that was killed while it began has its lock, and perhaps half a config.
-        foreign = [name for name in os.listdir(path) if name != LOCK_FILE and not name.startswith(TEMPORARY)]
+        own = (LOCK_FILE, INPUTS_FILE)
+        foreign = [name for name in os.listdir(path) if name not in own and not name.startswith(TEMPORARY)]
         if foreign:
             raise ValueError(f"{path} is not a run directory: it has no config.yaml but holds {sorted(foreign)[0]}")
 
@@ -259,33 +318,17 @@ def _take_lock(path: Path) -> IO[str]:
     return file
 
 
-def _settle_config(path: Path, config: Mapping[str, Any], may_differ: tuple[str, ...]) -> None:
-    """Write config.yaml; where there is one, refuse a config that differs in other keys than may_differ's."""
-    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    if path.exists():
-        before, after = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(yaml.safe_load(text))
-        differing = [
-            f"  {key}: {_shown(before, key)} -> {_shown(after, key)}"
-            for key in sorted(before.keys() | after.keys())
-            if _shown(before, key) != _shown(after, key) and not any(fnmatch.fnmatch(key, p) for p in may_differ)
-        ]
-        if differing:
-            lines = "\n".join(differing)
-            raise ValueError(
-                f"{path.parent} holds a run with another config; resume that, or name another run\n{lines}"
-            )
-    write_whole(path, text)
+def _move_aside(path: Path) -> Path | None:
+    """Gives a run that is there another name, and returns that. Raises ValueError where a process is at work in it."""
+    if not (path / CONFIG_FILE).exists():
+        return None
+    with _take_lock(path / LOCK_FILE):
+        number = next(n for n in itertools.count(1) if not path.with_name(f"{path.name}.old-{n}").exists())
+        return path.rename(path.with_name(f"{path.name}.old-{number}"))
 
 
-def _flat(config: Mapping[str, Any] | None, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in (config or {}).items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
-
-
-def _shown(flat: Mapping[str, Any], key: str) -> str:
-    return repr(flat[key]) if key in flat else "(absent)"
+def _delete(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

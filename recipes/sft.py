@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lockstep.engine.config_fields import Size
 from lockstep.recipes.plan import dry_run, sft_plan
 from lockstep.recipes.room import sft_with_room
+from lockstep.recipes.start_checks import check_stage
 from lockstep.recipes.training_run import TrainingRun, TrainingRunConfig, resumed
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.tasks import Problem, Task
@@ -27,7 +29,7 @@ class SFTConfig(TrainingRunConfig):
     """examples_per_step: worked solutions in one update. aggregation: how their tokens' losses become one."""
 
     name: str = "sft"
-    examples_per_step: int = 32
+    examples_per_step: Size = 32
     aggregation: Aggregation = "token_mean"
 
 
@@ -36,9 +38,11 @@ def run(config: SFTConfig) -> dict[str, Any]:
     config = resumed(config)
     if config.dry_run:
         return dry_run(sft_plan(config))
+    check_stage(config)
     tasks = sft_with_room(config, config.task.build())
     with TrainingRun(config, "sft") as run:
         model = config.model.resolve(run.path / "new_model", tasks.train, config.seed)
+        run.check_made("the new model", run.path / "new_model")
         tokenizer = load_tokenizer(model, config.chat)
         _LOG.info("loading the model %s into the trainer", model)
         trainer = MegatronTrainer(replace(config.trainer, model=str(model)))

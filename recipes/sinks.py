@@ -1,5 +1,6 @@
 """Where metrics go: metrics.jsonl always, and by choice wandb and TensorBoard beside it."""
 
+import importlib.util
 import logging
 import re
 import uuid
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from lockstep.engine.config_fields import Count, check_fields
 from lockstep.engine.files import write_whole
 from lockstep.recipes import launch
 from lockstep.recipes.config_schema import to_plain
@@ -34,11 +36,10 @@ class WandbConfig:
     group: str | None = None
     name: str | None = None
     id: str | None = None
-    sample_rows: int = 8
+    sample_rows: Count = 8
 
     def __post_init__(self):
-        if self.sample_rows < 0:
-            raise ValueError(f"wandb.sample_rows must be at least 0, got {self.sample_rows}")
+        check_fields(self, "wandb")
 
 
 class Sink(Protocol):
@@ -182,10 +183,17 @@ def open_sinks(names: Iterable[str], run: RunDirectory, config: Any, *others: Si
         ValueError: a name is not in SINKS, or its package is not installed.
     """
     names = list(dict.fromkeys(names))
+    check_sinks(names)
+    return Sinks([JsonlSink(run, config), *(SINKS[name](run, config) for name in names), *others])
+
+
+def check_sinks(names: Iterable[str]) -> None:
+    """Raises ValueError for a name that is not in SINKS, or whose package is not installed."""
     for name in names:
         if name not in SINKS:
-            raise ValueError(f"unknown sink {name!r}; there are: {', '.join(SINKS)}")
-    return Sinks([JsonlSink(run, config), *(SINKS[name](run, config) for name in names), *others])
+            raise ValueError(f"sinks: unknown sink {name!r}; there are: {', '.join(SINKS)}")
+        if importlib.util.find_spec(name) is None:
+            raise _not_installed(name)
 
 
 def accepted_name(name: str, instead: str | None) -> str | None:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from omegaconf import OmegaConf
-
+from lockstep.engine.config_fields import Count, Seed, Text, Threads, check_fields
 from lockstep.kernels import numerics
-from lockstep.recipes import config_schema, launch
+from lockstep.recipes import launch
+from lockstep.recipes.config_schema import to_plain
 from lockstep.recipes.export import complete_export, push
 from lockstep.recipes.first_start import settled
 from lockstep.recipes.inputs import ModelSource, TaskConfig
 from lockstep.recipes.live import LiveView
 from lockstep.recipes.report import write_report
-from lockstep.recipes.run_directory import RunDirectory, read_config, read_metrics
+from lockstep.recipes.run_config import CONFIG_FILE, MAY_DIFFER, completed, differences, read_config, resumed_from_plain
+from lockstep.recipes.run_directory import RunDirectory, checkpoint_steps, read_metrics
+from lockstep.recipes.run_inputs import RunInputs, config_inputs, files_below, hashes_of
 from lockstep.recipes.run_log import RunLog
 from lockstep.recipes.sinks import Sinks, WandbConfig, open_sinks
 from lockstep.recipes.trace import Trace
@@ -45,31 +49,39 @@ class TrainingRunConfig:
     """What all training stages take.
 
     name: the run is written to `runs_dir`/`name`; where that holds an unfinished run of this config, it goes on.
-    run: a run directory to resume with the config that it holds; everything else given is then ignored.
+    run: a run directory to resume with the config that it holds. What else is given must be a key that may change on
+        the way, see run_config.MAY_DIFFER.
+    overwrite: where the directory holds a run, that is moved aside (to NAME.old-1), and a new one starts.
     num_threads: CPU threads; null takes the machine's. Part of the config, since gradients' last bits depend on it.
     chat: how conversations become text, see rollout/chat_template.py.
     trainer: its `model` is filled in by the run.
+    checkpoint_every: steps between checkpoints, one more is made at the last step; 0: that one only.
+    keep_checkpoints: so many of the newest stay; 0: all.
     push_to_hub: org/name on the hub, a private repository to which the model goes at the end; made if it is not there.
     sinks: beside metrics.jsonl: "wandb", "tensorboard". wandb: of the first, see recipes/sinks.py.
     dry_run: print the plan, with its arithmetic of memory and batches, and start nothing (also --dry-run).
     """
 
     name: str = "run"
-    run: str | None = None
+    run: Text | None = None
     runs_dir: str = "runs"
-    seed: int = 0
-    num_threads: int | None = 2
+    seed: Seed = 0
+    num_threads: Threads | None = 2
     model: ModelSource = field(default_factory=ModelSource)
     task: TaskConfig = field(default_factory=TaskConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(model=START))
-    steps: int = 100
-    checkpoint_every: int = 20
-    keep_checkpoints: int = 2
-    push_to_hub: str | None = None
+    steps: Count = 100
+    checkpoint_every: Count = 20
+    keep_checkpoints: Count = 2
+    push_to_hub: Text | None = None
     sinks: tuple[str, ...] = ()
     wandb: WandbConfig = field(default_factory=WandbConfig)
     dry_run: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self):
+        check_fields(self)
 
     @property
     def directory(self) -> Path:
@@ -80,14 +92,14 @@ Config = TypeVar("Config", bound=TrainingRunConfig)
 
 
 def resumed(config: Config) -> Config:
-    """The config to run: the one given, with what the run settles at its first start, or with `run` set the one stored
-    there."""
-    if config.run is None:
-        return settled(config) if isinstance(config, TrainingRunConfig) else config
-    if not (Path(config.run) / "config.yaml").exists():
-        raise ValueError(f"run={config.run}: there is no run to resume (no config.yaml)")
-    stored = config_schema.build(type(config), OmegaConf.create(read_config(config.run)))
-    return replace(stored, run=None, runs_dir=str(Path(config.run).parent), name=Path(config.run).name)
+    """The config to run. With `run` set it is the one stored there, changed by what else is given; with what the run
+    settles at its first start.
+
+    Raises ValueError for a directory without a run, and as `run_config.resumed_from_plain` does.
+    """
+    if config.run is not None:
+        config = resumed_from_plain(type(config), to_plain(config))
+    return settled(config) if isinstance(config, TrainingRunConfig) else config
 
 
 def devices_here(config: Any) -> list[str]:
@@ -108,10 +120,22 @@ class TrainingRun:
         launch.set_up_process(config.seed, config.num_threads)
         self.config = config
         self.stage = stage
-        stored = replace(config, runs_dir="", name="", run=None)  # a run may be moved or renamed
-        self.directory = RunDirectory(config.directory, stored, keep_checkpoints=config.keep_checkpoints)
+        hint = _hint(config, stage)
+        if not config.overwrite and (made := max(checkpoint_steps(config.directory), default=0)) > config.steps:
+            raise ValueError(
+                f"steps={config.steps}: the run in {config.directory} has made {made} steps already; {hint}"
+            )
+        self.directory = RunDirectory(
+            config.directory,
+            as_stored(config),
+            keep_checkpoints=config.keep_checkpoints,
+            overwrite=config.overwrite,
+            inputs=lambda: config_inputs(config),
+            hint=hint,
+        )
         self.path = self.directory.path
         self._log = RunLog(self.path)
+        self._say_what_changed()
         self.trace = Trace(self.path / "trace.json", stage)
         self.view: LiveView | None = None
         self.sinks: Sinks | None = None
@@ -134,6 +158,20 @@ class TrainingRun:
         self.restore(trainer=trainer)
         self.view = LiveView(self.stage, self.config.steps, self.directory.resume_step or 0)
         self.sinks = open_sinks(self.config.sinks, self.directory, self.config, self.view)
+
+    def check_made(self, role: str, *paths: Path) -> None:
+        """What the run made for itself before its first step, such as a model, is what it made; or it is recorded now.
+
+        role: what it is, in words. Raises ValueError that names a file which was changed since.
+        """
+        files = {os.path.relpath(file, self.path): file for path in paths for file in files_below(path).values()}
+        self.directory.settle_inputs(hashes_of({role: files}), made_by_the_run=True)
+
+    def _say_what_changed(self) -> None:
+        if self.directory.moved_to is not None:
+            _LOG.warning("the run that was here is now %s", self.directory.moved_to)
+        if versions := self.directory.inputs.changed_versions():
+            _LOG.warning("not what the run began with: %s; its results may differ", ", ".join(versions))
 
     def restore(self, **parts: CheckpointPart) -> None:
         """Gives parts what they saved under their names in the newest checkpoint; without one, nothing."""
@@ -178,7 +216,7 @@ class TrainingRun:
 
     def checkpoint_if_due(self, step: int, **parts: CheckpointPart) -> None:
         """Every `checkpoint_every` steps, and at the last: all parts that decide how the run goes on."""
-        if step % self.config.checkpoint_every == 0 or step == self.config.steps:
+        if step == self.config.steps or is_due(step, self.config.checkpoint_every, self.config.steps):
             with self.trace.span("checkpoint", step=step), self.directory.checkpoint(step) as folder:
                 for name, part in parts.items():
                     part.save(folder / name)
@@ -201,6 +239,44 @@ class TrainingRun:
             results["pushed"] = push(export, self.config.push_to_hub)
         self.view.summary(results)
         return results
+
+
+def as_stored(config: TrainingRunConfig) -> TrainingRunConfig:
+    """What config.yaml holds of it: all but its place, since a run may be moved or renamed."""
+    return replace(config, runs_dir="", name="", run=None, overwrite=False)
+
+
+def has_ended(config: TrainingRunConfig) -> bool:
+    """Whether the directory holds the ended run of just this config and these inputs, by every byte of theirs."""
+    path = config.directory
+    if not (path / "weights.sha256").exists() or not (path / CONFIG_FILE).exists():
+        return False
+    stored = completed(type(config), read_config(path), str(path / CONFIG_FILE))
+    may_differ = [pattern for pattern in MAY_DIFFER if pattern != "steps"]
+    if differences(stored, to_plain(as_stored(settled(config))), may_differ):
+        return False
+    return not changed_inputs(config)
+
+
+def changed_inputs(config: TrainingRunConfig) -> list[str]:
+    """A line for each file that the run in the config's directory was started from and that is not what it was."""
+    inputs = RunInputs(config.directory)
+    roles = inputs.with_recorded(config_inputs(config))
+    return [line for role, files in roles.items() for line in inputs.changes(role, files)]
+
+
+def _hint(config: TrainingRunConfig, stage: str) -> str:
+    """How to go on where the directory holds another run."""
+    parent = Path(config.runs_dir)
+    if (parent / CONFIG_FILE).exists():  # a stage that another run begins with
+        return f"start anew with overwrite=true, which moves {parent} aside whole, or name another run"
+    again = f"resume that run with: lockstep {stage} run={shlex.quote(str(config.directory))}"
+    return f"{again} ; or start anew with overwrite=true, which moves it aside whole; or name another run (name=NAME)"
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Whether something happens at a step that happens each so many steps, and at the last; never, where that is 0."""
+    return every > 0 and (step % every == 0 or step == last)
 
 
 def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -12,8 +12,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Interval
+
+from lockstep.engine.config_fields import Count, Size, check_fields
 from lockstep.rollout.group import Group
 from lockstep.rollout.sample import Sample
 from lockstep.rollout.worker import RolloutWorker
@@ -39,26 +42,19 @@ class BufferConfig:
         the algorithm, and because of environments that failed. Others are generated in their place.
     """
 
-    max_staleness: int = 0
-    segment_tokens: int | None = None
+    max_staleness: Count = 0
+    segment_tokens: Size | None = None
     unfinished: Literal["recompute", "abort"] = "recompute"
-    over_sampling: float = 1.0
-    max_dropped: int = 20
+    over_sampling: Annotated[float, Interval(ge=1, le=1000)] = 1.0
+    max_dropped: Count = 20
 
     def __post_init__(self):
-        if self.max_staleness < 0:
-            raise ValueError(f"buffer.max_staleness must be at least 0, got {self.max_staleness}")
-        if self.segment_tokens is not None and self.segment_tokens < 1:
-            raise ValueError(f"buffer.segment_tokens must be at least 1, got {self.segment_tokens}")
-        if not 1.0 <= self.over_sampling < math.inf:
-            raise ValueError(f"buffer.over_sampling must be at least 1, got {self.over_sampling}")
         if self.unfinished == "keep":
             raise ValueError(
                 'buffer.unfinished="keep": KV of several weight versions can be rebuilt neither after a kill nor by '
                 'a replay; "recompute" goes on with the same tokens and the KV of the new weights'
             )
-        if self.unfinished not in ("recompute", "abort"):
-            raise ValueError(f'buffer.unfinished must be "recompute" or "abort", got {self.unfinished!r}')
+        check_fields(self, "buffer")
 
 
 class RolloutBuffer:

@@ -13,6 +13,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from lockstep.engine.chat_renderer import shared_renderer
+from lockstep.engine.config_fields import InputPath, check_fields
 from lockstep.rollout.model_output import valid_text
 
 # Of tokenizers made from nothing: a turn is one role token, the content, and one end token. Tools are shown as JSON,
@@ -51,19 +52,18 @@ class ChatConfig:
         messages' contents, a line each, and the end-of-text token ends an answer. For base models.
     """
 
-    template: str | None = None
+    template: InputPath | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     date: str | None = None
     without_template: Literal["error", "plain"] = "error"
 
     def __post_init__(self):
+        check_fields(self, "chat")
         if self.date is not None:
             try:
                 datetime.date.fromisoformat(self.date)
-            except (TypeError, ValueError):
+            except ValueError:
                 raise ValueError(f"chat.date must be a day as YYYY-MM-DD, got {self.date!r}") from None
-        if self.without_template not in ("error", "plain"):
-            raise ValueError(f"chat.without_template must be error or plain, got {self.without_template!r}")
         for name in self.chat_template_kwargs:
             if name in _NOT_VARIABLES:
                 other = "use chat.date" if name == "strftime_now" else "it is given by the run"

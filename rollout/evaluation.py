@@ -6,8 +6,12 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
+
+from annotated_types import Interval
 
 from lockstep.engine import Engine
+from lockstep.engine.config_fields import NotNegative, Size, check_fields
 from lockstep.rollout.answer_watch import num_unanswered
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.environments.failures import FAILED
@@ -27,21 +31,19 @@ class EvaluationConfig:
     pass_at: the k of pass@k, the chance that one of k samples of a problem is right; from 1 to samples_per_problem.
     """
 
-    num_problems: int = 128
-    samples_per_problem: int = 1
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    pass_at: tuple[int, ...] = ()
+    num_problems: Size = 128
+    samples_per_problem: Size = 1
+    max_tokens: Size = 256
+    temperature: NotNegative = 0.0
+    top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    pass_at: tuple[Size, ...] = ()
 
     def __post_init__(self):
-        for field in ("num_problems", "samples_per_problem", "max_tokens"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"evaluation.{field} must be at least 1, got {getattr(self, field)}")
+        check_fields(self, "evaluation")
         for k in self.pass_at:
-            if not 1 <= k <= self.samples_per_problem:
+            if k > self.samples_per_problem:
                 raise ValueError(
-                    f"evaluation.pass_at: pass@{k} needs evaluation.samples_per_problem >= {k} >= 1, "
+                    f"evaluation.pass_at: pass@{k} needs evaluation.samples_per_problem >= {k}, "
                     f"got {self.samples_per_problem}"
                 )
 

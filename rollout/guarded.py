@@ -19,6 +19,7 @@ class CallFailed(Exception):
     def __init__(self, kind: str, message: str):
         super().__init__(f"{kind}: {message}" if message else kind)
         self.kind = kind
+        self.message = message
 
 
 class _Abandoned(BaseException):
@@ -37,7 +38,7 @@ class _Call:
         try:
             self.result = self.function(*self.arguments)
         except BaseException as error:
-            self.failure = _failure(error)
+            self.failure = failure_of(error)
         self.has_ended.set()
 
 
@@ -65,7 +66,7 @@ class GuardedCalls:
             except KeyboardInterrupt:
                 raise
             except BaseException as error:
-                raise _failure(error) from None
+                raise failure_of(error) from None
         call = _Call(function, arguments)
         self._queue().put(call)
         if not call.has_ended.wait(self.timeout_s):
@@ -97,7 +98,10 @@ def _serve(calls: queue.SimpleQueue[_Call | None]) -> None:
             del call  # what it holds is not kept until the next one
 
 
-def _failure(error: BaseException) -> CallFailed:
+def failure_of(error: BaseException) -> CallFailed:
+    """What was raised, as a CallFailed."""
+    if isinstance(error, CallFailed):
+        return error
     try:
         message = shown(error)
     except BaseException:  # its __str__ is foreign code too

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Interval
 
 from lockstep.engine import Engine
+from lockstep.engine.config_fields import MAX_COUNT, Positive, Size, check_fields
 from lockstep.engine.files import write_whole
 from lockstep.rollout.evaluation import EVALUATION_STEP
 from lockstep.rollout.model_output import valid_text
@@ -19,22 +23,26 @@ from lockstep.rollout.worker import RolloutConfig, RolloutWorker
 
 @dataclass(frozen=True)
 class Preference:
-    """Of two responses to a conversation, the better one and the other."""
+    """Of two responses to a conversation, the better one and the other. where: the row that it was read from."""
 
     messages: tuple[Mapping[str, str], ...]
     chosen: str
     rejected: str
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
 class PairSamplingConfig:
     """How a policy's answers become pairs: of each problem with a right and a wrong answer, the first of each."""
 
-    train_problems: int = 1000
-    held_out_problems: int = 200
-    samples_per_problem: int = 8
-    max_tokens: int = 256
-    temperature: float = 1.0
+    train_problems: Size = 1000
+    held_out_problems: Size = 200
+    samples_per_problem: Annotated[int, Interval(ge=2, le=MAX_COUNT)] = 8
+    max_tokens: Size = 256
+    temperature: Positive = 1.0
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def read_pairs(files: Sequence[str]) -> list[Preference]:
@@ -88,12 +96,12 @@ def _parse(row: Row) -> Preference:
     if chosen == rejected:
         row.fail("has the same response in columns 'chosen' and 'rejected': neither is the better one")
     if "prompt" not in row.values and chosen_before:
-        return Preference(chosen_before, chosen, rejected)
+        return Preference(chosen_before, chosen, rejected, str(row))
     prompt = row.value("prompt")
     if not looks_like_chat(prompt):
-        return Preference(({"role": "user", "content": row.text("prompt", "prompt")},), chosen, rejected)
+        return Preference(({"role": "user", "content": row.text("prompt", "prompt")},), chosen, rejected, str(row))
     try:
-        return Preference(to_ask(read_messages(prompt)), chosen, rejected)
+        return Preference(to_ask(read_messages(prompt)), chosen, rejected, str(row))
     except ValueError as error:
         row.fail(f"has no prompt in column 'prompt': {error}")
 

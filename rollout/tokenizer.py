@@ -8,6 +8,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lockstep.engine.config_fields import Size, check_fields
 from lockstep.engine.tokenizer import load_tokenizer as load_foreign_tokenizer
 from lockstep.rollout.answer_tags import ANSWER_CLOSE, ANSWER_OPEN
 from lockstep.rollout.chat_template import CHAT_TEMPLATE, ChatConfig, apply_template, set_chat_options
@@ -27,8 +28,11 @@ _PIECES = Regex(r"\p{N}| ?[-+*/=%^<>()] ?| ?\p{L}+| ?[^\s\p{L}\p{N}]|\s+(?!\S)|\
 class TokenizerConfig:
     """vocab_size: upper bound, at least 256 bytes + 7 special tokens; training stops early on little text."""
 
-    vocab_size: int = 384
-    max_length: int = 4096
+    vocab_size: Size = 384
+    max_length: Size = 4096
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def build_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> PreTrainedTokenizerFast:

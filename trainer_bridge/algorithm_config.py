@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from lockstep.engine.config_fields import Count, Fraction, InputPath, NotNegative, Positive, Size, Text, check_fields
 from lockstep.trainer_bridge.aggregation import Aggregation
 from lockstep.trainer_bridge.kl import KlEstimator
 from lockstep.trainer_bridge.losses import Loss, policy_loss
@@ -45,46 +45,35 @@ class AlgorithmConfig:
     teacher_model: HF directory of distillation's teacher, which has the policy's tokens.
     """
 
-    name: str = "grpo"
+    name: Text = "grpo"
     options: Mapping[str, Any] = field(default_factory=dict)
-    mini_batches: int = 1
-    epochs: int = 1
+    mini_batches: Size = 1
+    epochs: Size = 1
     aggregation: Aggregation | None = None
-    clip_low: float | None = None
-    clip_high: float | None = None
+    clip_low: NotNegative | None = None
+    clip_high: NotNegative | None = None
     divide_by_std: bool | None = None
-    kl_coefficient: float = 0.0
+    kl_coefficient: NotNegative = 0.0
     kl_in: Literal["loss", "reward"] | None = None
     kl_estimator: KlEstimator | None = None
-    entropy_coefficient: float = 0.0
-    entropy_target: float | None = None
-    entropy_adjustment: float = 0.005
+    entropy_coefficient: NotNegative = 0.0
+    entropy_target: NotNegative | None = None
+    entropy_adjustment: NotNegative = 0.005
     off_policy: OffPolicy = "none"
-    off_policy_cap: float = 2.0
+    off_policy_cap: Positive = 2.0
     drop_equal_groups: bool | None = None
-    overlong_tokens: int | None = None
-    overlong_penalty: float = 1.0
+    overlong_tokens: Count | None = None
+    overlong_penalty: NotNegative = 1.0
     mask_truncated: bool = False
-    gamma: float = 1.0
-    gae_lambda: float = 1.0
-    value_clip: float = 0.2
-    critic_learning_rate: float = 1e-5
-    critic_model: str | None = None
-    teacher_model: str | None = None
+    gamma: Fraction = 1.0
+    gae_lambda: Fraction = 1.0
+    value_clip: Positive = 0.2
+    critic_learning_rate: NotNegative = 1e-5
+    critic_model: InputPath | None = None
+    teacher_model: InputPath | None = None
 
     def __post_init__(self):
-        for name in ("mini_batches", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"algorithm.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("kl_coefficient", "entropy_coefficient", "overlong_penalty"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"algorithm.{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("gamma", "gae_lambda"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"algorithm.{name} must be between 0 and 1, got {getattr(self, name)}")
-        for name in ("off_policy_cap", "value_clip"):
-            if not getattr(self, name) > 0.0:
-                raise ValueError(f"algorithm.{name} must be positive, got {getattr(self, name)}")
+        check_fields(self, "algorithm")
 
     @property
     def updates_per_step(self) -> int:
@@ -108,6 +97,7 @@ class Algorithm:
     """What a step does with its groups of samples; all of it pure functions.
 
     config: the options, with the algorithm's own in the place of null.
+    compares_samples: a response's advantage is how it compares with the others of its prompt: with one there is none.
     """
 
     config: AlgorithmConfig
@@ -115,6 +105,7 @@ class Algorithm:
     loss: Loss
     critic: Critic | None = None
     needs_teacher: bool = False
+    compares_samples: bool = False
 
     @property
     def needs_reference(self) -> bool:

@@ -97,7 +97,9 @@ def _check_options(given: AlgorithmConfig, algorithm: Algorithm) -> None:
     for field in fields(given):
         having = _OPTIONS_OF.get(field.name, (name,))
         if name not in having and getattr(given, field.name) != field.default:
-            raise ValueError(f"algorithm {name} has no {field.name}; it is an option of: {', '.join(having)}")
+            raise ValueError(
+                f"algorithm.{field.name}: algorithm {name} has no {field.name}; it is an option of: {', '.join(having)}"
+            )
     if name in _WITHOUT_REWARDS and (algorithm.config.kl_in == "reward" or algorithm.config.overlong_tokens):
         raise ValueError(f"algorithm {name} reads no rewards: kl_in=reward and overlong_tokens are not for it")
     if algorithm.needs_teacher and given.teacher_model is None:

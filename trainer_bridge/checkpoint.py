@@ -278,12 +278,14 @@ def plain_json(value: Any) -> Any:
 
 def refuse_pickled(path: Path) -> None:
     """Raises CheckpointError, with what to do, for a directory in a format that holds pickles."""
+    run = next((parent.parent for parent in path.parents if parent.name == "checkpoints"), None)
+    what = f"run={run}" if run is not None else f"checkpoint={path} new_checkpoint=DIRECTORY"
     for name in PICKLED_FILES:
         if has_file(path, name):
             raise CheckpointError(
                 f"checkpoint {path} is in an older format, in which {name} is a pickle: reading one can run code that "
                 f"it holds, so it is not read. If you trust where it comes from: "
-                f"lockstep convert checkpoint={path} new_checkpoint=DIRECTORY allow_pickle=true"
+                f"lockstep convert {what} allow_pickle=true"
             )
 
 

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from lockstep.engine.checkpoint import CheckpointError
+from lockstep.engine.checkpoint import CheckpointError, opened_tensors
 from lockstep.engine.checks import FP32_MAX, Choice, Real, Rule, Whole, conform
 from lockstep.engine.files import whole_file
 from lockstep.engine.models.eagle3 import Eagle3Draft
@@ -173,7 +172,7 @@ class DraftTrainer:
     def load(self, path: str | Path) -> None:
         """Goes on where `save` was called, to the bit. Raises CheckpointError that names what does not fit."""
         state = self._state()
-        with safe_open(path, framework="pt") as file:
+        with opened_tensors(Path(path).parent, Path(path).name) as file:
             held = set(file.keys())
             if held != state.keys():
                 raise CheckpointError(f"{path}: only one side has {', '.join(sorted(held ^ state.keys()))}")
@@ -182,7 +181,10 @@ class DraftTrainer:
                     raise CheckpointError(f"{path}: {name} is not of shape {list(tensor.shape)}")
             for name, tensor in state.items():
                 tensor.copy_(file.get_tensor(name))
-            self.step_count = int(file.metadata()["step_count"])
+            step_count = (file.metadata() or {}).get("step_count", "")
+            if not step_count.isdecimal():
+                raise CheckpointError(f"{path} is damaged: it has no step_count")
+            self.step_count = int(step_count)
         self.optimizer.set_num_steps(self.step_count)
 
 

@@ -90,4 +90,4 @@ def _group_algorithm(
             for group, row in zip(groups, baseline(rewards), strict=True)
         ]
 
-    return Algorithm(config, advantages, loss_of(config, surrogate))
+    return Algorithm(config, advantages, loss_of(config, surrogate), compares_samples=True)

@@ -27,6 +27,7 @@ from lockstep.engine.checks import (
     power_of_two,
     sequence_ids,
 )
+from lockstep.engine.config_fields import InputPath
 from lockstep.engine.dummy_weights import fill_dummy
 from lockstep.engine.export import save_hf
 from lockstep.engine.models.config import Head, ModelConfig, as_scalar_model, load_model_config, read_config_json
@@ -75,13 +76,13 @@ class TrainerConfig(AdamWConfig):
     rank_timeout_s: how long a rank waits for another before it raises.
     """
 
-    model: str
+    model: InputPath
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     head: Head = "lm"
     load_format: Literal["auto", "dummy"] = "auto"
     seed: int = 0
-    reference_model: str | None = None
+    reference_model: InputPath | None = None
     optimizer: Literal["adamw", "none"] = "adamw"
     max_tokens_per_micro_batch: int = 8192
     recompute: bool = False
@@ -325,7 +326,7 @@ class MegatronTrainer:
         lowest, highest = int(token_ids.min()), int(token_ids.max())
         if lowest < 0 or highest >= self.model_config.vocab_size:
             unknown = lowest if lowest < 0 else highest
-            raise ValueError(f"token id {unknown} is not in the vocabulary of {self.model_config.vocab_size}")
+            raise ValueError(f"token id {unknown} is outside the vocabulary of {self.model_config.vocab_size}")
         self._check_length(int(positions.max()) + 1)
 
     def _check_length(self, num_tokens: int) -> None:

@@ -39,6 +39,7 @@ class Eagle3Config:
                  final norm.
     norm_aux:    each of them has an RMSNorm before `fc` (EAGLE-3.1; "fc_norm" in config.json).
     norm_output: the hidden state fed back is taken after the final norm (EAGLE-3.1), not before it.
+    norm_before_residual: the layer's residual begins as the normed hidden state, not as the raw one.
     """
 
     vocab_size: int
@@ -55,6 +56,7 @@ class Eagle3Config:
     aux_layers: tuple[int, ...]
     norm_aux: bool = False
     norm_output: bool = False
+    norm_before_residual: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.draft_vocab_size <= self.vocab_size:
@@ -219,10 +221,12 @@ class Eagle3Draft(nn.Module):
         """g [T, H], token_ids int64 [T] -> (normed [T, H] for `logits`, feedback [T, H], the g of the next rows)."""
         eps = self.config.rms_norm_eps
         embedded = rms_norm(embedding(token_ids, self._embedding_weight[0]), self.input_layernorm.weight, eps)
-        inputs = torch.cat((embedded, rms_norm(g, self.hidden_layernorm.weight, eps)), dim=-1)
+        normed_g = rms_norm(g, self.hidden_layernorm.weight, eps)
+        inputs = torch.cat((embedded, normed_g), dim=-1)
         attended = attend(linear(inputs, self.linear_qkv.weight))
         attended = linear(attended, self.linear_proj.weight)
-        hidden, residual = add_rms_norm(attended, g, self.pre_mlp_layernorm.weight, eps)
+        begins = normed_g if self.config.norm_before_residual else g
+        hidden, residual = add_rms_norm(attended, begins, self.pre_mlp_layernorm.weight, eps)
         normed, summed = add_rms_norm(self._mlp(hidden), residual, self.final_layernorm.weight, eps)
         return normed, normed if self.config.norm_output else summed
 

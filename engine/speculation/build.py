@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lockstep.engine.draft_checkpoint import load_draft, load_draft_config
+from lockstep.engine.draft_checkpoint import load_draft
+from lockstep.engine.draft_config import load_draft_config
 from lockstep.engine.models.decoder import Decoder
 from lockstep.engine.models.eagle3 import Eagle3Draft, initialize
 from lockstep.engine.scheduler import SchedulerConfig
@@ -43,8 +44,9 @@ def load_draft_model(config: EngineConfig, model: Decoder) -> Eagle3Draft | None
         return None
     dtype, embedding = getattr(torch, config.dtype), model.embedding.word_embeddings.weight
     if config.load_format != "dummy":
-        return load_draft(config.draft_model, model.config, embedding, dtype)
-    draft = Eagle3Draft(load_draft_config(config.draft_model, model.config), embedding, dtype)
+        options = {"head_weight": model.head_weight, "numbers_of": config.draft_layer_ids}
+        return load_draft(config.draft_model, model.config, embedding, dtype, **options)
+    draft = Eagle3Draft(load_draft_config(config.draft_model, model.config, config.draft_layer_ids), embedding, dtype)
     initialize(draft, config.seed)
     return draft
 

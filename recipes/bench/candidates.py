@@ -85,9 +85,11 @@ def _transformers(path: str, config: BenchConfig) -> Iterator[Generate]:
     dtype = getattr(torch, config.dtype)
     with torch.device(config.device):
         if config.model is None:
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+            shape = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            safe = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **safe)
     model = model.to(config.device).eval()
 
     def generate(requests: Requests, seed: int) -> int:

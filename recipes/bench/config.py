@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from lockstep.engine.config_fields import Fraction, Positive, Seconds, Size, Text, check_fields
 from lockstep.kernels import numerics
 from lockstep.recipes.bench.shapes import SHAPES
 
@@ -46,28 +47,22 @@ class BenchConfig:
 
     suite: Suite | None = None
     device: Literal["cpu", "cuda"] | None = None
-    shape: str | None = None
-    model: str | None = None
-    workloads: list[str] | None = None
-    peer: str | None = None
-    repeats: int = 3
-    scale: float = 1.0
+    shape: Text | None = None
+    model: Text | None = None
+    workloads: list[Text] | None = None
+    peer: Text | None = None
+    repeats: Size = 3
+    scale: Positive = 1.0
     engine: dict[str, Any] = field(default_factory=dict)
     profile: bool = False
-    num_draft_tokens: int = 4
-    acceptance: float = 0.7
-    timeout_s: float = 3600.0
-    output: str = "docs/results"
-    images: str = "docs/images"
+    num_draft_tokens: Size = 4
+    acceptance: Fraction = 0.7
+    timeout_s: Seconds = 3600.0
+    output: Text = "docs/results"
+    images: Text = "docs/images"
 
     def __post_init__(self):
-        if self.repeats < 1 or not self.scale > 0 or not self.timeout_s > 0:
-            raise ValueError(
-                f"bench: repeats, scale and timeout_s must be positive, got {self.repeats}, {self.scale}, "
-                f"{self.timeout_s}"
-            )
-        if not 0 <= self.acceptance <= 1:
-            raise ValueError(f"bench: acceptance must be in [0, 1], got {self.acceptance}")
+        check_fields(self)
         if self.shape is not None and self.shape not in SHAPES:
             raise ValueError(f"bench: unknown shape {self.shape!r}; known: {', '.join(SHAPES)}")
         if self.shape is not None and self.model is not None:

@@ -205,7 +205,9 @@ def _train_with_trl(demo: rl.RLConfig, **options: Any) -> Trained:
             def on_step_end(self, *unused: Any, **more: Any) -> None:
                 self.seconds.append(time.perf_counter() - self.started)
 
-        model = transformers.AutoModelForCausalLM.from_pretrained(demo.model.path, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            demo.model.path, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        )
         clock = Clock()
         trainer = trl.GRPOTrainer(
             model=model,

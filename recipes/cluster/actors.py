@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,13 +29,17 @@ if TYPE_CHECKING:
     from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 
 
+# A file that all processes of one machine share; or (host, port, token) of a TCPStore, whose keys begin with the token.
+StoreAddress = Path | tuple[str, int, str]
+
+
 @dataclass(frozen=True)
 class Meeting:
     """One arrangement of senders (0, 1, ...: the trainer's ranks, or an engine) and, behind them, some engines that
     receive.
 
-    name: of this arrangement, since an engine that was replaced needs a new one. store: (host, port) of the TCPStore of
-    the trainer's first rank. directory: for updates through files.
+    name: of this arrangement, since an engine that was replaced needs a new one. store: of the trainer's first rank.
+    directory: for updates through files.
     """
 
     name: str
@@ -43,8 +48,8 @@ class Meeting:
     itemsizes: dict[str, int]
     num_senders: int
     num_engines: int
-    store: tuple[str, int]
-    directory: str | None
+    store: StoreAddress
+    directory: Path | None
     timeout_s: float
 
     def sender_end(self, rank: int, device: torch.device, store: dist.Store) -> WeightTransport:
@@ -60,7 +65,7 @@ class Meeting:
             barrier = (
                 dist.barrier if self.num_senders > 1 else lambda: None
             )  # of the trainer's ranks, who alone call it
-            return DiskTransport(self.plan, Path(self.directory), plan_rank, barrier, self.timeout_s)
+            return DiskTransport(self.plan, self.directory, plan_rank, barrier, self.timeout_s)
         size = self.num_senders + self.num_engines
         ranks = (range(self.num_senders), range(self.num_senders, size))
         kind, over = (
@@ -70,8 +75,14 @@ class Meeting:
         return kind(self.plan, ranks, self.itemsizes, device, group, timeout_s=self.timeout_s)
 
 
-def connect(address: tuple[str, int], timeout_s: float) -> dist.TCPStore:
-    return dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=timeout_s))
+def connect(address: StoreAddress, timeout_s: float) -> dist.Store:
+    timeout = timedelta(seconds=timeout_s)
+    if isinstance(address, Path):
+        store = dist.FileStore(str(address))
+        store.set_timeout(timeout)
+        return store
+    host, port, token = address
+    return dist.PrefixStore(token, dist.TCPStore(host, port, is_master=False, timeout=timeout))
 
 
 class TrainerActor:
@@ -82,17 +93,26 @@ class TrainerActor:
         launch.set_up_process(seed, num_threads)
         self._rank, self._num_ranks = rank, num_ranks
         self.trainers: list[MegatronTrainer] = []
-        self._store: dist.TCPStore | None = None
+        self._store: dist.Store | None = None
         self._meeting: str | None = None
         self._transport: WeightTransport | None = None
 
-    def open_store(self) -> tuple[str, int]:
-        """Of the first rank: (host, port) where the others, and engines, find it."""
-        host = socket.gethostbyname(socket.gethostname())
-        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        return self._store.host, self._store.port
+    def open_store(self, directory: Path | None) -> StoreAddress:
+        """Of the first rank: where the others, and engines, find it. directory: one that only they can enter, if all
+        are on this machine; otherwise it is on the address that Ray's nodes know this one by, and on no other."""
+        if directory is not None:
+            self._store = dist.FileStore(str(directory / "store"))
+            return directory / "store"
+        from ray.util import get_node_ip_address
 
-    def join(self, config: TrainerConfig, address: tuple[str, int]) -> None:
+        listener = socket.create_server((get_node_ip_address(), 0))
+        host, port = listener.getsockname()[:2]
+        server = dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+        token = secrets.token_hex(32)
+        self._store = dist.PrefixStore(token, server)
+        return host, port, token
+
+    def join(self, config: TrainerConfig, address: StoreAddress) -> None:
         """Joins the other ranks."""
         if self._store is None:
             self._store = connect(address, config.rank_timeout_s)

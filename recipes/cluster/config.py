@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lockstep.engine import EngineConfig
+from lockstep.engine.config_fields import Count, NotNegative, Seconds, Size, Text, check_fields
+from lockstep.trainer_bridge import TrainerConfig
+
 
 @dataclass(frozen=True)
 class ClusterConfig:
@@ -33,41 +37,36 @@ class ClusterConfig:
     """
 
     kind: Literal["local", "ray"] = "local"
-    address: str | None = None
-    num_engines: int = 1
-    trainer_ranks: int = 1
+    address: Text | None = None
+    num_engines: Size = 1
+    trainer_ranks: Size = 1
     transport: Literal["distributed", "cuda_ipc", "disk"] = "distributed"
-    transport_directory: str | None = None
-    engine_cpus: float = 0.5
-    engine_gpus: float = 0.0
-    trainer_cpus: float = 0.5
-    trainer_gpus: float = 0.0
-    reward_workers: int = 0
-    reward_cpus: float = 0.5
-    reward_gpus: float = 0.0
-    teacher_engines: int = 0
+    transport_directory: Text | None = None
+    engine_cpus: NotNegative = 0.5
+    engine_gpus: NotNegative = 0.0
+    trainer_cpus: NotNegative = 0.5
+    trainer_gpus: NotNegative = 0.0
+    reward_workers: Count = 0
+    reward_cpus: NotNegative = 0.5
+    reward_gpus: NotNegative = 0.0
+    teacher_engines: Count = 0
     colocate: bool = False
-    start_timeout_s: float = 300.0
-    step_timeout_s: float = 3600.0
-    stall_timeout_s: float = 120.0
-    publish_timeout_s: float = 120.0
-    reward_timeout_s: float = 600.0
-    max_replacements: int = 10
+    start_timeout_s: Seconds = 300.0
+    step_timeout_s: Seconds = 3600.0
+    stall_timeout_s: Seconds = 120.0
+    publish_timeout_s: Seconds = 120.0
+    reward_timeout_s: Seconds = 600.0
+    max_replacements: Count = 10
 
     def __post_init__(self):
-        if self.num_engines < 1:
-            raise ValueError(f"cluster.num_engines must be at least 1, got {self.num_engines}")
+        check_fields(self, "cluster")
         if self.kind == "local" and self.num_engines != 1:
             raise ValueError(f"cluster.num_engines={self.num_engines} needs cluster.kind=ray (cluster=ray)")
         if self.transport == "disk" and self.transport_directory is None:
             raise ValueError("cluster.transport=disk needs cluster.transport_directory, which all machines share")
-        if self.trainer_ranks < 1:
-            raise ValueError(f"cluster.trainer_ranks must be at least 1, got {self.trainer_ranks}")
         if self.kind == "local" and self.trainer_ranks != 1:
             raise ValueError(f"cluster.trainer_ranks={self.trainer_ranks} needs cluster.kind=ray (cluster=ray)")
         for name in ("reward_workers", "teacher_engines"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"cluster.{name} must not be negative, got {getattr(self, name)}")
             if self.kind == "local" and getattr(self, name):
                 raise ValueError(f"cluster.{name}={getattr(self, name)} needs cluster.kind=ray (cluster=ray)")
         if self.colocate and self.trainer_ranks > self.num_engines:
@@ -79,9 +78,6 @@ class ClusterConfig:
             raise ValueError(
                 "NCCL takes one process per GPU: cluster.colocate with GPUs needs cluster.transport=cuda_ipc"
             )
-        for name in ("start_timeout_s", "step_timeout_s", "stall_timeout_s", "publish_timeout_s", "reward_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"cluster.{name} must be positive, got {getattr(self, name)}")
 
     def trainer_bundles(self) -> list[int]:
         """The number of the reservation of each of the trainer's ranks; engine i has number i."""
@@ -101,3 +97,17 @@ class ClusterConfig:
     def _behind_the_trainer(self) -> int:
         """The first reservation that neither an engine nor a rank of the trainer has."""
         return max(self.num_engines, 1 + self.trainer_bundles()[-1])
+
+
+def check_cluster(config: ClusterConfig, trainer: TrainerConfig, engine: EngineConfig) -> None:
+    """Raises ValueError for a trainer or an engine that a Ray cluster of this config cannot hold."""
+    model_ranks = trainer.tensor_parallel_size * trainer.pipeline_parallel_size
+    if config.trainer_ranks % model_ranks:
+        raise ValueError(
+            f"cluster.trainer_ranks={config.trainer_ranks} is no multiple of trainer.tensor_parallel_size * "
+            f"trainer.pipeline_parallel_size = {model_ranks}"
+        )
+    if engine.device.startswith("cuda") and 1 < engine.tp_size > config.engine_gpus:
+        raise ValueError(f"engine.tp_size={engine.tp_size} needs cluster.engine_gpus={engine.tp_size}")
+    if config.colocate and engine.tp_size > 1:
+        raise ValueError("cluster.colocate needs engine.tp_size=1: an engine of several ranks keeps its KV cache")

@@ -6,8 +6,6 @@ Every wait has a deadline.
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,21 +21,19 @@ from lockstep.engine import EngineConfig
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.models.names import itemsizes
 from lockstep.recipes.cluster.actors import Meeting
-from lockstep.recipes.cluster.config import ClusterConfig
+from lockstep.recipes.cluster.config import ClusterConfig, check_cluster
+from lockstep.recipes.cluster.ray_session import RaySession
 from lockstep.recipes.cluster.remote_engines import RemoteEngines
 from lockstep.recipes.cluster.remote_rewards import RemoteRewards
 from lockstep.recipes.cluster.remote_trainer import RemoteTrainer, TrainerDiedError
+from lockstep.recipes.cluster.weights_folder import WeightsFolder
+from lockstep.recipes.run_inputs import with_absolute_paths
 from lockstep.rollout.rewards import LocalRewards
 from lockstep.trainer_bridge import TrainerConfig
 from lockstep.trainer_bridge.layout import trainer_layout
 from lockstep.trainer_bridge.weight_plan import Transfer, engine_layout, plan_transfers
 
 _LOG = logging.getLogger(__name__)
-
-# Of a cluster that is started here. Ray would make its workers as nice as 15: what else runs would come before them.
-_OWN_CLUSTER = {"object_store_memory": 200 * 2**20, "_system_config": {"worker_niceness": 0}}
-# Libraries read these when they are imported, which in an actor may be before our code runs.
-_ENVIRONMENT = {"MKL_CBWR": "AUTO,STRICT", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class RayCluster:
@@ -46,21 +42,27 @@ class RayCluster:
     def __init__(
         self, config: ClusterConfig, trainer: TrainerConfig, engine: EngineConfig, seed: int, num_threads: int | None
     ):
-        _check(config, trainer, engine)
+        check_cluster(config, trainer, engine)
         self._config = config
         self._model = load_model_config(engine.model)
-        self._started_ray = not ray.is_initialized()
-        if self._started_ray:
-            _LOG.info(
-                "joining the Ray cluster %s" if config.address else "starting Ray on this machine%s",
-                config.address or "",
-            )
-            _start_ray(config)
-        self._placement = _reserve(config)
+        # Workers may be in another folder than this process.
+        trainer, engine = with_absolute_paths(trainer), with_absolute_paths(engine)
+        self._weights = WeightsFolder(config.transport_directory) if config.transport == "disk" else None
+        if config.address is not None:
+            _LOG.info("joining the Ray cluster %s", config.address)
+        else:
+            _LOG.info("starting Ray on this machine")
+        self._session = RaySession(config)
+        try:
+            self._placement = _reserve(config)
+        except BaseException:
+            self._session.close()
+            raise
         self._process = (seed, num_threads)
         engines = range(config.num_engines)
         self.engine = RemoteEngines(config, engine, seed, num_threads, self._start, engines, self._publish_to)
-        self.trainer = RemoteTrainer(config, trainer, seed, num_threads, self._start, self.engine)
+        directory = self._session.directory
+        self.trainer = RemoteTrainer(config, trainer, seed, num_threads, self._start, self.engine, directory)
         self.rewards = LocalRewards()
         if config.reward_workers:
             self.rewards = RemoteRewards(config, seed, num_threads, self._start)
@@ -85,11 +87,12 @@ class RayCluster:
 
     def open_critic(self, config: TrainerConfig) -> RemoteTrainer:
         """In the trainer's processes."""
-        return self.trainer.beside(config)
+        return self.trainer.beside(with_absolute_paths(config))
 
     def open_teacher(self, config: EngineConfig) -> RemoteEngines:
         """On reservations of its own."""
         bundles = self._config.teacher_bundles()
+        config = with_absolute_paths(config)
         teacher = RemoteEngines(self._config, config, *self._process, self._start, bundles, title="teacher")
         teacher.wait_until_ready()
         return teacher
@@ -226,7 +229,7 @@ class RayCluster:
             num_senders=num_senders,
             num_engines=num_engines,
             store=self.trainer.store,
-            directory=self._config.transport_directory,
+            directory=self._weights and self._weights.path,
             timeout_s=self._config.publish_timeout_s / 2,
         )
 
@@ -242,45 +245,16 @@ class RayCluster:
         self.close()
 
     def close(self) -> None:
+        if self._weights is not None:
+            self._weights.close()
+        if not self._session.head_answers:
+            return self._session.abandon()
         self.rewards.close()
         self.engine.shutdown()
         for actor in self.trainer.actors:
             ray.kill(actor)
         remove_placement_group(self._placement)
-        if self._started_ray:
-            ray.shutdown()
-
-
-def _start_ray(config: ClusterConfig) -> None:
-    """Joins the cluster, or starts one, for which Ray allows itself 30 s: too few on a busy machine, so then again."""
-    deadline = time.monotonic() + config.start_timeout_s
-    while not ray.is_initialized():
-        try:
-            ray.init(
-                address=config.address,
-                include_dashboard=None if config.address else False,
-                log_to_driver=False,
-                configure_logging=False,
-                runtime_env={"env_vars": _ENVIRONMENT | _python_path()},
-                **({} if config.address else _OWN_CLUSTER),
-            )
-        except Exception as error:  # Ray has no class of its own for this
-            if "timed out during startup" not in str(error) or time.monotonic() > deadline:
-                raise
-            ray.shutdown()
-
-
-def _check(config: ClusterConfig, trainer: TrainerConfig, engine: EngineConfig) -> None:
-    model_ranks = trainer.tensor_parallel_size * trainer.pipeline_parallel_size
-    if config.trainer_ranks % model_ranks:
-        raise ValueError(
-            f"cluster.trainer_ranks={config.trainer_ranks} is no multiple of trainer.tensor_parallel_size * "
-            f"trainer.pipeline_parallel_size = {model_ranks}"
-        )
-    if engine.device.startswith("cuda") and 1 < engine.tp_size > config.engine_gpus:
-        raise ValueError(f"engine.tp_size={engine.tp_size} needs cluster.engine_gpus={engine.tp_size}")
-    if config.colocate and engine.tp_size > 1:
-        raise ValueError("cluster.colocate needs engine.tp_size=1: an engine of several ranks keeps its KV cache")
+        self._session.close()
 
 
 def _reserve(config: ClusterConfig) -> Any:
@@ -300,8 +274,3 @@ def _reserve(config: ClusterConfig) -> Any:
         remove_placement_group(group)
         raise ValueError(f"the Ray cluster, with {have}, has no room for {bundles} within {config.start_timeout_s} s")
     return group
-
-
-def _python_path() -> dict[str, str]:
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    return {"PYTHONPATH": path}

@@ -12,6 +12,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from lockstep.recipes.cluster.actors import RewardActor
 from lockstep.recipes.cluster.config import ClusterConfig
+from lockstep.recipes.run_inputs import with_absolute_paths
 from lockstep.rollout.rewards import Completion, Reward
 from lockstep.rollout.tasks.problem import Task
 from lockstep.trainer_bridge.packing import deal
@@ -41,6 +42,7 @@ class RemoteRewards:
 
     def build(self, terms: Mapping[str, Any] | str, task: Task) -> Reward:
         """As `build_reward`, on every worker; once for the same terms and task. Raises what it raises there."""
+        terms = with_absolute_paths(terms)
         for which, (known_terms, known_task) in enumerate(self._built):
             if known_task is task and known_terms == terms:
                 return partial(self._score, which)

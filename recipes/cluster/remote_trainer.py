@@ -6,6 +6,7 @@ import copy
 import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -32,12 +33,15 @@ class RemoteTrainer:
         num_threads: int | None,
         start: Callable[..., Any],
         engines: RemoteEngines,
+        directory: Path | None,
     ):
+        """directory: where the ranks meet, if all are on one machine."""
         self.config = config
         self.step_count = 0
         self.is_ahead = False  # it makes, or has made, a step that is not published
         self._cluster = cluster
         self._engines = engines
+        self._directory = directory
         num_ranks = cluster.trainer_ranks
         self.actors = [
             start(TrainerActor, bundle, cluster.trainer_cpus, cluster.trainer_gpus).remote(
@@ -48,7 +52,7 @@ class RemoteTrainer:
 
     def wait_until_ready(self) -> None:
         """Builds the trainer."""
-        (self.store,) = self._get([self.actors[0].open_store.remote()])
+        (self.store,) = self._get([self.actors[0].open_store.remote(self._directory)])
         self._get([actor.join.remote(self.config, self.store) for actor in self.actors])
         self._number = self._build()
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 from lockstep.engine import user_code
+from lockstep.engine.config_fields import Count, Seconds, Size, Text, check_fields
 from lockstep.rollout.environments.calculator import CalculatorConfig, build_calculator
 from lockstep.rollout.environments.environment import Action, Environment, Opening, StepResult
 from lockstep.rollout.environments.failures import OnError
@@ -45,33 +46,28 @@ class EnvironmentConfig:
     max_episode_tokens: of a whole episode, the prompt included; null takes the engine's longest sequence.
     tool_format: how the model writes tool calls: hermes (Qwen), llama, mistral, deepseek.
     timeout_s: of one call of the environment; null waits for ever, and calls it in the run's own thread.
+    own_process: the environments live in another process, which is killed where a call takes longer, and may be ended
+        by them: for code that cannot be interrupted, or not be trusted to return.
     on_error: what becomes of an episode whose environment or tool raises, does not return in time, or returns what it
         may not. "fail": it ends with a reward of 0. "retry": it is played again with the same seed, up to `max_retries`
         times, and then fails. "skip": its group is not trained on, and another one is played in its place (at most
         `buffer.max_dropped` times as many as a step has); in an evaluation, where none can be, it fails.
     """
 
-    kind: str = SINGLE_TURN
+    kind: Text = SINGLE_TURN
     options: Mapping[str, Any] = field(default_factory=dict)
-    max_turns: int = 4
-    max_episode_tokens: int | None = None
-    tool_format: str = "hermes"
-    timeout_s: float | None = 60.0
+    max_turns: Size = 4
+    max_episode_tokens: Size | None = None
+    tool_format: Text = "hermes"
+    timeout_s: Seconds | None = 60.0
+    own_process: bool = False
     on_error: OnError = "fail"
-    max_retries: int = 2
+    max_retries: Count = 2
     calculator: CalculatorConfig = field(default_factory=CalculatorConfig)
     guess_number: GuessNumberConfig = field(default_factory=GuessNumberConfig)
 
     def __post_init__(self):
-        if self.max_turns < 1:
-            raise ValueError(f"environment.max_turns must be at least 1, got {self.max_turns}")
-        if self.timeout_s is not None and not self.timeout_s > 0:
-            raise ValueError(f"environment.timeout_s must be positive, or null for none, got {self.timeout_s}")
-        if self.on_error not in get_args(OnError):
-            known = ", ".join(get_args(OnError))
-            raise ValueError(f"environment.on_error must be one of {known}, got {self.on_error!r}")
-        if self.max_retries < 0:
-            raise ValueError(f"environment.max_retries must be at least 0, got {self.max_retries}")
+        check_fields(self, "environment")
         if self.tool_format not in TOOL_CALL_FORMATS:
             raise ValueError(f"no environment.tool_format {self.tool_format!r}; known: {', '.join(TOOL_CALL_FORMATS)}")
         if self.options and self.kind in (SINGLE_TURN, *ENVIRONMENTS):

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lockstep.engine.config_fields import Finite, check_fields
 from lockstep.rollout.environments.tool_environment import Tool, ToolEnvironment
 
 Number = int | float
@@ -32,7 +33,10 @@ _SIGNS: dict[type[ast.unaryop], Callable[[Number], Number]] = {ast.UAdd: operato
 class CalculatorConfig:
     """error_reward: of a call that cannot be read or computed, on top of the run's rewards."""
 
-    error_reward: float = 0.0
+    error_reward: Finite = 0.0
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def build_calculator(config: CalculatorConfig) -> ToolEnvironment:

@@ -148,7 +148,8 @@ class Episode:
             raise self._failure(method, "result", str(failed)) from None
 
     def _failure(self, method: str, kind: str, reason: str) -> EpisodeFailure:
-        where = method if self.environment is None else f"{type(self.environment).__name__}.{method}"
+        name = getattr(self.environment, "environment_name", type(self.environment).__name__)
+        where = method if self.environment is None else f"{name}.{method}"
         return EpisodeFailure(where, kind, reason, max(0, len(self.turn_seeds) - 1), self.problem.problem_id)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lockstep.engine.config_fields import Finite, check_fields
 from lockstep.rollout.environments.environment import Action, Opening, StepResult
 from lockstep.rollout.tasks import Problem
 from lockstep.rollout.tasks.answers import extract_answer
@@ -16,8 +17,11 @@ MAX_DIGITS = 9
 class GuessNumberConfig:
     """miss_reward: of a guess that is a number, but another one. nonsense_reward: of a turn that is no guess."""
 
-    miss_reward: float = 0.0
-    nonsense_reward: float = -0.5
+    miss_reward: Finite = 0.0
+    nonsense_reward: Finite = -0.5
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 class GuessNumberEnvironment:

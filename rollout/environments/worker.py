@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig, environment_factory
@@ -10,6 +11,7 @@ from lockstep.rollout.environments.chat_turns import ChatTurns
 from lockstep.rollout.environments.environment import Limits
 from lockstep.rollout.environments.episode import Episode, play
 from lockstep.rollout.environments.failures import FAILED, FailureLog
+from lockstep.rollout.environments.own_process import EnvironmentProcess, RemoteEnvironment
 from lockstep.rollout.environments.tool_calls import TOOL_CALL_FORMATS
 from lockstep.rollout.group import Group
 from lockstep.rollout.guarded import GuardedCalls
@@ -39,7 +41,10 @@ class EpisodeWorker(RolloutWorker):
         super().__init__(engine, tokenizer, task, reward, config, seed)
         self.environment = environment
         self.new_environment = environment_factory(environment)
-        self.calls = GuardedCalls(environment.timeout_s)
+        self.calls = GuardedCalls(None if environment.own_process else environment.timeout_s)
+        if environment.own_process:
+            process = EnvironmentProcess(environment, environment.timeout_s)
+            self.new_environment = partial(RemoteEnvironment, process)
         self.episode_failures = FailureLog()
         self.find_tool_calls = TOOL_CALL_FORMATS[environment.tool_format]
         self.chat = ChatTurns(tokenizer, self.vocab_size)

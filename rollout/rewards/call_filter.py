@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from itertools import groupby
 
-from lockstep.rollout.rewards.system_calls import ALLOW, END_OF_TABLE, KILL, NUMBERS, REFUSE, UNKNOWN, Rule, rules
+from lockstep.rollout.rewards.system_calls import ALLOW, END_OF_TABLE, NUMBERS, REFUSE, UNKNOWN, Rule, rules
 
 try:
     import pyseccomp
@@ -17,9 +17,8 @@ except (ImportError, RuntimeError):  # RuntimeError: there is no libseccomp for 
     pyseccomp = None
 
 # linux/seccomp.h, linux/bpf_common.h, linux/audit.h
-_RETURNS = {
-    ALLOW: 0x7FFF0000, REFUSE: 0x00050000 | errno.EPERM, UNKNOWN: 0x00050000 | errno.ENOSYS, KILL: 0x80000000,
-}  # fmt: skip
+_RETURNS = {ALLOW: 0x7FFF0000, REFUSE: 0x00050000 | errno.EPERM, UNKNOWN: 0x00050000 | errno.ENOSYS}
+_KILL_PROCESS = 0x80000000
 _LOAD, _EQUAL, _AT_LEAST, _AND, _RETURN = 0x20, 0x15, 0x35, 0x54, 0x06
 _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
 _X86_64, _X32_CALLS = 0xC000003E, 0x40000000
@@ -39,7 +38,7 @@ def filter_of(profile: str) -> bytes:
 def by_libseccomp(listed: Sequence[Rule]) -> bytes:
     """Calls of the 32-bit and of the x32 interface end the process."""
     made = pyseccomp.SyscallFilter(_RETURNS[REFUSE])
-    made.set_attr(pyseccomp.Attr.ACT_BADARCH, _RETURNS[KILL])
+    made.set_attr(pyseccomp.Attr.ACT_BADARCH, _KILL_PROCESS)
     for rule in _complete(listed):
         arguments = [pyseccomp.Arg(c.argument, pyseccomp.MASKED_EQ, c.mask, c.value) for c in rule.conditions]
         made.add_rule(_RETURNS[rule.action], _number(rule), *arguments)
@@ -51,7 +50,7 @@ def by_libseccomp(listed: Sequence[Rule]) -> bytes:
 
 def by_hand(listed: Sequence[Rule]) -> bytes:
     """One call after the other, in the order of their numbers."""
-    kill = (_RETURN, 0, 0, _RETURNS[KILL])
+    kill = (_RETURN, 0, 0, _KILL_PROCESS)
     program: list[_Instruction] = [
         (_LOAD, 0, 0, _ARCH), (_EQUAL, 1, 0, _X86_64), kill,
         (_LOAD, 0, 0, _NUMBER), (_AT_LEAST, 0, 1, _X32_CALLS), kill,

@@ -19,12 +19,15 @@ from lockstep.rollout.tasks.problem import Problem
 class CodeOptions:
     """tests_key: the problem's metadata has a list of {input, output} there: what the program reads and must print.
     test_code_key: or Python source, which runs behind the program and raises where that is wrong.
+    test_code_apart: it runs in another process, to which the program's names are remote: out of the program's reach,
+        but not for tests that replace names of the program, subclass its classes or read what it prints.
     partial: the share of the tests that pass, in place of 1 for all and 0 otherwise.
     num_workers: programs that run at a time.
     """
 
     tests_key: str = "tests"
     test_code_key: str = "test_code"
+    test_code_apart: bool = False
     partial: bool = False
     num_workers: int = 2
     limits: Limits = field(default_factory=Limits)
@@ -33,7 +36,8 @@ class CodeOptions:
 def code_reward(options: CodeOptions) -> Reward:
     """What is printed is compared here, line by line without white space at the ends, out of the program's reach.
 
-    test_code is weaker: it runs in the program's own process, where a program that sets out to deceive it can.
+    test_code is weaker: it runs in the program's own process, where a program that sets out to deceive it can; apart,
+    it decides on plain values out of the program's reach.
     A program that breaks a limit fails its test. Raises ValueError for a problem without tests, and IsolationError
     where this machine cannot isolate a process.
     """
@@ -41,7 +45,7 @@ def code_reward(options: CodeOptions) -> Reward:
 
     def score(completion: Completion) -> float:
         program, tests = extract_program(completion.text), _tests(completion.problem, options)
-        passed = [_passes(program, test, options.limits) for test in tests]
+        passed = [_passes(program, test, options) for test in tests]
         return sum(passed) / len(passed) if options.partial else float(all(passed))
 
     def reward(completions: Sequence[Completion]) -> list[float]:
@@ -66,7 +70,10 @@ def _tests(problem: Problem, options: CodeOptions) -> list[Mapping[str, Any] | s
     raise ValueError(f"problem {problem.problem_id} has neither {keys} in its metadata to test a program with")
 
 
-def _passes(program: str, test: Mapping[str, Any] | str, limits: Limits) -> bool:
+def _passes(program: str, test: Mapping[str, Any] | str, options: CodeOptions) -> bool:
+    limits = options.limits
+    if isinstance(test, str) and options.test_code_apart:
+        return run_program(program, "", limits, test).failure is None
     if isinstance(test, str):
         # An early exit is no success: only what comes behind the tests prints this.
         word = secrets.token_hex(16)

@@ -80,12 +80,12 @@ def function_reward(options: FunctionOptions, engines: RewardEngines | None) -> 
     """Raises as `checked_function`. What the function raises is a sample's failure; a result that is no number is a
     ValueError here, and a failure where it runs isolated.
     """
+    function = checked_function(options)
     if options.limits is not None:
         verifier = Verifier(
             options.path, options.reference, limits=options.limits, takes=_TAKES, cwd=os.getcwd(), each_alone=True
         )
         return _pooled(verifier, options.num_workers, engines)
-    function = checked_function(options)
     score_all = _batch_scores if options.batch else _each_score
     warnings = FailureWarnings(options.path)
 

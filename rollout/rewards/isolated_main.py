@@ -17,11 +17,11 @@ import contextlib
 import ctypes
 import json
 import os
-import platform
 import resource
 import runpy
 import select
 import signal
+import socket
 import struct
 import sys
 import time
@@ -57,8 +57,6 @@ def confine(job: dict) -> None:
     job: what `isolation.confinement` gives, and "parent": the process with which this one ends.
     Raises OSError that names what this kernel cannot enforce; nothing foreign has run then.
     """
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        raise OSError(f"isolation is written for Linux on x86-64, not {platform.system()} on {platform.machine()}")
     _end_with(job["parent"])
     for name, limit in job["rlimits"].items():
         # One second more before the end that cannot be caught: the first signal names the reason.
@@ -157,46 +155,84 @@ def _filter_calls(program: bytes) -> None:
 def run_program(channel: int) -> None:
     """A job's program in a child. Answers {"error"} where it cannot be confined, else {"code", "stopped"}.
 
-    code: as subprocess counts exit codes; stopped: why this process has stopped it, or null.
+    Where the job has tests, they run in a second child, whose end is the program's: its code is answered.
+    code: as subprocess counts exit codes; stopped: why this process has stopped a child, or null.
     """
     with os.fdopen(os.dup(channel), "rb") as file:
         job = json.load(file)
-    started = time.monotonic()
-    confined, ready = os.pipe()
-    parent, child = os.getpid(), os.fork()
-    if child == 0:
-        _be_program({**job, "parent": parent}, ready)
-        return  # to Python's own end, which waits for threads and flushes
-    os.close(ready)
-    with os.fdopen(confined, "rb") as file:
-        error = file.read().decode()
-    if error:
-        os.waitpid(child, 0)
-        answer = {"error": error}
-    else:
-        stopped = _watch(child, job, started + job["wall_time_s"])
-        answer = {"code": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), "stopped": stopped}
+    deadline = time.monotonic() + job["wall_time_s"]
+    roles = [(_run_source, job["program"], None)]
+    if job["tests"] is not None:
+        remote = runpy.run_path(os.path.join(os.path.dirname(__file__), "remote_tests.py"))
+        ends = socket.socketpair()
+        roles = [
+            (remote["serve_program"], job["program"], ends[0]),
+            (remote["run_tests"], job["tests"], ends[1]),
+        ]
+    children, error = [], ""
+    while len(children) < len(roles) and not error:
+        child, error = _confined_child(job, *roles[len(children)])
+        if child == 0:
+            return  # to Python's own end, which waits for threads and flushes
+        children.append(child)
+    for _, _, end in roles:
+        if end is not None:
+            end.close()
+    stopped = None if error else _watch(children, job, deadline)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in reversed(children)]
+    answer = {"error": error} if error else {"code": codes[0], "stopped": stopped}
     os.write(channel, json.dumps(answer).encode())
 
 
-def _watch(child: int, job: dict, deadline: float) -> str | None:
-    """Until the child ends or is stopped; why it is stopped."""
+def _confined_child(job: dict, run, source: str, end) -> tuple:
+    """(process id, why it could not be confined); in the child, where `run` has ended, (0, "")."""
+    confined, ready = os.pipe()
+    parent, child = os.getpid(), os.fork()
+    if child == 0:
+        _be_confined({**job, "parent": parent}, [ready] + ([] if end is None else [end.fileno()]))
+        sys.argv[:] = ["program.py"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            run(source, *(() if end is None else (4,)))
+        except Exception:
+            # The standard error was closed to what the job prints, and is the parent's way to a reason.
+            traceback.print_exc(limit=-1)
+            sys.exit(1)
+        return 0, ""
+    os.close(ready)
+    with os.fdopen(confined, "rb") as file:
+        return child, file.read().decode()
+
+
+def _run_source(source: str) -> None:
+    exec(compile(source, "program.py", "exec"), sys.modules["__main__"].__dict__)
+
+
+def _watch(children: list, job: dict, deadline: float) -> str | None:
+    """Until the last child ends or one is stopped; why it is stopped. The others end with it."""
     ended = select.poll()
-    ended.register(os.pidfd_open(child), select.POLLIN)
-    while True:
+    ended.register(os.pidfd_open(children[-1]), select.POLLIN)
+    stopped = None
+    while stopped is None:
         left = deadline - time.monotonic()
         if ended.poll(max(0.0, min(left, _WATCH_EVERY_S)) * 1e3):
-            return None
-        stopped = f"wall time: more than {job['wall_time_s']} s" if left <= 0 else overuse(child, os.getcwd(), job)
-        if stopped:
-            os.kill(child, signal.SIGKILL)
-            return stopped
+            break
+        if left <= 0:
+            stopped = f"wall time: more than {job['wall_time_s']} s"
+        for child in children:
+            stopped = stopped or overuse(child, os.getcwd(), job)
+    for child in children if stopped else children[:-1]:
+        os.kill(child, signal.SIGKILL)
+    return stopped
 
 
-def _be_program(job: dict, ready: int) -> None:
-    """The program as the main module. `ready` gets the reason why it cannot run, or nothing."""
-    os.dup2(ready, 3)
-    os.closerange(4, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+def _be_confined(job: dict, kept: list) -> None:
+    """Keeps the first of `kept`, as descriptor 3, until it is confined; it gets the reason where that fails."""
+    for number, descriptor in enumerate(kept):
+        os.dup2(descriptor, 200 + number)
+    for number in range(len(kept)):
+        os.dup2(200 + number, 3 + number, inheritable=False)
+    os.closerange(3 + len(kept), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     sys.path[:] = job["path"]
     try:
         confine(job)
@@ -204,14 +240,6 @@ def _be_program(job: dict, ready: int) -> None:
         os.write(3, str(error).encode())
         os._exit(1)
     os.close(3)
-    sys.argv[:] = ["program.py"]
-    module = sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        exec(compile(job["program"], "program.py", "exec"), module.__dict__)
-    except Exception:
-        # The standard error was closed to what the job prints, and is the parent's way to a reason.
-        traceback.print_exc(limit=-1)
-        sys.exit(1)
 
 
 def remove_tree(directory) -> None:

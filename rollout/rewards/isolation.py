@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import os
+import platform
 import selectors
 import signal
 import socket
@@ -36,7 +37,7 @@ _LONGEST_REASON = 300  # characters
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 SANDBOXES = ("auto", "bubblewrap", "landlock")
 SIGNAL_REASONS = {
-    signal.SIGSYS: "it tried to start a process, or a call of another kernel interface",
+    signal.SIGSYS: "it made a call of another kernel interface",
     signal.SIGXCPU: "CPU time",
     signal.SIGKILL: "CPU time, or memory of the machine",
     signal.SIGXFSZ: "file size",
@@ -49,7 +50,7 @@ class IsolationError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """wall_time_s: from the start of the process, Python's own start (some 50 ms) included. cpu_time_s: whole seconds.
+    """wall_time_s: of the judged process, or of one item where it judges several. cpu_time_s: whole seconds.
     memory_bytes: of address space. file_bytes: size of a file, all of which lie in a temporary directory.
     disk_bytes, num_files: of all that lies in that directory. num_threads: it starts no process.
     output_bytes: of what it prints.
@@ -82,20 +83,23 @@ class Outcome:
     failure: str | None
 
 
-def run_program(program: str, stdin: str, limits: Limits) -> Outcome:
+def run_program(program: str, stdin: str, limits: Limits, tests: str | None = None) -> Outcome:
     """Runs Python source that may read the standard library and the installed packages, and its own directory.
 
+    tests: source that runs in a process of its own, to which the names of the program are remote (see `remote_tests`);
+    its end is the program's, and its failure the outcome's.
     Its standard output is data, and nothing else that it writes is read but the last line of its standard error, which
     is shown. Raises IsolationError where this machine cannot isolate it.
     """
-    return _run_program(program, stdin, limits, _resolved(limits.sandbox))
+    return _run_program(program, stdin, limits, _resolved(limits.sandbox), tests)
 
 
-def _run_program(program: str, stdin: str, limits: Limits, sandbox: str) -> Outcome:
+def _run_program(program: str, stdin: str, limits: Limits, sandbox: str, tests: str | None = None) -> Outcome:
     path, readable = _library_path()
     job = {
         **_confinement(limits, readable, "program", sandbox),
         "program": program,
+        "tests": tests,
         "path": path,
         "wall_time_s": limits.wall_time_s,
     }
@@ -194,7 +198,7 @@ def _start(
     try:
         with os.fdopen(writer, "wb") as file:  # smaller than a pipe
             file.write(call_filter.filter_of("supervisor"))
-        seen = [*readable, str(_MAIN), str(main)]
+        seen = [*readable, str(_MAIN), str(_MAIN.with_name("remote_tests.py")), str(main)]
         wrapped = [*bubblewrap.command(seen, folder, limits.disk_bytes, reader), *command]
         return _popen(wrapped, pass_fds=[descriptor, reader], **options)
     finally:
@@ -291,6 +295,8 @@ def _library_path() -> tuple[list[str], list[str]]:
 @functools.cache
 def why_not(sandbox: str) -> str:
     """Why a sandbox does not work on this machine, found by trying it; empty where it does."""
+    if (machine := (platform.system(), platform.machine())) != ("Linux", "x86_64"):
+        return f"isolation is written for Linux on x86-64, not {machine[0]} on {machine[1]}"
     if sandbox == "bubblewrap" and bubblewrap.find() is None:
         return "bubblewrap is not installed (Debian: apt-get install bubblewrap)"
     limits = Limits(wall_time_s=60.0, memory_bytes=1 << 32)

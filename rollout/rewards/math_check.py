@@ -39,7 +39,10 @@ _NUMBER = re.compile(r"(?<![\d.,])[-+]?(?:\d[\d,]*\.?\d*|\.\d+)")
 _LAST_LIST = re.compile(r"(?:[-+]?\d[\d./]*\s*(?:,|\bor\b|\band\b)\s*)+[-+]?\d[\d./]*(?=\W*$)")
 _GROUPS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _MATH = re.compile(r"\$[^$]+\$|\\\(.+?\\\)|\\\[.+?\\\]", re.DOTALL)
-_UNPARSED = re.compile(r"[\da-fA-F]_\{?\d|\\[lc]?dots|\.\.\.|…")  # numbers of another base, and unfinished ones
+# Numbers of another base, unfinished ones, times of day, and numbers side by side, which math-verify multiplies.
+_UNPARSED = re.compile(r"[\da-fA-F]_\{?\d|\\[lc]?dots|\.\.\.|…|(?<!\d)\d{1,2}:\d\d(?!\d)|\d\s+\.?\d")
+_GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\s|\\,)\d{3})+(?![\d])")
+_SHORT_FRACTION = re.compile(r"\\([dt]?frac)\s*(\d)\s*(\d)")
 _SCIENTIFIC = re.compile(r"(?<![\da-zA-Z.\\])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d+)(?![\d.a-zA-Z])")
 _MIXED = re.compile(r"(?<![\d.}^_/])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
 _REPEATING = re.compile(r"(?<!\d)(\d+)\.(\d*)\\overline\{(\d+)\}")
@@ -74,8 +77,11 @@ def same_mathematics(ignore_units: bool):
     def same(problem, response: str) -> float:
         wanted = read(problem.answer)
         tagged = _last_tagged(response)
-        given = _answer(response if tagged is None else tagged)
-        return float(given is not None and equal(wanted, given, ignore_units))
+        text = response if tagged is None else tagged
+        boxed = _last_boxed(text)
+        text = text[-_LONGEST:] if boxed is None else boxed[:_LONGEST]
+        given = [read(text), _found_in(text) if boxed is None else read(_last_part(text))]
+        return float(any(equal(wanted, answer, ignore_units) for answer in given))
 
     return same
 
@@ -124,12 +130,8 @@ def read(text: str) -> Answer:
     return Answer(spelled, parsed, unit, parsed)
 
 
-def _answer(text: str) -> Answer | None:
-    """Of what a model wrote: read whole where it is an expression, and looked for where it is a sentence."""
-    boxed = _last_boxed(text)
-    text = text[-_LONGEST:] if boxed is None else boxed[:_LONGEST]
-    if boxed is not None:
-        return read(text)
+def _found_in(text: str) -> Answer:
+    """Of what a model wrote: the end of a calculation, or an expression that is looked for in a sentence."""
     whole = read(_last_part(text))
     if whole.parsed or not _WORD.search(text):
         return whole
@@ -218,6 +220,8 @@ def _unit_name(text: str) -> str:
 
 def _rewritten(text: str) -> str:
     """Numbers that LaTeX has another form for."""
+    text = _GROUPED.sub(lambda match: re.sub(r"\D", "", match[0]), text)
+    text = _SHORT_FRACTION.sub(r"\\\1{\2}{\3}", text)
     text = _SCIENTIFIC.sub(r"\1\\times 10^{\2}", text)
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
     return _REPEATING.sub(_fraction, text)

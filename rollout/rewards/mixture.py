@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import typing
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lockstep.engine import user_code
+from lockstep.engine.models.config import load_model_config
 from lockstep.rollout.rewards import code, functions, models, rules, text_rewards
 from lockstep.rollout.rewards.failures import FailedScore
 from lockstep.rollout.rewards.models import RewardEngines
@@ -86,16 +88,31 @@ def check_reward(terms: Any) -> None:
             options = _options(REWARDS[kind].options, options)
             if isinstance(options, functions.FunctionOptions):
                 functions.checked_function(options)
+            if isinstance(options, models.RewardModelOptions | models.JudgeOptions):
+                load_model_config(RewardEngines.config(options.model, options.engine).model)
 
 
 class LocalRewards(RewardEngines):
-    """Makes rewards that are computed in this process. Use as a context manager."""
+    """Makes rewards that are computed in this process, once for the same terms and task. Use as a context manager."""
+
+    def __init__(self):
+        super().__init__()
+        self._built: list[tuple[Any, Task, Reward]] = []
 
     def build(self, terms: Mapping[str, Any] | str, task: Task) -> Reward:
         """See `build_reward`."""
-        if isinstance(task, BatchTask):
-            self.at_close(task.close)
-        return build_reward(terms, task, self)
+        for known_terms, known_task, reward in self._built:
+            if known_task is task and known_terms == terms:
+                return reward
+        reward = build_reward(terms, task, self)
+        self._built.append((copy.deepcopy(terms), task, reward))
+        return reward
+
+    def close(self) -> None:
+        super().close()
+        for _, task, _ in self._built:
+            if isinstance(task, BatchTask):
+                task.close()
 
 
 def _named_terms(terms: Any) -> Mapping[str, Any]:

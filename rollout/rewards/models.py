@@ -19,7 +19,7 @@ from lockstep.rollout.rewards.failures import FailedScore, FailureWarnings
 from lockstep.rollout.rewards.isolation import Limits
 from lockstep.rollout.rewards.reward import Completion, Reward
 from lockstep.rollout.rewards.text_rewards import compile_pattern, text_check
-from lockstep.rollout.rewards.verifiers import open_pool
+from lockstep.rollout.rewards.verifiers import Verifier, VerifierPool, open_pool
 from lockstep.rollout.tokenizer import load_tokenizer, render_prompt
 
 
@@ -73,22 +73,31 @@ class JudgeOptions:
 
 
 class RewardEngines:
-    """The engines that rewards ask, one of each config. Use as a context manager."""
+    """The engines that rewards ask, one of each config, and the verifiers' processes. Use as a context manager."""
 
     def __init__(self):
         self._engines: dict[EngineConfig, Engine] = {}
-        self._at_close: set[Callable[[], None]] = set()
+        self._pools: list[VerifierPool] = []
 
-    def at_close(self, close: Callable[[], None]) -> None:
-        """Calls it, once, when these engines are closed."""
-        self._at_close.add(close)
+    def pool(self, verifier: Verifier, num_workers: int) -> VerifierPool:
+        """The processes of a verifier; several rewards, and the same reward for several tasks, share them."""
+        for pool in self._pools:
+            if (pool.verifier, pool.num_workers) == (verifier, num_workers):
+                return pool
+        self._pools.append(VerifierPool(verifier, num_workers))
+        return self._pools[-1]
 
-    def engine(self, model: str, options: Mapping[str, Any]) -> Engine:
-        """Raises ValueError for an option that EngineConfig lacks, for a hub id without files, and as Engine does."""
+    @staticmethod
+    def config(model: str, options: Mapping[str, Any]) -> EngineConfig:
+        """Raises ValueError for an option that EngineConfig lacks, and for a hub id without files."""
         try:
-            config = EngineConfig(model=hub.model_directory(model), **options)
+            return EngineConfig(model=hub.model_directory(model), **options)
         except TypeError as error:
             raise ValueError(f"engine options of {model}: {error}") from error
+
+    def engine(self, model: str, options: Mapping[str, Any]) -> Engine:
+        """Raises ValueError as `config` and Engine do."""
+        config = self.config(model, options)
         if config not in self._engines:
             self._engines[config] = Engine(config)
         return self._engines[config]
@@ -100,8 +109,8 @@ class RewardEngines:
         self.close()
 
     def close(self) -> None:
-        for close in self._at_close:
-            close()
+        for pool in self._pools:
+            pool.close()
         for engine in self._engines.values():
             engine.shutdown()
 

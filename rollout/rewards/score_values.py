@@ -48,7 +48,8 @@ def plain_score(value, name: str, timeout_s: float | None) -> float:
         what = f"{name} returned {shown} ({type(value).__name__})"
         raise ValueError(f"{what}; it must return a finite number{_hint(value)}")
     try:
-        score = float(value)
+        item = getattr(value, "item", None)  # of numpy and torch
+        score = float(item() if callable(item) else value)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{name} returned a {type(value).__name__} that is no number: {error}") from error
     if not math.isfinite(score):

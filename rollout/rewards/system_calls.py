@@ -61,7 +61,7 @@ NUMBERS: Mapping[str, int] = {
 }
 END_OF_TABLE = 512  # numbers up to here that have no name are answered as a kernel does that does not know them
 
-ALLOW, REFUSE, UNKNOWN, KILL = "allow", "refuse (EPERM)", "refuse (ENOSYS)", "end the process (SIGSYS)"
+ALLOW, REFUSE, UNKNOWN = "allow", "refuse (EPERM)", "refuse (ENOSYS)"
 # Stands for the process's own number, which only the process knows. No process has it: the kernel ends at 2^22.
 OWN_PID = 0x7FFFFFFE
 _ALL_BITS = (1 << 64) - 1
@@ -161,12 +161,8 @@ _CONDITIONAL: Mapping[str, tuple[tuple[tuple[Condition, ...], ...], str]] = {
     "prlimit64": (((Condition(0, 0), Condition(2, 0)),), "limits are read, not set; those of others are not read"),
 }
 
-_KILLED = {
-    "a second process": "fork vfork",
-    "another program in this process": "execve execveat",
-}
-
 _REFUSED = {
+    "a second process, and another program in this one": "fork vfork execve execveat",
     "signals to other processes": "tkill rt_sigqueueinfo rt_tgsigqueueinfo pidfd_send_signal",
     "other processes: their memory, descriptors, limits and order": (
         "ptrace process_vm_readv process_vm_writev process_madvise process_mrelease kcmp pidfd_open pidfd_getfd "
@@ -245,7 +241,7 @@ def _names(groups: Mapping[str, str]) -> list[str]:
 def reasons() -> dict[str, tuple[str, str]]:
     """(action, reason) of each call by name, for judged code; "allow some" where the arguments decide."""
     table = {name: ("allow some", reason) for name, (_, reason) in _CONDITIONAL.items()}
-    for action, groups in ((ALLOW, _ALLOWED), (REFUSE, _REFUSED), (UNKNOWN, _UNKNOWN), (KILL, _KILLED)):
+    for action, groups in ((ALLOW, _ALLOWED), (REFUSE, _REFUSED), (UNKNOWN, _UNKNOWN)):
         table |= {name: (action, reason) for reason, names in groups.items() for name in names.split()}
     return table
 
@@ -261,9 +257,7 @@ def rules(profile: str) -> list[Rule]:
             listed += [Rule(name, ALLOW, conditions) for conditions in alternatives]
     if profile == "program":
         listed += [Rule("fcntl", ALLOW, conditions) for conditions in _one_of(1, _LOCK_COMMANDS.values())]
-    if not supervisor:
-        listed.append(Rule("clone", KILL, (Condition(0, 0, _CLONE_THREAD),)))
-    for action, groups in ((KILL, _KILLED), (REFUSE, _REFUSED), (UNKNOWN, _UNKNOWN)):
+    for action, groups in ((REFUSE, _REFUSED), (UNKNOWN, _UNKNOWN)):
         for name in _names(groups):
             if name == "flock" and profile == "program":
                 listed.append(Rule(name, ALLOW))

@@ -121,6 +121,9 @@ class _Judge:
             self._be_child(directory, asked, result_end)
         asked.close()
         os.close(result_end)
+        if error := _first_line(results):
+            self._send([[0.0, {"cannot_confine": error}]])
+            raise EOFError
         return SimpleNamespace(pid=pid, requests=requests, results=results, directory=directory)
 
     def _relay(self, child, items):
@@ -183,17 +186,29 @@ class _Judge:
             return [0.0, self.values.reason_of(error)]
 
     def _confine(self, result_end: int) -> None:
-        if self.confinement is None:
-            return
-        limits = dict(self.confinement["rlimits"])
-        if not self.job["each_alone"]:
-            del limits["RLIMIT_CPU"]  # would count all items together; each has its wall time
-        limits["RLIMIT_AS"] += _address_space()  # what the verifier's own library takes is not the text's
-        try:
-            self.isolated.confine({**self.confinement, "parent": os.getppid(), "rlimits": limits})
-        except OSError as error:
-            _write(result_end, [0.0, {"cannot_confine": str(error)}])
-            os._exit(0)
+        """Its outcome is the first line of the results, before anything foreign runs: why it failed, or nothing."""
+        if self.confinement is not None:
+            limits = dict(self.confinement["rlimits"])
+            if not self.job["each_alone"]:
+                del limits["RLIMIT_CPU"]  # would count all items together; each has its wall time
+            limits["RLIMIT_AS"] += _address_space()  # what the verifier's own library takes is not the text's
+            try:
+                self.isolated.confine({**self.confinement, "parent": os.getppid(), "rlimits": limits})
+            except OSError as error:
+                _write(result_end, str(error))
+                os._exit(0)
+        _write(result_end, "")
+
+
+def _first_line(results: int) -> str:
+    """What a child says of its confinement; "" is that it may go on. One that says nothing will not answer either."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(results, 1)
+        if not byte:
+            return ""
+        line += byte
+    return json.loads(line)
 
 
 def _close_others(kept: list) -> None:
@@ -221,7 +236,7 @@ def _result(line: bytes):
     """[score, failure] of a line that a child wrote, which may be anything."""
     try:
         score, failure = json.loads(line)
-        if isinstance(score, float) and math.isfinite(score):
+        if isinstance(score, float) and math.isfinite(score) and (failure is None or isinstance(failure, str)):
             return [score, failure]
     except (ValueError, TypeError, RecursionError):
         pass

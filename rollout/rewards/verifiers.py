@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
@@ -69,14 +69,14 @@ class Verifier:
 
 
 class PoolOwner(Protocol):
-    def at_close(self, close: Callable[[], None]) -> None: ...
+    def pool(self, verifier: Verifier, num_workers: int) -> VerifierPool:
+        """One for equal verifiers, closed with its owner."""
+        ...
 
 
 def open_pool(verifier: Verifier, num_workers: int, owner: PoolOwner | None) -> VerifierPool:
-    """A pool that its owner closes, with its first process. Raises ValueError where the verifier cannot be loaded."""
-    pool = VerifierPool(verifier, num_workers)
-    if owner is not None:
-        owner.at_close(pool.close)
+    """The owner's pool, with its first process. Raises ValueError where the verifier cannot be loaded."""
+    pool = VerifierPool(verifier, num_workers) if owner is None else owner.pool(verifier, num_workers)
     pool.open()
     return pool
 
@@ -93,7 +93,7 @@ class VerifierPool:
         self.num_workers = num_workers
         self._warnings = FailureWarnings(verifier.name)
         self._workers: list[_Worker] = []
-        self._known: dict[tuple[str, str, str | None], float] = {}
+        self._known: dict[tuple[str, str, str, str | None], float] = {}
         self._lock = threading.Lock()
         self._closing = weakref.finalize(self, _close_all, self._workers)
 
@@ -115,7 +115,7 @@ class VerifierPool:
         Raises ValueError where the verifier cannot be loaded or a problem not be sent, IsolationError where this
         machine cannot isolate a process, RuntimeError where processes of the pool die of no item's doing.
         """
-        keys = [(problem.problem_id, problem.answer, text) for problem, text in items]
+        keys = [(problem.problem_id, problem.question, problem.answer, text) for problem, text in items]
         with self._lock:
             new = {key: item for key, item in zip(keys, items, strict=True) if key not in self._known}
             for (key, (problem, _)), (score, failure) in zip(new.items(), self._judge(list(new.values())), strict=True):
@@ -266,7 +266,7 @@ def _plain(items: Sequence[tuple[Problem, str | None]]) -> list[tuple[dict[str, 
 def _reason(failure: str | Mapping[str, int]) -> str:
     """A failure in words; {"exit": code} is the process's end before its result, as subprocess counts codes."""
     if isinstance(failure, str):
-        return failure
+        return isolation.one_line(failure)
     code = failure["exit"]
     if code >= 0:
         return f"it ended without a score (exit code {code})"

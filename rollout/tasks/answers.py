@@ -6,7 +6,11 @@ from decimal import Decimal, InvalidOperation
 
 from lockstep.rollout.answer_tags import ANSWER_CLOSE, ANSWER_OPEN
 
-ANSWER_INSTRUCTION = f"Give the final answer alone, between {ANSWER_OPEN} and {ANSWER_CLOSE}."
+# With an example: a model of 135M parameters (SmolLM2-135M-Instruct, six data sets) then wrote the tags in 3.2% of its
+# responses instead of 0.3%.
+ANSWER_INSTRUCTION = (
+    f"Write the final answer between {ANSWER_OPEN} and {ANSWER_CLOSE}, for example: {ANSWER_OPEN}7{ANSWER_CLOSE}"
+)
 
 _LONGEST_NUMBER = 1000  # characters
 _PLAIN = {  # full-width characters, and what stands for a minus sign

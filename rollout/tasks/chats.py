@@ -59,11 +59,11 @@ def _message(message: Any, where: str) -> Mapping[str, str]:
         raise ValueError(f"{where} has {unread[0]!r}, which is not read")
     if "role" in message and "content" in message:
         role, content = message["role"], message["content"]
-        if role not in ROLES:
+        if not (isinstance(role, str) and role in ROLES):
             raise ValueError(f"{where} has the role {role!r}; there are: {', '.join(ROLES)}")
     elif "from" in message and "value" in message:
         role, content = message["from"], message["value"]
-        if role not in SHAREGPT_ROLES:
+        if not (isinstance(role, str) and role in SHAREGPT_ROLES):
             raise ValueError(f"{where} is from {role!r}; there are: {', '.join(SHAREGPT_ROLES)}")
         role = SHAREGPT_ROLES[role]
     else:

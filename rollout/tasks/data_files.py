@@ -14,6 +14,7 @@ import decimal
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ class Row:
 
     def fail(self, problem: str) -> NoReturn:
         """Raises RowError: the row, and what is wrong with it."""
-        raise RowError(f"{self} {problem}")
+        raise RowError(_one_line(f"{self} {problem}"))
 
     def value(self, column: str) -> Any:
         """What stands in a column. A dotted path leads into nested columns: `reward_model.ground_truth`.
@@ -144,7 +145,7 @@ def read_rows(file: str | Path) -> Iterator[Row]:
     try:
         yield from READERS[suffix](path, str(file))
     except OSError as error:
-        raise ValueError(f"cannot read {file}: {error.strerror or error}") from error
+        raise ValueError(f"cannot read {file}: {_one_line(error.strerror or str(error))}") from error
 
 
 def _read_jsonl(path: Path, file: str) -> Iterator[Row]:
@@ -212,7 +213,7 @@ def _read_parquet(path: Path, file: str) -> Iterator[Row]:
                     yield Row(file, index, None, values)
                     index += 1
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {file}: {str(error).partition(chr(10))[0]}") from error
+        raise ValueError(f"cannot read {file}: {_one_line(str(error))}") from error
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
@@ -275,6 +276,10 @@ def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_without_repeated_keys, parse_float=JsonFloat)
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"\s*[\r\n]+\s*", " ", text)
 
 
 def _depth_exceeds(value: Any, limit: int) -> bool:

@@ -8,7 +8,11 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
+from annotated_types import Interval
+
+from lockstep.engine.config_fields import MAX_COUNT, Count, Seed, Size, check_fields
 from lockstep.rollout.tasks.answers import format_answer
 from lockstep.rollout.tasks.problem import Problem, TaskSplits, check_index, conversation
 
@@ -21,18 +25,14 @@ class GuessNumberTaskConfig:
         that are still possible. Held-out problems begin at the beginning, with every number equally often.
     """
 
-    highest: int = 15
-    max_played: int = 3
-    seed: int = 0
-    train_size: int = 100_000
-    held_out_size: int = 60
+    highest: Annotated[int, Interval(ge=2, le=MAX_COUNT)] = 15
+    max_played: Count = 3
+    seed: Seed = 0
+    train_size: Size = 100_000
+    held_out_size: Size = 60
 
     def __post_init__(self):
-        if self.highest < 2 or self.max_played < 0 or min(self.train_size, self.held_out_size) < 1:
-            raise ValueError(
-                "task.guess_number needs highest >= 2, max_played >= 0 and sizes >= 1, got "
-                f"{self.highest}, {self.max_played}, {self.train_size}, {self.held_out_size}"
-            )
+        check_fields(self, "task.guess_number")
 
 
 class GuessNumberTask:

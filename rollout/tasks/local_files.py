@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lockstep.engine.config_fields import Fraction, InputPath, Text, check_fields
 from lockstep.rollout import hub
 from lockstep.rollout.tasks.answers import COMPARISONS
 from lockstep.rollout.tasks.chats import Messages, looks_like_chat, read_messages, to_ask
@@ -36,23 +37,21 @@ class LocalFilesConfig:
     Other columns are a problem's metadata, for rewards to read.
     """
 
-    train_files: Sequence[str] = ()
-    held_out_files: Sequence[str] = ()
-    held_out_fraction: float = 0.05
-    question_column: str = "question"
-    messages_column: str | None = None
-    answer_column: str = "answer"
-    answer_pattern: str | None = None
-    solution_column: str | None = None
-    comparison: str = "text"
+    train_files: Sequence[InputPath] = ()
+    held_out_files: Sequence[InputPath] = ()
+    held_out_fraction: Fraction = 0.05
+    question_column: Text = "question"
+    messages_column: Text | None = None
+    answer_column: Text = "answer"
+    answer_pattern: Text | None = None
+    solution_column: Text | None = None
+    comparison: Text = "text"
     system_prompt: str | None = None
     last_assistant: Literal["error", "solution"] = "error"
     bad_rows: Literal["error", "skip"] = "error"
 
     def __post_init__(self):
-        for name, known in (("last_assistant", ("error", "solution")), ("bad_rows", ("error", "skip"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"local_files.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        check_fields(self)
 
 
 class LocalFilesTask:

@@ -8,8 +8,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from annotated_types import Interval
+
+from lockstep.engine.config_fields import MAX_COUNT, Fraction, Seconds, Seed, Size, Text, check_fields
 from lockstep.rollout.rewards.isolation import Limits
 from lockstep.rollout.rewards.verifiers import Verifier, VerifierPool
 from lockstep.rollout.tasks.problem import Problem, TaskSplits, check_index, content_hash, conversation, hash_fraction
@@ -34,15 +37,18 @@ class ReasoningGymConfig:
     verify_timeout_s: of CPU time, and of wall time, that the verifier may take for one answer before it scores 0.
     """
 
-    dataset: str = "chain_sum"
+    dataset: Text = "chain_sum"
     options: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    train_size: int = 100_000
-    held_out_size: int = 256
+    seed: Seed = 0
+    train_size: Size = 100_000
+    held_out_size: Size = 256
     system_prompt: str | None = None
-    shortcut_fraction: float = 0.0
-    shortcut_min_steps: int = 3
-    verify_timeout_s: float = 5.0
+    shortcut_fraction: Fraction = 0.0
+    shortcut_min_steps: Annotated[int, Interval(ge=2, le=MAX_COUNT)] = 3
+    verify_timeout_s: Seconds = 5.0
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 class ReasoningGymTask:
@@ -118,14 +124,9 @@ class ReasoningGymTask:
 def build_reasoning_gym(config: ReasoningGymConfig) -> TaskSplits:
     """Both splits; even streams train, odd streams are held out, and training never repeats a held-out question.
 
-    Raises ValueError for an unknown dataset, an unknown option, an option value that the dataset refuses, and shortcut
-    settings out of range.
+    Raises ValueError for an unknown dataset, an unknown option, an option value that the dataset refuses, and settings
+    of shortcuts or of the verifier out of range.
     """
-    if not 0.0 <= config.shortcut_fraction <= 1.0 or config.shortcut_min_steps < 2:
-        raise ValueError(
-            f"shortcut_fraction must be in [0, 1] and shortcut_min_steps at least 2, "
-            f"got {config.shortcut_fraction} and {config.shortcut_min_steps}"
-        )
     verifier = _verifier(config)
     verifiers = VerifierPool(verifier, num_workers=2 if verifier.each_alone else 1)
     held_out = ReasoningGymTask(config, config.seed + _STREAM_STRIDE, config.held_out_size, frozenset(), verifiers)
@@ -159,8 +160,6 @@ def _create_dataset(config: ReasoningGymConfig, seed: int, size: int) -> Procedu
     unknown = sorted(set(config.options) - known)
     if unknown:
         raise ValueError(f"dataset {config.dataset!r} has no option {unknown}; it has: {', '.join(sorted(known))}")
-    if size < 1:
-        raise ValueError(f"a split of dataset {config.dataset!r} needs at least 1 problem, got {size}")
     try:
         return reasoning_gym.create_dataset(config.dataset, seed=seed, size=size, **config.options)
     except AssertionError as error:

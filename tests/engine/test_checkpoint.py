@@ -136,9 +136,9 @@ def test_one_parameter_is_read_at_a_time(tmp_path, monkeypatch):
     make_hf_model(tmp_path, "llama", seed=0)
     config = load_model_config(tmp_path)
     read = []
-    original = checkpoint._TensorFiles.read
+    original = checkpoint.TensorFiles.read
     monkeypatch.setattr(
-        checkpoint._TensorFiles, "read", lambda self, name, *part: read.append(name) or original(self, name, *part)
+        checkpoint.TensorFiles, "read", lambda self, name, *part: read.append(name) or original(self, name, *part)
     )
     weights = iterate_weights(tmp_path, config)
     seen = 0

@@ -16,7 +16,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 
 def test_keys_shapes_and_config_fields(tmp_path):
     """hidden 64, 4 heads and 2 KV heads of 32, ffn 96, vocabulary 131, of which 40 can be drafted."""
-    save_draft(tmp_path / "draft", make_draft(target_config()))
+    assert save_draft(tmp_path / "draft", make_draft(target_config())) == "vllm"
     tensors = load_file(tmp_path / "draft" / "model.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
         "fc.weight": (64, 192),
@@ -42,7 +42,10 @@ def test_keys_shapes_and_config_fields(tmp_path):
         "attention_bias": False,
         "draft_vocab_size": 40,
         "dtype": "float32",
-        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [-1, 0, 1], "use_aux_hidden_state": True},
+        # Three layers leave the embedding's output as one of the states, which SGLang has no number for.
+        "eagle_aux_hidden_state_layer_ids": [0, 1, 2],
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 2], "use_aux_hidden_state": True},
+        "lockstep_aux_layers": [0, 1, 2],
         "fc_norm": False,
         "head_dim": 32,
         "hidden_act": "silu",
@@ -92,20 +95,28 @@ def test_a_temperature_divides_the_logits(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, "architectures"),
+        ({"architectures": ["LlamaForCausalLM"], "draft_vocab_size": None}, "architectures = .'LlamaForCausalLM'"),
+        ({"architectures": "LlamaForCausalLMEagle3"}, "architectures"),
         ({"num_hidden_layers": 2}, "num_hidden_layers"),
-        ({"max_position_embeddings": 2048}, "max_position_embeddings = 2048: the target has 256"),
         ({"vocab_size": 132}, "vocab_size = 132: the target has 131"),
         ({"hidden_size": 32}, "hidden_size = 32"),
         ({"target_hidden_size": 32}, "target_hidden_size = 32"),
         ({"attention_bias": True}, "attention_bias"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"norm_before_fc": True}, "norm_before_fc"),
-        ({"norm_before_residual": True}, "norm_before_residual"),
+        ({"norm_before_residual": "yes"}, "norm_before_residual"),
+        ({"norm_output": 3}, "norm_output"),
+        ({"draft_vocab_size": 132}, "draft_vocab_size = 132"),
+        ({"draft_vocab_size": "40"}, "draft_vocab_size = '40'"),
         ({"sliding_window": 512}, "sliding_window"),
         ({"logit_scale": 2.0}, "logit_scale = 2.0: unknown key"),
-        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 3]}}, "eagle_aux_hidden_state_layer_ids"),
-        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1]}}, "eagle_aux_hidden_state_layer_ids"),
+        ({"lockstep_aux_layers": [0, 1, 4]}, "lockstep_aux_layers"),
+        ({"lockstep_aux_layers": [1, 0, 2]}, "lockstep_aux_layers"),
+        ({"lockstep_aux_layers": [-1, 0, 2]}, "lockstep_aux_layers"),
+        ({"lockstep_aux_layers": {}}, "lockstep_aux_layers"),
+        ({"lockstep_aux_layers": None, "eagle_aux_hidden_state_layer_ids": [0, 1, 3]}, "layer_ids"),
+        ({"lockstep_aux_layers": None, "eagle_aux_hidden_state_layer_ids": [0, 1], "eagle_config": None}, "layer_ids"),
+        ({"eagle_config": [1]}, "eagle_config"),
         ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state"),
         ({"eagle_config": {"colour": 1}}, "eagle_config.colour"),
     ],
@@ -129,8 +140,13 @@ def _drop(tensors, name):
     ("edit", "named"),
     [
         (lambda t: _drop(t, "midlayer.hidden_norm.weight"), "missing midlayer.hidden_norm.weight"),
-        (lambda t: _drop(t, "t2d"), "missing t2d"),
-        (lambda t: t.update({"embed_tokens.weight": torch.zeros(2)}), "unknown embed_tokens.weight"),
+        (lambda t: _drop(t, "d2t"), "missing d2t"),
+        (lambda t: _drop(t, "lm_head.weight"), "missing lm_head.weight"),
+        (lambda t: t.update({"embed_tokens.weight": torch.zeros(2)}), "embed_tokens.weight is not the target's"),
+        (lambda t: t.update({"embed_tokens.weight": torch.randn(131, 64)}), "embed_tokens.weight is not the target's"),
+        (lambda t: t.update({"layers.0.hidden_norm.weight": torch.zeros(64)}), "under two names"),
+        (lambda t: t.update({"layers.1.hidden_norm.weight": torch.zeros(64)}), "unknown layers.1.hidden_norm.weight"),
+        (lambda t: t.update({"d2t": t["d2t"] * 0}), "d2t names"),
         (lambda t: t.update({"fc_norm.0.weight": torch.zeros(64)}), "unknown fc_norm.0.weight"),
         (lambda t: t.update({"norm.weight": torch.zeros(63)}), r"norm.weight is torch.float32 \[63\]"),
         (lambda t: t.update({"norm.weight": torch.zeros(64).half()}), "norm.weight is torch.float16"),

@@ -34,7 +34,7 @@ class PagedAttention:
         return attention(q, *self.caches, self.pages, cu_seqlens, kv_lens, config.head_dim**-0.5).flatten(1)
 
 
-@pytest.mark.parametrize("options", [{}, {"norm_aux": True, "norm_output": True}], ids=["3", "3.1"])
+@pytest.mark.parametrize("options", [{}, {"norm_aux": True, "norm_output": True}, {"norm_before_residual": True}])
 def test_a_chain_equals_the_formulas(options, tmp_path):
     target = target_config()
     draft = make_draft(target, **options)

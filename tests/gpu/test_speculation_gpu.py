@@ -8,7 +8,7 @@ import torch
 from comparisons import output_differences
 from gpu_setup import PLAIN
 
-from lockstep.engine.draft_checkpoint import config_json
+from lockstep.engine.draft_config import config_json
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.models.eagle3 import Eagle3Config
 from lockstep.engine.speculation import verification

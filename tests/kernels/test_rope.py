@@ -177,3 +177,23 @@ def test_triton_matches_the_reference_and_keeps_rows(dtype, num_heads, head_dim)
     assert torch.equal(_apply_rope_triton(x[4:7], table, positions[4:7]), y[4:7])
     back = _apply_rope_triton(y.float(), table, positions, -1.0)
     torch.testing.assert_close(back, x.float(), rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-3)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4},
+        {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4},
+        {"rope_type": "yarn", "factor": 4, "beta_fast": 32, "beta_slow": 1, "mscale": 1, "mscale_all_dim": 1},
+        {"rope_type": "yarn", "factor": 4, "attention_factor": 1},
+    ],
+    ids=lambda scaling: "-".join(scaling),
+)
+def test_whole_numbers_in_a_config_are_floats(scaling):
+    of_length = {"original_max_position_embeddings": 64}
+    as_floats = {name: float(value) if isinstance(value, int) else value for name, value in scaling.items()}
+    tables = [
+        rope_cos_sin(*rope_inv_freq(64, theta, {**numbers, **of_length}, 256), 200)
+        for theta, numbers in ((10000, scaling), (10000.0, as_floats))
+    ]
+    assert torch.equal(*tables)

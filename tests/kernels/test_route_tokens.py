@@ -43,10 +43,12 @@ def _options(case):
 
 
 def _by_hand(logits, options):
-    """As _route_triton takes its options: by position."""
-    return _route_triton(
-        logits,
-        options.get("expert_bias"),
+    """As _route_triton takes its options, by position; on the GPU where there is one, else in the interpreter."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bias = options.get("expert_bias")
+    results = _route_triton(
+        logits.to(device),
+        bias if bias is None else bias.to(device),
         options["top_k"],
         options.get("scoring") == "sigmoid",
         options.get("num_groups", 1),
@@ -55,13 +57,14 @@ def _by_hand(logits, options):
         options.get("normalize", False),
         options.get("scale", 1.0),
     )
+    return tuple(result.to(logits.device) for result in results)
 
 
 @pytest.mark.parametrize("case", OPTIONS)
 def test_equals_the_formula_in_fp64(case):
     options, logits = _options(case), 2 * _random(NUM_TOKENS, EXPERTS)
     expert_ids, weights = route_tokens_reference(logits.double(), **options)
-    for ours in (route_tokens(logits, **options), *([_by_hand(logits, options)] if not logits.is_cuda else [])):
+    for ours in (route_tokens(logits, **options), _by_hand(logits, options)):
         assert torch.equal(ours[0], expert_ids)
         assert ours[1].dtype == torch.float32
         torch.testing.assert_close(ours[1].double(), weights, rtol=1e-5, atol=1e-7)

@@ -120,3 +120,13 @@ def test_a_cgroups_memory_counts(tmp_path, monkeypatch):
     assert machine.memory_limit() > 2**20
     (tmp_path / "memory.max").write_text("max\n")
     assert machine.available_memory() > 2**20
+
+
+def test_progress_is_output_once_a_stage_runs_and_warnings_are_errors(capfd):
+    with ConsoleLog() as log:
+        LOG.info("before")
+        log.is_running = True
+        LOG.info("loading")
+        LOG.warning("odd")
+    shown = capfd.readouterr()
+    assert (shown.out, shown.err) == ("loading\n", "before\nwarning: odd\n")

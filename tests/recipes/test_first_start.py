@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -10,7 +11,7 @@ from huggingface_hub import constants
 from models import make_hf_model
 
 from lockstep.engine import EngineConfig
-from lockstep.recipes import evaluate, first_start, replay, rl, sft
+from lockstep.recipes import evaluate, first_start, replay, reward, rl, sft
 from lockstep.recipes.config_schema import to_plain
 from lockstep.recipes.export import complete_export, push
 from lockstep.recipes.inputs import ModelSource, TaskConfig
@@ -22,7 +23,7 @@ from lockstep.rollout.evaluation import EvaluationConfig
 from lockstep.rollout.tasks import LocalFilesConfig, ReasoningGymConfig, TaskSplits
 from lockstep.rollout.tasks.answers import ANSWER_INSTRUCTION
 from lockstep.rollout.tokenizer import load_tokenizer, render_prompt
-from lockstep.rollout.worker import RolloutConfig
+from lockstep.rollout.worker import RolloutConfig, RolloutWorker
 
 GCD = ReasoningGymConfig(dataset="gcd", train_size=20, held_out_size=4)
 
@@ -177,7 +178,13 @@ def local(tmp_path, lengths=(1, 9, 4000, 2), overlong="error", **options):
 
 
 def test_a_prompt_without_room_is_named_before_anything_starts(tmp_path, model):
-    config = rl.RLConfig(runs_dir=str(tmp_path / "runs"), task=local(tmp_path), model=ModelSource(path=str(model)))
+    config = rl.RLConfig(
+        runs_dir=str(tmp_path / "runs"),
+        task=local(tmp_path),
+        model=ModelSource(path=str(model)),
+        rollout=RolloutConfig(max_tokens=40),
+        evaluation=EvaluationConfig(max_tokens=40),
+    )
     for run, at_start in ((rl, replace(config, dry_run=True)), (rl, config), (sft, None)):
         stage = at_start or sft.SFTConfig(runs_dir=config.runs_dir, task=config.task, model=config.model)
         with pytest.raises(
@@ -351,3 +358,45 @@ def test_what_comes_on_another_day_reads_the_same_prompts(tmp_path, model, monke
         as_if_on(day, monkeypatch)
         evaluate.run(evaluate.EvalConfig(engine, task, evaluation=number, chat=chat))
         assert f"Today Date: {'01' if chat.date is None else '05'} Mar 2026" in capsys.readouterr().out
+
+
+def test_pairs_without_room_are_named_by_their_row(tmp_path, model, capsys):
+    rows = [{"prompt": "a", "chosen": "b" * n, "rejected": "c"} for n in (1, 2, 4000, 3)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = reward.RewardConfig(
+        model=ModelSource(path=str(model)),
+        task=TaskConfig(reasoning_gym=GCD),
+        train_files=(str(tmp_path / "pairs.jsonl"),),
+        runs_dir=str(tmp_path / "runs"),
+    )
+    with pytest.raises(
+        ValueError, match=r"row pairs/2 of .*line 3\) has no room: it has 4,\d\d\d tokens, and the model takes"
+    ):
+        reward.run(config)
+    assert not (tmp_path / "runs").exists()
+    train, held_out = reward.given_pairs(replace(config, task=replace(config.task, overlong="skip")))
+    assert (len(train), len(held_out)) == (2, 1)
+    assert "1 of 4 pairs are skipped; the first: row pairs/2" in capsys.readouterr().out
+    small = replace(config.trainer, max_tokens_per_micro_batch=64)
+    with pytest.raises(ValueError, match=r"row pairs/0 .*both responses have"):
+        reward.given_pairs(replace(config, trainer=small))
+
+
+def test_an_evaluation_names_what_has_no_room_before_the_model_is_loaded(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(evaluate, "Engine", None)
+    task = local(tmp_path, (1, 2))
+    (tmp_path / "other.jsonl").write_text(json.dumps({"question": "7" * 4000, "answer": "7", "worked": "7"}))
+    with pytest.raises(ValueError, match="problem other/0 of task 'rows' has no room"):
+        evaluate.run(evaluate.EvalConfig(EngineConfig(model=str(model)), task))
+
+
+def test_what_sft_teaches_stops_generation(tmp_path, model):
+    tokenizer = load_tokenizer(model)
+    end, end_of_text = tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|end_of_text|>"])
+    task = local(tmp_path, (1, 2)).build().train
+    taught = sft.example_sequence(tokenizer, task, 0)
+    assert taught.token_ids[-1] == end != tokenizer.eos_token_id == end_of_text
+    assert taught.loss_mask[-2:] == [True, True]
+    engine = SimpleNamespace(config=EngineConfig(model=str(model)))
+    worker = RolloutWorker(engine, tokenizer, task, None, RolloutConfig(), 0)
+    assert worker.sampling_params(1, 5).stop_token_ids == (end, end_of_text)

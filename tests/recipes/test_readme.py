@@ -1,32 +1,31 @@
 """The README's own data and reward, as it is written there."""
 
 import json
-import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+from lockstep.recipes import cli
+
 README = Path(__file__).resolve().parents[2] / "README.md"
 
 
-def test_a_jsonl_file_a_function_and_one_command_make_a_run(tmp_path):
+def test_a_jsonl_file_a_function_and_one_command_make_a_run(tmp_path, monkeypatch):
     section = README.read_text(encoding="utf-8").split("## Your own data and reward")[1].split("\n## ")[0]
     make_data, command = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
     (function,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     (file_name,) = re.findall(r"in `(\w+\.py)`", section)
     (tmp_path / file_name).write_text(function)
-    # The installed command, of this interpreter and this tree.
-    lockstep = tmp_path / "bin" / "lockstep"
-    lockstep.parent.mkdir()
-    lockstep.write_text(f'#!/bin/sh\nexec {sys.executable} -m lockstep.recipes.cli "$@"\n')
-    lockstep.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{lockstep.parent}:{os.environ['PATH']}"}
-    for script in (make_data, command):
-        done = subprocess.run(["sh", "-ec", script], cwd=tmp_path, env=environment, capture_output=True, timeout=240)
-        assert done.returncode == 0, done.stderr.decode()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    subprocess.run(["sh", "-ec", make_data], check=True, timeout=60)
+    program, *arguments = shlex.split(command.replace("\\\n", " "))
+    assert program == "lockstep"
+    cli.main(arguments)
 
-    run = tmp_path / "runs" / "rl"
+    run = tmp_path / "runs" / "sums"
     assert (run / "model" / "model.safetensors").exists()
     (last,) = [step for step in (run / "rollouts").glob("*.jsonl") if step.stem.endswith("3")]
     for line in last.read_text().splitlines():

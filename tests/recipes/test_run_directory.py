@@ -154,8 +154,8 @@ def test_old_checkpoints_go(tmp_path, keep, kept):
 
 
 def test_another_config_is_refused_by_key(tmp_path):
-    with RunDirectory(tmp_path, CONFIG):
-        pass
+    with RunDirectory(tmp_path, CONFIG) as run:
+        train_to(run, 2)
     changed = {"steps": 4, "trainer": {"learning_rate": 2e-3, "betas": [0.9, 0.95]}, "model": "models/tiny", "extra": 1}
     with pytest.raises(ValueError, match="another config") as error:
         RunDirectory(tmp_path, changed)
@@ -163,9 +163,9 @@ def test_another_config_is_refused_by_key(tmp_path):
     assert lines == ["  extra: (absent) -> 1", "  seed: None -> (absent)", "  trainer.learning_rate: 0.001 -> 0.002"]
     with RunDirectory(tmp_path, CONFIG | {"steps": 9}):  # the lock was released, and the length may change
         assert read_config(tmp_path)["steps"] == 9
-    with pytest.raises(ValueError, match="steps: 9 -> 4"):
-        RunDirectory(tmp_path, CONFIG, may_differ=("trainer.*",))
-    with RunDirectory(tmp_path, changed | {"steps": 9}, may_differ=("trainer.*", "extra", "seed")):
+    with pytest.raises(ValueError, match="steps: 4 -> 9"):
+        RunDirectory(tmp_path, CONFIG | {"steps": 9}, may_differ=("trainer.*",))
+    with RunDirectory(tmp_path, changed, may_differ=("trainer.*", "extra", "seed")):
         pass
 
 
@@ -230,8 +230,8 @@ def test_a_kill_at_any_point_leaves_a_directory_that_resumes_to_the_same_end(tmp
     whole_run(tmp_path / "whole")
     whole = contents(tmp_path / "whole")
     assert (
-        len(whole) == 2 * 4 + 3 + 3
-    )  # rollouts, hashed; the checkpoint, its hashes, its pointer; config, metrics, hash
+        len(whole) == 2 * 4 + 3 + 4
+    )  # rollouts, hashed; the checkpoint, its hashes, its pointer; config, inputs, metrics, hash
     for crash_at in range(1, 1000):
         path = tmp_path / str(crash_at)
         status = run_in_child(path, crash_at)
@@ -274,3 +274,110 @@ def test_a_tampered_rollout_file_is_named_where_it_is_read(tmp_path):
         append(run.rollouts_path(1))
         with pytest.raises(ValueError, match=r"step_000001\.jsonl was changed"):
             read_rollouts(tmp_path, 1)
+
+
+def test_a_run_that_has_not_finished_a_step_is_replaced_with_what_it_had_made(tmp_path):
+    with RunDirectory(tmp_path, CONFIG) as run:
+        run.record_metrics(0, "eval", {"accuracy": 0.0})
+        (tmp_path / "new_model").mkdir()
+        (tmp_path / "sft").mkdir()  # a stage that it began with looks after itself
+    with RunDirectory(tmp_path, CONFIG | {"seed": 7}) as run:
+        assert read_config(tmp_path)["seed"] == 7
+        assert not (tmp_path / "new_model").exists()
+        assert (tmp_path / "sft").exists()
+        assert steps_of(tmp_path) == []
+        train_to(run, 1)
+    with pytest.raises(ValueError, match="another config"):
+        RunDirectory(tmp_path, CONFIG | {"seed": 8})
+
+
+def test_an_overwritten_run_is_moved_aside_whole(tmp_path):
+    for number in (1, 2):
+        with RunDirectory(tmp_path / "run", CONFIG | {"seed": number}, overwrite=True) as run:
+            assert run.resume_step is None
+            assert (run.moved_to is None) == (number == 1)
+            train_to(run, 2)
+            with pytest.raises(ValueError, match="in use by process"):
+                RunDirectory(tmp_path / "run", CONFIG, overwrite=True)
+    with RunDirectory(tmp_path / "run", CONFIG, overwrite=True) as run:
+        assert run.moved_to == tmp_path / "run.old-2"
+    assert [read_config(tmp_path / f"run.old-{n}")["seed"] for n in (1, 2)] == [1, 2]
+    assert checkpoint_steps(tmp_path / "run.old-2") == [2]
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="not a run directory"):
+        RunDirectory(tmp_path / "thesis", CONFIG, overwrite=True)
+    assert (tmp_path / "thesis" / "thesis.tex").exists()
+
+
+BACKUPS = {
+    "rollouts": [
+        "step_000001.jsonl.gz", "step_000001.bak", "step_000002.jsonl~", "step_000009 (copy).jsonl", "step_9.jsonl",
+        "step_000009.jsonl.zst", "step_x.jsonl", "step_.sha256", "Step_000009.jsonl", "step_-00001.jsonl",
+    ],
+    "checkpoints": ["step_000010 (copy)", "step_000002.bak", "step_000002.tar.gz", "step_000099.old", "step_000077"],
+}  # fmt: skip
+
+
+def test_backups_beside_steps_are_left_alone(tmp_path):
+    with RunDirectory(tmp_path, CONFIG, keep_checkpoints=1) as run:
+        train_to(run, 2)
+        for folder, names in BACKUPS.items():
+            for name in names:
+                (tmp_path / folder / name).write_text("mine")
+        train_to(run, 4)
+    with RunDirectory(tmp_path, CONFIG, keep_checkpoints=1) as run:
+        assert run.resume_step == 4
+        train_to(run, 6)
+    assert rollout_steps(tmp_path) == [1, 2, 3, 4, 5, 6]
+    assert checkpoint_steps(tmp_path) == [6]
+    for folder, names in BACKUPS.items():
+        assert set(names) <= set(os.listdir(tmp_path / folder))
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_000006\n"
+
+
+def test_a_negative_number_of_checkpoints_is_refused_before_any_goes(tmp_path):
+    with RunDirectory(tmp_path, CONFIG) as run:
+        train_to(run, 4)
+    with pytest.raises(ValueError, match="keep_checkpoints must be at least 0"):
+        RunDirectory(tmp_path, CONFIG, keep_checkpoints=-1)
+    assert checkpoint_steps(tmp_path) == [2, 4]
+
+
+def test_only_the_owner_can_read_a_run(tmp_path):
+    with RunDirectory(tmp_path / "runs" / "run", CONFIG) as run:
+        train_to(run, 2)
+    assert (tmp_path / "runs" / "run").stat().st_mode & 0o077 == 0
+
+
+def test_files_that_a_run_started_from_are_compared_when_it_is_resumed(tmp_path):
+    def opened(**files: str) -> RunDirectory:
+        return RunDirectory(tmp_path, CONFIG, inputs=lambda: {"task.files": files} if files else {})
+
+    with opened(a="1", b="2") as run:
+        run.settle_inputs({"the new model": {"new_model/w": "3"}}, made_by_the_run=True)
+    with opened(a="1", b="9") as run:  # nothing was made from it yet
+        train_to(run, 2)
+    with pytest.raises(ValueError, match="not what they were") as error:
+        opened(a="2", c="3")
+    lines = str(error.value).splitlines()[1:]
+    assert lines == ["  task.files: a was changed", "  task.files: b is missing", "  task.files: c is new"]
+    with pytest.raises(ValueError, match=r"task\.files: a is missing"):
+        opened()
+    with opened(a="1", b="9") as run:
+        run.settle_inputs({"the new model": {"new_model/w": "3"}}, made_by_the_run=True)
+        with pytest.raises(ValueError, match="the new model: new_model/w was changed"):
+            run.settle_inputs({"the new model": {"new_model/w": "4"}}, made_by_the_run=True)
+
+
+def test_an_edited_config_file_is_refused(tmp_path):
+    with RunDirectory(tmp_path, CONFIG) as run:
+        train_to(run, 2)
+    file = tmp_path / "config.yaml"
+    file.write_text(file.read_text().replace("0.001", "0.002"))
+    edited = CONFIG | {"trainer": CONFIG["trainer"] | {"learning_rate": 2e-3}}
+    with pytest.raises(ValueError, match=r"config\.yaml was changed after the run had begun") as error:
+        RunDirectory(tmp_path, edited)
+    assert str(error.value).splitlines()[1:] == ["  trainer.learning_rate: 0.001 -> 0.002"]
+    with RunDirectory(tmp_path, CONFIG):
+        assert read_config(tmp_path)["trainer"]["learning_rate"] == 1e-3

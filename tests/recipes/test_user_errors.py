@@ -61,7 +61,8 @@ def error_of(capfd, *arguments: str) -> list[str]:
     shown = capfd.readouterr().err
     assert exit_info.value.code == 2, shown
     assert "Traceback" not in shown
-    lines = [line for line in shown.splitlines() if "HYDRA_FULL_ERROR" not in line]
+    # On a busy machine a command says that it still works.
+    lines = [line for line in shown.splitlines() if "HYDRA_FULL_ERROR" not in line and not line.startswith("... ")]
     assert lines[0].startswith("error: ")
     assert len(lines) <= 6
     return lines
@@ -92,8 +93,8 @@ def test_a_model_directory_that_is_none_is_named(capfd, folder, stage, path):
         ("rl runs_dir=/dev/null/x", "/dev/null/x"),
         ("rl trainer.device=cuda trainer.dtype=bfloat16", "device=cuda needs an NVIDIA GPU, and torch"),
         ("rl engine.device=cuda:3 engine.dtype=bfloat16", "device=cuda:3 needs an NVIDIA GPU"),
-        ("rl engine.device=gpu", 'device must be "cpu", "cuda" or "cuda:N", got'),
-        ("rl trainer.device=mps", 'device must be "cpu", "cuda" or "cuda:N", got'),
+        ("rl engine.device=gpu", 'device must be "cpu", "cuda" or'),
+        ("rl trainer.device=mps", 'device must be "cpu", "cuda" or'),
         ("sft trainer.device=cuda trainer.dtype=bfloat16", "needs an NVIDIA GPU"),
         ("bench suite=trainer device=cuda", "needs an NVIDIA GPU"),
         ("rl task.kind=local_files task.local_files.train_files=[empty] --dry-run", "empty"),
@@ -258,7 +259,7 @@ def test_without_triton_it_is_one_sentence():
             assert done.returncode == 0
         else:
             assert (done.returncode, done.stdout) == (2, "")
-            (line,) = done.stderr.splitlines()
+            (line,) = [line for line in done.stderr.splitlines() if not line.startswith("... ")]
             assert "needs the package triton" in line
 
 

@@ -193,7 +193,7 @@ def test_environments_that_always_fail_are_an_error_and_no_endless_loop():
         ({"segment_tokens": 0}, "segment_tokens must be at least 1"),
         ({"over_sampling": 0.5}, "over_sampling must be at least 1"),
         ({"unfinished": "keep"}, "can be rebuilt neither"),
-        ({"unfinished": "drop"}, 'must be "recompute" or "abort"'),
+        ({"unfinished": "drop"}, "must be one of recompute, abort"),
     ],
 )
 def test_impossible_settings_are_refused(changes, message):

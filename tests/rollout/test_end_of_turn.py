@@ -195,8 +195,8 @@ def test_template_variables(tmp_path):
     [
         ({"date": "today"}, "chat.date must be a day as YYYY-MM-DD, got 'today'"),
         ({"date": "2026-02-30"}, "chat.date must be a day"),
-        ({"date": 20260301}, "chat.date must be a day"),
-        ({"without_template": "chatml"}, "without_template must be error or plain"),
+        ({"date": 20260301}, "chat.date must be a text"),
+        ({"without_template": "chatml"}, "chat.without_template must be one of error, plain"),
         ({"chat_template_kwargs": {"messages": []}}, "'messages' cannot be set"),
         ({"chat_template_kwargs": {"strftime_now": "x"}}, "use chat.date"),
     ],

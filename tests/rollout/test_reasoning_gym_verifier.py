@@ -17,7 +17,7 @@ from lockstep.rollout.tasks import ReasoningGymConfig, build_task
 from lockstep.rollout.tasks.reasoning_gym_verifier import EVALUATES, PYTHON, SYMPY, is_program, verifier
 
 OPTIONS = {"composite": {"datasets": [DatasetSpec("chain_sum", 1, {}), DatasetSpec("countdown", 1, {})]}}
-SLOW = {"knight_swap"}  # to make
+SLOW = {"intermediate_integration", "knight_swap"}
 # Modules in which something is evaluated, but no answer: expressions of the data set's own, and references.
 OWN_EXPRESSIONS = {
     "basic_arithmetic": "its question", "bitwise_arithmetic": "its question", "number_sorting": "the reference",

@@ -54,7 +54,8 @@ class SlowDraft:
         """(logits, feedback) of a row that sees the keys and values in `earlier` and its own, which it adds there."""
         config, eps, t = self.config, self.config.rms_norm_eps, self.t
         embedded = norm(self.embedding[token], t["midlayer.input_layernorm.weight"], eps)
-        inputs = torch.cat((embedded, norm(g, t["midlayer.hidden_norm.weight"], eps)))
+        normed_g = norm(g, t["midlayer.hidden_norm.weight"], eps)
+        inputs = torch.cat((embedded, normed_g))
         q, k, v = (
             (t[f"midlayer.self_attn.{part}_proj.weight"] @ inputs).view(-1, config.head_dim) for part in ("q", "k", "v")
         )
@@ -65,7 +66,8 @@ class SlowDraft:
             group = head // (config.num_heads // config.num_kv_heads)
             scores = torch.stack([q[head] @ key[group] for key, _ in seen]) * config.head_dim**-0.5
             heads.append(sum(w * value[group] for w, (_, value) in zip(scores.softmax(0), seen, strict=True)))
-        hidden = g + t["midlayer.self_attn.o_proj.weight"] @ torch.cat(heads)
+        begins = normed_g if config.norm_before_residual else g
+        hidden = begins + t["midlayer.self_attn.o_proj.weight"] @ torch.cat(heads)
         normed = norm(hidden, t["midlayer.post_attention_layernorm.weight"], eps)
         gate, up = t["midlayer.mlp.gate_proj.weight"] @ normed, t["midlayer.mlp.up_proj.weight"] @ normed
         hidden = hidden + t["midlayer.mlp.down_proj.weight"] @ (torch.nn.functional.silu(gate) * up)

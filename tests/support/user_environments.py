@@ -1,6 +1,11 @@
 """An environment of a user's, found by its dotted path."""
 
 import itertools
+import os
+import re
+import signal
+import sys
+from typing import ClassVar
 
 from lockstep.rollout.environments import Action, Opening, StepResult
 
@@ -40,3 +45,24 @@ class Unreliable(Echo):
     def call(self) -> None:
         if next(Unreliable.calls) % 5 == 0:
             raise ConnectionError("the service is gone")
+
+
+class Hostile(Echo):
+    """Does what no process survives, or gets out of, at its second turn."""
+
+    DEEDS: ClassVar = {
+        "hold the lock": lambda: re.match(r"(a+)+$", "a" * 40 + "!"),
+        "compute": lambda: 9**9**9,
+        "leave": lambda: os._exit(0),
+        "be killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+        "exit": lambda: sys.exit("bye"),
+        "return nothing": lambda: None,
+        "return its past": lambda: {"observation": [], "reward": 1e999},
+    }
+
+    def __init__(self, deed: str):
+        super().__init__(num_turns=3)
+        self.deed = deed
+
+    def step(self, action: Action) -> StepResult:
+        return self.DEEDS[self.deed]() if self.played == 1 else super().step(action)

@@ -281,7 +281,7 @@ def test_entropy_control_moves_towards_the_target():
         ({"name": "sft", "overlong_tokens": 2}, "sft reads no rewards"),
         ({"name": "grpo", "overlong_tokens": 9}, "overlong_tokens=9 of 8"),
         ({"kl_coefficient": -1.0}, "kl_coefficient must be at least 0"),
-        ({"gamma": 1.5}, "gamma must be between"),
+        ({"gamma": 1.5}, "gamma must be at most 1"),
     ],
 )
 def test_options_that_do_not_fit_are_named(options, message):

@@ -163,6 +163,8 @@ def test_the_checkpoints_of_a_run_are_rewritten_in_their_place(saved, old, tmp_p
         shutil.copytree(old if step == 1 else folder / "checkpoint", step_folder / "learner" / "critic")
         (step_folder / "learner" / "state.json").write_text("{}")
         content_hashes.write_folder_list(step_folder)
+    with pytest.raises(ValueError, match=rf"lockstep convert run={tmp_path} allow_pickle=true"):
+        trainer.load(tmp_path / "checkpoints" / "step_000001" / "learner" / "critic")
     assert convert(ConvertConfig(run=str(tmp_path), allow_pickle=True))["steps"] == [1, 2]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_000001", "step_000002"]
     for step in (1, 2):

@@ -194,7 +194,7 @@ def test_impossible_sequences_are_named(model_dir):
         with pytest.raises(ValueError, match=message):
             trainer.logprobs(bad)
     batch = pack([TrainSequence([5, 131], [False, True])], 8)
-    with pytest.raises(ValueError, match="131 is not in the vocabulary"):
+    with pytest.raises(ValueError, match="131 is outside the vocabulary"):
         trainer.step(batch, sft_loss)
     assert trainer.logprobs([[3]]) == [[None]]
 

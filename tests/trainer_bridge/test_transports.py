@@ -118,6 +118,26 @@ def test_an_update_that_never_comes_is_a_timeout(scene):
     scene.refuses(TimeoutError, "update 1 did not appear in .* within 0.2 s")
 
 
+def test_what_a_killed_sender_left_is_replaced_and_other_names_are_left_alone(scene, model):
+    folder = scene.file.parent.parent
+    (folder / ".weights-1.partial").mkdir()
+    for name in ("weights-1.bak", "weights-0 (copy)", "weights-2.tar.gz"):
+        (folder / name).mkdir()
+    scene.transport.send(weights_of(model, 5), 1)  # version 1 is there, of other weights
+    for version in (2, 3, 4):
+        scene.transport.send(weights_of(model, 6), version)
+    left = {"weights-1.bak", "weights-0 (copy)", "weights-2.tar.gz"}
+    assert {path.name for path in folder.iterdir()} == left | {"weights-3", "weights-4"}
+
+
+def test_a_version_that_is_sent_again_is_the_one_that_arrives(scene, model):
+    scene.transport.send(weights_of(model, 5), 1)
+    update = scene.engine.begin_update(1)
+    scene.transport.receive(update)
+    scene.engine.commit_update(update)
+    assert hashes_by_name(scene.engine.weight_targets) == hashes_by_name(weights_of(model, 5))
+
+
 def test_a_sender_without_a_tensor_writes_nothing(scene, model):
     values = weights_of(model, 4)
     del values["decoder.final_layernorm.weight"]

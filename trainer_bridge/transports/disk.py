@@ -7,6 +7,7 @@ file into it. A receiver reads only the slices that the plan wants. Old versions
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +44,8 @@ class DiskTransport:
     def send(self, tensors: Mapping[str, torch.Tensor], version: int) -> dict[str, float]:
         """Writes this rank's tensors; the last act, rank 0's after the barrier, is the rename.
 
-        Raises ValueError for a tensor that the plan wants and `tensors` lacks, FileExistsError for a version twice.
+        A version that is there, of an update that failed or of a run that was killed, is replaced.
+        Raises ValueError for a tensor that the plan wants and `tensors` lacks.
         """
         started = time.perf_counter()
         mine = [transfer for transfer in self.plan if transfer.source_rank == self.rank]
@@ -51,9 +53,7 @@ class DiskTransport:
             if name not in tensors:
                 raise ValueError(f"rank {self.rank} has no tensor {name}, which the plan wants of it")
         final, partial = self._path(version), self.directory / f".weights-{version}.partial"
-        if final.exists():
-            raise FileExistsError(f"{final} exists; a version is written once")
-        partial.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(parents=True, exist_ok=True, mode=0o700)
         held = {name: tensors[name].detach().cpu().contiguous() for name in dict.fromkeys(t.name for t in mine)}
         hashes = content_hashes([held[transfer.name][slices(transfer.source)] for transfer in mine]).tolist()
         save_file(held, partial / f"{self.rank}.safetensors")
@@ -62,7 +62,12 @@ class DiskTransport:
             flush_to_disk(partial / name)
         self.barrier()
         if self.rank == 0:
+            replaced = self.directory / f".weights-{version}.replaced"
+            shutil.rmtree(replaced, ignore_errors=True)
+            if final.exists():
+                final.rename(replaced)
             partial.rename(final)
+            shutil.rmtree(replaced, ignore_errors=True)
             flush_to_disk(self.directory)
             self._remove_old(version)
         return {"write_s": time.perf_counter() - started}
@@ -110,6 +115,7 @@ class DiskTransport:
         return self.directory / f"weights-{version}"
 
     def _remove_old(self, version: int) -> None:
-        versions = sorted(int(path.name.removeprefix("weights-")) for path in self.directory.glob("weights-*"))
+        names = (re.fullmatch(r"weights-(\d+)", path.name) for path in self.directory.glob("weights-*"))
+        versions = sorted(int(name[1]) for name in names if name)
         for old in [v for v in versions if v <= version][: -self.keep]:
             shutil.rmtree(self._path(old), ignore_errors=True)

@@ -241,9 +241,10 @@ OPENINGS = {
     + [("reset", *case) for case in {**BROKEN, **RESULTS, **OPENINGS}.items()],
 )
 def test_whatever_an_environment_does_is_the_failure_of_its_episode(tokenizer, method, reason, action):
-    timeout_s = 0.2 if "timeout" in reason else 30.0
+    timeout_s = 0.2 if "timeout" in reason and method == "reset" else 30.0
     (episode,) = new_episodes(tokenizer, count=1, environment=failing(method, action), timeout_s=timeout_s)
     if method == "step":
+        episode.calls.timeout_s = 0.2 if "timeout" in reason else 30.0
         episode.next_request()
         episode.advance(turn([5, 6]))
     (failure,) = episode.failures
@@ -278,16 +279,17 @@ def test_ctrl_c_is_the_users(tokenizer):
         )
     (episode,) = new_episodes(tokenizer, count=1, environment=failing("reset", sys.exit), timeout_s=None)
     assert episode.finish_reason == "error"
-    timer = threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT])
-    timer.start()
+    pressed = threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT])
+    asks_late = failing("reset", lambda: (pressed.start(), time.sleep(60)))
     with pytest.raises(KeyboardInterrupt):
-        new_episodes(tokenizer, count=1, environment=failing("reset", lambda: time.sleep(60)))
+        new_episodes(tokenizer, count=1, environment=asks_late)
 
 
 def test_a_thread_that_is_given_up_ends_and_others_answer(tokenizer):
     calls, before = GuardedCalls(0.2), threading.active_count()
     with pytest.raises(CallFailed, match="timeout: no answer within"):
         calls.call(hang)
+    calls.timeout_s = 30.0
     assert calls.call(int, "7") == 7
     del calls
     gc.collect()

@@ -184,6 +184,19 @@ def test_an_evaluation_counts_failures_as_wrong(parts, monkeypatch):
     assert [sample.finish_reason == "error" for sample in result.samples] == [False] * 2 + [True] * 2 + [False] * 2
 
 
+def test_a_process_of_their_own_changes_no_episode(parts):
+    _, tokenizer, task, engine = parts
+    rollout = RolloutConfig(prompts_per_step=2, samples_per_prompt=2, max_tokens=6)
+    here, there = (
+        play_step(
+            EndsAtOnce(engine, tokenizer, task, length_reward, rollout, 7, replace(ECHO, own_process=own_process))
+        )
+        for own_process in (False, True)
+    )
+    assert here == there
+    assert all(len(sample.turn_rewards) == 2 for group in here for sample in group)
+
+
 def test_a_length_is_of_what_the_policy_wrote(parts):
     """What tools and environments say is not counted, by the length reward neither."""
     _, tokenizer, task, engine = parts

@@ -135,6 +135,26 @@ A and B
 -\infty
 \left\{-1,\frac{1}{2}\right\}
 \text{Yes}
+5:00 PM
+33\frac{1}{3}\%
+\begin{cases} x=1 \\ y=2 \end{cases}
+1 000 000
+\log 5
+\pi/3 \text{ radians}
+5 \text{ ft } 3 \text{ in}
+7 \pmod{12}
+x \equiv 3 \pmod{5}
+\left\{x \mid x > 2\right\}
+5 or more
+between 2 and 5
+\int_0^1 x\,dx = \frac12
+3 dozen
+\tan^{-1}(3)
+\begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}
+\text{Option 2}
+Team 3
+f(2) = 7
+00:30
 12\text{ units}^2
 0.1\overline{6}
 x^{-2}
@@ -203,6 +223,10 @@ PAIRS = [  # reference, answer, whether they are equal
     (r"\text{(A)}", "A", True),
     (r"\frac{\pi}{4}", "\u03c0/4", True),
     (r"2\text{ hours }30\text{ minutes}", "2", False),
+    ("6", "2 3", False),
+    ("1000000", "1 000 000", True),
+    ("0", "00:30", False),
+    (r"\frac 1 2", "0.5", True),
     ("5", "", False),
     ("", "5", False),
 ]

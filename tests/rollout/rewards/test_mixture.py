@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.rollout.rewards import REWARDS, Completion, RewardEngines
@@ -91,7 +91,8 @@ def test_same_number(answer, reference, equal):
     assert same_number(reference, answer) is equal
 
 
-@given(st.text(alphabet=st.characters(codec=None), max_size=30) | st.from_regex(r"[-+$]*[0-9.,eE%]*"))
+@settings(max_examples=60)
+@given(st.text(max_size=30) | st.text("-+$0123456789.,eE% \u2212\u0665\uff15", max_size=12))
 def test_no_text_makes_a_comparison_of_numbers_raise(text):
     assert same_number(text, "7") in (True, False)
     assert same_number(text, text) in (True, False)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import sys
 import time
 from dataclasses import replace
 
@@ -197,11 +198,24 @@ def test_an_isolated_reward_as_documented(folder, monkeypatch):
     completions = [Completion(PROBLEM, text, 1) for text in ("a", "relative", "raise")]
     with LocalRewards() as rewards:
         reward = rewards.build({**terms, "format": 1.0}, None)
+        started = children()
+        for task in (None, object()):  # evaluations build their rewards anew
+            rewards.build({**terms, "format": 1.0}, task)
+        assert children() == started
         monkeypatch.chdir("/")  # what a run does later does not matter
         before = children()
         assert reward(completions) == [1.0, 8.0, 0.0]
         assert isinstance(reward(completions)[2], FailedScore)
     assert len(children()) < len(before), "closed with the rewards"
+
+
+def test_an_isolated_reward_by_its_dotted_path(tmp_path, monkeypatch):
+    (tmp_path / "in_the_working_folder.py").write_text("def score(problem, response): return len(response)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    with LocalRewards() as rewards:
+        reward = rewards.build({"in_the_working_folder.score": {"limits": {"wall_time_s": 60}}}, None)
+        assert reward([Completion(PROBLEM, "abc", 1)]) == [3.0]
 
 
 def test_a_step_whose_scores_all_fail_alike_ends_with_the_reason():

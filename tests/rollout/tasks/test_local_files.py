@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.rollout.tasks import LocalFilesConfig, build_task
+from lockstep.rollout.tasks.chats import read_messages
 from lockstep.rollout.tasks.data_files import read_rows
 
 
@@ -325,3 +326,62 @@ def test_bad_rows_can_be_left_out_and_are_counted(tmp_path, caplog):
 def test_options_that_fit_no_row_are_named(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         answers_of(tmp_path, line('"x"'), **options)
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=6,
+)
+ROWS = st.lists(st.dictionaries(TEXTS, VALUES, min_size=1, max_size=3), min_size=1, max_size=4)
+
+
+@settings(deadline=None, max_examples=100)
+@given(ROWS, st.sampled_from([None, 2]), st.booleans())
+def test_any_rows_are_what_the_json_library_reads(tmp_path_factory, rows, indent, ascii_only):
+    folder = tmp_path_factory.mktemp("rows")
+    lines = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
+    (folder / "rows.jsonl").write_text("\n".join(lines), newline="")
+    (folder / "rows.json").write_text(json.dumps(rows, indent=indent, ensure_ascii=ascii_only), newline="")
+    for name in ("rows.jsonl", "rows.json"):
+        found = list(read_rows(folder / name))
+        assert [row.values for row in found] == rows
+        assert [row.index for row in found] == list(range(len(rows)))
+    if indent is None:
+        assert [row.line for row in read_rows(folder / "rows.jsonl")] == list(range(1, len(rows) + 1))
+
+
+@settings(deadline=None, max_examples=100)
+@given(ROWS, st.data())
+def test_a_damaged_file_is_read_or_refused_in_a_line(tmp_path_factory, rows, data):
+    suffix = data.draw(st.sampled_from([".jsonl", ".json", ".parquet"]))
+    content = bytearray("\n".join(map(json.dumps, rows)).encode() if suffix == ".jsonl" else json.dumps(rows).encode())
+    file = tmp_path_factory.mktemp("rows") / f"rows{suffix}"
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"a": ["text"] * 3, "b": [1, 2, 3]}), file)
+        content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        content[place : place + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=3))
+    file.write_bytes(content)
+    refusal = "rows"
+    try:
+        for row in read_rows(file):
+            for column in row.values:
+                row.text(column, "answer")
+    except ValueError as error:
+        refusal = str(error)
+    assert "rows" in refusal
+    assert "\n" not in refusal
+
+
+@settings(deadline=None, max_examples=200)
+@given(VALUES | st.lists(st.dictionaries(st.sampled_from(["role", "content", "from", "value", "type"]), VALUES)))
+def test_whatever_a_column_holds_is_a_conversation_or_a_value_error(value):
+    for given_as in (value, json.dumps(value), {"messages": value}):
+        try:
+            messages = read_messages(given_as)
+        except ValueError:
+            continue
+        assert all(isinstance(message[key], str) for message in messages for key in ("role", "content"))
