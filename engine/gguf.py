@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lockstep.engine.checkpoint import save_hf
+from lockstep.engine.export import save_hf
 from lockstep.engine.files import whole_folder
 from lockstep.engine.gguf_tokenizer import build_tokenizer
 from lockstep.engine.models.config import parse_model_config

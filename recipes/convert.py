@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from lockstep.engine import gguf
 from lockstep.engine.checkpoint import check_weights, iterate_weights
 from lockstep.engine.config_fields import Size, Text, check_fields
 from lockstep.engine.draft_config import LayerIds, ServingEngine
@@ -32,7 +33,8 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """model: an HF directory of the same architecture (its config and tokenizer are copied).
+    """model: an HF directory of the same architecture (its config and tokenizer are copied); or a GGUF file,
+    which llama.cpp reads; its dequantised model is written to `output` in float32.
     checkpoint: a folder that a trainer saved, such as runs/NAME/checkpoints/step_000100/trainer; null takes the
     weights of `model`. output: where the HF directory is written.
     draft: an EAGLE-3 draft directory of the target `model`, in any layout that is read, to be written to `output` for
@@ -114,6 +116,8 @@ def _rewrite(config: ConvertConfig) -> dict[str, Any]:
 def _export(config: ConvertConfig) -> dict[str, Any]:
     output = _output(config)
     _LOG.info("loading the model %s", config.checkpoint or config.model)
+    if config.model.endswith(gguf.SUFFIX):
+        return _from_gguf(config, output)
     model = load_model_config(config.model)
     if config.checkpoint is None and config.allow_pickle and has_pickled_weights(Path(config.model)):
         rewrite_pickled_model(Path(config.model), Path(output))
@@ -149,6 +153,14 @@ def _write(
         source_config = as_scalar_model(source_config)
     save_hf(config.output, source_config, weights(), model, source_dir=config.model)
     return {"output": config.output, "step": step, "weights_hash": checksum(weights())}
+
+
+def _from_gguf(config: ConvertConfig, output: str) -> dict[str, Any]:
+    if config.checkpoint is not None:
+        raise ValueError(f"convert: checkpoint={config.checkpoint} needs an HF directory as model, not {config.model}")
+    gguf.convert_gguf(config.model, output)
+    model = load_model_config(output)
+    return {"output": output, "weights_hash": checksum(iterate_weights(output, model, torch.float32))}
 
 
 def _plan(config: ConvertConfig) -> str:
