@@ -292,8 +292,9 @@ def _step_name(step: int) -> str:
 
 
 def _require_run_or_empty(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is not a directory")
+    for folder in (path, *path.parents):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is not a directory")
     if path.is_dir() and not (path / "config.yaml").exists():
         # A run that was killed while it began has its lock, and perhaps half a config.
         own = (LOCK_FILE, INPUTS_FILE)

@@ -14,6 +14,7 @@ def own_folder(tmp_path, monkeypatch):
     """An empty working folder; what the loader adds to the places of imports is taken away again."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    sys.modules.pop("mine", None)  # of another test
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:

@@ -47,7 +47,7 @@ def test_rows_are_independent():
 
 
 def test_parts_change_the_bits_and_one_part_does_not():
-    x, weight, bias = _random(50, 256, seed=1), _random(100, 256, seed=2), _random(100, seed=3)
+    x, weight, bias = _random(50, 1024, seed=1), _random(100, 1024, seed=2), _random(100, seed=3)
     assert torch.equal(row_parallel_linear(x, weight, bias), linear(x, weight, bias))
     assert not torch.equal(row_parallel_linear(x, weight, bias, 2), linear(x, weight, bias))
 

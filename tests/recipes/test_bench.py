@@ -64,9 +64,9 @@ def test_workloads_have_the_documented_sizes():
     ("settings", "message"),
     [
         ({"shape": "qwen3-9b"}, "unknown shape 'qwen3-9b'; known: qwen3-8b"),
-        ({"repeats": 0}, "must be positive"),
+        ({"repeats": 0}, "repeats must be at least 1, got 0"),
         ({"shape": "small", "model": "x"}, "not both"),
-        ({"device": "cuda"}, "no NVIDIA GPU"),
+        ({"device": "cuda"}, "needs an NVIDIA GPU"),
     ],
 )
 def test_impossible_settings_are_named(settings, message, monkeypatch):
@@ -78,6 +78,7 @@ def test_impossible_settings_are_named(settings, message, monkeypatch):
 def test_the_suite_follows_the_machine(monkeypatch):
     for has_gpu, suite, device in ((False, "cpu", "cpu"), (True, "engine", "cuda")):
         monkeypatch.setattr("torch.cuda.is_available", lambda answer=has_gpu: answer)
+        monkeypatch.setattr("torch.version.cuda", "13.0" if has_gpu else None)
         resolved = BenchConfig().resolve()
         assert (resolved.suite, resolved.device) == (suite, device)
 

@@ -1,5 +1,6 @@
 """RL with a draft that learns meanwhile: the same run, with drafts that are judged as the engine verifies them."""
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -91,7 +92,8 @@ def test_a_killed_run_goes_on_with_the_drafts_of_its_checkpoint(drafted, tmp_pat
         ({"buffer": BufferConfig(max_staleness=1)}, "buffer.max_staleness=1"),
     ],
 )
-def test_a_run_that_cannot_train_a_draft_goes_without_and_says_so(changes, name, tmp_path, capsys):
+def test_a_run_that_cannot_train_a_draft_goes_without_and_says_so(changes, name, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     config = config_of(tmp_path, **changes).without_draft_where_none_can_learn()
     assert not config.draft.is_on
-    assert f"does not go with {name}" in capsys.readouterr().out
+    assert f"does not go with {name}" in caplog.text

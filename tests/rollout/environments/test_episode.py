@@ -296,7 +296,7 @@ def test_a_thread_that_is_given_up_ends_and_others_answer(tokenizer):
     deadline = time.monotonic() + 20
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
 
 
 class Flaky(Echo):

@@ -219,7 +219,7 @@ def test_a_length_is_of_what_the_policy_wrote(parts):
         ({"kind": "chess"}, "no environment.kind 'chess'; there are: single_turn, calculator, guess_number"),
         ({"kind": "user_environments.Chess"}, "cannot find the environment"),
         ({"max_turns": 0}, "max_turns must be at least 1"),
-        ({"timeout_s": 0}, "timeout_s must be positive, or null for none, got 0"),
+        ({"timeout_s": 0}, "timeout_s must be above 0, got 0"),
         ({"on_error": "stop"}, "on_error must be one of fail, retry, skip, got 'stop'"),
         ({"max_retries": -1}, "max_retries must be at least 0"),
         ({"tool_format": "xml"}, "no environment.tool_format 'xml'; known: hermes"),

@@ -25,6 +25,8 @@ from lockstep.rollout.rewards.system_calls import (
     rules,
 )
 
+ROOT = Path(__file__).parents[3]
+
 PROFILES = ("supervisor", "function", "program")
 SUPPORT = Path(__file__).parents[2] / "support"
 X86_64, I386 = 0xC000003E, 0x40000003
@@ -64,7 +66,7 @@ def test_every_call_is_in_one_group_and_has_a_reason():
 
 
 def test_the_docs_list_what_the_code_does():
-    text = (Path(__file__).parents[3] / "docs" / "security.md").read_text()
+    text = (ROOT / "docs" / "security.md").read_text()
     rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in text.splitlines() if line[:1] == "|"]
     written = {name: row[0] for row in rows if len(row) == 2 for name in row[1].split()}
     some = {row[0]: row[2] for row in rows if len(row) == 3}
@@ -73,13 +75,15 @@ def test_the_docs_list_what_the_code_does():
 
 
 def test_the_tests_that_the_docs_name_are_there():
-    text = (Path(__file__).parents[3] / "docs" / "security.md").read_text()
-    files = dict(re.findall(r"([A-Z]) (?:is )?`(test_\w+\.py)`", text))
-    named = re.findall(r"\b([A-Z]) `((?!test_)\w+)", text)
+    text = (ROOT / "docs" / "security.md").read_text()
+    found = re.findall(r"([A-Z]) (?:is )?`((?:tests/[\w/]+/)?test_\w+\.py)`", text)
+    files = {letter: ROOT / name if "/" in name else Path(__file__).with_name(name) for letter, name in found}
+    assert len(files) == len(found), "a letter stands for one file"
+    named = re.findall(r"\b([A-Z]) `((?!tests?[_/])\w+)", text)
     assert len(files) >= 5
     assert len(named) > 25
     for letter, name in ((letter, name) for letter, name in named if letter in files):
-        source = Path(__file__).with_name(files[letter]).read_text()
+        source = files[letter].read_text()
         assert re.search(rf"def test_\w*{name}", source), (letter, name)
 
 
