@@ -249,9 +249,8 @@ def _llama3_scaling(file: GGUFFile, given: Mapping[str, Any]) -> dict[str, Any]:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    theta = torch.tensor(given["rope.freq_base"], dtype=torch.float64)
-    exponents = torch.arange(len(factors), dtype=torch.float64) / len(factors)
-    turns = scaling["original_max_position_embeddings"] * theta**-exponents / (2 * math.pi)
+    exponents = torch.arange(len(factors), dtype=torch.float64, device="cpu") / len(factors)
+    turns = scaling["original_max_position_embeddings"] * given["rope.freq_base"] ** -exponents / (2 * math.pi)
     smooth = (turns - scaling["low_freq_factor"]) / (scaling["high_freq_factor"] - scaling["low_freq_factor"])
     smooth = smooth.clamp(0.0, 1.0)
     expected = 1.0 / ((1.0 - smooth) / scaling["factor"] + smooth)
