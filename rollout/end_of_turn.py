@@ -84,13 +84,13 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, state: str) -> EndOfTurn:
     if templates(tokenizer):
         prompt = apply_template(tokenizer, [_ASKED])
         turn = apply_template(tokenizer, [_ASKED, _MARKED], add_generation_prompt=False)
-        start, _, rest = turn.rpartition(MARK)
-        if start.startswith(prompt) and not start[len(prompt) :].strip():
+        start, shown, rest = turn.rpartition(MARK)
+        if shown and start.startswith(prompt) and not start[len(prompt) :].strip():
             before = start[len(prompt) :]
-        found = split_at_end(tokenizer, rest, added_ids(tokenizer))
+        found = split_at_end(tokenizer, rest, added_ids(tokenizer)) if shown else None
         if found is None:  # GLM's turns end where the next begins: with the token of who speaks next
             longer = apply_template(tokenizer, [_ASKED, _MARKED, _ASKED])
-            found = split_at_end(tokenizer, longer.rpartition(MARK)[2], named)
+            found = split_at_end(tokenizer, longer.rpartition(MARK)[2], named) if MARK in longer else None
     if found is None and not named:
         raise ValueError(
             f"nothing says where a turn of {tokenizer.name_or_path!r} ends: its chat template writes no special token "

@@ -19,17 +19,26 @@ _OPEN, _CLOSE = "<answer>", "</answer>"
 _LONGEST = 2000  # characters of an answer; the last ones of a response without tags and boxes
 _DEEPEST = 20  # brackets in brackets
 _IMMODEST = re.compile(r"\d{200}|(?:\^[^\s^]{0,20}){8}")
-_WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
+_WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"))
 _IN_TEXT = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
-_SPACE = re.compile(r"\\(?:[,;:! ]|quad\b|qquad\b)|~|\s+")
+_SPACE = re.compile(r"(?<!\\)\\(?:[,;:! ]|quad\b|qquad\b)|~|\s+")  # not the end of a matrix's row
 _LEADING = re.compile(r"^(?:(?:so|thus|hence|therefore|the|final|my|answer|result|is|it)\b[\s:,]*)+", re.IGNORECASE)
-_CURRENCY = re.compile(r"(?:\\?\$|[€£¥₹])\s*(?=[\d.])")
+_CURRENCY = re.compile(r"(?:\\?\$|[€£¥₹])\s*(?=[\d.])|(?<=\d)\s*(?:\\?\$|[€£¥₹])$")
 _PERCENT = re.compile(r"^(.*[\d)}])\s*(?:\\?%|percent)$", re.DOTALL)
 _DEGREES = re.compile(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree|\bdegrees?)(?:\s*([CF]))?$")
 _WORD_UNIT = re.compile(
     r"^(.*[\d)}i]|.*\\pi)\s*?((?:(?<=\d)|\s)[a-zA-Z][a-zA-Z.]+(?:[\s/*]+[a-zA-Z.]+)*(?:\s*\^\s*\{?-?\d\}?)?)$",
     re.DOTALL,
 )
+_LETTER_UNIT = re.compile(r"^([-+]?[^-+=<>,]*(?:[\d)}]|\\pi))\s*([mshglLNJWVK])$", re.DOTALL)
+_NO_UNIT = re.compile(r"(?<=\d)\s*[a-zA-Z]{2}$")  # a product such as 2xy, if it is none of _SHORT_UNITS
+_SHORT_UNITS = re.compile(
+    r"\b\d*(?:[cdkmnp]?m|[km]g|[mk]?[sJWVAN]|[kMG]?(?:Hz|Pa|B)|[kMG]?eV|lb|oz|ft|in|yd|mi|hr|[mcd]?[lL]|cc|st|nd|rd|th|[aApP][mM])$"
+)
+_LAST_LETTER = re.compile(r"([\d)}]|\\pi)\s*([cdghlmost])$")  # which math-verify drops, as a unit
+_MATRIX = re.compile(r"\\(?:begin|end)\{(?:[pbBvV]?matrix|array)\}")
+_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)\b")
+_DEGREE_SIGN = re.compile(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree)")
 _MARKED_UNIT = re.compile(r"\|\|([^|]*)\|\|((?:\s*\^\s*\{?-?\d\}?)?)$")  # what stood in \text{}
 _FUNCTIONS = "and\\b|arc|sin|cos|tan|cot|sec|csc|log|exp|sqrt|lim|max|min|gcd|lcm|det|mod|deg"
 _WORD = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{_FUNCTIONS}))[a-zA-Z]{{3,}}")
@@ -37,10 +46,11 @@ _EQUALS = re.compile(r"(?<![\\<>!])=")
 _JOINED = re.compile(r"\s*\b(?:or|and)\b\s*")
 _NUMBER = re.compile(r"(?<![\d.,])[-+]?(?:\d[\d,]*\.?\d*|\.\d+)")
 _LAST_LIST = re.compile(r"(?:[-+]?\d[\d./]*\s*(?:,|\bor\b|\band\b)\s*)+[-+]?\d[\d./]*(?=\W*$)")
+_ANNOUNCED = re.compile(r"\b(?:is|are|equals?|be)\b|[:=]")
 _GROUPS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _MATH = re.compile(r"\$[^$]+\$|\\\(.+?\\\)|\\\[.+?\\\]", re.DOTALL)
 # Numbers of another base, unfinished ones, times of day, and numbers side by side, which math-verify multiplies.
-_UNPARSED = re.compile(r"[\da-fA-F]_\{?\d|\\[lc]?dots|\.\.\.|…|(?<!\d)\d{1,2}:\d\d(?!\d)|\d\s+\.?\d")
+_UNPARSED = re.compile(r"[\da-fA-F]_\{?\d|\\[lc]?dots|\.\.\.|…|(?<!\d)\d{1,2}:\d\d(?!\d)|(?<!_)\d\s+\.?\d")
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\s|\\,)\d{3})+(?![\d])")
 _SHORT_FRACTION = re.compile(r"\\([dt]?frac)\s*(\d)\s*(\d)")
 _SCIENTIFIC = re.compile(r"(?<![\da-zA-Z.\\])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d+)(?![\d.a-zA-Z])")
@@ -50,6 +60,10 @@ _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[a-z]))")
 _POWER = re.compile("[⁰¹²³⁴-⁹⁻]+")
 _POWER_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 # What people type where LaTeX has a command.
+_TYPED_NAME = re.compile(
+    r"(?<![\\a-zA-Z])(?:pi(?![a-zA-Z])|(?:arc)?(?:sin|cos|tan)(?=\s*[(\d^]|\s+[a-z]\b)|(?:ln|log|exp)(?=\s*[(\d]|\s+[a-z]\b))"
+)
+_TYPED_POWER = re.compile(r"(?<=[\w)])\*\*(?=[-\w(])")
 _TYPED = {
     "\u2212": "-", "\u2013": "-", "\ufe63": "-", "\uff0d": "-", "\u00d7": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ",
     "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "\u222a": r"\cup ",
@@ -58,6 +72,7 @@ _TYPED = {
     **{chr(0xFF01 + n): chr(0x21 + n) for n in range(94) if n != 12},
 }  # fmt: skip
 _UNIT_NAMES = {
+    **dict.fromkeys(("l", "liter", "litre"), "L"), **dict.fromkeys(("ml", "milliliter", "millilitre"), "mL"),
     **dict.fromkeys(("dollar", "usd", "euro", "eur"), ""),  # as the signs, which are dropped
     **dict.fromkeys(("meter", "metre"), "m"), **dict.fromkeys(("centimeter", "centimetre"), "cm"),
     **dict.fromkeys(("kilometer", "kilometre"), "km"), **dict.fromkeys(("millimeter", "millimetre"), "mm"),
@@ -91,12 +106,14 @@ class Answer:
     """text: in one spelling, without what carries no meaning. parsed: sympy expressions, none for a text in words.
 
     unit: "" without one. bare: what was parsed, without a percent sign where there was one.
+    product: of `3 m`, where m is a unit or a variable: the latter.
     """
 
     text: str
     parsed: tuple = ()
     unit: str = ""
     bare: tuple = ()
+    product: tuple = ()
 
 
 def equal(wanted: Answer, given: Answer, ignore_units: bool) -> bool:
@@ -105,6 +122,8 @@ def equal(wanted: Answer, given: Answer, ignore_units: bool) -> bool:
         return True
     if ignore_units:
         return _same(wanted.parsed, given.parsed) or _same(wanted.bare, given.bare)
+    if (wanted.product or given.product) and _same(wanted.product or wanted.parsed, given.product or given.parsed):
+        return True
     if wanted.unit and wanted.unit != given.unit:
         return False
     return _same(wanted.parsed, given.parsed)
@@ -121,8 +140,11 @@ def read(text: str) -> Answer:
         return Answer(words.casefold())
     text, unit = _without_unit(marked)
     text, spelled = _rewritten(text), _spelled(words)
-    if _WORD.search(text):
+    if _WORD.search(_MATRIX.sub("", text)):
         return Answer(spelled)
+    if not unit and (found := _LETTER_UNIT.match(text)):
+        value = _parsed(found[1].strip())
+        return Answer(spelled, value, _unit_name(found[2]), value, _parsed(text))
     if percent := _PERCENT.match(text):
         value = percent[1].strip()
         return Answer(spelled, _parsed(rf"\frac{{{value}}}{{100}}"), unit, _parsed(value))
@@ -138,8 +160,16 @@ def _found_in(text: str) -> Answer:
     if listed := _LAST_LIST.search(text):
         return read(listed[0])
     found = parse(text, parsing_timeout=None) if _is_modest(text) else []
+    if found and isinstance(found[-1], str) and _is_cut_out(found[-1], text):
+        return read(_ANNOUNCED.split(text)[-1])
     parsed = tuple(part for part in found if not isinstance(part, str))
     return Answer(whole.text, parsed, "", parsed)
+
+
+def _is_cut_out(part: str, text: str) -> bool:
+    """Whether math-verify took it out of the midst of an expression, as the 2 of `is 2\\sqrt{3}`."""
+    before, found, after = text.rpartition(part)
+    return bool(found and (re.search(r"[{^_}\\]$", before) or re.match(r"\\[a-zA-Z]|[{^_}]", after)))
 
 
 def _last_part(text: str) -> str:
@@ -169,6 +199,7 @@ def _parsed(text: str) -> tuple:
     """Nothing where math-verify left digits out of what it read: it would compare a part with a part."""
     if not text or _UNPARSED.search(text) or not _is_modest(text):
         return ()
+    text = _LAST_LETTER.sub(r"\1{\2}", text)
     found = parse(rf"\boxed{{{text}}}", _WHOLE, parsing_timeout=None)
     kept = found[-1] if found and isinstance(found[-1], str) else ""
     if sorted(filter(str.isdigit, kept)) != sorted(filter(str.isdigit, _rational_decimals(text, kept))):
@@ -201,13 +232,16 @@ def _without_unit(text: str) -> tuple[str, str]:
     """text: with `||` around what stood in \\text{}. A unit stands behind a number."""
     text = text.strip().removesuffix(r"\ ").strip()
     plain = text.replace("||", " ").strip()
+    if _TRIGONOMETRIC.search(plain):
+        return _DEGREE_SIGN.sub(r"\\cdot\\frac{\\pi}{180}", plain), ""
     if found := _DEGREES.search(plain):
         return plain[: found.start()], f"°{found[1] or ''}"
     found = _MARKED_UNIT.search(text)
     if found and _NUMBER.search(text[: found.start()]) and not _JOINED.fullmatch(found[1]):
         return text[: found.start()].replace("||", " ").strip(), _unit_name(found[1] + found[2])
     found = _WORD_UNIT.match(plain)
-    if found and not _JOINED.search(found[2]) and "\\" not in found[2]:
+    is_product = _NO_UNIT.search(plain) and not _SHORT_UNITS.search(plain)
+    if found and not is_product and not _JOINED.search(found[2]) and "\\" not in found[2]:
         return found[1].strip(), _unit_name(found[2])
     return plain, ""
 
@@ -236,6 +270,7 @@ def _fraction(match: re.Match) -> str:
 
 def _typed(text: str) -> str:
     text = _ROOT.sub(lambda match: rf"\sqrt{{{match[1] or match[2]}}}", text)
+    text = _TYPED_POWER.sub("^", _TYPED_NAME.sub(lambda match: f"\\{match[0]}", text).replace("infinity", r"\infty"))
     text = _POWER.sub(lambda match: f"^{{{match[0].translate(_POWER_DIGITS)}}}", text)
     return "".join(_TYPED.get(character, character) for character in text)
 

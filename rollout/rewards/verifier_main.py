@@ -38,9 +38,13 @@ def main() -> None:
         _alone(file) for file in (here / "isolated_main.py", here / "score_values.py", here.parents[1] / _LOADER)
     )
     try:
+        own_folder = os.getcwd()
+        if job["cwd"] is not None:
+            os.chdir(job["cwd"])  # what the file reads while it loads, it reads where the run started
         function = user_code.load_object(job["function"], "reward function")
         if job["arguments"] is not None:
             function = function(**pickle.loads(job["arguments"]))  # of classes that `path` leads to
+        os.chdir(own_folder)
         if job["takes"]:
             values.check_signature(function, job["name"], job["takes"])
     except BaseException as error:

@@ -20,7 +20,7 @@ _PLAIN = {  # full-width characters, and what stands for a minus sign
 _NUMBER = re.compile(
     r"(?P<sign>[-+]?)\s*\\?[$€£¥₹]?\s*(?P<inner_sign>[-+]?)\s*"
     r"(?P<digits>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?P<exponent>(?:[eE][-+]?\d+)?)"
-    r"\s*(?P<percent>(?:\\?%|percent)?)\.?"
+    r"\s*(?P<percent>(?:\\?%|percent)?)\s*(?:\\?[$€£¥₹])?\.?"
 )
 
 
@@ -50,8 +50,8 @@ def same_number(answer: str, reference: str) -> bool:
     """Equal as decimal numbers: 1,000.0 equals $1000 and 1e3; 5% equals 0.05.
 
     A number has an optional sign, before or behind an optional currency sign, digits of any script, commas between
-    groups of three, an exponent, a percent sign or a full stop. Nothing else is a number: no 1,2,3, unit, fraction, NaN
-    or infinity.
+    groups of three, an exponent, a percent sign, a currency sign at the end, a full stop. Nothing else is a number: no
+    1,2,3, unit, fraction, NaN or infinity.
     """
     left, right = _number(answer), _number(reference)
     return left is not None and right is not None and left == right

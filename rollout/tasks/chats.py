@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,11 +13,17 @@ Messages = tuple[Mapping[str, str], ...]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
-_NOT_READ = ("tool_calls", "function_call", "audio", "images", "image", "videos")
+_NOT_READ = ("tool_calls", "function_call", "audio", "images", "image", "videos", "reasoning_content", "thinking")
+_CHAT_AS_TEXT = re.compile(
+    r"""\s*(?:\{\s*["'](?:messages|conversations)["']\s*:\s*)?\[\s*\{\s*["'](?:role|content|from|value)["']\s*:\s*["'\[]"""
+)
 
 
 def looks_like_chat(value: Any) -> bool:
     """Whether a value that may also be a plain question is a conversation."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        # One as JSON in a text, or as Python writes it, which read_messages refuses. Other JSON is a question.
+        return _CHAT_AS_TEXT.match(value) is not None
     return isinstance(value, Mapping | list | tuple)
 
 

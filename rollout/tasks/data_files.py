@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+
 PARQUET_BATCH_ROWS = 1024
 NESTING_LIMIT = 100  # lists and objects inside each other; Python's own limit is a crash for what walks them later
 
@@ -209,11 +211,34 @@ def _read_parquet(path: Path, file: str) -> Iterator[Row]:
                 raise ValueError(f"cannot read {file}: two columns are called {repeated[0]!r}")
             index = 0
             for batch in table.iter_batches(PARQUET_BATCH_ROWS):
-                for values in batch.to_pylist():
-                    yield Row(file, index, None, values)
+                columns = [_parquet_column(batch.column(name), name, file) for name in names]
+                for values in zip(*columns, strict=True):
+                    yield Row(file, index, None, dict(zip(names, values, strict=True)))
                     index += 1
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {file}: {_one_line(str(error))}") from error
+
+
+def _parquet_column(column: Any, name: str, file: str) -> list[Any]:
+    """The values; narrow floats with the digits that say which they are: 0.1, and not 0.10000000149011612."""
+    try:
+        values = column.to_pylist()
+    except Exception as error:  # of the values' kind: dates beyond year 9999, unknown time zones
+        raise ValueError(
+            f"cannot read column {name!r} of {file}, which holds {column.type}: {_one_line(str(error))}; "
+            "write it as text, or leave it out"
+        ) from error
+    return [_narrow_float(value, column.type) for value in values] if "float" in str(column.type) else values
+
+
+def _narrow_float(value: Any, kind: Any) -> Any:
+    if isinstance(value, float) and str(kind) in ("float", "halffloat") and math.isfinite(value):
+        return JsonFloat(str(np.float32(value) if str(kind) == "float" else np.float16(value)))
+    if isinstance(value, dict):
+        return {field.name: _narrow_float(value[field.name], field.type) for field in kind}
+    if isinstance(value, list) and hasattr(kind, "value_type"):
+        return [_narrow_float(inner, kind.value_type) for inner in value]
+    return value
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {

@@ -223,3 +223,11 @@ def test_a_template_among_several():
     tokenizer.chat_template = {"rag": CHATML}
     with pytest.raises(ValueError, match="multiple chat templates with no default"):
         apply_template(tokenizer, [USER])
+
+
+@pytest.mark.parametrize("content", ["m.content | upper", "''"])
+def test_a_template_that_does_not_show_the_message_does_not_end_turns_with_what_it_begins_with(content):
+    template = CHATML.replace("m.content", f"(m.content if m.role == 'user' else {content})")
+    tokenizer = tokenizer_of(Shape(template, "<|endoftext|>", "<|im_end|>", ("<|im_start|>",), ""))
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert (end_of_turn(tokenizer).token_id, stop_token_ids(tokenizer)) == (end, (end,))

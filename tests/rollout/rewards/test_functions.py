@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from lockstep.rollout.rewards import Completion, FailedScore, build_reward, check_reward
+from lockstep.rollout.rewards import Completion, FailedScore, LocalRewards, build_reward, check_reward
 from lockstep.rollout.tasks import Problem
 
 PROBLEM = Problem("p", ({"role": "user", "content": "?"},), "7")
@@ -214,3 +214,15 @@ def test_a_batch_function_is_called_with_lists(path):
 def test_terms_that_are_none_are_refused(terms):
     with pytest.raises(ValueError, match="reward"):
         check_reward(terms)
+
+
+def test_an_isolated_function_reads_relative_paths_while_its_file_loads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rewards").mkdir()
+    (tmp_path / "table.txt").write_text("3")
+    code = "TABLE = float(open('table.txt').read())\ndef score(problem, response): return TABLE"
+    (tmp_path / "rewards" / "mine.py").write_text(code)
+    problem = Problem("p", ({"role": "user", "content": "?"},), "1")
+    with LocalRewards() as rewards:
+        reward = rewards.build({"x": {"kind": "function", "path": "rewards/mine.py:score", "limits": {}}}, None)
+        assert reward([Completion(problem, "a", 1)]) == [3.0]

@@ -65,6 +65,7 @@ def test_extract_answer_is_the_last_match_of_its_pattern(response):
             ("1,000", text, True)
             for text in ("1000", "1,000.00", "$1000", "1e3", "1000.", "+1,000", "\\$1,000", "$1000$")
         ),
+        *(("5", text, True) for text in ("5 \u20ac", "5$", "5\u00a5", "+5\\$.")),
         *(("1,000", text, False) for text in ("1001", "", "x", "1", "1,0,00", "10,00", ",1000", "1000 km", "1_000")),
         ("5%", "5%", True),
         ("5%", "0.05", True),

@@ -6,6 +6,7 @@ import json
 import os
 import re
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -67,6 +68,67 @@ def test_an_answer_is_what_the_file_says_whatever_its_neighbours_are(tmp_path, w
     lines = [line(written), line("1", "b"), line("2.5", "c"), line('"2024-01-11"', "d"), line("false", "e")]
     assert answers_of(tmp_path, "\n".join(lines)) == [text, "1", "2.5", "2024-01-11", "false"]
     assert answers_of(tmp_path, f"[{', '.join(lines)}]", "rows.json")[0] == text
+
+
+@pytest.mark.parametrize("kind", [pyarrow.float16(), pyarrow.float32(), pyarrow.float64()])
+def test_narrow_floats_of_parquet_have_their_own_digits(tmp_path, kind):
+    number = pyarrow.scalar(np.float16(0.1) if kind == pyarrow.float16() else 0.1, kind)
+    nested = pyarrow.array(
+        [{"a": number.as_py(), "b": [number.as_py()]}], pyarrow.struct({"a": kind, "b": pyarrow.list_(kind)})
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"x": pyarrow.array([number]), "y": nested}), tmp_path / "rows.parquet")
+    (row,) = read_rows(tmp_path / "rows.parquet")
+    assert row.text("x", "answer") == row.text("y.a", "answer") == str(row.value("y.b")[0]) == "0.1"
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array([1], pyarrow.timestamp("us", "Europe/Nowhere")),
+        pyarrow.array([10**8], pyarrow.date32()),
+        pyarrow.array([2**52], pyarrow.timestamp("ms")),
+        pyarrow.array([2**60], pyarrow.duration("s")),
+    ],
+)
+def test_parquet_values_that_python_cannot_hold_are_refused_by_column(tmp_path, column):
+    table = pyarrow.table({"question": ["q"], "answer": ["1"], "when": column})
+    pyarrow.parquet.write_table(table, file := tmp_path / "rows.parquet", store_schema=True)
+    with pytest.raises(ValueError, match=r"cannot read column 'when' of .*rows.parquet, which holds "):
+        list(read_rows(file))
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [
+        [{"role": "user", "content": "hi"}],
+        [{"content": "hi", "role": "user"}],
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]},
+        {"conversations": [{"from": "human", "value": "hi"}]},
+    ],
+)
+def test_a_chat_as_text_in_the_question_column_is_no_question(tmp_path, chat):
+    file = tmp_path / "rows.jsonl"
+    for text in (json.dumps(chat), json.dumps(chat, indent=1)):
+        file.write_text(json.dumps({"question": text, "answer": 1}))
+        assert problems_of(file)[0].messages == ({"role": "user", "content": "hi"},)
+    file.write_text(json.dumps({"question": str(chat), "answer": 1}))
+    with pytest.raises(ValueError, match=r"row rows/0 .*column 'question'.*it looks like Python's"):
+        problems_of(file)
+
+
+@pytest.mark.parametrize(
+    "question", ["[1, 2, 3] sorted?", '{"a": 1}', '[{"role": 3}]', "[{x}]", '[{"from": 1, "to": 2}]']
+)
+def test_json_that_is_no_chat_is_a_question(tmp_path, question):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"question": question, "answer": 1}))
+    assert problems_of(file)[0].messages == ({"role": "user", "content": question},)
+
+
+def test_reasoning_beside_the_content_is_refused_by_name():
+    for name in ("reasoning_content", "thinking"):
+        with pytest.raises(ValueError, match=f"message 2 has '{name}', which is not read"):
+            read_messages([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", name: "hm"}])
 
 
 @settings(deadline=None, max_examples=100)
