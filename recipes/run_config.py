@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from omegaconf import OmegaConf
 
+from lockstep.engine.foreign_files import read_text
 from lockstep.recipes import config_schema
 from lockstep.recipes.config_schema import from_plain, to_plain
 
@@ -42,8 +43,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """The resolved config of the run at path. Raises ValueError for a file that holds none."""
     file = Path(path) / CONFIG_FILE
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        config = yaml.safe_load(read_text(Path(path), CONFIG_FILE))
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{file} holds no config")

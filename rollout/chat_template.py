@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lockstep.engine.chat_renderer import shared_renderer
 from lockstep.engine.config_fields import InputPath, check_fields
-from lockstep.rollout.model_output import valid_text
+from lockstep.rollout.model_output import printable, valid_text
 
 # Of tokenizers made from nothing: a turn is one role token, the content, and one end token. Tools are shown as JSON,
 # their results as a user's turn.
@@ -84,6 +84,11 @@ def set_chat_options(tokenizer: PreTrainedTokenizerBase, chat: ChatConfig) -> No
         begins = tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = (BOS_TEMPLATE if begins else "") + PLAIN_TEMPLATE
     for template in templates(tokenizer):
+        if not isinstance(template, str):
+            raise ValueError(
+                f"a chat template of {tokenizer.name_or_path!r} is a {type(template).__name__}, not a text; "
+                "give another with chat.template=FILE"
+            )
         if _DRAWS.search(template):
             raise ValueError(
                 f"the chat template of {tokenizer.name_or_path!r} draws at random: no two prompts would be the same; "
@@ -130,7 +135,7 @@ def apply_template(
             text = _rendered(tokenizer, template, turns, schemas, add_generation_prompt)
     except (ValueError, TypeError, jinja2.TemplateError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"the chat template of {tokenizer.name_or_path!r} fails: {reason}") from error
+        raise ValueError(f"the chat template of {tokenizer.name_or_path!r} fails: {printable(reason)}") from error
     return valid_text(text)
 
 

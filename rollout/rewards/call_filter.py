@@ -13,7 +13,7 @@ from lockstep.rollout.rewards.system_calls import ALLOW, END_OF_TABLE, NUMBERS, 
 
 try:
     import pyseccomp
-except (ImportError, RuntimeError):  # RuntimeError: there is no libseccomp for it to bind
+except (ImportError, RuntimeError, OSError, AttributeError):  # no libseccomp for it to bind, a broken or an old one
     pyseccomp = None
 
 # linux/seccomp.h, linux/bpf_common.h, linux/audit.h

@@ -34,6 +34,8 @@ _SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime
 _NUM_OPEN_FILES = 64
 _GRACE_S = 30.0  # beyond wall_time_s, which our own process keeps, until that one is taken for dead
 _LONGEST_REASON = 300  # characters
+_LONGEST_S = 1_000_000_000  # of wall time, as clocks and sockets take it
+_MOST = 1 << 60  # of what is counted, as the kernel takes it
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 SANDBOXES = ("auto", "bubblewrap", "landlock")
 SIGNAL_REASONS = {
@@ -70,9 +72,16 @@ class Limits:
     def __post_init__(self):
         if self.sandbox not in SANDBOXES:
             raise ValueError(f"limits.sandbox must be one of {', '.join(SANDBOXES)}, got {self.sandbox!r}")
-        for name in (field.name for field in fields(self) if field.name != "sandbox"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"limits.{name} must be positive, got {getattr(self, name)}")
+        for name, value in ((field.name, getattr(self, field.name)) for field in fields(self)):
+            if name == "sandbox":
+                continue
+            kinds, most = ((int, float), _LONGEST_S) if name == "wall_time_s" else (int, _MOST)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise ValueError(
+                    f"limits.{name} must be a {'' if most == _LONGEST_S else 'whole '}number, got {value!r}"
+                )
+            if not 0 < value <= most:
+                raise ValueError(f"limits.{name} must be positive, got {value}, and at most {most}")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import math
 import threading
 
 _LONGEST_REASON = 300  # characters
+_GRACE_S = 1.0  # beyond the deadline, until what does not end at it is given up
 
 
 def check_signature(function, name: str, takes) -> None:
@@ -43,18 +44,24 @@ def plain_score(value, name: str, timeout_s: float | None) -> float:
         if isinstance(value, BaseException):
             raise value
     if isinstance(value, complex) or not hasattr(value, "__float__") or _num_elements(value) != 1:
-        shown = repr(value)
-        shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
-        what = f"{name} returned {shown} ({type(value).__name__})"
+        what = f"{name} returned {_shown(value)} ({type(value).__name__})"
         raise ValueError(f"{what}; it must return a finite number{_hint(value)}")
     try:
         item = getattr(value, "item", None)  # of numpy and torch
         score = float(item() if callable(item) else value)
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise ValueError(f"{name} returned a {type(value).__name__} that is no number: {error}") from error
+    except Exception as error:  # of any class with __float__
+        raise ValueError(f"{name} returned a {type(value).__name__} that is no number: {reason_of(error)}") from error
     if not math.isfinite(score):
         raise ValueError(f"{name} returned {score}; it must return a finite number")
     return score
+
+
+def _shown(value) -> str:
+    try:
+        shown = repr(value)
+    except Exception:  # a number of too many digits, a list nested too deeply, a class of its own
+        return "what cannot be shown"
+    return shown if len(shown) <= 60 else f"{shown[:60]}..."
 
 
 def _num_elements(value) -> int:
@@ -74,42 +81,40 @@ def _hint(value) -> str:
 
 
 def settled(awaitables, name: str, timeout_s: float | None) -> list:
-    """What each awaitable gives, all of them waited for together. An exception stands for itself in the list."""
+    """What each awaitable gives, all of them waited for together. An exception stands for itself in the list.
 
-    async def guarded(awaitable):
+    With a deadline they run in a thread of their own, given up where one of them blocks or cannot be cancelled.
+    """
+    results = [TimeoutError(f"{name} gave no score within {timeout_s} s")] * len(awaitables)
+    is_over = threading.Event()
+
+    async def settle(number, awaitable):
         try:
-            return await awaitable
-        except SystemExit as error:  # it would end the loop, and this process
-            return error
+            result = await awaitable
+        except BaseException as error:  # SystemExit would end the loop, and CancelledError may be its own
+            result = error
+        if not is_over.is_set():
+            results[number] = result
 
-    async def wait(awaitable):
-        try:
-            return await asyncio.wait_for(guarded(awaitable), timeout_s)
-        except TimeoutError:
-            return TimeoutError(f"{name} gave no score within {timeout_s} s")
-        except Exception as error:
-            return error
+    async def settle_all():
+        await asyncio.wait([asyncio.ensure_future(settle(*one)) for one in enumerate(awaitables)], timeout=timeout_s)
+        is_over.set()
 
-    async def wait_for_all():
-        return await asyncio.gather(*(wait(awaitable) for awaitable in awaitables))
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(wait_for_all())
-    # A notebook's loop runs in this thread: another thread has none.
-    results = []
-    thread = threading.Thread(target=lambda: results.extend(asyncio.run(wait_for_all())))
-    thread.start()
-    thread.join()
-    return results
+    if timeout_s is None:
+        asyncio.run(settle_all())
+    else:
+        thread = threading.Thread(target=lambda: asyncio.run(settle_all()), daemon=True)
+        thread.start()
+        thread.join(timeout_s + _GRACE_S)
+        is_over.set()
+    return list(results)
 
 
 def reason_of(error: BaseException) -> str:
-    """One line, of a length that a log takes."""
+    """One line, of a length and of characters that a log and a terminal take."""
     try:
-        text = " ".join(str(error).split())
-    except Exception:  # of a class whose texts fail
+        text = "".join(c if c.isprintable() else " " for c in " ".join(str(error).split()))
+    except BaseException:  # of a class whose texts fail
         text = ""
     name = type(error).__name__
     return f"{name}: {text}"[:_LONGEST_REASON] if text else name

@@ -64,6 +64,9 @@ def json_schema_reward(options: JsonSchemaOptions, owner: PoolOwner | None) -> R
             schema = parse_json(Path(options.schema_file).expanduser().read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"schema_file={options.schema_file}: {error}") from error
+    dialect = schema.get("$schema", "") if isinstance(schema, Mapping) else ""
+    if not isinstance(schema, Mapping | bool) or not isinstance(dialect, str):
+        raise ValueError("json_schema: a schema is an object (or true or false), and its $schema a text")
     validator_class = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
     try:
         validator_class.check_schema(schema)

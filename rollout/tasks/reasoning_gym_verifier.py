@@ -8,7 +8,9 @@ literal or expression, is refused there, since it could read the reference or gi
 
 import ast
 import builtins
+import io
 import sys
+import tokenize
 import types
 
 # How a data set evaluates an answer. All others compare texts, numbers or JSON.
@@ -31,8 +33,10 @@ _PROGRAM = (
     *(ast.Attribute, ast.Subscript, ast.Lambda, ast.NamedExpr, ast.JoinedStr, ast.Await, ast.Yield, ast.YieldFrom),
     *(ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp),
 )
-_TAKES_TEXT = {"Symbol", "Function", "Integer", "Float", "Rational"}  # what sympy's parser puts around a name or number
-_HARMLESS_BUILTINS = {"abs", "divmod", "max", "min", "pow", "round", "sum"}
+_MATHEMATICS = {
+    *("abs", "divmod", "max", "min", "pow", "round", "sum"),
+    *("S", "N", "cbrt", "diff", "expand", "factor", "integrate", "ln", "real_root", "root", "simplify", "sqrt"),
+}
 
 
 def verifier(dataset: str, options: dict):
@@ -68,39 +72,33 @@ def _is_python_program(answer: str) -> bool:
 
 
 def _is_sympy_program(answer: str) -> bool:
+    """sympy evaluates texts that functions are given, and some of its functions make texts or code of expressions."""
     from sympy.parsing.sympy_parser import standard_transformations, stringify_expr
 
-    code = stringify_expr(answer, {}, _sympy_names(), standard_transformations)
+    names = _sympy_names()
+    code = stringify_expr(answer, {}, names, standard_transformations)
     tree = ast.parse(code.strip(), mode="eval")
+    if ("(" in answer or "!" in answer) and _has_text(answer):  # "!" becomes a call; in `code` the parser adds texts
+        return True
     for node in ast.walk(tree):
-        if isinstance(node, _PROGRAM) or (isinstance(node, ast.Call) and _passes_text(node)):
-            return True
-        if isinstance(node, ast.Name) and (node.id.startswith("_") or _is_builtin(node.id)):
+        if isinstance(node, _PROGRAM) or (isinstance(node, ast.Name) and not _is_mathematics(node.id, names)):
             return True
     return False
 
 
-def _passes_text(call: ast.Call) -> bool:
-    """sympy evaluates a text that a function is given, but for those that its parser writes itself."""
-    if isinstance(call.func, ast.Name) and call.func.id in _TAKES_TEXT:
-        return False
-    arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
-    return any(_is_text(argument) for argument in arguments)
+def _has_text(answer: str) -> bool:
+    tokens = tokenize.generate_tokens(io.StringIO(answer.strip()).readline)
+    return any("STRING" in tokenize.tok_name[token.type] for token in tokens)
 
 
-def _is_text(node: ast.AST) -> bool:
-    """Whether it has a text in it that no call of the parser's own takes."""
-    if isinstance(node, ast.Call):
-        return _passes_text(node)
-    if isinstance(node, ast.Constant):
-        return isinstance(node.value, str | bytes)
-    return any(_is_text(child) for child in ast.iter_child_nodes(node))
+def _is_mathematics(name: str, names: dict) -> bool:
+    """Whether a name is an expression of sympy's, a class of them, or a function that gives nothing else."""
+    from sympy import Basic
 
-
-def _is_builtin(name: str) -> bool:
-    import sympy
-
-    return hasattr(builtins, name) and not hasattr(sympy, name) and name not in _HARMLESS_BUILTINS
+    if name in _MATHEMATICS:
+        return True
+    value = names.get(name)
+    return isinstance(value, Basic) or (isinstance(value, type) and issubclass(value, Basic))
 
 
 def _sympy_names() -> dict:

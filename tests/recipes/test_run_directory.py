@@ -381,3 +381,11 @@ def test_an_edited_config_file_is_refused(tmp_path):
     assert str(error.value).splitlines()[1:] == ["  trainer.learning_rate: 0.001 -> 0.002"]
     with RunDirectory(tmp_path, CONFIG):
         assert read_config(tmp_path)["trainer"]["learning_rate"] == 1e-3
+
+
+@pytest.mark.parametrize(("contents", "what"), [(None, "is a pipe, not a file"), ("[" * 100_000, "cannot be read: ")])
+def test_a_config_file_that_is_none_is_one_line(tmp_path, contents, what):
+    file = tmp_path / "config.yaml"
+    os.mkfifo(file) if contents is None else file.write_text(contents)
+    with pytest.raises(ValueError, match=what):
+        read_config(tmp_path)

@@ -91,6 +91,43 @@ def test_answers_are_no_programs(answer, evaluated_by):
     assert not is_program(answer, evaluated_by)
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        """sympify(sstr(Symbol("__import__('os').getpid()")))""",
+        """lambdify([], Symbol("__import__('os').getpid()"))()""",
+        "S(latex(Symbol('1+1')))",
+        "Symbol('1+1')",
+        "'1+1'!",
+        "lambdify(x, x)",
+        "Function(f, _eval_evalf=sympify)",
+        "plot(x)",
+        "init_session()",
+        "Matrix(2, 2, [1, 2, 3, 4])",
+    ],
+)
+def test_what_makes_texts_or_code_of_an_expression_is_a_program(answer):
+    assert is_program(answer, SYMPY)
+
+
+@pytest.mark.parametrize(
+    "answer", ["integrate(2*x, x)", "log(x)/x + C", "Rational(1, 2)", "sqrt(2)*pi + E", "f(x)", "S(1)/2", "4!"]
+)
+def test_mathematics_is_no_program(answer):
+    assert not is_program(answer, SYMPY)
+
+
+def test_an_answer_cannot_write_its_own_score():
+    """The pipe of a child's results is one of its few descriptors."""
+    task = build_task(ReasoningGymConfig("countdown", held_out_size=1, verify_timeout_s=2.0)).train
+    problem = task.problem(0)
+    text = """sympify(sstr(Symbol("__import__('os').write({}, b'[1.0, null]\\n')")))"""
+    try:
+        assert max(task.score_all([(problem, text.format(number)) for number in range(3, 12)])) < 1.0
+    finally:
+        task.close()
+
+
 def test_an_evaluated_answer_sees_no_reference():
     score = verifier("string_insertion", {})
     entry = reasoning_gym.create_dataset("string_insertion", seed=1, size=1)[0]

@@ -1,5 +1,6 @@
 """The tokenizer made from nothing: lossless, deterministic, digits alone, loadable by AutoTokenizer."""
 
+import copy
 import json
 
 import pytest
@@ -107,3 +108,20 @@ def test_vocabulary_bounds(tokenizer):
 def test_missing_tokenizer_is_an_error(tmp_path):
     with pytest.raises((OSError, ValueError)):
         load_tokenizer(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("template", [5, {"default": 1}])
+def test_a_template_that_is_no_text_is_refused(tokenizer, tmp_path, template):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": template}))
+    with pytest.raises(ValueError, match="is a int, not a text"):
+        load_tokenizer(tmp_path)
+
+
+def test_what_a_template_says_in_an_error_does_not_reach_the_terminal(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{{ raise_exception('" + chr(27) + "[2J') }}"
+    with pytest.raises(ValueError, match=r"fails: .*\\x1b\[2J"):
+        render_prompt(other, ({"role": "user", "content": "hi"},))

@@ -46,6 +46,8 @@ def imaginary(problem, response): return 1j
 def nan(problem, response): return float("nan")
 def infinite(problem, response): return torch.tensor(float("-inf"))
 def enormous(problem, response): return 10**400
+def huge_of_one(problem, response): return [10**5000]
+def keyless(problem, response): return type("Own", (), {"__float__": lambda self: {}["key"]})()
 async def later_nothing(problem, response): pass
 def number_of_many(problems, responses): return 1.0
 def text_of_many(problems, responses): return "abc"
@@ -62,6 +64,18 @@ def recurses(problem, response): return recurses(problem, response) if response 
 def own_error(problem, response): return on_bb(problem, response, type("Own", (BaseException,), {})("of its own"))
 async def later_raises(problem, response): return on_bb(problem, response, ValueError("late"))
 async def later_exits(problem, response): return on_bb(problem, response, SystemExit(0))
+async def later_cancelled(problem, response): return on_bb(problem, response, asyncio.CancelledError())
+async def later_own_error(problem, response): return on_bb(problem, response, type("Own", (BaseException,), {})("own"))
+async def is_not_cancelled(problem, response):
+    end = time.monotonic() + (4 if response == "bb" else 0)
+    while time.monotonic() < end:
+        try: await asyncio.sleep(1)
+        except asyncio.CancelledError: pass
+    return 1.0
+def text_fails(problem, response):
+    def shown(self): raise SystemExit(0)
+    return on_bb(problem, response, type("Own", (Exception,), {"__str__": shown})())
+def escapes(problem, response): return on_bb(problem, response, ValueError(chr(27) + "[2J" + chr(0xD800)))
 async def never(problem, response):
     await asyncio.sleep(60 if response == "bb" else 0)
     return 1.0
@@ -124,6 +138,8 @@ def test_every_kind_of_number_counts(path, name, scores, batch):
         ("nan", "nan; it must return a finite number", False),
         ("infinite", "-inf; it must return a finite number", False),
         ("enormous", "a int that is no number", False),
+        ("huge_of_one", "what cannot be shown (list)", False),
+        ("keyless", "a Own that is no number: KeyError: 'key'", False),
         ("later_nothing", "None (NoneType)", False),
         ("number_of_many", "a float; with batch=true it must return a list of numbers, one for each of the 3", True),
         ("text_of_many", "a str; with batch=true", True),
@@ -150,6 +166,11 @@ def test_a_list_of_another_length_is_refused(path):
         ("own_error", "Own: of its own"),
         ("later_raises", "ValueError: late"),
         ("later_exits", "SystemExit: 0"),
+        ("later_cancelled", "CancelledError"),
+        ("later_own_error", "Own: own"),
+        ("text_fails", "Own"),
+        ("escapes", "ValueError:  [2J "),
+        ("is_not_cancelled", "mine.py:is_not_cancelled gave no score within 0.5 s"),
         ("never", "mine.py:never gave no score within 0.5 s"),
     ],
 )

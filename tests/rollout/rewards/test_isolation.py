@@ -232,3 +232,15 @@ def test_an_unknown_sandbox_is_refused():
         Limits(sandbox="none")
     with pytest.raises(ValueError, match=r"limits.disk_bytes must be positive, got 0"):
         Limits(disk_bytes=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("wall_time_s", value) for value in (float("inf"), float("nan"), "5")),
+        *(("cpu_time_s", 0.5), ("memory_bytes", 1e9), ("memory_bytes", 1 << 70), ("num_files", True)),
+    ],
+)
+def test_limits_that_no_kernel_takes_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"limits.{name} must be "):
+        Limits(**{name: value})

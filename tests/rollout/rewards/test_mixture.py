@@ -184,6 +184,7 @@ def test_a_file_s_function_and_a_batch_function(task, tmp_path):
         ({"regex": 1.0}, "option 'pattern' is needed"),
         ({"regex": {"pattern": "("}}, "reward 'regex': pattern"),
         ({"json_schema": {"schema": {"type": 3}}}, "reward 'json_schema'"),
+        ({"json_schema": {"schema": {"$schema": 5}}}, "reward 'json_schema'"),
         ({"length": {"max_tokens": 3, "buffer_tokens": 4}}, "buffer_tokens must be in 1 to 3"),
         ({"math": {"limits": {"wall_time_s": 0}}}, "limits.wall_time_s must be positive"),
         ({"math": {"limits": {"wall_time": 1}}}, "unknown option 'wall_time'"),
