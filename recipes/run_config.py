@@ -44,7 +44,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+        raise ValueError(f"{file} cannot be read as YAML: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{file} holds no config")
     return config
@@ -58,7 +58,7 @@ def completed(config_class: type, stored: Mapping[str, Any], where: str) -> dict
     try:
         return to_plain(from_plain(config_class, _as_it_was(stored)))
     except ValueError as error:
-        raise ValueError(f"{where} is of another version of lockstep: {error}") from error
+        raise ValueError(f"{where} is of another stage, or of another version of lockstep: {error}") from error
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], may_differ: Iterable[str]) -> list[str]:
