@@ -77,14 +77,32 @@ def from_plain(config_class: type, plain: Mapping[str, Any]) -> Any:
 
 
 def read_override(config_class: type, override: str) -> str:
-    """A command-line override as Hydra can read it: `~` at the beginning of a path, and one value for a list."""
+    """A command-line override as Hydra can read it: `~` at the beginning of a path, one value for a list, and quotes
+    around what its grammar lacks, such as letters beyond ASCII."""
     match = re.fullmatch(r"(\+{0,2}[\w./-]+)=(.+)", override, re.DOTALL)
     if match is None or override.startswith("-"):
         return override
     key, value = match[1], _HOME.sub(os.path.expanduser("~"), match[2])
     if _is_list(annotation_of(config_class, key.lstrip("+"))) and value[0] != "[" and value != "null":
         value = f"[{value}]"
+    is_list = value[0] == "[" and value[-1] == "]"
+    items = value[1:-1].split(",") if is_list else [value]
+    if not set("".join(items)) & set("[]{}\"'\\"):
+        quoted = ",".join(item if _is_grammatical(item) else f'"{item.strip()}"' for item in items)
+        value = f"[{quoted}]" if is_list else quoted
     return f"{key}={value}"
+
+
+def _is_grammatical(value: str) -> bool:
+    """Whether Hydra reads it as a value."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(f"key={value}")
+    except HydraException:
+        return False
+    return True
 
 
 def annotation_of(config_class: type, key: str) -> Any:

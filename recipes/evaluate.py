@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -66,6 +67,8 @@ def run(config: EvalConfig) -> dict[str, dict[str, Any]]:
     """Prints and returns each data set's metrics. The digests are the same for any engine settings and batch size."""
     launch.set_up_process(config.seed, config.num_threads)
     check_reward(config.reward)
+    if config.output is not None:
+        _check_can_be_written(Path(config.output))
     model = hub.model_directory(hub.pinned(config.engine.model))
     chat, is_new = settled_for_model(config.chat, model), made_from_nothing(model)
     settled_tasks = [settled_task(task, is_new) for task in (config.tasks or {"": config.task}).values()]
@@ -110,6 +113,19 @@ def evaluate_tasks(
         name: evaluate(engine, tokenizer, task, rewards.build(reward, task), config, seed, environment)
         for name, task in tasks.items()
     }
+
+
+def _check_can_be_written(path: Path) -> None:
+    """Raises an error that names the path, before the work whose results it is for."""
+    if path.is_dir():
+        raise ValueError(f"output={path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise ValueError(f"output={path}: there is no folder {path.parent}")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"output={path} cannot be written: {error.strerror}") from error
 
 
 def _print_samples(console: Console, name: str, result: EvalResult, tokenizer, count: int) -> None:

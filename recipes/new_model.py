@@ -57,10 +57,15 @@ def new_model(path: Path, shape: ModelShape, seed: int, tokenizer: PreTrainedTok
 
 
 def new_config(shape: ModelShape, tokenizer: PreTrainedTokenizerFast | None) -> Qwen3Config:
-    """The config of a new model. Raises ValueError if no vocabulary size is known."""
+    """The config of a new model. Raises ValueError if no vocabulary size is known, or less than the tokenizer has."""
     vocab_size = shape.vocab_size or (len(tokenizer) if tokenizer is not None else None)
     if vocab_size is None:
         raise ValueError("a new model needs shape.vocab_size or a tokenizer")
+    if tokenizer is not None and vocab_size < len(tokenizer):
+        raise ValueError(
+            f"model.shape.vocab_size={vocab_size}: the new tokenizer has {len(tokenizer)} tokens; leave it out, or set "
+            f"model.tokenizer.vocab_size={vocab_size} too"
+        )
     return Qwen3Config(
         vocab_size=vocab_size,
         hidden_size=shape.hidden_size,

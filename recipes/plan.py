@@ -16,6 +16,7 @@ from lockstep.recipes.fit import Fit, gpu_fit, host_fit, size
 from lockstep.recipes.inputs import ModelSource
 from lockstep.recipes.memory import Item, engine_memory, kv_bytes_per_token, num_parameters, trainer_memory
 from lockstep.recipes.room import rl_with_room, sft_with_room
+from lockstep.recipes.start_checks import check_rl
 from lockstep.rollout.environments import SINGLE_TURN
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.tokenizer import encode_response, render_prompt
@@ -61,12 +62,16 @@ def dry_run(plan: Plan) -> dict[str, Any]:
 
 
 def rl_plan(config: RLConfig) -> Plan:
-    tasks, crowded = config.task.build(), []
+    tasks, refused = config.task.build(), []
+    try:
+        check_rl(config)
+    except ValueError as error:
+        refused.append(str(error))
     further = {name: task.build().held_out for name, task in config.evaluation_tasks.items()}
     try:
         tasks, _ = rl_with_room(config, tasks, further)
     except ValueError as error:
-        crowded.append(str(error))
+        refused.append(str(error))
     model, tokenizer = config.model.described(tasks.train, config.chat)
     prompts = _prompt_lengths(tokenizer, tasks.train)
     plan = Plan(f"lockstep rl: {config.directory}")
@@ -92,7 +97,7 @@ def rl_plan(config: RLConfig) -> Plan:
     title = f"Memory of the engine ({config.cluster.num_engines} x {_ranks(config.engine.tp_size)})"
     plan.sections[title] = [*_memory_rows(engine), *_kv_rows(config, model, prompts)]
     allowed = config.engine.max_model_len or model.max_position_embeddings
-    plan.problems += crowded
+    plan.problems += refused
     plan.problems += _too_long(max(prompts) + 1, allowed, longest, config.trainer.max_tokens_per_micro_batch)
     if (kv_tokens := config.engine.kv_cache_tokens) is not None and kv_tokens < longest:
         plan.problems.append(f"engine.kv_cache_tokens={kv_tokens:,} is less than one sequence of {longest:,} tokens")

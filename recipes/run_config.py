@@ -59,7 +59,7 @@ def completed(config_class: type, stored: Mapping[str, Any], where: str) -> dict
     try:
         return to_plain(from_plain(config_class, _as_it_was(stored)))
     except ValueError as error:
-        raise ValueError(f"{where} is of another version of lockstep: {error}") from error
+        raise ValueError(f"{where} is of another stage, or of another version of lockstep: {error}") from error
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], may_differ: Iterable[str]) -> list[str]:

@@ -60,7 +60,7 @@ class RunDirectory:
         keep_checkpoints: how many of the newest checkpoints stay; 0 keeps all.
         overwrite: a run that is there is moved to `NAME.old-1` (or 2, ...) beside it, whole.
         inputs: gives the hashes of the files that the config names, by config key; see `settle_inputs`.
-        hint: what an error says last: how to go on.
+        hint: what an error says last: how to go on. anew: the same where the run that is there cannot go on.
     Raises:
         ValueError: another process runs here; or the directory holds something else, or a run with another config, or
             a rollout file or newest checkpoint that was changed since it was written.
@@ -76,12 +76,13 @@ class RunDirectory:
         overwrite: bool = False,
         inputs: Callable[[], Mapping[str, Mapping[str, str]]] = dict,
         hint: str = "resume that, or name another run",
+        anew: str = "name another run",
     ) -> None:
         self.path = Path(path)
         if keep_checkpoints < 0:
             raise ValueError(f"keep_checkpoints must be at least 0 (all), got {keep_checkpoints}")
         self.keep_checkpoints = keep_checkpoints
-        self._hint = hint
+        self._hint, self._anew = hint, anew
         _require_run_or_empty(self.path)
         self.moved_to = _move_aside(self.path) if overwrite else None
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +181,7 @@ class RunDirectory:
         """
         changes = [line for role, files in roles.items() for line in self.inputs.changes(role, files)]
         if changes and (made_by_the_run or self.has_finished_a_step):
-            text = f"{self.path} was started from files that are not what they were; put them back, or {self._hint}"
+            text = f"{self.path} was started from files that are not what they were; put them back, or {self._anew}"
             raise ValueError("\n".join([text, *changes]))
         if changes:
             self._start_again(self._plain_config)
@@ -199,9 +200,10 @@ class RunDirectory:
             lines = differences(started, plain, may_differ)
             if lines and self.has_finished_a_step:
                 was_edited = not differences(stored, plain, may_differ)
-                what = f"{file} was changed after the run had begun" if was_edited else ""
-                what = what or f"{self.path} holds a run with another config"
-                raise ValueError("\n".join([f"{what}; {self._hint}", *lines]))
+                text = f"{self.path} holds a run with another config; {self._hint}"
+                if was_edited:
+                    text = f"{file} was changed after the run had begun; put it back, or {self._anew}"
+                raise ValueError("\n".join([text, *lines]))
         if lines:
             self._start_again(plain)
         elif self.inputs.config is None or not file.exists():
@@ -292,9 +294,9 @@ def _step_name(step: int) -> str:
 
 
 def _require_run_or_empty(path: Path) -> None:
-    for folder in (path, *path.parents):
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder} is not a directory")
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"{path}: {place} is not a directory" if place != path else f"{path} is not a directory")
     if path.is_dir() and not (path / "config.yaml").exists():
         # A run that was killed while it began has its lock, and perhaps half a config.
         own = (LOCK_FILE, INPUTS_FILE)
@@ -336,7 +338,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file that grows by lines, without a torn last one.
 
     Raises:
-        ValueError: a line other than the last is no JSON object: the file was damaged by something else than a kill.
+        ValueError: a line other than the last is no JSON object with a step: something else than a kill damaged it.
     """
     lines = path.read_bytes().splitlines()
     records = []
@@ -345,10 +347,10 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:
             record = None
-        if isinstance(record, dict):
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
         elif number < len(lines):
-            raise ValueError(f"{path}, line {number} is not a JSON object")
+            raise ValueError(f"{path}, line {number} is not a JSON object with a step")
     return records
 
 

@@ -50,6 +50,8 @@ class RunInputs:
                 self._held = json.loads(self.path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ValueError(f"{self.path} was damaged: {error}") from error
+            if not isinstance(self._held, dict):
+                raise ValueError(f"{self.path} was damaged: it holds no JSON object")
 
     @property
     def config(self) -> Mapping[str, Any] | None:
@@ -109,19 +111,20 @@ def config_inputs(config: Any) -> dict[str, dict[str, str]]:
     """By config key: the hashes of all files that are there of those which the config names.
 
     Those are paths (fields marked as inputs), functions in files or in modules of the user's own, with what these
-    import from beside them, and files named in options of rewards and environments. What a warm-up's section says of
-    them is without effect. What the user's functions open by themselves is not known here.
+    import from beside them, and files named in options of rewards, environments and tasks. What a warm-up's section
+    says of them is without effect. What the user's functions open by themselves is not known here.
     """
     roles: dict[str, dict[str, Path]] = {}
     for key, value, marker in marked_fields(config, Input):
         if not key.startswith("warmup.") and value:
             paths = [value] if isinstance(value, str) else value
             roles[key] = {name: file for path in paths for name, file in files_below(path, marker.within).items()}
-    for key in ("reward", "environment.kind", "environment.options", "algorithm.name"):
+    for key in ("reward", "environment.kind", "environment.options", "algorithm.name", "task.kind", "task.options"):
         section, _, name = key.partition(".")
         value = getattr(config, section, None)
-        texts = _texts(getattr(value, name, None) if name else value)
-        roles[key] = {name: file for text in texts for name, file in _files_of_text(text).items()}
+        roles[key] = _files_of_texts(getattr(value, name, None) if name else value)
+    for name, task in (getattr(config, "evaluation_tasks", None) or {}).items():
+        roles[f"evaluation_tasks.{name}"] = _files_of_texts([task.kind, task.options])
     return hashes_of(roles)
 
 
@@ -219,6 +222,10 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _texts(item)
+
+
+def _files_of_texts(value: Any) -> dict[str, Path]:
+    return {name: file for text in _texts(value) for name, file in _files_of_text(text).items()}
 
 
 def _files_of_text(text: str) -> dict[str, Path]:

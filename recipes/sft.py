@@ -36,9 +36,9 @@ class SFTConfig(TrainingRunConfig):
 def run(config: SFTConfig) -> dict[str, Any]:
     """Trains until `config.steps` updates are made, and exports the model to the run's `model/`."""
     config = resumed(config)
+    check_stage(config)
     if config.dry_run:
         return dry_run(sft_plan(config))
-    check_stage(config)
     tasks = sft_with_room(config, config.task.build())
     with TrainingRun(config, "sft") as run:
         model = config.model.resolve(run.path / "new_model", tasks.train, config.seed)

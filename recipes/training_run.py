@@ -120,7 +120,8 @@ class TrainingRun:
         launch.set_up_process(config.seed, config.num_threads)
         self.config = config
         self.stage = stage
-        hint = _hint(config, stage)
+        anew = _anew(config, stage)
+        hint = anew if _is_warmup(config) else f"{_resuming(config, stage)} ; or {anew}"
         if not config.overwrite and (made := max(checkpoint_steps(config.directory), default=0)) > config.steps:
             raise ValueError(
                 f"steps={config.steps}: the run in {config.directory} has made {made} steps already; {hint}"
@@ -132,6 +133,7 @@ class TrainingRun:
             overwrite=config.overwrite,
             inputs=lambda: config_inputs(config),
             hint=hint,
+            anew=anew,
         )
         self.path = self.directory.path
         self._log = RunLog(self.path)
@@ -265,13 +267,25 @@ def changed_inputs(config: TrainingRunConfig) -> list[str]:
     return [line for role, files in roles.items() for line in inputs.changes(role, files)]
 
 
-def _hint(config: TrainingRunConfig, stage: str) -> str:
-    """How to go on where the directory holds another run."""
-    parent = Path(config.runs_dir)
-    if (parent / CONFIG_FILE).exists():  # a stage that another run begins with
-        return f"start anew with overwrite=true, which moves {parent} aside whole, or name another run"
-    again = f"resume that run with: lockstep {stage} run={shlex.quote(str(config.directory))}"
-    return f"{again} ; or start anew with overwrite=true, which moves it aside whole; or name another run (name=NAME)"
+def _is_warmup(config: TrainingRunConfig) -> bool:
+    """Whether it is a stage that another run begins with."""
+    return (Path(config.runs_dir) / CONFIG_FILE).exists()
+
+
+def _resuming(config: TrainingRunConfig, stage: str) -> str:
+    return f"resume that run with: lockstep {stage} run={shlex.quote(str(config.directory))}"
+
+
+def _anew(config: TrainingRunConfig, stage: str) -> str:
+    """How to go on without the run that the directory holds."""
+    if _is_warmup(config):
+        return f"start anew with overwrite=true, which moves {config.runs_dir} aside whole, or name another run"
+    place = "" if config.runs_dir == "runs" else f" runs_dir={shlex.quote(config.runs_dir)}"
+    there = f"name={shlex.quote(config.name)}{place}"
+    return (
+        f"start anew with overwrite=true, which moves it aside whole (with {there}, not with run=); "
+        "or name another run (name=NAME)"
+    )
 
 
 def is_due(step: int, every: int, last: int) -> bool:

@@ -160,6 +160,26 @@ def test_all_kinds_of_paths_of_a_config_are_inputs(tmp_path):
     }
 
 
+def test_the_code_of_tasks_is_an_input(tmp_path):
+    for name in ("mine", "other"):
+        (tmp_path / f"{name}.py").write_text("import shared_facts\n\ndef make(path):\n    ...\n")
+    (tmp_path / "shared_facts.py").write_text("")
+    (tmp_path / "facts.txt").write_text("")
+    facts = {"path": str(tmp_path / "facts.txt")}
+    config = replace(
+        short_config(tmp_path),
+        reward={},
+        task=TaskConfig(kind=f"{tmp_path}/mine.py:make", options=facts),
+        evaluation_tasks={"a": TaskConfig(kind=f"{tmp_path}/other.py:make", options=facts)},
+    )
+    inputs = {role: {Path(name).name for name in files} for role, files in config_inputs(config).items()}
+    assert inputs == {
+        "task.kind": {"mine.py", "shared_facts.py"},
+        "task.options": {"facts.txt"},
+        "evaluation_tasks.a": {"other.py", "shared_facts.py", "facts.txt"},
+    }
+
+
 # run=DIR --------------------------------------------------------------------------------------------------------------
 
 
@@ -275,7 +295,9 @@ def test_configs_of_other_versions(ended, tmp_path):
     (path / "inputs.json").unlink()  # as every run of a version without it
     assert sft.run(sft.SFTConfig(run=str(path)))["weights_hash"] == results["weights_hash"]
     (path / "config.yaml").write_text(yaml.safe_dump(stored | {"flux": 3}))
-    with pytest.raises(ValueError, match=r"config\.yaml is of another version of lockstep: unknown key 'flux'"):
+    with pytest.raises(
+        ValueError, match=r"config\.yaml is of another stage, or of another version of lockstep: unknown key 'flux'"
+    ):
         sft.run(sft.SFTConfig(run=str(path)))
     (path / "config.yaml").write_text("steps: [")
     with pytest.raises(ValueError, match=r"config\.yaml cannot be read"):

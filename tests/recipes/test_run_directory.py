@@ -362,6 +362,7 @@ def test_files_that_a_run_started_from_are_compared_when_it_is_resumed(tmp_path)
         opened(a="2", c="3")
     lines = str(error.value).splitlines()[1:]
     assert lines == ["  task.files: a was changed", "  task.files: b is missing", "  task.files: c is new"]
+    assert "resume that" not in str(error.value)  # which would be refused again
     with pytest.raises(ValueError, match=r"task\.files: a is missing"):
         opened()
     with opened(a="1", b="9") as run:
@@ -379,13 +380,30 @@ def test_an_edited_config_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"config\.yaml was changed after the run had begun") as error:
         RunDirectory(tmp_path, edited)
     assert str(error.value).splitlines()[1:] == ["  trainer.learning_rate: 0.001 -> 0.002"]
+    assert "put it back" in str(error.value)
+    assert "resume that" not in str(error.value)
     with RunDirectory(tmp_path, CONFIG):
         assert read_config(tmp_path)["trainer"]["learning_rate"] == 1e-3
 
 
-@pytest.mark.parametrize(("contents", "what"), [(None, "is a pipe, not a file"), ("[" * 100_000, "cannot be read: ")])
+@pytest.mark.parametrize(("contents", "what"), [(None, "is a pipe, not a file"), ("[" * 100_000, "is no YAML: ")])
 def test_a_config_file_that_is_none_is_one_line(tmp_path, contents, what):
     file = tmp_path / "config.yaml"
     os.mkfifo(file) if contents is None else file.write_text(contents)
     with pytest.raises(ValueError, match=what):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("inputs.json", "[]", "inputs.json was damaged"),
+        ("metrics.jsonl", '{"a": 1}\n{"b": 2}\n', "line 1 is not a JSON object with a step"),
+    ],
+)
+def test_a_damaged_file_of_other_json_is_named(tmp_path, name, content, message):
+    with RunDirectory(tmp_path, CONFIG) as run:
+        train_to(run, 2)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        RunDirectory(tmp_path, CONFIG)
