@@ -8,6 +8,7 @@ for the case that it takes long.
 from __future__ import annotations
 
 import logging
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -64,9 +65,9 @@ class ConsoleLog(logging.Handler):
             if is_step or record.levelno < logging.INFO or getattr(record, "in_the_log_alone", False):
                 return
             if record.levelno >= logging.WARNING:
-                self._say(f"{record.levelname.lower()}: {record.getMessage()}", self._errors)
+                self._say(whole_lines(f"{record.levelname.lower()}: {record.getMessage()}"), self._errors)
             else:
-                self._say(record.getMessage(), self._progress)
+                self._say(one_line(record.getMessage()), self._progress)
         except Exception:
             self.handleError(record)
 
@@ -79,16 +80,16 @@ class ConsoleLog(logging.Handler):
     def _progress(self) -> Console:
         return self._output if self.is_running else self._errors
 
-    def _say(self, line: str, console: Console) -> None:
+    def _say(self, lines: str, console: Console) -> None:
         self._said_s = time.monotonic()
-        console.print(one_line(line), markup=False)
+        console.print(lines, markup=False)
 
     def _watch(self) -> None:
         while not self._ended.wait(min(0.5, self._silent_s / 4)):
             now = time.monotonic()
             has_table = self._is_stepping and self._output.is_terminal
             if self._activity and not has_table and now - self._said_s >= self._pause_s:
-                self._say(f"... {self._activity} ({now - self._began_s:.0f} s so far)", self._progress)
+                self._say(one_line(f"... {self._activity} ({now - self._began_s:.0f} s so far)"), self._progress)
                 self._pause_s = min(2 * self._pause_s, max(MOST_SILENT_S, self._silent_s))
 
 
@@ -96,6 +97,11 @@ def one_line(text: str, width: int = 160) -> str:
     """The text without line breaks, cut to the width."""
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def whole_lines(text: str, width: int = 160) -> str:
+    """A warning in lines of the width: it often says last what to do."""
+    return "\n".join(textwrap.wrap(" ".join(text.split()), width, max_lines=8, placeholder=" ..."))
 
 
 @contextmanager

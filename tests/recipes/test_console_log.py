@@ -47,6 +47,15 @@ def test_what_begins_is_a_line_and_what_is_for_the_log_is_not(shown):
     assert [len(line) for line in lines[2:]] == [160]
 
 
+def test_a_warning_is_said_whole_in_lines(shown):
+    with console_log_to(shown):
+        LOG.warning("no response has an answer: %s say how to write it", "word " * 60)
+    lines = shown.getvalue().splitlines()
+    assert all(len(line) <= 160 for line in lines)
+    assert len(lines) == 3
+    assert lines[-1].endswith("say how to write it")
+
+
 def test_what_takes_long_is_said_again_less_and_less_often(shown):
     with console_log_to(shown, silent_s=0.1):
         LOG.debug("importing torch and Megatron-core")
