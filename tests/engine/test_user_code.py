@@ -14,7 +14,6 @@ def own_folder(tmp_path, monkeypatch):
     """An empty working folder; what the loader adds to the places of imports is taken away again."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
-    sys.modules.pop("mine", None)  # of another test
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:
@@ -106,16 +105,17 @@ def test_code_that_does_not_import_names_file_and_line(name, form):
         ("mine.py", "is a file: give the name in it too, mine.py:NAME"),
         ("mine.py:", "is not of the form path/to/file.py:name"),
         ("mine.py:a b", "is not of the form"),
-        ("mine.scroe", "mine has no 'scroe'\ndid you mean: score"),
+        ("of_this_test.scroe", "of_this_test has no 'scroe'\ndid you mean: score"),
         ("no_such_module.score", "there is no module no_such_module (looked up in"),
         ("json.no_such.score", "there is no module json.no_such"),
         (".score", "is not of the form"),
     ],
 )
 def test_a_path_that_leads_nowhere_says_where_it_ends(own_folder, reference, reason):
-    write("mine.py", "LIMIT = 3\ndef score(p, r):\n    return 1.0\n")
+    for name in ("mine.py", "of_this_test.py"):
+        write(name, "LIMIT = 3\ndef score(p, r):\n    return 1.0\n")
     (own_folder / "folder.py").mkdir()
-    with pytest.raises(ValueError, match=r"score|mine") as error:
+    with pytest.raises(ValueError, match=r"score|mine|of_this") as error:
         load_object(reference, "reward function")
     assert reason in str(error.value)
 

@@ -300,7 +300,7 @@ def test_configs_of_other_versions(ended, tmp_path):
     ):
         sft.run(sft.SFTConfig(run=str(path)))
     (path / "config.yaml").write_text("steps: [")
-    with pytest.raises(ValueError, match=r"config\.yaml cannot be read"):
+    with pytest.raises(ValueError, match=r"config\.yaml is no YAML"):
         sft.run(sft.SFTConfig(run=str(path)))
 
 
