@@ -73,7 +73,7 @@ def read_json(directory: Path, name: str, max_bytes: int = MAX_JSON_BYTES) -> di
     """The JSON object in an `inner_file`. Raises as `read_text` does, and ValueError that says where it is none."""
     text = read_text(directory, name, max_bytes)
     try:
-        value = json.loads(text, object_pairs_hook=_without_repeats)
+        value = json.loads(text, object_pairs_hook=without_repeated_keys)
     except RecursionError:
         raise ValueError(f"{directory / name} is nested too deeply") from None
     except ValueError as error:
@@ -84,11 +84,12 @@ def read_json(directory: Path, name: str, max_bytes: int = MAX_JSON_BYTES) -> di
     return value
 
 
-def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def without_repeated_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """json's `object_pairs_hook` that raises ValueError for a key that stands twice in an object."""
     contents = dict(pairs)
     if len(contents) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is there twice")
     return contents
 
 

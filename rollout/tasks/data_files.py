@@ -22,6 +22,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from lockstep.engine.foreign_files import without_repeated_keys
+
 PARQUET_BATCH_ROWS = 1024
 NESTING_LIMIT = 100  # lists and objects inside each other; Python's own limit is a crash for what walks them later
 
@@ -292,15 +294,7 @@ def _object(value: Any, where: str) -> Mapping[str, Any]:
     return value
 
 
-def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is there twice")
-    return values
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_without_repeated_keys, parse_float=JsonFloat)
+_DECODER = json.JSONDecoder(object_pairs_hook=without_repeated_keys, parse_float=JsonFloat)
 
 
 def _one_line(text: str) -> str:

@@ -112,7 +112,7 @@ MODEL_FAULTS = {
     "a list": (write(CONFIG, "[]"), "config.json holds a list"),
     "binary config": (write(CONFIG, b"\xff\xfe{\x00}"), "config.json is not UTF-8"),
     "deep config": (write(CONFIG, '{"a":' * 200_000), "config.json is nested too deeply"),
-    "a key twice": (write(CONFIG, '{"hidden_size": 64, "hidden_size": 32}'), "'hidden_size' stands twice"),
+    "a key twice": (write(CONFIG, '{"hidden_size": 64, "hidden_size": 32}'), "key 'hidden_size' is there twice"),
     "huge integer": (write(CONFIG, '{"model_type": "qwen3", "vocab_size": ' + "9" * 5000 + "}"), "config.json"),
     "pickled config": (write(CONFIG, payload("/nowhere")), "config.json"),
     "large config": (write(CONFIG, b" " * (64 * 2**20 + 1)), "config.json is larger than"),
