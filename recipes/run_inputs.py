@@ -32,7 +32,7 @@ _LOG = logging.getLogger(__name__)
 
 INPUTS_FILE = "inputs.json"
 PACKAGES = ("lockstep-rl", "torch", "megatron-core", "transformers", "tokenizers", "numpy", "numba", "triton",
-            "reasoning-gym", "datasets", "jinja2")  # fmt: skip
+            "reasoning-gym", "jinja2")  # fmt: skip
 SAID_FROM_BYTES = 2 * 2**30  # hashing more than this takes seconds, so it is said
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 # Of a model directory: what nothing reads.

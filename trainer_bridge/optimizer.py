@@ -209,9 +209,6 @@ class MasterAdamW:
         for state in self._adamw.state.values():
             state["step"].fill_(num_steps)
 
-    def _trains_in_place(self, index: int) -> bool:
-        return self.parameters[index].dtype == torch.float32
-
     def _own_state(self, index: int, name: str) -> torch.Tensor:
         master = self.masters[index]
         return master if name == "master" else self._adamw.state[master][name]
