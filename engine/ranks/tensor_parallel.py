@@ -12,7 +12,7 @@ from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.ranks.rank_group import RankGroup
 from lockstep.engine.ranks.rank_step import RankStep
 from lockstep.engine.ranks.workers import Workers
-from lockstep.engine.scheduling.scheduler import StepBatch
+from lockstep.engine.scheduling.step_batch import StepBatch
 from lockstep.engine.steps.runner import Collected, LaunchedStep, Runner
 from lockstep.engine.weights import served_weights
 from lockstep.engine.weights.rank_weights import RankWeights

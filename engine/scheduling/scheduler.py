@@ -15,6 +15,7 @@ from typing import NamedTuple
 from lockstep.engine.memory.page_pool import PagePool
 from lockstep.engine.memory.radix_cache import RadixCache
 from lockstep.engine.request import FinishReason, Request
+from lockstep.engine.scheduling.step_batch import Chunk, StepBatch
 
 _arrival = attrgetter("arrival")
 
@@ -37,33 +38,6 @@ class SchedulerConfig:
         for name in ("max_running_requests", "max_prefill_tokens", "page_size", "max_model_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"SchedulerConfig.{name} must be at least 1, got {getattr(self, name)}")
-
-
-@dataclass(slots=True, eq=False)  # not frozen: one is made per running request and step, in half the time
-class Chunk:
-    """request.tokens[start : start + length] are computed in this step; their pages are in request.pages.
-
-    samples: the chunk ends at the last known token, so the next one is to be drawn, or the reward to be read. Never
-        true of score requests.
-    drafts: the last len(drafts) of them are not the request's, but guesses at what follows, each to be drawn after too.
-    """
-
-    request: Request
-    start: int
-    length: int
-    samples: bool
-    drafts: Sequence[int] = ()
-
-
-class StepBatch(NamedTuple):
-    """The chunks of a step, one per request, in order of arrival. num_tokens is the sum of their lengths."""
-
-    chunks: list[Chunk]
-    num_tokens: int
-
-    @property
-    def has_one_token_each(self) -> bool:
-        return len(self.chunks) == self.num_tokens
 
 
 class _Hold(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lockstep.engine.models.decoder import AttentionPart
-from lockstep.engine.scheduling.scheduler import Chunk
+from lockstep.engine.scheduling.step_batch import Chunk
 from lockstep.engine.speculation.eagle import DrawnRows, EagleDrafter
 from lockstep.engine.speculation.step_graphs import StepGraphs
 from lockstep.engine.speculation.step_rows import StepRows, StepSize, pack, unpack

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lockstep.engine.request import Request
-from lockstep.engine.scheduling.scheduler import Chunk
+from lockstep.engine.scheduling.step_batch import Chunk
 from lockstep.engine.steps.transfer import to_device, to_host
 
 

@@ -14,7 +14,8 @@ from lockstep.engine.models.decoder import AttentionContext, AttentionPart, Deco
 from lockstep.engine.ranks.rank_step import RankStep
 from lockstep.engine.request import Request
 from lockstep.engine.scheduling.prefix_groups import PrefixGroups, find_groups, order_by_prefix
-from lockstep.engine.scheduling.scheduler import Chunk, SchedulerConfig, StepBatch
+from lockstep.engine.scheduling.scheduler import SchedulerConfig
+from lockstep.engine.scheduling.step_batch import Chunk, StepBatch
 from lockstep.engine.speculation.draft_runner import DraftRunner, TargetStep
 from lockstep.engine.speculation.eagle import Chain, EagleDrafter
 from lockstep.engine.speculation.step_graphs import StepGraphs
@@ -25,6 +26,7 @@ from lockstep.engine.steps.sampler import Sampler
 from lockstep.engine.steps.transfer import to_device, to_host
 from lockstep.kernels.attention.attention_plan import GROUP_ROWS, Groups, num_attention_items, plan_attention
 from lockstep.kernels.attention.attention_triton import KV_TILE
+from lockstep.kernels.memory.copy_pages import copy_pages
 from lockstep.kernels.memory.step_inputs import step_inputs
 from lockstep.kernels.sampling.log_probs import token_log_probs
 
@@ -174,6 +176,8 @@ class Runner:
         """
         new_pages = self._new_pages(batch.chunks)
         self._put_pages(new_pages)
+        page_copies = np.array(batch.page_copies, np.int64).reshape(-1, 2).T
+        self._copy_pages(page_copies)
         chunks, num_decodes = self._order(batch)
         drawing = [chunk.request for chunk in chunks if chunk.samples]
         drafts = [chunk.drafts for chunk in chunks if chunk.samples]
@@ -194,7 +198,7 @@ class Runner:
             tokens, logprobs = self._draw(logits[:num_rows], rows, drawing, drafts, slots[:num_rows])
             drafted = self._follow_graph(rows, chunks, aux[:num_rows], tokens, chains)
         else:
-            step = _rank_step(rows, chunks, num_decodes, new_pages)
+            step = _rank_step(rows, chunks, num_decodes, new_pages, page_copies)
             if self.announce is not None:
                 self.announce(step)
             tokens, logprobs, scored, drafted = self._launch_eagerly(step, chunks, drawing, drafts, chains)
@@ -212,6 +216,7 @@ class Runner:
     def follow(self, step: RankStep) -> None:
         """Takes part in a step of rank 0: the same calls of the model, in the same order."""
         self._put_pages(step.new_pages)
+        self._copy_pages(step.page_copies)
         _, slots, hidden, _ = self._logits(step)
         if len(step.drawing) and not self.has_scalar_head:
             tokens = torch.empty(len(step.drawing), dtype=torch.int64, device=self.device)
@@ -467,6 +472,14 @@ class Runner:
             place, page = self._send(new_pages)
             self.page_table.view(-1).index_copy_(0, place, page.to(torch.int32))
 
+    def _copy_pages(self, page_copies: np.ndarray) -> None:
+        """Copies pages, int64 [2, N] as `copy_pages` takes them, in the caches of the model and of its draft."""
+        if page_copies.size:
+            caches = [cache for layer in self.kv_caches for cache in layer]
+            if self.follower is not None:
+                caches += self.follower.drafter.kv_cache
+            copy_pages(caches, self._send(page_copies))
+
     def _draw(
         self,
         logits: torch.Tensor | None,
@@ -527,7 +540,9 @@ def _is_prefill(chunk: Chunk) -> bool:
     return chunk.length > 1
 
 
-def _rank_step(rows: np.ndarray, chunks: Sequence[Chunk], num_decodes: int, new_pages: np.ndarray) -> RankStep:
+def _rank_step(
+    rows: np.ndarray, chunks: Sequence[Chunk], num_decodes: int, new_pages: np.ndarray, page_copies: np.ndarray
+) -> RankStep:
     """The step whose rows are those of chunks laid end to end, of which the first num_decodes are of one token."""
     ends = np.cumsum([chunk.length for chunk in chunks])
     prefills = chunks[num_decodes:]
@@ -544,6 +559,7 @@ def _rank_step(rows: np.ndarray, chunks: Sequence[Chunk], num_decodes: int, new_
         drawing=_drawing_rows(chunks, ends),
         scored=np.array(scored, np.int64).reshape(-1, 2).T,
         new_pages=new_pages,
+        page_copies=page_copies,
     )
 
 
