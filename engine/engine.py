@@ -9,7 +9,14 @@ from pathlib import Path
 
 import torch
 
-from lockstep.engine.build import build_model, check_parallel, num_kv_pages, rank_device, scheduler_config
+from lockstep.engine.build import (
+    build_model,
+    check_parallel,
+    num_kv_pages,
+    rank_device,
+    runner_config,
+    scheduler_config,
+)
 from lockstep.engine.checks import Choice, check_device_is_there
 from lockstep.engine.config import EngineConfig
 from lockstep.engine.foreign_files import has_file
@@ -22,10 +29,11 @@ from lockstep.engine.ranks.workers import RankError, Workers
 from lockstep.engine.request import Kind, Request, RequestOutput, SamplingParams, no_number
 from lockstep.engine.scheduling.scheduler import Scheduler
 from lockstep.engine.serving import Serving
-from lockstep.engine.speculation.build import load_draft_model, new_eagle, new_speculation
+from lockstep.engine.speculation.build import has_draft_model, load_draft_model, new_eagle, new_speculation
 from lockstep.engine.steps.capture import Capture, CaptureConfig
 from lockstep.engine.steps.laps import Laps
-from lockstep.engine.steps.runner import LaunchedStep, Runner
+from lockstep.engine.steps.results import LaunchedStep
+from lockstep.engine.steps.runner import Runner
 from lockstep.engine.text.detokenizer import Detokenizer, decode_text, special_ids, unseen_ids
 from lockstep.engine.weights import served_weights
 from lockstep.kernels.process_state import own_state
@@ -79,17 +87,7 @@ class Engine(Serving):
         self.scheduler = Scheduler(sizes, self.pool, self.cache)
         eagle = new_eagle(config, draft, sizes, num_pages)
         runner = Runner if self.workers is None else partial(LeadingRunner, self.workers)
-        self.runner = runner(
-            self.model,
-            sizes,
-            num_pages,
-            device,
-            getattr(torch, config.dtype),
-            config.cuda_graphs,
-            config.group_prefixes,
-            drafter=eagle,
-            num_draft_tokens=config.num_draft_tokens,
-        )
+        self.runner = runner(self.model, runner_config(config, sizes, num_pages, device), eagle)
         self.capture: Capture | None = None
         self.speculation = new_speculation(config, eagle, self.model_config.vocab_size)
         self.overlaps = config.overlap and device.type == "cuda"
@@ -301,8 +299,8 @@ class Engine(Serving):
         self._drain()
         for name, tensor in staged.items():
             self.weight_targets[name].data = tensor
-        if self.runner.follower is not None:
-            self.runner.follower.drafter.draft.share_embedding(self.model.embedding.word_embeddings.weight)
+        if has_draft_model(self.config):
+            self.runner.draft.drafter.draft.share_embedding(self.model.embedding.word_embeddings.weight)
         self.runner.forget_graphs()
         self.aliased = served_weights.AliasedWeights(staged, num_changes)
         self._set_version(version, "recompute")
@@ -345,9 +343,9 @@ class Engine(Serving):
         or that there is no draft model; the old draft then serves on.
         """
         self._check_running()
-        if self.runner.follower is None:
+        if not has_draft_model(self.config):
             raise ValueError(f"update_draft: this engine has no draft model, draft_model={self.config.draft_model!r}")
-        drafter = self.runner.follower.drafter
+        drafter = self.runner.draft.drafter
         version = checked_version(version, drafter.version, "draft version")
         staged = served_weights.stage(named_tensors, drafter.update_targets())
         self._drain()

@@ -236,6 +236,12 @@ class Request:
         self.logprobs += logprobs
         self.weight_versions += [weight_version] * len(tokens)
 
+    def append(self, token: int, logprob: float, weight_version: int) -> None:
+        """`extend` by one token."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.weight_versions.append(weight_version)
+
     def cut(self, num_tokens: int) -> None:
         """Forgets the outputs after the first num_tokens tokens, prompt included."""
         num_outputs = num_tokens - len(self.prompt_ids)

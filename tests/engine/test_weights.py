@@ -219,7 +219,7 @@ def test_an_engine_sleeps_without_kv_memory_takes_weights_and_wakes_to_the_same_
         engine.sleep()
     engine.abort(request)
     engine.sleep()
-    assert engine.runner.kv_caches == []
+    assert engine.runner.target.kv_caches == []
     with pytest.raises(RuntimeError, match="asleep"):
         generate(engine)
     engine.update_weights(weights_of(models[1]).items(), version=1)
