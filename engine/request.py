@@ -139,6 +139,11 @@ def no_number(request: Request) -> FloatingPointError:
     return FloatingPointError(f"{where}: the {what.get(request.kind, 'reward is no number')}; are the weights finite?")
 
 
+def failure_of(request: Request, error: Exception) -> RuntimeError:
+    """An error that is one request's own: a tokenizer's, say."""
+    return RuntimeError(f"request {request.request_id}: {type(error).__name__}: {error}")
+
+
 @dataclass(frozen=True)
 class RequestOutput:
     """A sample. token_ids, logprobs and weight_versions have one entry per generated token.
