@@ -14,13 +14,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lockstep.engine import Engine, EngineConfig
+from lockstep.engine import Engine, EngineConfig, Generator
 from lockstep.engine.config_fields import Count, Seed, Text, Threads, check_fields
 from lockstep.engine.files import write_whole
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.text.chat_template import ChatConfig
 from lockstep.engine.text.detokenizer import decode_text
 from lockstep.engine.text.model_output import printable
+from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.recipes import launch
 from lockstep.recipes.planning.first_start import made_from_nothing, settled_for_model, settled_task
 from lockstep.recipes.planning.room import eval_with_room
@@ -99,8 +100,8 @@ def run(config: EvalConfig) -> dict[str, dict[str, Any]]:
 
 
 def evaluate_tasks(
-    engine: Engine,
-    tokenizer,
+    engine: Generator,
+    tokenizer: Tokenizer,
     tasks: Mapping[str, Task],
     reward: Any,
     rewards: LocalRewards,
@@ -128,7 +129,7 @@ def _check_can_be_written(path: Path) -> None:
         raise ValueError(f"output={path} cannot be written: {error.strerror}") from error
 
 
-def _print_samples(console: Console, name: str, result: EvalResult, tokenizer, count: int) -> None:
+def _print_samples(console: Console, name: str, result: EvalResult, tokenizer: Tokenizer, count: int) -> None:
     for sample in result.samples[:count]:
         mark = "[green]correct[/]" if sample.correct else "[red]wrong[/]"
         console.print(f"{escape(f'{name} {sample.problem_id}')} {mark} ({sum(sample.written)} tokens)")

@@ -89,9 +89,26 @@ def test_replicas_that_could_differ_are_all_shut_down(paths, monkeypatch):
     monkeypatch.setattr(engine.engines[1], "update_weights", fails)
     with pytest.raises(ConnectionError, match="replica 1"):
         engine.update_weights(update.items(), version=1)
-    assert all(replica.is_shut_down for replica in engine.engines)
+    assert all(replica.state == "shut down" for replica in engine.engines)
 
 
 def test_no_replicas_are_refused(paths):
     with pytest.raises(ValueError, match="num_replicas must be at least 1, got 0"):
         ReplicatedEngine(EngineConfig(model=paths[0]), num_replicas=0)
+
+
+def test_a_replica_that_raises_takes_no_results_of_the_others_along(paths, monkeypatch):
+    engine = ReplicatedEngine(EngineConfig(model=paths[0], **SETTINGS), num_replicas=2)
+    first, second = engine.submit([[1] * 9, [2] * 9], SamplingParams(max_tokens=3, ignore_eos=True))
+    step = engine.engines[1].step
+
+    def fails():
+        raise ConnectionError("gone for a moment")
+
+    monkeypatch.setattr(engine.engines[1], "step", fails)
+    with pytest.raises(ConnectionError):
+        engine.step()
+    monkeypatch.setattr(engine.engines[1], "step", step)
+    assert engine.step() == [first, first, second]
+    for request in (first, second):
+        engine.abort(request)

@@ -80,7 +80,7 @@ def test_packed_steps_have_the_bits_of_eager_ones(models, family, drafter, monke
     engine = make_engine(models, family, drafter)
     runner = engine.runner
     parts = PartsOnHost(runner.page_table)
-    packer = RowPacker(engine.scheduler.config.page_size, drafter == "eagle", torch.device("cpu"))
+    packer = RowPacker(runner.page_table.page_size, drafter == "eagle", torch.device("cpu"))
     runner.graph_steps = GraphSteps(runner.target, parts, packer, 4 if drafter else 1, group_requests=16)
     runner.eager_steps = EagerSteps(runner.target, parts, lambda step: None)
     runner.draft._parts = parts
