@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from lockstep.engine.models.decoder import AttentionPart
 from lockstep.engine.speculation.eagle import EagleDrafter, SampledRows
 from lockstep.engine.steps.attention_parts import AttentionParts
 from lockstep.engine.steps.graphs import StepGraphs
@@ -77,12 +76,12 @@ class DraftSteps:
     ) -> torch.Tensor | None:
         following = to_device(next_tokens(layout.chunks), self._target.device)
         if len(rows.sampled) == 0:
-            self._compute(computed.aux, following, rows.positions, rows.kv_slots, rows.parts)
+            self.drafter.compute(computed.aux, following, rows.positions, rows.kv_slots, rows.parts)
             return None
         is_sampled = to_device(rows.sampled, self._target.device)
         tokens = tokens.clamp(min=0)  # -1: no number to sample from
         following.index_copy_(0, is_sampled, tokens)
-        normed, feedback = self._compute(computed.aux, following, rows.positions, rows.kv_slots, rows.parts)
+        normed, feedback = self.drafter.compute(computed.aux, following, rows.positions, rows.kv_slots, rows.parts)
         if not drafts_next:
             return None
         lengths = [1 + len(drafts) for drafts in layout.drafts]
@@ -100,20 +99,10 @@ class DraftSteps:
         _, kv_slots = self._target.inputs(computed, slots, positions)
         part = self._parts.packed(step, key.size)
         tokens = tokens.clamp(min=0)
-        normed, feedback = self._compute(aux, tokens, positions, kv_slots, (part,))
+        normed, feedback = self.drafter.compute(aux, tokens, positions, kv_slots, (part,))
         if not key.drafts_next:
             return None
         return self._draft_next(normed, feedback, _sampled_rows(step, computed, positions, tokens))
-
-    def _compute(
-        self,
-        aux: torch.Tensor,
-        following: torch.Tensor,
-        positions: torch.Tensor,
-        kv_slots: torch.Tensor,
-        parts: tuple[AttentionPart, ...],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.drafter.compute(aux, following, positions, kv_slots, parts)
 
     def _draft_next(self, normed: torch.Tensor, feedback: torch.Tensor, rows: SampledRows) -> torch.Tensor:
         return self.drafter.draft_next(normed, feedback, rows, self._page_table, self._parts.decodes)
