@@ -93,7 +93,7 @@ def test_layers_are_numbered_from_0_in_each_stage():
         ({"tensor": 2}, {}, "tensor_parallel_size 2 does not divide row_parallel_splits 1"),
         ({"row_parallel_splits": 3}, {}, "row_parallel_splits must be a power of two, got 3"),
         ({"pipeline": 0}, {}, "pipeline_parallel_size must be at least 1, got 0"),
-        ({"tensor": 4, "row_parallel_splits": 4}, {"num_key_value_heads": 2}, "4 does not divide num_key_value_heads = 2"),
+        ({"tensor": 4, "row_parallel_splits": 4}, {"num_key_value_heads": 2}, "num_key_value_heads = 2"),
         ({"tensor": 2, "row_parallel_splits": 2}, {"vocab_size": 131}, "2 does not divide the vocabulary of 131"),
         ({"row_parallel_splits": 64}, {}, "row_parallel_splits 64 does not divide intermediate_size = 96"),
         ({"pipeline": 2, "virtual_pipeline": 4}, {}, "= 8 does not divide the 4 layers"),
