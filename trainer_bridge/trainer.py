@@ -34,8 +34,8 @@ from lockstep.engine.models.layers.linear import format_named
 from lockstep.engine.models.names import head_matrix_shapes
 from lockstep.engine.models.sharding import ParameterShard, product_shapes
 from lockstep.engine.request import SAMPLING_RULES
+from lockstep.engine.weights.checksums import checksum
 from lockstep.engine.weights.dummy_weights import fill_dummy
-from lockstep.engine.weights.served_weights import checksum
 from lockstep.kernels import numerics
 from lockstep.kernels.process_state import own_state
 from lockstep.trainer_bridge.algorithms.losses import Loss

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from lockstep.engine.foreign_files import MissingFileError, has_file, inner_file, read_json
 from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.models.families.reading import printable, shown
+from lockstep.engine.models.layers.linear import encoded
 from lockstep.engine.models.layers.shard import WHOLE, Shard
 from lockstep.engine.models.names import Entry, as_stacked, expand, to_megatron
 from lockstep.engine.models.sharding import shard_config
@@ -244,9 +245,10 @@ def load_into(model: torch.nn.Module, path: str | Path) -> None:
 
     Raises as `iterate_weights` does, before any parameter has changed.
     """
-    parameters, encoders = dict(model.named_parameters()), model.encoders()
+    parameters, places = dict(model.named_parameters()), encoded(model)
     with torch.no_grad():
         for name, tensor in iterate_weights(path, model.config, shard=model.shard):
-            parts = encoders[name](tensor.to(model.dtype)) if name in encoders else {name: tensor}
-            for part_name, part in parts.items():
-                parameters[part_name].copy_(part)
+            if name in places:
+                places[name].store(tensor)
+            else:
+                parameters[name].copy_(tensor)

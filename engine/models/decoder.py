@@ -1,7 +1,5 @@
 """The decoder that the engine runs: lockstep's kernels over weights with Megatron-core's names and layout."""
 
-from collections.abc import Callable, Mapping
-
 import torch
 from torch import nn
 
@@ -9,7 +7,7 @@ from lockstep.engine.memory.layer_caches import LayerCache, new_layer_caches
 from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.models.layers.context import AttentionContext
 from lockstep.engine.models.layers.layer import Layer, ModuleFactory
-from lockstep.engine.models.layers.linear import PLAIN, LinearFormat, Weights, encoders
+from lockstep.engine.models.layers.linear import PLAIN, LinearFormat, Weights
 from lockstep.engine.models.layers.shard import WHOLE, Shard
 from lockstep.engine.models.sharding import shard_config
 from lockstep.engine.ranks.rank_group import RankGroup
@@ -57,7 +55,6 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.dtype = dtype
         self.ranks = ranks
         self.shard = WHOLE if ranks is None else Shard(ranks.rank, ranks.size, ranks.size if share_experts else 1)
         self.local_config = shard_config(config, self.shard)
@@ -81,10 +78,6 @@ class Decoder(nn.Module):
         """The uninitialised caches of this rank's part of all layers."""
         device = self.embedding.word_embeddings.weight.device
         return new_layer_caches(self.local_config.caches, num_pages, page_size, dtype, device)
-
-    def encoders(self) -> Mapping[str, Callable[[torch.Tensor], dict[str, torch.Tensor]]]:
-        """See `layers.linear.encoders`."""
-        return encoders(self)
 
     def forward(
         self,

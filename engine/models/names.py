@@ -50,17 +50,12 @@ def expand(config: ModelConfig) -> list[Entry]:
     rules = FAMILIES[config.family].rules
     sizes = {"vocab": config.vocab_size, "hidden": config.hidden_size, "scores": 1}
     of_layers = [rule for rule in rules if "{i}" in rule.megatron]
-    first, end = rules.index(of_layers[0]), 1 + rules.index(of_layers[-1])
-    before, after = ([rule for rule in part if _exists(rule, config)] for part in (rules[:first], rules[end:]))
-    return [
-        *(_entry(rule, sizes) for rule in before),
-        *(
-            entry
-            for number, layer in enumerate(config.layers)
-            for entry in _layer_entries(of_layers, sizes, number, layer)
-        ),
-        *(_entry(rule, sizes) for rule in after),
-    ]
+    first = rules.index(of_layers[0])
+    before, behind = rules[:first], [rule for rule in rules[first:] if rule not in of_layers]
+    entries = [_entry(rule, sizes) for rule in before if _exists(rule, config)]
+    for number, layer in enumerate(config.layers):
+        entries += _layer_entries(of_layers, sizes, number, layer)
+    return entries + [_entry(rule, sizes) for rule in behind if _exists(rule, config)]
 
 
 def _layer_entries(rules: Sequence[NameRule], sizes: Mapping[str, int], number: int, layer: LayerSpec) -> list[Entry]:

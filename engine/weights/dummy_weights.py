@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from lockstep.engine.models.layers.linear import PLAIN, Weights
+from lockstep.engine.models.layers.linear import encoded
 from lockstep.engine.models.sharding import ParameterShard
 
 
@@ -19,13 +19,13 @@ def initialize_dummy(model: torch.nn.Module, seed: int, shards: Iterable[Paramet
     shards: what `model` holds of parameters that are split over ranks: it gets its part of the whole ones' values.
     """
     split = {held.name: held for held in shards if held.is_split}
-    encoded = {n: m for n, m in model.named_modules() if isinstance(m, Weights) and m.format is not PLAIN}
+    places = encoded(model)
     with torch.no_grad():
-        for name, module in encoded.items():
-            weight = torch.empty(module.shape, dtype=module.dtype, device=module.parts[0].device)
-            fill_dummy(f"{name}.weight", weight, seed)
-            module.store(weight)
-        parts = {part for module in encoded.values() for part in module.parts}
+        for name, place in places.items():
+            weight = torch.empty(place.shape, dtype=place.dtype, device=place.parts[0].device)
+            fill_dummy(name, weight, seed)
+            place.store(weight)
+        parts = {part for place in places.values() for part in place.parts}
         for name, local in model.named_parameters():
             if local in parts:
                 continue

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.engine.models.config import load_model_config
+from lockstep.engine.models.layers.linear import encode, encoded
 from lockstep.engine.models.names import expand
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig, publish
 from lockstep.trainer_bridge.algorithms.losses import sft_loss
@@ -74,7 +75,8 @@ def test_a_format_of_linear_layers_keeps_the_promises(tmp_path, family):
     exact = plain.score(random_sequences())
     assert rounded != exact
     for ours, theirs in zip(rounded, exact, strict=True):
-        torch.testing.assert_close(torch.tensor(ours[1:]), torch.tensor(theirs[1:]), rtol=0, atol=0.2)
+        off = torch.tensor(ours[1:]) - torch.tensor(theirs[1:])
+        assert off.abs().mean() < 0.2  # of 8 bits for rows of 64; a choice of experts may go another way
 
 
 def test_what_is_stored_of_a_weight_is_its_parts(tmp_path):
@@ -97,8 +99,8 @@ def test_a_random_model_is_the_same_in_every_format(tmp_path):
         for name in ("plain", "int8_rows")
     )
     expected = dict(plain.named_parameters())
-    for name, encode in rounded.encoders().items():
-        for part_name, part in encode(expected[name]).items():
+    for name, place in encoded(rounded).items():
+        for part_name, part in encode(name, place, expected[name]).items():
             assert torch.equal(rounded.get_parameter(part_name), part)
 
 

@@ -29,7 +29,7 @@ from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.models.families.reading import shown
 from lockstep.engine.models.names import expand
 from lockstep.engine.models.sharding import ParameterShard, Piece, slices
-from lockstep.engine.weights.served_weights import checksum
+from lockstep.engine.weights.checksums import checksum
 from lockstep.trainer_bridge.megatron.optimizer import state_names as optimizer_state_names
 from lockstep.trainer_bridge.weight_plan import plan_transfers, whole
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -127,7 +127,7 @@ class Weights(nn.Module):
     @torch.no_grad()
     def store(self, weight: torch.Tensor) -> None:
         """Replaces what is stored, in place, by the parts of a weight."""
-        for name, part in self.format.encode(weight).items():
+        for name, part in self.format.encode(weight.to(self.parts[0].device, self.dtype)).items():
             getattr(self, name).copy_(part)
 
     def dense(self) -> torch.Tensor:
@@ -176,14 +176,13 @@ class RowLinear(Linear):
         return self.format.row_product(x, self.parts, self._bias[0], self._splits, self._sum_over_ranks)
 
 
-def encoders(model: nn.Module) -> Mapping[str, Callable[[torch.Tensor], dict[str, torch.Tensor]]]:
-    """For each weight that `model` does not store as it is: from the whole weight to its parts, by their full names."""
+def encoded(model: nn.Module) -> dict[str, Weights]:
+    """The places of the weights that `model` does not store as they are, by the names of the whole weights."""
+    places = {f"{prefix}.weight": module for prefix, module in model.named_modules() if isinstance(module, Weights)}
+    return {name: place for name, place in places.items() if place.format is not PLAIN}
 
-    def encoder(prefix: str, format: LinearFormat) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
-        return lambda weight: {f"{prefix}.{name}": part for name, part in format.encode(weight).items()}
 
-    return {
-        f"{prefix}.weight": encoder(prefix, module.format)
-        for prefix, module in model.named_modules()
-        if isinstance(module, Weights) and module.format is not PLAIN
-    }
+def encode(name: str, place: Weights, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The parts of the whole weight `name`, by their own full names."""
+    prefix = name.removesuffix("weight")
+    return {prefix + part_name: part for part_name, part in place.format.encode(weight.to(place.dtype)).items()}
