@@ -46,7 +46,7 @@ def same(wanted: Answer, given: Answer, ignore_units: bool = False) -> bool:
             number = None if right.unit or right.calculation else _rational(right.expression)
             return number is not None and left.value == number
         if isinstance(left, Choice) and isinstance(right, Value):
-            return str(right.expression) == left.letter and not right.unit
+            return right.expression.is_Symbol and str(right.expression) == left.letter and not right.unit
     if type(wanted) is not type(given):
         return False
     compare = _SAME_KIND.get(type(wanted))

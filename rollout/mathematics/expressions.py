@@ -37,7 +37,7 @@ _SCIENTIFIC = re.compile(r"(?<![\da-zA-Z.\\])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d{1
 _TIMES_TEN = re.compile(
     r"(?<![\w.}^)])(\d+(?:\.\d*)?|\.\d+)\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{\s*([-+]?\d{1,4})\s*\}|(-?\d{1,4}))(?![\d.!^])"
 )
-_REPEATING = re.compile(r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?\s*(\d+)\s*\}?")
+_REPEATING = re.compile(r"(?<!\d)(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*\{?\s*(\d+)\s*\}?|\((\d+)\))")
 _DECIMAL = re.compile(r"(?<![\d.])(\d*)\.(\d*)(?![\d.])")
 _FACTOR = re.compile(r"(?<=[\d)])\s*(?=\()|(?<=\\pi)\s*(?=\()")
 _CALCULATION = re.compile(
@@ -178,7 +178,7 @@ def _mixed(match: re.Match[str]) -> str:
 
 def _repeating(match: re.Match[str]) -> str:
     """0.1\\overline{6} = (16 - 1) / 90."""
-    whole, start, period = match.groups()
+    whole, start, period = match[1], match[2], match[3] or match[4]
     numerator = int((whole or "0") + start + period) - int((whole or "0") + start)
     return _fraction(Fraction(numerator, 10 ** len(start) * (10 ** len(period) - 1)))
 

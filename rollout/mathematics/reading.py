@@ -25,8 +25,8 @@ from lockstep.rollout.mathematics.values import leaf, read_value
 from lockstep.rollout.mathematics.written_forms import date_or_time, number_of_base, ratio
 
 _LEADING = re.compile(
-    r"^(?:(?:so|thus|hence|therefore|the|final|correct|my|answer|result|value|solution|is|it|it's|are|equals|approximately|"
-    r"about|roughly|exactly|only|just|simply|or)\b(?!\s*[=,)])[\s:,]*|an?\b(?!\s*(?:[-=,).:+*/^<>|\\]|or\b|and\b|$))\s*|"
+    r"^(?:(?:so|thus|hence|therefore)\b(?!\s*[=)])[\s:,]*|(?:the|final|correct|my|answer|result|value|solution|is|it|it's|are|equals|approximately|"
+    r"about|roughly|exactly|only|just|simply|or)\b(?!\s*[=,)])[\s:,]*|(?-i:an?)\b(?!\s*(?:[-=,).:+*/^<>|\\]|or\b|and\b|$))\s*|"
     r"\\approx\s*)+(?=\S)",
     re.IGNORECASE,
 )
@@ -48,10 +48,10 @@ _MATRIX = re.compile(
 _IN_BRACKETS = re.compile(r"^[(\[]\s*(\\begin\{array\}.*\\end\{array\})\s*[)\]]$", re.DOTALL)
 _CASES = re.compile(r"^\\begin\{(?:cases|aligned|array)\}(?:\{[clr|]*\})?(.*)\\end\{[a-zA-Z]*\}$", re.DOTALL)
 _ROW = re.compile(r"\\\\|\\cr(?![a-zA-Z])")
-_SET_JOINT = re.compile(r"\\(?:cup|cap|setminus)(?![a-zA-Z])")
+_SET_JOINT = re.compile(r"\\(?:cup|cap|setminus)(?![a-zA-Z])|-(?=\s*\\\{)")
 _NAME = re.compile(
     r"(?:\\(?:angle|triangle|overline|vec|bar|hat)\s*)?\{?(?:[a-zA-Z]{1,3}|\\[a-zA-Z]{2,}|[a-zA-Z]+(?:\s[a-zA-Z]+){0,3})"
-    r"\}?'?(?:_(?:\w|\{\w+\}))?(?:\s*\(\s*[-\w\\, ]*\))?|\|[A-Z]{2}\||"
+    r"\}?'?(?:\^\{?-1\}?(?=\s*\())?(?:_(?:\w|\{\w+\}))?(?:\s*\(\s*[-\w\\, ]*\))?|\|[A-Z]{2}\||"
     r"\\(?:angle|overline|vec|triangle)\s*\{?[A-Za-z]+\}?"
 )
 _CONSTANTS = ("e", "i", r"\pi", r"\infty", r"\emptyset")
@@ -111,7 +111,7 @@ def _choice(text: str) -> Answer | None:
     text = plain(text)
     if found := _CHOICE.fullmatch(text):
         letter = found[1] or found[2]
-        if found[2] or letter.isupper() or len(text) > 2:
+        if letter.isupper() or (letter in "abcdefghij" and (found[2] or len(text) > 2 or text.endswith(")"))):
             return Choice(letter)
         return None
     found = _LABELLED.fullmatch(text)
@@ -240,7 +240,12 @@ def _union(text: str) -> Answer | None:
         return None
     numbers = regions[0].numbers
     for joint, region in zip(joints, regions[1:], strict=True):
-        operation = {r"\cup": sympy.Union, r"\cap": sympy.Intersection, r"\setminus": sympy.Complement}[joint]
+        operation = {
+            r"\cup": sympy.Union,
+            r"\cap": sympy.Intersection,
+            r"\setminus": sympy.Complement,
+            "-": sympy.Complement,
+        }[joint]
         numbers = operation(numbers, region.numbers)
     return Region(numbers, next((region.name for region in regions if region.name), ""))
 
@@ -253,14 +258,23 @@ def _bracketed(text: str) -> Answer | None:
     opening, closing = found[1], found[3]
     parts = [part.strip() for part in split_outside(found[2], re.compile(r"\s*[,;]\s*"))]
     if opening == r"\{":
-        if closing != r"\}" or any(re.search(r"\\mid(?![a-zA-Z])|[|:]", part) for part in parts):
+        if closing != r"\}":
             return None
-        return Several(tuple(_flat_item for part in parts if part for _flat_item in _flat(_read(part))), braces=True)
+        if len(builder := re.split(r"\\mid(?![a-zA-Z])|[|:]", found[2])) == 2:
+            return _set_of(*builder)
+        return Several(tuple(item for part in parts if part for item in _flat(_read(part))), braces=True)
     if len(parts) < 2 or "" in parts or closing == r"\}":
         return None
     if opening in ("<", r"\langle"):
         opening, closing = "(", ")"
     return Ordered(tuple(_read(part) for part in parts), opening, closing)
+
+
+def _set_of(element: str, condition: str) -> Answer | None:
+    """`\\{x \\mid x > 2\\}`."""
+    numbers = _read(condition.strip())
+    name = re.split(r"\\in(?![a-zA-Z])", element)[0].strip()
+    return Region(numbers.numbers) if isinstance(numbers, Region) and numbers.name == _name_of(name) else None
 
 
 def _is_balanced(text: str) -> bool:

@@ -18,6 +18,12 @@ def as_region(answer: Answer) -> Region | None:
             return None
         if isinstance(answer, Several):
             return Region(sympy.FiniteSet(*numbers))
+        if any(
+            number.is_infinite
+            for number, side in zip(numbers, answer.opening + answer.closing, strict=True)
+            if side in "[]"
+        ):
+            return None  # an infinity belongs to no interval
         return Region(interval(*numbers, answer.opening == "(", answer.closing == ")"))
     return None
 

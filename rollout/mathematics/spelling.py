@@ -10,12 +10,22 @@ import re
 MARK_OPEN, MARK_CLOSE, MONEY = "\ue001", "\ue002", "\ue003"
 CURRENCIES = {MONEY: "$", "€": "€", "£": "£", "¥": "¥", "₹": "₹"}
 
-_WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("__", "__"), ("`", "`"))
+_WRAPPERS = (
+    ("$$", "$$"),
+    ("$", "$"),
+    (r"\(", r"\)"),
+    (r"\[", r"\]"),
+    ("**", "**"),
+    ("__", "__"),
+    ("`", "`"),
+    ('"', '"'),
+    ("'", "'"),
+)
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
 _INLINE = re.compile(r"(?<!\\)\$(?=\S)([^$]*?)(?<=[^\s\\])\$(?!\d)")
 _TEXT = re.compile(
-    r"\\(?:text|textbf|textrm|textit|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox|bf|rm|emph|operatorname\*?)"
-    r"\s*\{([^{}]*)\}"
+    r"\\(?:text|textbf|textrm|textit|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox|bf|rm|emph|"
+    r"operatorname\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 _ACCENT = re.compile(r"\\(?:mathbf|mathrm|mathit|bm|boldsymbol|hat|displaystyle)\s*\{([a-zA-Z])\}")
 _SIZES = re.compile(
@@ -48,8 +58,12 @@ _CHARACTERS = {
     "⅚": r"\frac{5}{6}", "⅛": r"\frac{1}{8}", "⅜": r"\frac{3}{8}", "⅝": r"\frac{5}{8}", "⅞": r"\frac{7}{8}",
     **{chr(0xFF01 + n): chr(0x21 + n) for n in range(94)},
 }  # fmt: skip
+_UNIT = rf"{MARK_OPEN}[^{MARK_CLOSE}]*{MARK_CLOSE}(?:\s*\^\s*\{{?-?\d\}}?)?"
 _COMMANDS = (
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\{?\s*(\w+)\s*\\choose\s*(\w+)\s*\}?"), r"\\binom{\1}{\2}"),
+    (re.compile(r"\(?\s*\\[pb]?mod\s*\{?\s*(\w+)\s*\}?\s*\)?|\(\s*mod\s+(\w+)\s*\)"), r"\\pmod{\1\2}"),
+    (re.compile(rf"\\frac\s*\{{\s*({_UNIT})\s*\}}\s*\{{\s*({_UNIT})\s*\}}"), r" \1/\2"),
     (re.compile(r"\\dbinom|\\tbinom"), r"\\binom"),
     (re.compile(r"\\(?:le|leq|leqslant|leqq)(?![a-zA-Z])|<="), r"\\le "),
     (re.compile(r"\\(?:ge|geq|geqslant|geqq)(?![a-zA-Z])|>="), r"\\ge "),
@@ -137,9 +151,7 @@ def plain(text: str) -> str:
 
 def spelled(text: str) -> str:
     """Of a normal text: what two texts share that differ in spaces alone."""
-    text = plain(text)
-    text = re.sub(r"\s*([-+*/^_=<>,;:|()\[\]{}])\s*", r"\1", text)
-    return re.sub(r"(?<=[a-zA-Z])\s+(?=[^a-zA-Z])|(?<=[^a-zA-Z])\s+", " ", text).strip()
+    return re.sub(r"\s+(?=[^\w\s,.])|(?<=[^\w\s,.])\s+", "", plain(text))
 
 
 def end_of_group(text: str, start: int) -> int | None:

@@ -100,10 +100,14 @@ def unit_name(text: str) -> str:
     text = re.sub(r"\b(?:square|sq)\s+([a-zA-Z]+)", r"\1^2", text, flags=re.IGNORECASE)
     text = re.sub(r"\b(?:cubic|cu)\s+([a-zA-Z]+)", r"\1^3", text, flags=re.IGNORECASE)
     text = re.sub(r"\s*\^\s*\{?(-?\d)\}?", r"^\1", text)
-    parts = re.split(r"(\s*[/*]\s*|\s+)", text.strip())
-    return "".join(
-        _part_name(part) if not re.fullmatch(r"\s*[/*]?\s*", part) else part.strip() or " " for part in parts
-    )
+    above, below, is_below = [], [], False
+    for part in re.findall(r"[/*]|[^\s/*]+", text):
+        if part in "/*":
+            is_below = part == "/"
+            continue
+        name = _part_name(part.replace("^-", "^"))
+        (below if is_below != ("^-" in part) else above).append(name.removesuffix("^1"))
+    return "*".join(above) + "".join(f"/{name}" for name in below)
 
 
 def _part_name(part: str) -> str:
@@ -119,9 +123,9 @@ def _is_value(text: str) -> bool:
 
 
 def _is_unit(text: str) -> bool:
-    return (
-        bool(re.match(r"[a-zA-Z/$€£%°\s]", text)) and not _NO_UNIT.search(text) and not re.search(r"\d{2}|[=<>]", text)
-    )
+    if re.match(r"(?:st|nd|rd|th)\s", text) or _NO_UNIT.search(text):
+        return False
+    return bool(re.match(r"[a-zA-Z/$€£%°\s]", text)) and not re.search(r"\d{2}|[=<>]", text)
 
 
 def _is_known(text: str, found: re.Match[str]) -> bool:
