@@ -41,7 +41,7 @@ _REPEATING = re.compile(r"(?<!\d)(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*\{?\s*(
 _DECIMAL = re.compile(r"(?<![\d.])(\d*)\.(\d*)(?![\d.])")
 _FACTOR = re.compile(r"(?<=[\d)])\s*(?=\()|(?<=\\pi)\s*(?=\()")
 _CALCULATION = re.compile(
-    r"(?<=[\w)}!])\s*[-+](?!\s*$)|\\(?:cdot|times|div|bmod|pmod)(?![a-zA-Z])|\*|\\(?:sum|int|prod|lim)(?![a-zA-Z])"
+    r"(?<=[\w)}!])\s*[-+](?!\s*$)|\\(?:cdot|times|div|bmod|pmod)(?![a-zA-Z])|\*|\\(?:sum|int|prod|lim|min|max|gcd|lcm)(?![a-zA-Z])"
 )
 _LITERAL = re.compile(r"[-+]?\(?[-+]?(?:\d+|\\frac\{-?\d+\}\{-?\d+\}|\d+/\d+)\)?")
 
@@ -55,6 +55,8 @@ def parse(text: str) -> tuple[sympy.Expr, bool, bool] | None:
         return None
     rewritten = _rewritten(text)
     if WORD.search(rewritten) or _SHORT_WORDS.search(rewritten):
+        return None
+    if re.match(r"[-+]\s*[-+]", rewritten):
         return None
     if _FORBIDDEN.search(rewritten) or not re.search(r"[\w\\]", rewritten) or rewritten.startswith("{"):
         return None

@@ -17,7 +17,7 @@ _FINAL = re.compile(
 )
 _ANNOUNCING = re.compile(
     r"(?<![a-zA-Z])(?:is|are|was|were|be|equals?|costs?|gets?|gives?|has|have|makes?|makes|earns?|pays?|needs?|takes?|yields?|"
-    r"becomes?|spends?|saves?|sells?|reaches|choose|pick|select)(?![a-zA-Z])(?:\s+(?:equal\s+to|exactly|only|a\s+total\s+of|in\s+total))?[\s:]*|"
+    r"becomes?|so|thus|hence|therefore|spends?|saves?|sells?|reaches|choose|pick|select)(?![a-zA-Z])(?:\s+(?:equal\s+to|exactly|only|a\s+total\s+of|in\s+total))?[\s:]*|"
     r"(?<![<>!\\:=])=(?!=)|:\s|\\approx|≈"
 )
 _SENTENCE_END = re.compile(r"(?<=[^\s.][.!?])\s+(?=[A-Z*$\\(])|\n+")
@@ -33,6 +33,17 @@ _NUMBER = re.compile(
     r"(?:\s*\\?%)?(?![\w/^_{}\\|)]|[.,:-]\d|\s*[-+*/=<>^×·÷]\s*[\d(a-z\\])"
 )
 _IN_ROW = re.compile(r"[\d\])}][\s,;]*$")
+_ASIDE = re.compile(r",\s+[a-zA-Z]{2}[^\d$\\]*$")  # behind the answer
+# Words that make another number of one, or a name.
+_CHANGED_BEFORE = re.compile(
+    r"\b(?:minus|negative|plus|times|over|by|half|twice|double|triple|root|(?<!total )of|than|log|ln|sin|cos|tan|sqrt|"
+    r"problem|question|page|step|chapter|version|example|exercise|case|no|number|to|mod|power|and)\W*$",
+    re.IGNORECASE,
+)
+_CHANGED_AFTER = re.compile(
+    r"\W*(?:squared|cubed|factorial|percent|over|minus|plus|times|more|less|fewer|or|out|to|mod|divided|power|th|of)\b",
+    re.IGNORECASE,
+)
 _AT_END = re.compile(r"(?<![\])},])\s((?:[(\[][^()\[\]]*,[^()\[\]]*[)\]])|\d{1,2}:\d\d(?:\s*[aApP]\.?[mM])?)[.!\s]*$")
 _RIGHT_CHOICE = re.compile(
     r"^\W*(?:thus|so|hence|therefore|the)?[\s,]*(?:(?:correct|right)\s+)?(?:option|choice|answer)?\s*(\(?[A-J]\)?)\s+is\s+(?:the\s+)?(?:correct|right|answer)\b(?:\s+(?:answer|option|choice|one))?\W*$",
@@ -75,6 +86,8 @@ def closing_parts(text: str) -> tuple[bool, list[str]]:
     parts = []
     if announced is not None and (tail := _SENTENCE_END.split(text[announced.end() :].strip())[0].strip()):
         parts.append(tail)
+        if not _NEGATED.search(tail) and (said := _ASIDE.sub("", tail)) != tail:
+            parts.append(said)
         sentence = tail
     else:
         sentences = [part.strip() for part in _SENTENCE_END.split(text) if re.search(r"\w", part)]
@@ -113,4 +126,7 @@ def last_expression(text: str) -> str | None:
     numbers = [match for match in _NUMBER.finditer(plain) if re.search(r"\d", match[0])]
     if not numbers or re.search(r"\d", plain[numbers[-1].end() :]) or _IN_ROW.search(plain[: numbers[-1].start()]):
         return None  # not the last, or one of many
+    before, after = plain[: numbers[-1].start()], plain[numbers[-1].end() :]
+    if _CHANGED_BEFORE.search(before) or _CHANGED_AFTER.match(after):
+        return None
     return numbers[-1][0].strip()

@@ -27,14 +27,14 @@ from lockstep.rollout.mathematics.written_forms import date_or_time, number_of_b
 _LEADING = re.compile(
     r"^(?:(?:so|thus|hence|therefore)\b(?!\s*[=)])[\s:,]*|(?:the|final|correct|my|answer|result|value|solution|is|it|it's|are|equals|approximately|"
     r"about|roughly|exactly|only|just|simply|or)\b(?!\s*[=,)])[\s:,]*|(?-i:an?)\b(?!\s*(?:[-=,).:+*/^<>|\\]|or\b|and\b|$))\s*|"
-    r"\\approx\s*)+(?=\S)",
+    r"\\approx\s*|##+\s*)+(?=\S)",
     re.IGNORECASE,
 )
 _CHOICE = re.compile(
     r"(?:(?:option|choice|answer|letter)\s*:?\s*)?(?:([A-Z])|\(\s*([A-Za-z])\s*\))\s*[.:)]?", re.IGNORECASE
 )
 _LABELLED = re.compile(
-    r"(?:(?:option|choice|answer)\s*:?\s*)?(?:\(\s*([A-Ja-j])\s*\)|([A-J])\s*[.):])\s*(\S.*)", re.DOTALL
+    r"(?:(?i:option|choice|answer)\s*:?\s*)?(?:\(\s*([A-Ja-j])\s*\)|([A-J])\s*[.):])\s*(\S.*)", re.DOTALL
 )
 _ANY_LABEL = re.compile(r"(?<![a-zA-Z])\(?[A-J]\s*[).:]|\b(?:or|and|not)\s+\(?[A-J]\b")
 _MATHEMATICS = re.compile(r"[\d\\^_=<>+*/|{}\[\]]")

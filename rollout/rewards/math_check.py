@@ -12,6 +12,7 @@ from lockstep.rollout.mathematics.reading import read
 from lockstep.rollout.mathematics.spelling import normal, spelled, without_bold
 
 _OPERATION = re.compile(r"[-+*/^!]|\\[a-zA-Z]")
+_PROSE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}|####")
 _FRACTION = re.compile(r"\\frac\s*\{?(\d+|(?<=\{)[^{}]*)\}?\s*\{?(\d+|(?<=\{)[^{}]*)\}?")
 
 
@@ -52,12 +53,14 @@ def meant(text: str) -> tuple[str, list[Answer]]:
     whole = read(text)
     if not isinstance(whole, Words):
         return text, [whole]
+    if not _PROSE.search(text):
+        return text, [whole]
     is_announced, parts = closing_parts(text)
     answers = [read(part) for part in parts]
     for part, answer in zip(parts, answers, strict=True):
         if not isinstance(answer, Words):
             return part, [answer]
-    last = None if is_announced and not re.search(r"\d|\\|=", parts[0]) else last_expression(text)
+    last = None if is_announced else last_expression(text)
     if last is not None and not isinstance(found := read(last), Words):
         return last, [found]
     return text, [whole, *answers[:1]]

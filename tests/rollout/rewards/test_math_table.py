@@ -4,7 +4,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from answer_table import RESPONSES, TABLE, pairs
+from answer_table import NO_ANSWERS, REFERENCES, RESPONSES, TABLE, pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +12,7 @@ from lockstep.rollout.mathematics.answers import Moment, Named
 from lockstep.rollout.mathematics.equality import same
 from lockstep.rollout.mathematics.reading import read
 from lockstep.rollout.rewards.math_check import same_mathematics
+from lockstep.rollout.tasks.answers import same_number
 
 LINES = [line for line in TABLE.strip().splitlines() if not line.startswith("# ")]
 FORMS = ("<answer>{}</answer>", "So \\boxed{{{}}} it is.", "<answer>\\boxed{{{}}}</answer>", "{}")
@@ -44,6 +45,12 @@ def test_answers_of_a_reference_in_every_form(line):
 @pytest.mark.parametrize(("reference", "response", "right"), RESPONSES)
 def test_whole_responses(reference, response, right):
     assert score(reference, response) == float(right)
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_what_is_no_answer_never_counts(reference):
+    texts = [form.format(text) for text in NO_ANSWERS for form in FORMS]
+    assert [text for text in texts if score(reference, text) != 0.0] == []
 
 
 @pytest.mark.parametrize("sentence", SENTENCES)
@@ -110,6 +117,38 @@ def test_numbers_are_compared_exactly(number, step, places):
     whole, thousands = number.numerator, f"{number.numerator:,}"
     assert score(str(whole), f"<answer>{thousands}</answer>") == 1.0
     assert score(str(whole), f"<answer>{whole + step}.0</answer>") == float(step == 0)
+
+
+SPELLINGS = [  # of numbers: what two readers of them agree about
+    *(
+        (text, "1234", True)
+        for text in ("1234", "1,234", "1 234", "1{,}234", r"1\,234", "1234.0", "1234.", "+1234", "$1234")
+    ),
+    *(
+        (text, "1234", True)
+        for text in ("$1,234.00", r"\$1,234", r"\(1234\)", "$1234$", "**1234**", "1.234e3", "1\u202f234")
+    ),
+    *(
+        (text, "1234", True)
+        for text in ("123400%", r"123400\%", "1234 \u20ac", "01234", " 1234 ", "\uff11\uff12\uff13\uff14")
+    ),
+    *(
+        (text, "1234", False)
+        for text in ("1,23", "12,34", "1,234,5", "1 23", "1 2 3 4", "12.34", "1.234", "-1234", "1234%")
+    ),
+    *(
+        (text, "1234", False)
+        for text in ("1235", "1234.0001", "1,2,3,4", "NaN", "", "1234, 1235", "1234 or 5", "1234?", "one")
+    ),
+    *((text, "-0.5", True) for text in ("-.5", "-0.50", "\u22120.5", "- 0.5", "-50%", "-5e-1", "-$0.5", "$-0.5")),
+    *((text, "-0.5", False) for text in ("0.5", "--0.5", "-0,5", "-5", "-0.5%", "-0.50001", "+-0.5")),
+]
+
+
+@pytest.mark.parametrize(("text", "reference", "right"), SPELLINGS)
+def test_math_and_plain_numbers_agree_about_spellings(text, reference, right):
+    assert same_number(text, reference) == right
+    assert score(reference, f"<answer>{text}</answer>") == float(right)
 
 
 RESTATED = [  # question, reference, answer, whether it is right
