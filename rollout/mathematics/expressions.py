@@ -24,7 +24,9 @@ _UNFINISHED = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Derivative, sympy
 _FUNCTIONS = "(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|exp|sqrt|lim|max|min|gcd|lcm|det|mod|deg|and|for"
 WORD = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{_FUNCTIONS})(?![a-zA-Z]{{2}}))[a-zA-Z]{{3,}}")
 _SHORT_WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2}\s+[a-zA-Z]{2}(?![a-zA-Z])")
-_FORBIDDEN = re.compile(r"[?\"':@#&\ue000-\uf8ff]|\\ldots|\\(?:text|begin|end)|(?<![_\d])\d[\d.]*\s+\.?\d|\\pm|\\mp")
+_FORBIDDEN = re.compile(
+    r"[?\"':@#&\ue000-\uf8ff]|\d\s*_|\\ldots|\\(?:text|begin|end)|(?<![_\d])\d[\d.]*\s+\.?\d|\\pm|\\mp"
+)
 _LARGE_BINOMIAL = re.compile(r"\\binom[^a-zA-Z]*\d{4}|(?:gcd|lcm)[^a-zA-Z]*\d{30}")
 _IMMODEST = re.compile(r"\d{400}|(?:\^[^\s^]{0,20}){8}")
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:[ ]|,)\d{3})+(?!\d|,\d)")
