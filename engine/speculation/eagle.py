@@ -17,8 +17,8 @@ import torch
 
 from lockstep.engine.intake import checked_version
 from lockstep.engine.models.attention_plans import plan_few_rows
-from lockstep.engine.models.decoder import AttentionPart
 from lockstep.engine.models.eagle3 import Eagle3Draft
+from lockstep.engine.models.layers.context import AttentionPart
 from lockstep.engine.request import Request
 from lockstep.engine.weights.served_weights import copy_in_place
 from lockstep.engine.weights.staging import NamedTensors, stage

@@ -7,19 +7,18 @@ from collections.abc import Iterable
 import torch
 
 from lockstep.engine.models.attention_plans import plan_few_rows
-from lockstep.engine.models.decoder import AttentionPart
+from lockstep.engine.models.layers.context import AttentionPart, PlanKey
 from lockstep.engine.steps.packed_rows import PackedRows, PackedSize
 from lockstep.engine.steps.page_table import PageTable
 from lockstep.kernels.attention.attention_plan import AttentionPlan, Groups
 
 
 class AttentionParts:
-    """windows: the windows of layers that take plans; none where the model's layers go without."""
+    """plan_keys: of the plans that the model's layers take; none where these go without."""
 
-    def __init__(self, page_table: PageTable, num_kv_heads: int = 0, windows: Iterable[int | None] = ()):
+    def __init__(self, page_table: PageTable, plan_keys: Iterable[PlanKey] = ()):
         self._page_table = page_table
-        self._num_kv_heads = num_kv_heads
-        self._windows = set(windows)
+        self._plan_keys = set(plan_keys)
 
     def decodes(self, slots: torch.Tensor, positions: torch.Tensor, planned: bool = True) -> AttentionPart:
         """One row for each request. slots (-1: padding) and positions: int64 [B], on the device."""
@@ -46,8 +45,8 @@ class AttentionParts:
 
     def _plans(
         self, kv_lens: torch.Tensor, cu_seqlens_q: torch.Tensor, rows_per_request: int, groups: Groups | None = None
-    ) -> dict[int | None, AttentionPlan]:
+    ) -> dict[PlanKey, AttentionPlan]:
         return {
-            window: plan_few_rows(kv_lens, cu_seqlens_q, self._num_kv_heads, rows_per_request, window, groups)
-            for window in self._windows
+            key: plan_few_rows(kv_lens, cu_seqlens_q, key.num_kv_heads, rows_per_request, key.window, groups)
+            for key in self._plan_keys
         }

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.models.decoder import Decoder
+from lockstep.engine.models.layers.context import PlanKey
 from lockstep.engine.ranks.rank_step import RankStep
 from lockstep.engine.scheduling.step_batch import Chunk, StepBatch
 from lockstep.engine.speculation.eagle import EagleDrafter
@@ -65,15 +65,14 @@ class Runner:
         announce: Callable[[RankStep], None] | None = None,
     ):
         self.device = config.device
-        shape = model.local_config
         self.page_table = PageTable(config.max_running_requests, config.max_model_len, config.page_size, config.device)
         self.target = Target(model, self.page_table, config.num_pages, config.dtype, config.device)
         packer = RowPacker(config.page_size, drafter is not None, config.device)
         self.draft = NoDraft() if drafter is None else DraftSteps(drafter, self.target, packer)
         self.target.aux_layers = self.draft.aux_layers
-        # Latent attention has one kernel for prefill and decode, which goes without plans and groups.
-        parts = AttentionParts(self.page_table, shape.num_kv_heads, shape.layer_windows if shape.mla is None else ())
-        group_requests = _group_requests(shape) if config.group_prefixes else 0
+        plan_keys = model.local_config.plan_keys - {None}
+        parts = AttentionParts(self.page_table, plan_keys)
+        group_requests = _group_requests(plan_keys) if config.group_prefixes else 0
         has_scalar_head = model.config.head == "scalar"
         self.eager_steps = EagerSteps(self.target, parts, announce or _alone)
         if config.device.type == "cuda" and config.cuda_graphs and model.ranks is None and not has_scalar_head:
@@ -173,9 +172,11 @@ class Runner:
             torch.cuda.empty_cache()
 
 
-def _group_requests(shape: ModelConfig) -> int:
-    """How many decodes may read a shared prefix together; 0 where attention takes no groups."""
-    return 0 if shape.mla is not None else max(1, GROUP_ROWS // (shape.num_heads // shape.num_kv_heads))
+def _group_requests(plan_keys: Collection[PlanKey]) -> int:
+    """How many decodes may read a shared prefix together; 0 where no layer plans its attention, and so none groups."""
+    if not plan_keys:
+        return 0
+    return max(1, GROUP_ROWS // max(key.queries_per_kv_head for key in plan_keys))
 
 
 def _alone(step: RankStep) -> None:

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lockstep.engine.models.decoder import AttentionContext, AttentionPart, Decoder, LayerCache, new_layer_caches
+from lockstep.engine.memory.layer_caches import LayerCache
+from lockstep.engine.models.decoder import Decoder
+from lockstep.engine.models.layers.context import AttentionContext, AttentionPart
 from lockstep.engine.steps.packed_rows import PackedSize
 from lockstep.engine.steps.page_table import PageTable
 from lockstep.kernels.memory.step_inputs import step_inputs
@@ -71,10 +73,10 @@ class Target:
         self.aux_layers: tuple[int, ...] = ()
         self.wants_all_rows = False
         self.kv_caches: list[LayerCache] = []
-        self._cache_shape = (model.local_config, num_pages, page_table.page_size, dtype, device)
+        self._cache_shape = (num_pages, page_table.page_size, dtype)
 
     def take_kv_cache(self) -> None:
-        self.kv_caches = new_layer_caches(*self._cache_shape)
+        self.kv_caches = self.model.new_caches(*self._cache_shape)
 
     def free_kv_cache(self) -> None:
         self.kv_caches = []
