@@ -29,8 +29,10 @@ def make_step(rng, kind, speculates, breaks):
         logprobs = [-rng.random() for _ in tokens]
         if breaks and rng.random() < 0.5:
             place = rng.randrange(len(tokens))
-            logprobs[place] = rng.choice((math.nan, math.inf))
-            tokens[place] = rng.choice((-1, tokens[place]))
+            if breaks == "tokens" or rng.random() < 0.5:
+                tokens[place] = -1
+            if breaks == "log-probs":
+                logprobs[place] = rng.choice((math.nan, math.inf))
         results.append((drafts, tokens, logprobs))
     batch = StepBatch(chunks, sum(chunk.length for chunk in chunks))
     for chunk in chunks:
@@ -56,7 +58,7 @@ def expected_outputs(drafts, tokens, logprobs):
     return outputs
 
 
-@pytest.mark.parametrize("breaks", [False, True])
+@pytest.mark.parametrize("breaks", [None, "tokens", "log-probs"])
 @pytest.mark.parametrize("speculates", [False, True])
 @pytest.mark.parametrize("seed", range(25))
 def test_each_request_gets_its_tokens(seed, speculates, breaks):
@@ -81,7 +83,7 @@ def test_each_request_gets_its_tokens(seed, speculates, breaks):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_rewards_are_no_tokens(seed):
-    step, results = make_step(random.Random(seed), "reward", False, breaks=seed % 2 == 1)
+    step, results = make_step(random.Random(seed), "reward", False, breaks=(None, "tokens", "log-probs")[seed % 3])
     collected = collect(step)
     for request, (_, tokens, values) in zip(step.layout.sampled, results, strict=True):
         is_whole = request.finish_reason is None and tokens[0] >= 0 and math.isfinite(values[0])
