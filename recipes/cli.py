@@ -112,10 +112,12 @@ def main(argv: list[str] | None = None, stages: Mapping[str, Stage] = STAGES) ->
 def _choose(arguments: list[str], stages: Mapping[str, Stage]) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         _print_help(stages)
-    elif arguments[0] in ("-V", "--version"):
+    elif {"-V", "--version"} & {arguments[0], *(arguments[1:] if arguments[0] in stages else ())}:
         print(f"lockstep {importlib.metadata.version('lockstep-rl')}")
     elif arguments[0] not in stages:
-        near = difflib.get_close_matches(arguments[0], stages, cutoff=0.5)
+        if arguments[0].startswith("-") or "=" in arguments[0]:
+            _fail(f"{arguments[0]} stands before the stage: lockstep STAGE KEY=VALUE", f"stages: {' '.join(stages)}")
+        near = difflib.get_close_matches(arguments[0].lower(), stages, cutoff=0.5)
         _fail(
             f"unknown stage {arguments[0]!r}",
             near and f"did you mean: {', '.join(near)}",
@@ -124,16 +126,10 @@ def _choose(arguments: list[str], stages: Mapping[str, Stage]) -> None:
     elif {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments):
         _fail("--multirun is not supported: a run directory holds one run, so start one run per setting")
     else:
-        _run_stage(arguments[0], stages[arguments[0]], _flags_first(arguments[1:]))
+        _run_stage(arguments[0], stages[arguments[0]], arguments[1:])
 
 
-def _flags_first(arguments: list[str]) -> list[str]:
-    """Flags and their values, then KEY=VALUE: between two of those, argparse would not know a flag."""
-    arguments = ["dry_run=true" if argument == "--dry-run" else argument for argument in arguments]
-    return sorted(arguments, key=lambda argument: "=" in argument and not argument.startswith("-"))
-
-
-def _run_stage(name: str, stage: Stage, overrides: list[str]) -> None:
+def _run_stage(name: str, stage: Stage, arguments: list[str]) -> None:
     full_errors = launch.full_errors_asked()
     with ConsoleLog() as console_log:
         with _user_errors(full_errors):
@@ -142,7 +138,7 @@ def _run_stage(name: str, stage: Stage, overrides: list[str]) -> None:
             _LOG.debug("importing torch and Megatron-core")
             config_class, run = _resolve(stage.config), _resolve(stage.run)
             _LOG.debug("composing the config")
-            config = _compose(name, stage, config_class, overrides)
+            config = _compose(name, stage, config_class, arguments)
         if config is not None:
             with _user_errors(full_errors, "(HYDRA_FULL_ERROR=1 shows where)"), compilers_say_so():
                 console_log.is_running = True
@@ -166,7 +162,7 @@ def _user_errors(full_errors: bool, *details: str) -> Iterator[None]:
         _fail(*lines, *details)
 
 
-def _compose(name: str, stage: Stage, config_class: type, overrides: list[str]) -> Any:
+def _compose(name: str, stage: Stage, config_class: type, arguments: list[str]) -> Any:
     """The stage's config, or None where a flag such as --cfg asked Hydra to print instead.
 
     Raises:
@@ -176,7 +172,7 @@ def _compose(name: str, stage: Stage, config_class: type, overrides: list[str]) 
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from lockstep.recipes import config_schema, run_config
+    from lockstep.recipes import config_schema, overrides, run_config
 
     composed = []
 
@@ -185,8 +181,9 @@ def _compose(name: str, stage: Stage, config_class: type, overrides: list[str]) 
 
     _register(name, stage, config_schema.mirror(config_class))
     arguments_before = sys.argv
-    overrides = [config_schema.read_override(config_class, override) for override in overrides]
-    sys.argv = [f"lockstep {name}", *overrides]  # hydra.main reads its arguments there
+    arguments = overrides.flags_first(name, arguments, config_class)
+    read = [config_schema.read_override(config_class, argument) for argument in arguments]
+    sys.argv = [f"lockstep {name}", *read]  # hydra.main reads its arguments there
     try:
         with launch.hydra_raises():
             hydra.main(version_base="1.3", config_path="pkg://lockstep.configs", config_name=name)(keep)()

@@ -21,6 +21,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from lockstep.engine.config_fields import FieldError
 
+_MOST_NEAR = 6  # keys in an error's advice
 _hints_of = functools.cache(typing.get_type_hints)
 
 # `~` where a path begins in an override: at its start, in a list or in a mapping. Quoted ones are expanded later.
@@ -131,11 +132,22 @@ def _with_home(value: Any) -> Any:
 
 
 def unknown_key_message(key: str, known_keys: Sequence[str]) -> str:
-    """Names the unknown key and the known keys most like it: as a whole, or in their last part."""
-    near = difflib.get_close_matches(key, known_keys, n=3, cutoff=0.75)
+    """Names the unknown key and the known keys most like it."""
+    near = near_keys(key, known_keys)
+    return f"unknown key {key!r}" + (f"\ndid you mean: {', '.join(near)}" if near else "")
+
+
+def near_keys(key: str, known_keys: Sequence[str]) -> list[str]:
+    """The known keys most like it, the likeliest first: as a whole, or in their last part. Case is ignored."""
+    key = key.lower().replace("-", "_") if key[:1] != "-" else key
     last = key.rpartition(".")[2]
-    near += [known for known in known_keys if difflib.get_close_matches(last, [known.rpartition(".")[2]], cutoff=0.75)]
-    return f"unknown key {key!r}" + (f"\ndid you mean: {', '.join(dict.fromkeys(near))}" if near else "")
+    same = [known for known in known_keys if known == key or known.rpartition(".")[2] == last]
+    for cutoff in (0.75, 0.6):
+        near = same + difflib.get_close_matches(key, known_keys, n=3, cutoff=cutoff)
+        near += [k for k in known_keys if difflib.get_close_matches(last, [k.rpartition(".")[2]], cutoff=cutoff)]
+        if near:
+            return list(dict.fromkeys(near))[:_MOST_NEAR]
+    return []
 
 
 def to_plain(value: Any) -> Any:
