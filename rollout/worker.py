@@ -88,9 +88,9 @@ class RolloutWorker:
         self.score([group for group in groups if group.samples is None and group.has_ended])
         return sum(len(output.token_ids) for output in outputs)
 
-    def sample_first(self, num_problems: int, samples_per_problem: int, step: int) -> list[Group]:
-        """The scored groups of the task's first problems, of all where it has fewer."""
-        indices = range(min(num_problems, len(self.task)))
+    def sample_first(self, num_problems: int, samples_per_problem: int, step: int, begin: int = 0) -> list[Group]:
+        """The scored groups of the task's first problems, of all where it has fewer; those before `begin` left out."""
+        indices = range(begin, min(num_problems, len(self.task)))
         groups = [self.begin(self.task.problem(index), index, step, samples_per_problem) for index in indices]
         self.extend(groups)
         return groups
