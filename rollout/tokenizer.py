@@ -9,11 +9,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lockstep.engine.config_fields import Size, check_fields
-from lockstep.engine.tokenizer import load_tokenizer as load_foreign_tokenizer
+from lockstep.engine.text.chat_template import CHAT_TEMPLATE, ChatConfig, apply_template, set_chat_options
+from lockstep.engine.text.end_of_turn import end_of_turn
+from lockstep.engine.text.model_output import valid_text
+from lockstep.engine.text.tokenizer import load_tokenizer as load_foreign_tokenizer
 from lockstep.rollout.answer_tags import ANSWER_CLOSE, ANSWER_OPEN
-from lockstep.rollout.chat_template import CHAT_TEMPLATE, ChatConfig, apply_template, set_chat_options
-from lockstep.rollout.end_of_turn import end_of_turn
-from lockstep.rollout.model_output import valid_text
 
 PAD = "<|pad|>"
 END = "<|end|>"

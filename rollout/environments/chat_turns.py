@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from lockstep.rollout.chat_template import apply_template
-from lockstep.rollout.end_of_turn import MARK, split_at_end, stop_token_ids
+from lockstep.engine.text.chat_template import apply_template
+from lockstep.engine.text.end_of_turn import MARK, split_at_end, stop_token_ids
 from lockstep.rollout.environments.environment import Messages, Opening, TokenIds
 from lockstep.rollout.tokenizer import render_prompt
 

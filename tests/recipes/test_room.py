@@ -8,11 +8,11 @@ from models import make_hf_model
 
 from lockstep.engine import EngineConfig
 from lockstep.engine.models.config import load_model_config
-from lockstep.recipes import rl, sft
-from lockstep.recipes.evaluate import EvalConfig
-from lockstep.recipes.inputs import ModelSource
+from lockstep.recipes.evaluation.evaluate import EvalConfig
+from lockstep.recipes.planning.room import eval_with_room, rl_with_room, sft_with_room
 from lockstep.recipes.reward import RewardConfig, policy_tasks
-from lockstep.recipes.room import eval_with_room, rl_with_room, sft_with_room
+from lockstep.recipes.rl import rl, sft
+from lockstep.recipes.rl.inputs import ModelSource
 from lockstep.rollout.evaluation import EvaluationConfig
 from lockstep.rollout.preferences import PairSamplingConfig
 from lockstep.rollout.tasks import Problem, TaskSplits

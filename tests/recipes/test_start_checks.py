@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from lockstep.recipes import cli
-from lockstep.recipes.run_directory import (
+from lockstep.recipes.runs.run_directory import (
     RunDirectory,
     check_start,
     read_rollouts,
     rollout_steps,
     rollouts_path,
 )
-from lockstep.recipes.run_place import Advice
+from lockstep.recipes.runs.run_place import Advice
 
 CONFIG = {"steps": 9, "seed": 1}
 ADVICE = Advice("HINT", "ANEW", "lockstep rl run=r")
