@@ -41,14 +41,26 @@ _RULES: dict[str, Rule] = {"prompts_per_step": Whole(1), "samples_per_prompt": W
 
 
 class RolloutWorker:
-    """Generates and scores groups; the same coordinates always give the same samples for the same weights."""
+    """Generates and scores groups; the same coordinates always give the same samples for the same weights.
 
-    def __init__(self, engine: Engine, tokenizer, task: Task, reward: Reward, config: RolloutConfig, seed: int):
+    correct: gives 1 where an answer is right; None: the task's verifier, in this process.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer,
+        task: Task,
+        reward: Reward,
+        config: RolloutConfig,
+        seed: int,
+        correct: Reward | None = None,
+    ):
         self.engine = engine
         self.tokenizer = tokenizer
         self.task = task
         self.reward = reward
-        self.correct = correct_reward(task)
+        self.correct = correct or correct_reward(task)
         self.failures = StepFailures()
         self.config = config
         self.seed = seed

@@ -30,7 +30,7 @@ from lockstep.rollout import hub
 from lockstep.rollout.answer_watch import warn_unanswered
 from lockstep.rollout.environments import EnvironmentConfig
 from lockstep.rollout.evaluation import EvalResult, EvaluationConfig, evaluate
-from lockstep.rollout.rewards import LocalRewards, check_reward
+from lockstep.rollout.rewards import CORRECT, LocalRewards, check_reward
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.tokenizer import load_tokenizer
 
@@ -110,7 +110,16 @@ def evaluate_tasks(
 ) -> dict[str, EvalResult]:
     """Each task's result, with the reward that its own verifier gives where the reward asks for one."""
     return {
-        name: evaluate(engine, tokenizer, task, rewards.build(reward, task), config, seed, environment)
+        name: evaluate(
+            engine,
+            tokenizer,
+            task,
+            rewards.build(reward, task),
+            config,
+            seed,
+            environment,
+            correct=rewards.build(CORRECT, task),
+        )
         for name, task in tasks.items()
     }
 
