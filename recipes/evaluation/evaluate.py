@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from lockstep.engine import Engine, EngineConfig
 from lockstep.engine.config_fields import Count, Seed, Text, Threads, check_fields
-from lockstep.engine.files import write_whole
+from lockstep.engine.files import check_writable, write_whole
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.text.chat_template import ChatConfig
 from lockstep.engine.text.detokenizer import decode_text
@@ -130,11 +129,7 @@ def _check_can_be_written(path: Path) -> None:
         raise ValueError(f"output={path} is a folder; name a file in it")
     if not path.parent.is_dir():
         raise ValueError(f"output={path}: there is no folder {path.parent}")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"output={path} cannot be written: {error.strerror}") from error
+    check_writable(path.parent, f"output={path}")
 
 
 def _print_samples(console: Console, name: str, result: EvalResult, tokenizer, count: int) -> None:

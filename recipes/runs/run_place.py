@@ -5,12 +5,11 @@ import fcntl
 import itertools
 import os
 import socket
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from lockstep.engine.files import TEMPORARY
+from lockstep.engine.files import TEMPORARY, check_writable
 from lockstep.recipes.runs.run_config import CONFIG_FILE
 from lockstep.recipes.runs.run_inputs import INPUTS_FILE
 
@@ -36,7 +35,7 @@ def check_place(path: Path) -> None:
             raise ValueError(f"{path}: {place} is a link to {os.readlink(place)}, which is not there")
         if place.exists() and not place.is_dir():
             raise ValueError(f"{path}: {place} is not a directory" if place != path else f"{path} is not a directory")
-    _check_writable(path)
+    check_writable(path, f"{path}: a run")
     if path.is_dir() and not (path / CONFIG_FILE).exists():
         # A run that was killed while it began has its lock, and perhaps half a config.
         own = (LOCK_FILE, INPUTS_FILE)
@@ -87,14 +86,3 @@ def _lock(file: IO[str]) -> None:
         file.seek(0)
         holder = file.read().strip() or "another process"
         raise ValueError(f"{Path(file.name).parent} is in use by {holder}") from None
-
-
-def _check_writable(path: Path) -> None:
-    """A file without a name is made where the directory is, or would be made."""
-    place = next(place for place in (path, *path.absolute().parents) if place.is_dir())
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        what = f"{path} cannot be written" if place == path else f"{path} cannot be made in {place}"
-        raise ValueError(f"{what}: {error.strerror}; choose another place (runs_dir=DIR)") from error

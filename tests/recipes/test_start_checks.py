@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from lockstep.recipes import cli
+from lockstep.recipes.planning.start_checks import check_stage
+from lockstep.recipes.rl.sft import SFTConfig
 from lockstep.recipes.runs.run_directory import (
     RunDirectory,
     check_start,
@@ -100,7 +102,7 @@ def blocked(name: str, run: Path) -> tuple[Path, dict]:
         ("below a file", "file is not a directory"),
         ("a broken link", "is a link to nowhere, which is not there"),
         ("below a broken link", "is a link to nowhere, which is not there"),
-        ("not writable", "/proc/r cannot be made in /proc"),
+        ("not writable", "/proc/r: a run cannot be written in /proc"),
         ("no run", "is not a run directory"),
         ("another config", "holds a run with another config; HINT\n  seed: 1 -> 2"),
         ("other files", "put them back, or ANEW\n  task: a was changed"),
@@ -218,7 +220,7 @@ def test_the_command_s_dry_run_looks_at_the_directory(stage, tmp_path, monkeypat
     before = contents(tmp_path)
     for arguments, error in (
         (["runs_dir=file"], "file is not a directory"),
-        (["runs_dir=/proc"], "cannot be made in /proc"),
+        (["runs_dir=/proc"], "cannot be written in /proc"),
         (["name=other"], "holds a run with another config" if stage == "sft" else "another"),
         (["name=long"], "has made 8 steps already"),
     ):
@@ -229,3 +231,36 @@ def test_the_command_s_dry_run_looks_at_the_directory(stage, tmp_path, monkeypat
     shutil.rmtree("runs")
     dry_run(stage, "name=other")
     assert json.dumps(sorted(contents(tmp_path))) == json.dumps(["file"]).replace("file", str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        ("convert model=m output=/proc/x", "output=/proc/x cannot be written in /proc"),
+        ("convert model=m output=file/x", "output=file/x cannot be written: file is not a directory"),
+        ("eval engine.model=m output=/proc/x.json", "output=/proc/x.json cannot be written"),
+        ("bench suite=publish output=/proc/x", "output=/proc/x cannot be written in /proc"),
+        ("bench suite=engine output=file", "output=file cannot be written: file is not a directory"),
+        ("bench suite=engine images=/proc/x profile=true", "images=/proc/x cannot be written in /proc"),
+        ("bench suite=algorithms peer=trl", "suite=algorithms takes no peer"),
+        ("bench suite=rl workloads=[W1]", "suite=rl takes no workloads"),
+        ("bench suite=draft_demo shape=small", "suite=draft_demo takes no shape"),
+        ("bench suite=draft_demo model=m", "model=m holds no finished run that trained a draft"),
+        ("bench suite=publish workloads=[copi]", "unknown workload 'copi'; suite publish has copy"),
+    ],
+)
+def test_results_that_could_not_be_written_are_said_before_the_work(tmp_path, monkeypatch, capsys, command, error):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(command.split())
+    assert exit_info.value.code == 2
+    assert error in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("token", [None, "hf_x"])
+def test_a_push_that_nobody_is_logged_in_for_is_said_at_the_start(monkeypatch, caplog, token):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
+    check_stage(SFTConfig(push_to_hub="org/name"))
+    assert ("nobody is logged in to the hub" in caplog.text) == (token is None)
