@@ -21,6 +21,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from lockstep.engine.config_fields import FieldError
 
+_TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _MOST_NEAR = 6  # keys in an error's advice
 _hints_of = functools.cache(typing.get_type_hints)
 
@@ -166,8 +167,8 @@ def _mirror_type(annotation: Any) -> Any:
         return mirror(annotation)
     if annotation is Path:
         return str
-    if annotation is int:
-        return Any  # OmegaConf would cut 1.5 down to 1; `_build` refuses it
+    if annotation in (int, bool):
+        return Any  # OmegaConf would cut 1.5 down to 1, and take 2 for true; `_build` refuses it
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is None:
         return annotation
@@ -211,6 +212,8 @@ def _build(annotation: Any, value: Any, key: str) -> Any:
         return value
     if annotation is int:
         return _whole_number(value, key)
+    if annotation is bool:
+        return _truth(value, key)
     if value is None:
         return None
     if dataclasses.is_dataclass(annotation):
@@ -243,6 +246,14 @@ def _build(annotation: Any, value: Any, key: str) -> Any:
     if isinstance(value, dict) and len(arguments) == 2:
         return {name: _build(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
     return value
+
+
+def _truth(value: Any, key: str) -> bool:
+    """YAML's older words, in files and in quotes, are read too."""
+    word = str(value).lower()
+    if word not in _TRUTHS:
+        raise ValueError(f"{key} must be true or false, got {value!r}")
+    return _TRUTHS[word]
 
 
 def _whole_number(value: Any, key: str) -> int:
