@@ -17,7 +17,7 @@ from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.preferences import Preference
 from lockstep.rollout.tasks import Problem, Task, TaskSplits
 from lockstep.rollout.tasks.views import ChosenProblems
-from lockstep.rollout.tokenizer import encode_response
+from lockstep.rollout.tokenizer import encode_response, render_prompt
 
 if TYPE_CHECKING:
     from lockstep.recipes.evaluate import EvalConfig
@@ -47,7 +47,7 @@ class Room:
             return "has no worked solution to learn from; local files name theirs with solution_column"
         answer = len(encode_response(tokenizer, problem.solution)) if self.response is None else self.response
         try:
-            prompt = _num_tokens(tokenizer, apply_template(tokenizer, problem.messages), self.tokens - answer)
+            prompt = _num_prompt_tokens(tokenizer, problem, self.tokens - answer)
         except ValueError as error:
             return f"cannot be asked: {error}"
         if prompt + answer <= self.tokens:
@@ -154,11 +154,12 @@ def _smaller(*rooms: Room) -> Room:
     return min(rooms, key=lambda room: room.tokens - (room.response or 0))
 
 
-def _num_tokens(tokenizer: PreTrainedTokenizerBase, text: str, allowed: int) -> int:
-    """Of the text; 0 where it is so short that they cannot be more than allowed, which need not be counted."""
+def _num_prompt_tokens(tokenizer: PreTrainedTokenizerBase, problem: Problem, allowed: int) -> int:
+    """0 where the text is so short that they cannot be more than allowed, which need not be counted."""
+    text = apply_template(tokenizer, problem.messages)
     if len(text.encode()) * _TOKENS_PER_BYTE <= allowed:
         return 0
-    return len(tokenizer.encode(text, add_special_tokens=False))
+    return len(render_prompt(tokenizer, problem.messages))
 
 
 def _advice(config: TaskConfig, is_stored: bool) -> str:

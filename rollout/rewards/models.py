@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.engine.pooling import ScoreAt, scored_part
 from lockstep.rollout import hub
-from lockstep.rollout.chat_template import ChatConfig, apply_template
+from lockstep.rollout.chat_template import ChatConfig
 from lockstep.rollout.end_of_turn import stop_token_ids
+from lockstep.rollout.plain_content import encode_conversation
 from lockstep.rollout.rewards.failures import FailedScore, FailureWarnings
 from lockstep.rollout.rewards.isolation import Limits
 from lockstep.rollout.rewards.reward import Completion, Reward
@@ -123,8 +124,7 @@ def conversation_ids(
     Raises ValueError as `apply_template` does.
     """
     turns = [*messages, {"role": "assistant", "content": response}]
-    text = apply_template(tokenizer, turns, add_generation_prompt=False)
-    return tokenizer.encode(text, add_special_tokens=False)
+    return encode_conversation(tokenizer, turns, add_generation_prompt=False)
 
 
 def reward_model_reward(options: RewardModelOptions, engines: RewardEngines) -> Reward:
