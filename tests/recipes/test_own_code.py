@@ -1,6 +1,7 @@
 """A run whose task, environment, algorithm and reward are a user's own files in the working folder."""
 
 import json
+import os
 import sys
 
 import pytest
