@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lockstep.engine.checkpoint import check_weights, load_into
-from lockstep.engine.dummy_weights import initialize_dummy
+from lockstep.engine.checkpoints.checkpoint import check_weights, load_into
 from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.models.decoder import Decoder
 from lockstep.engine.models.names import expand, head_matrix_shapes
 from lockstep.engine.models.sharding import check_divides, check_expert_ranks, parameter_shards, product_shapes
-from lockstep.engine.rank_group import RankGroup
-from lockstep.engine.scheduler import SchedulerConfig
+from lockstep.engine.ranks.rank_group import RankGroup
+from lockstep.engine.scheduling.scheduler import SchedulerConfig
 from lockstep.engine.speculation.build import has_draft_model
+from lockstep.engine.weights.dummy_weights import initialize_dummy
 from lockstep.kernels import numerics
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
+from lockstep.engine.checkpoints.draft_config import LayerIds
 from lockstep.engine.checks import (
     SECONDS,
     Choice,
@@ -20,7 +21,6 @@ from lockstep.engine.checks import (
     power_of_two,
 )
 from lockstep.engine.config_fields import InputPath
-from lockstep.engine.draft_config import LayerIds
 from lockstep.engine.speculation.build import check_speculation
 from lockstep.engine.speculation.speculation import MAX_DRAFT_TOKENS
 

@@ -9,25 +9,25 @@ from pathlib import Path
 
 import torch
 
-from lockstep.engine import weights
 from lockstep.engine.build import build_model, check_parallel, num_kv_pages, rank_device, scheduler_config
-from lockstep.engine.capture import Capture, CaptureConfig
 from lockstep.engine.checks import Choice, check_device_is_there
 from lockstep.engine.config import EngineConfig
-from lockstep.engine.detokenizer import Detokenizer, decode_text, special_ids, unseen_ids
 from lockstep.engine.foreign_files import has_file
 from lockstep.engine.intake import check_is_request, check_not_queued, checked_version, new_requests
-from lockstep.engine.laps import Laps
+from lockstep.engine.memory.page_pool import PagePool
+from lockstep.engine.memory.radix_cache import RadixCache
 from lockstep.engine.models.config import load_model_config
-from lockstep.engine.page_pool import PagePool
-from lockstep.engine.radix_cache import RadixCache
+from lockstep.engine.ranks.tensor_parallel import LeadingRunner, LeadingWeights, start_workers
+from lockstep.engine.ranks.workers import RankError, Workers
 from lockstep.engine.request import Kind, Request, RequestOutput, SamplingParams, no_number
-from lockstep.engine.runner import LaunchedStep, Runner
-from lockstep.engine.scheduler import Scheduler
+from lockstep.engine.scheduling.scheduler import Scheduler
 from lockstep.engine.serving import Serving
 from lockstep.engine.speculation.build import load_draft_model, new_eagle, new_speculation
-from lockstep.engine.tensor_parallel import LeadingRunner, LeadingWeights, start_workers
-from lockstep.engine.workers import RankError, Workers
+from lockstep.engine.steps.capture import Capture, CaptureConfig
+from lockstep.engine.steps.laps import Laps
+from lockstep.engine.steps.runner import LaunchedStep, Runner
+from lockstep.engine.text.detokenizer import Detokenizer, decode_text, special_ids, unseen_ids
+from lockstep.engine.weights import served_weights
 from lockstep.kernels.process_state import own_state
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -69,7 +69,7 @@ class Engine(Serving):
             raise
         self.weight_targets = dict(self.model.named_parameters())
         self.update_buffers: dict[str, torch.Tensor] | None = None
-        self.aliased: weights.AliasedWeights | None = None
+        self.aliased: served_weights.AliasedWeights | None = None
         self.rank_weights = self.workers and LeadingWeights(
             self.workers, self.model_config, self.weight_targets, config.ep_size
         )
@@ -268,7 +268,7 @@ class Engine(Serving):
         version = self._check_update(version, inflight)
         started = time.perf_counter()
         if self.rank_weights is not None:
-            staged = weights.stage(named_tensors, self.rank_weights.wholes)
+            staged = served_weights.stage(named_tensors, self.rank_weights.wholes)
             return self._flip_ranks(staged, version, inflight, started)
         if self.aliased is not None:
             self.aliased.check_same(named_tensors)
@@ -276,7 +276,7 @@ class Engine(Serving):
             self._set_version(version, inflight)
             self.aliased.set_current()
             return {"version": version, "copy_s": 0.0, "checksum": ""}
-        staged = weights.stage(named_tensors, self.weight_targets)
+        staged = served_weights.stage(named_tensors, self.weight_targets)
         return self._flip(staged, version, inflight, {"stage_s": time.perf_counter() - started})
 
     def alias_weights(
@@ -294,7 +294,7 @@ class Engine(Serving):
             raise NotImplementedError(
                 f"Engine.alias_weights takes tp_size=1, and this engine has {self.config.tp_size} ranks"
             )
-        staged = weights.stage(named_tensors, self.weight_targets)
+        staged = served_weights.stage(named_tensors, self.weight_targets)
         for name, tensor in staged.items():
             if not tensor.is_contiguous() or tensor.device != self.weight_targets[name].device:
                 raise ValueError(f"{name} cannot be shared: it is on {tensor.device} with strides {tensor.stride()}")
@@ -304,10 +304,10 @@ class Engine(Serving):
         if self.runner.follower is not None:
             self.runner.follower.drafter.draft.share_embedding(self.model.embedding.word_embeddings.weight)
         self.runner.forget_graphs()
-        self.aliased = weights.AliasedWeights(staged, num_changes)
+        self.aliased = served_weights.AliasedWeights(staged, num_changes)
         self._set_version(version, "recompute")
 
-    def begin_update(self, version: int) -> weights.WeightUpdate:
+    def begin_update(self, version: int) -> served_weights.WeightUpdate:
         """Room for new weights beside those that serve on, for `commit_update`. Of one update at a time.
 
         It holds whole parameters, also where several ranks serve them: an engine is one receiver of a weight plan,
@@ -316,10 +316,12 @@ class Engine(Serving):
         version = self._check_update(version, "keep")
         wholes = self.weight_targets if self.rank_weights is None else self.rank_weights.wholes
         if self.update_buffers is None:
-            self.update_buffers = weights.new_buffers(wholes, rank_device(self.config, 0))
-        return weights.WeightUpdate(version, wholes, self.update_buffers)
+            self.update_buffers = served_weights.new_buffers(wholes, rank_device(self.config, 0))
+        return served_weights.WeightUpdate(version, wholes, self.update_buffers)
 
-    def commit_update(self, update: weights.WeightUpdate, inflight: str = "keep") -> dict[str, float | int | str]:
+    def commit_update(
+        self, update: served_weights.WeightUpdate, inflight: str = "keep"
+    ) -> dict[str, float | int | str]:
         """Flips to an update that has arrived, as `update_weights` does; requests pause for a copy within the device,
         and with several ranks also until each has been sent its part.
 
@@ -347,7 +349,7 @@ class Engine(Serving):
             raise ValueError(f"update_draft: this engine has no draft model, draft_model={self.config.draft_model!r}")
         drafter = self.runner.follower.drafter
         version = checked_version(version, drafter.version, "draft version")
-        staged = weights.stage(named_tensors, drafter.update_targets())
+        staged = served_weights.stage(named_tensors, drafter.update_targets())
         self._drain()
         drafter.update(staged, version)
 
@@ -364,22 +366,22 @@ class Engine(Serving):
             self.aliased.check_same(staged.items())
         laps = Laps(rank_device(self.config, 0))
         self._drain()
-        sent, served = weights.copy_in_place(staged, self.weight_targets)
+        sent, served = served_weights.copy_in_place(staged, self.weight_targets)
         self._set_version(version, inflight)
         laps.end("copy_s")
         # What the host does until here, a GPU need not wait for.
-        labels = weights.labels(self.weight_targets)
+        labels = served_weights.labels(self.weight_targets)
         sent, served = sent.tolist(), served.tolist()
-        if names := weights.damaged(staged, sent, served):
+        if names := served_weights.damaged(staged, sent, served):
             raise RuntimeError(f"weights served after update {version} differ from those sent: {names}")
-        checksum = weights.digest(labels, dict(zip(staged, served, strict=True)))
+        checksum = served_weights.digest(labels, dict(zip(staged, served, strict=True)))
         return {**timings, "version": version, **laps.seconds(), "checksum": checksum}
 
     def _flip_ranks(
         self, staged: Mapping[str, torch.Tensor], version: int, inflight: str, started: float
     ) -> dict[str, float | int | str]:
         """As `_flip`, on all ranks of the engine."""
-        hashes = weights.hashes_by_name(staged)
+        hashes = served_weights.hashes_by_name(staged)
         self._drain()
         self.rank_weights.stage(staged, hashes)
         verified = time.perf_counter()
@@ -387,7 +389,7 @@ class Engine(Serving):
         self._set_version(version, inflight)
         copied = time.perf_counter()
         served = self.checksum()
-        if served != (expected := weights.digest(weights.labels(staged), hashes)):
+        if served != (expected := served_weights.digest(served_weights.labels(staged), hashes)):
             raise RuntimeError(f"weights served after update {version} differ from those sent: {served} != {expected}")
         return {
             "version": version,
@@ -406,10 +408,10 @@ class Engine(Serving):
         self.scheduler.set_version(version)
 
     def checksum(self) -> str:
-        """weights.checksum of the whole weights that are served, for any tp_size the same."""
+        """served_weights.checksum of the whole weights that are served, for any tp_size the same."""
         self._check_running()
         if self.rank_weights is None:
-            return weights.checksum(self.weight_targets.items())
+            return served_weights.checksum(self.weight_targets.items())
         return self.rank_weights.checksum()
 
     # Memory ----------------------------------------------------------------------------------------------------------
@@ -563,7 +565,7 @@ class Engine(Serving):
 def _load_tokenizer(path: str):
     if not any(has_file(Path(path), name) for name in TOKENIZER_FILES):
         return None
-    from lockstep.engine.tokenizer import load_tokenizer  # a second of imports that token-id users do not need
+    from lockstep.engine.text.tokenizer import load_tokenizer  # a second of imports that token-id users do not need
 
     return load_tokenizer(path)
 

@@ -16,7 +16,7 @@ from lockstep.engine.intake import check_is_request, check_not_queued
 from lockstep.engine.request import Kind, Request, RequestOutput, SamplingParams
 from lockstep.engine.serving import Serving
 from lockstep.engine.spread import spread
-from lockstep.engine.weights import WeightUpdate
+from lockstep.engine.weights.served_weights import WeightUpdate
 
 
 class ReplicatedEngine(Serving):

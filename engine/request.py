@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from lockstep.engine.checks import Real, Rule, Whole, conform, flag, refuse, strings, token_set
 
 if TYPE_CHECKING:
-    from lockstep.engine.detokenizer import Detokenizer
-    from lockstep.engine.radix_cache import CacheHandle
+    from lockstep.engine.memory.radix_cache import CacheHandle
+    from lockstep.engine.text.detokenizer import Detokenizer
 
 Kind = Literal["generate", "score", "reward"]
 FinishReason = Literal["stop", "length", "abort"]

@@ -5,7 +5,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from lockstep.kernels._cpu import inline_njit
-from lockstep.kernels.kv_cache import CPU_VECTOR
+from lockstep.kernels.memory.kv_cache import CPU_VECTOR
 
 _VECTOR = ir.VectorType(ir.FloatType(), CPU_VECTOR)
 

@@ -7,10 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lockstep.kernels.head_linear import head_linear
-from lockstep.kernels.linear import linear
-from lockstep.kernels.linear_silu_mul import linear_silu_mul
-from lockstep.kernels.silu_mul import silu_mul
+from lockstep.kernels.linear.head_linear import head_linear
+from lockstep.kernels.linear.linear import linear
+from lockstep.kernels.linear.linear_silu_mul import linear_silu_mul
+from lockstep.kernels.linear.silu_mul import silu_mul
 
 # (N, K) of weights, small enough that the check costs milliseconds.
 _CPU_SHAPES = ((384, 128), (128, 384), (260, 100), (1000, 256))

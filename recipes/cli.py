@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lockstep.recipes import launch
-from lockstep.recipes.console_log import ConsoleLog, compilers_say_so
+from lockstep.recipes.runs.console_log import ConsoleLog, compilers_say_so
 from lockstep.recipes.user_errors import as_user_error
 
 _LOG = logging.getLogger("lockstep.recipes.cli")  # by its name: this module may run as __main__
@@ -41,14 +41,14 @@ class Stage:
 
 STAGES: Mapping[str, Stage] = {
     "sft": Stage(
-        "lockstep.recipes.sft:SFTConfig",
-        "lockstep.recipes.sft:run",
+        "lockstep.recipes.rl.sft:SFTConfig",
+        "lockstep.recipes.rl.sft:run",
         "supervised fine-tuning",
         resumes=True,
     ),
     "rl": Stage(
-        "lockstep.recipes.rl:RLConfig",
-        "lockstep.recipes.rl:run",
+        "lockstep.recipes.rl.rl:RLConfig",
+        "lockstep.recipes.rl.rl:run",
         "reinforcement learning from rewards",
         resumes=True,
     ),
@@ -59,19 +59,25 @@ STAGES: Mapping[str, Stage] = {
         resumes=True,
     ),
     "draft": Stage(
-        "lockstep.recipes.draft:DraftConfig",
-        "lockstep.recipes.draft:run",
+        "lockstep.recipes.drafts.draft:DraftConfig",
+        "lockstep.recipes.drafts.draft:run",
         "an EAGLE-3 draft for a model, offline",
         resumes=True,
     ),
     "eval": Stage(
-        "lockstep.recipes.evaluate:EvalConfig", "lockstep.recipes.evaluate:run", "accuracy on held-out tasks"
+        "lockstep.recipes.evaluation.evaluate:EvalConfig",
+        "lockstep.recipes.evaluation.evaluate:run",
+        "accuracy on held-out tasks",
     ),
     "replay": Stage(
-        "lockstep.recipes.replay:ReplayConfig", "lockstep.recipes.replay:main", "stored rollouts again, compared by bit"
+        "lockstep.recipes.evaluation.replay:ReplayConfig",
+        "lockstep.recipes.evaluation.replay:main",
+        "stored rollouts again, compared by bit",
     ),
     "convert": Stage(
-        "lockstep.recipes.convert:ConvertConfig", "lockstep.recipes.convert:run", "checkpoint to HF format"
+        "lockstep.recipes.conversion.convert:ConvertConfig",
+        "lockstep.recipes.conversion.convert:run",
+        "checkpoint to HF format",
     ),
     "bench": Stage(
         "lockstep.recipes.bench.config:BenchConfig",
@@ -176,7 +182,8 @@ def _compose(name: str, stage: Stage, config_class: type, overrides: list[str]) 
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from lockstep.recipes import config_schema, run_config
+    from lockstep.recipes import config_schema
+    from lockstep.recipes.runs import run_config
 
     composed = []
 

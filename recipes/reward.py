@@ -13,16 +13,16 @@ from lockstep.engine import Engine, EngineConfig
 from lockstep.engine.config_fields import Count, Fraction, InputPath, Size
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.pooling import scored_part
-from lockstep.recipes.room import pairs_with_room
-from lockstep.recipes.start_checks import check_stage
-from lockstep.recipes.training_run import START, TrainingRun, TrainingRunConfig, is_due, resumed
+from lockstep.recipes.planning.room import pairs_with_room
+from lockstep.recipes.planning.start_checks import check_stage
+from lockstep.recipes.rl.training_run import START, TrainingRun, TrainingRunConfig, is_due, resumed
 from lockstep.rollout import hub
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.preferences import PairSamplingConfig, Preference, read_pairs, sample_pairs, write_pairs
 from lockstep.rollout.rewards.models import conversation_ids
 from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.trainer_bridge import MegatronTrainer
-from lockstep.trainer_bridge.preference import PreferencePair, bradley_terry_loss, pack_pairs
+from lockstep.trainer_bridge.algorithms.preference import PreferencePair, bradley_terry_loss, pack_pairs
 
 _LOG = logging.getLogger(__name__)
 

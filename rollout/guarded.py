@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from lockstep.rollout.model_output import shown
+from lockstep.engine.text.model_output import shown
 
 
 class CallFailed(Exception):

@@ -13,8 +13,8 @@ from annotated_types import Interval
 from lockstep.engine import Engine
 from lockstep.engine.config_fields import MAX_COUNT, Positive, Size, check_fields
 from lockstep.engine.files import write_whole
+from lockstep.engine.text.model_output import valid_text
 from lockstep.rollout.evaluation import EVALUATION_STEP
-from lockstep.rollout.model_output import valid_text
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.tasks.chats import Messages, looks_like_chat, read_messages, to_ask
 from lockstep.rollout.tasks.data_files import Row, plain_text, read_rows

@@ -9,12 +9,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lockstep.engine.config_fields import Size, check_fields
-from lockstep.engine.tokenizer import load_tokenizer as load_foreign_tokenizer
-from lockstep.rollout.answer_tags import ANSWER_CLOSE, ANSWER_OPEN
-from lockstep.rollout.chat_template import CHAT_TEMPLATE, ChatConfig, set_chat_options
-from lockstep.rollout.end_of_turn import end_of_turn
-from lockstep.rollout.model_output import valid_text
-from lockstep.rollout.plain_content import encode_assistant_text, encode_conversation
+from lockstep.engine.text.answer_tags import ANSWER_CLOSE, ANSWER_OPEN
+from lockstep.engine.text.chat_template import CHAT_TEMPLATE, ChatConfig, set_chat_options
+from lockstep.engine.text.end_of_turn import end_of_turn
+from lockstep.engine.text.model_output import valid_text
+from lockstep.engine.text.plain_content import encode_assistant_text, encode_conversation
+from lockstep.engine.text.tokenizer import load_tokenizer as load_foreign_tokenizer
 
 PAD = "<|pad|>"
 END = "<|end|>"

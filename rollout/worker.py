@@ -9,7 +9,7 @@ from lockstep.engine import Engine, SamplingParams
 from lockstep.engine.checks import Rule, Whole, conform
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.request import SAMPLING_RULES
-from lockstep.rollout.end_of_turn import response_text, stop_token_ids
+from lockstep.engine.text.end_of_turn import response_text, stop_token_ids
 from lockstep.rollout.group import Group, Response
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.rewards import Completion, Reward, StepFailures, correct_reward

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from lockstep.recipes import cli, config_schema
-from lockstep.recipes.draft import DraftConfig
-from lockstep.recipes.run_directory import MAY_DIFFER
-from lockstep.recipes.training_run import TrainingRunConfig
+from lockstep.recipes.drafts.draft import DraftConfig
+from lockstep.recipes.rl.training_run import TrainingRunConfig
+from lockstep.recipes.runs.run_directory import MAY_DIFFER
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs/recipes").glob("*.md"))]

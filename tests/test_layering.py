@@ -65,7 +65,7 @@ def test_no_import_runs_up_or_sideways():
         ("kernels", "import lockstep.engine", "kernels imports lockstep.engine"),
         ("engine", "from lockstep.rollout.sample import Sample", "engine imports lockstep.rollout"),
         ("engine", "def f():\n    from lockstep import recipes", "engine imports lockstep.recipes"),
-        ("rollout", "import lockstep.trainer_bridge.losses as l", "rollout imports lockstep.trainer_bridge"),
+        ("rollout", "import lockstep.trainer_bridge.algorithms.losses as l", "rollout imports lockstep.trainer_bridge"),
         ("trainer_bridge", "if 0:\n    from lockstep.rollout import worker", "trainer_bridge imports lockstep.rollout"),
         (
             "trainer_bridge",
@@ -91,7 +91,7 @@ def test_a_bad_import_is_found(tmp_path, layer, code, fault):
 @pytest.mark.parametrize(
     ("layer", "code"),
     [
-        ("engine", "from lockstep.kernels.linear import linear\nimport torch.nn"),
+        ("engine", "from lockstep.kernels.linear.linear import linear\nimport torch.nn"),
         ("recipes", "from lockstep.trainer_bridge import publish\nfrom lockstep import rollout"),
         ("rollout", "import lockstep.rollout.sample\nimport engineering"),
     ],

@@ -9,7 +9,7 @@ import importlib
 _HOMES = {
     "MegatronTrainer": "trainer",
     "TrainerConfig": "trainer",
-    "initialize_megatron": "megatron_setup",
+    "initialize_megatron": "megatron.megatron_setup",
     "publish": "transports.in_process",
     "share_weights": "transports.in_process",
 }

@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 
-from lockstep.engine.checkpoint import check_weights, iterate_weights
+from lockstep.engine.checkpoints.checkpoint import check_weights, iterate_weights
+from lockstep.engine.checkpoints.export import save_hf
 from lockstep.engine.checks import (
     SECONDS,
     Choice,
@@ -28,25 +29,24 @@ from lockstep.engine.checks import (
     sequence_ids,
 )
 from lockstep.engine.config_fields import InputPath
-from lockstep.engine.dummy_weights import fill_dummy
-from lockstep.engine.export import save_hf
 from lockstep.engine.models.config import Head, ModelConfig, as_scalar_model, load_model_config, read_config_json
 from lockstep.engine.models.names import head_matrix_shapes
 from lockstep.engine.models.sharding import ParameterShard, product_shapes
 from lockstep.engine.request import SAMPLING_RULES
-from lockstep.engine.weights import checksum
+from lockstep.engine.weights.dummy_weights import fill_dummy
+from lockstep.engine.weights.served_weights import checksum
 from lockstep.kernels import numerics
 from lockstep.kernels.process_state import own_state
-from lockstep.trainer_bridge.checkpoint import CheckpointFiles, named_shard, save_checkpoint
-from lockstep.trainer_bridge.grad_norm import gradient_norm
-from lockstep.trainer_bridge.layout import LocalParameter, local_layout, local_parts, whole_tensors
-from lockstep.trainer_bridge.losses import Loss
-from lockstep.trainer_bridge.megatron_setup import initialize_megatron
-from lockstep.trainer_bridge.model import LockstepGPTModel
-from lockstep.trainer_bridge.optimizer import AdamWConfig, MasterAdamW, NoOptimizer
-from lockstep.trainer_bridge.packing import PackedBatch, deal, first_fit, sequence_layout
-from lockstep.trainer_bridge.parallel import ParallelSizes, Ranks, exchange
-from lockstep.trainer_bridge.passes import MicroBatch, ScoringPasses, TrainingPasses, fold_stats, to_floats
+from lockstep.trainer_bridge.algorithms.losses import Loss
+from lockstep.trainer_bridge.megatron.checkpoint import CheckpointFiles, named_shard, save_checkpoint
+from lockstep.trainer_bridge.megatron.grad_norm import gradient_norm
+from lockstep.trainer_bridge.megatron.layout import LocalParameter, local_layout, local_parts, whole_tensors
+from lockstep.trainer_bridge.megatron.megatron_setup import initialize_megatron
+from lockstep.trainer_bridge.megatron.model import LockstepGPTModel
+from lockstep.trainer_bridge.megatron.optimizer import AdamWConfig, MasterAdamW, NoOptimizer
+from lockstep.trainer_bridge.megatron.packing import PackedBatch, deal, first_fit, sequence_layout
+from lockstep.trainer_bridge.megatron.parallel import ParallelSizes, Ranks, exchange
+from lockstep.trainer_bridge.megatron.passes import MicroBatch, ScoringPasses, TrainingPasses, fold_stats, to_floats
 
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 

@@ -43,7 +43,7 @@ OTHER_FORMATS = {
     "*.gguf": "GGUF files are not read: take the model's safetensors",
     "params.json": "this is a vendor's own format: take the model's transformers format",
     "adapter_config.json": "this is an adapter: merge it into its model first",
-    "metrics.jsonl": "this is a run: its model is in the folder model of it, or lockstep convert makes it of a checkpoint",
+    "metrics.jsonl": "this is a run: its model is the folder model in it, or lockstep convert makes it of a checkpoint",
     "checkpoint.json": "this is a training checkpoint: lockstep convert makes a model directory of it",
 }
 
@@ -146,6 +146,12 @@ def read_config_json(directory: Path) -> dict[str, Any]:
         hint = "" if other is None else f"; {other}"
         raise MissingFileError(f"no {CONFIG_FILE} in {directory}: it is no model directory of transformers{hint}")
     return read_json(directory, CONFIG_FILE)
+
+
+def missing_config(directory: Path) -> str:
+    """Why it is no model directory, where it has no config.json."""
+    other = other_format(directory)
+    return f"it has no {CONFIG_FILE}{'' if other is None else f'; {other}'}"
 
 
 def other_format(directory: Path) -> str | None:

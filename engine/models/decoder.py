@@ -10,22 +10,22 @@ from torch import nn
 from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.models.moe import routed_experts
 from lockstep.engine.models.sharding import WHOLE, Shard, part_of, shard_config
-from lockstep.engine.rank_group import RankGroup
-from lockstep.kernels.attention import attention
-from lockstep.kernels.attention_plan import AttentionPlan
-from lockstep.kernels.embedding import embedding
-from lockstep.kernels.kv_cache import new_kv_cache
-from lockstep.kernels.latent_attention import latent_attention
-from lockstep.kernels.latent_cache import latent_store, new_latent_cache
-from lockstep.kernels.latent_projection import latent_outputs, latent_queries, latent_rows
-from lockstep.kernels.linear import linear
-from lockstep.kernels.linear_silu_mul import linear_silu_mul
-from lockstep.kernels.moe_experts import JoinRows
-from lockstep.kernels.qk_norm_rope_store import qk_norm_rope_store
-from lockstep.kernels.rms_norm import add_rms_norm, rms_norm
-from lockstep.kernels.rope import rope_cos_sin, rope_inv_freq
-from lockstep.kernels.row_parallel_linear import row_parallel_linear
-from lockstep.kernels.scalar_head import scalar_head
+from lockstep.engine.ranks.rank_group import RankGroup
+from lockstep.kernels.attention.attention import attention
+from lockstep.kernels.attention.attention_plan import AttentionPlan
+from lockstep.kernels.latent.latent_attention import latent_attention
+from lockstep.kernels.latent.latent_cache import latent_store, new_latent_cache
+from lockstep.kernels.latent.latent_projection import latent_outputs, latent_queries, latent_rows
+from lockstep.kernels.linear.linear import linear
+from lockstep.kernels.linear.linear_silu_mul import linear_silu_mul
+from lockstep.kernels.linear.row_parallel_linear import row_parallel_linear
+from lockstep.kernels.linear.scalar_head import scalar_head
+from lockstep.kernels.memory.embedding import embedding
+from lockstep.kernels.memory.kv_cache import new_kv_cache
+from lockstep.kernels.moe.moe_experts import JoinRows
+from lockstep.kernels.norm_rope.qk_norm_rope_store import qk_norm_rope_store
+from lockstep.kernels.norm_rope.rms_norm import add_rms_norm, rms_norm
+from lockstep.kernels.norm_rope.rope import rope_cos_sin, rope_inv_freq
 
 # linear_proj and linear_fc2, whose sum runs over what the ranks split: (x, weight, bias) -> y.
 RowLinear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]

@@ -15,12 +15,12 @@ from torch import nn
 
 from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.models.names import Entry
-from lockstep.kernels.embedding import embedding
-from lockstep.kernels.linear import linear
-from lockstep.kernels.linear_silu_mul import linear_silu_mul
-from lockstep.kernels.rms_norm import add_rms_norm, rms_norm
-from lockstep.kernels.rope import rope_cos_sin, rope_inv_freq
-from lockstep.kernels.silu_mul_linear import silu_mul_linear
+from lockstep.kernels.linear.linear import linear
+from lockstep.kernels.linear.linear_silu_mul import linear_silu_mul
+from lockstep.kernels.linear.silu_mul_linear import silu_mul_linear
+from lockstep.kernels.memory.embedding import embedding
+from lockstep.kernels.norm_rope.rms_norm import add_rms_norm, rms_norm
+from lockstep.kernels.norm_rope.rope import rope_cos_sin, rope_inv_freq
 
 NUM_AUX = 3
 

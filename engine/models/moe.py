@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lockstep.kernels.linear import linear
-from lockstep.kernels.moe_experts import JoinRows, moe_experts
-from lockstep.kernels.route_tokens import GroupScore, Scoring, route_tokens
+from lockstep.kernels.linear.linear import linear
+from lockstep.kernels.moe.moe_experts import JoinRows, moe_experts
+from lockstep.kernels.moe.route_tokens import GroupScore, Scoring, route_tokens
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lockstep.engine.draft_checkpoint import load_draft
-from lockstep.engine.draft_config import load_draft_config
+from lockstep.engine.checkpoints.draft_checkpoint import load_draft
+from lockstep.engine.checkpoints.draft_config import load_draft_config
 from lockstep.engine.models.decoder import Decoder
 from lockstep.engine.models.eagle3 import Eagle3Draft, initialize
-from lockstep.engine.scheduler import SchedulerConfig
+from lockstep.engine.scheduling.scheduler import SchedulerConfig
 from lockstep.engine.speculation.drafter import Drafter
 from lockstep.engine.speculation.eagle import EagleDrafter
 from lockstep.engine.speculation.ngram import NgramDrafter

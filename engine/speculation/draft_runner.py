@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from lockstep.engine.models.decoder import AttentionPart
-from lockstep.engine.scheduler import Chunk
+from lockstep.engine.scheduling.scheduler import Chunk
 from lockstep.engine.speculation.eagle import DrawnRows, EagleDrafter
 from lockstep.engine.speculation.step_graphs import StepGraphs
 from lockstep.engine.speculation.step_rows import StepRows, StepSize, pack, unpack
-from lockstep.engine.transfer import to_device
-from lockstep.kernels.step_inputs import step_inputs
+from lockstep.engine.steps.transfer import to_device
+from lockstep.kernels.memory.step_inputs import step_inputs
 
 
 class TargetStep(NamedTuple):

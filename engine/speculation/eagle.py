@@ -15,16 +15,16 @@ from typing import NamedTuple
 
 import torch
 
-from lockstep.engine import weights
 from lockstep.engine.models.decoder import AttentionPart
 from lockstep.engine.models.eagle3 import Eagle3Draft
 from lockstep.engine.request import Request
 from lockstep.engine.speculation.step_rows import MAX_VERIFY_ITEMS
-from lockstep.kernels.attention import attention
-from lockstep.kernels.attention_plan import AttentionPlan, plan_attention
-from lockstep.kernels.kv_cache import new_kv_cache
-from lockstep.kernels.noise import gumbel_noise
-from lockstep.kernels.qk_norm_rope_store import qk_norm_rope_store
+from lockstep.engine.weights import served_weights
+from lockstep.kernels.attention.attention import attention
+from lockstep.kernels.attention.attention_plan import AttentionPlan, plan_attention
+from lockstep.kernels.memory.kv_cache import new_kv_cache
+from lockstep.kernels.norm_rope.qk_norm_rope_store import qk_norm_rope_store
+from lockstep.kernels.sampling.noise import gumbel_noise
 
 MAX_CHAIN_ITEMS = 8192  # bounds the workspace of attention for one row per request
 
@@ -95,7 +95,7 @@ class EagleDrafter:
     def update(self, tensors: Mapping[str, torch.Tensor], version: int) -> None:
         """Writes staged tensors in place. Raises ValueError for a vocabulary that is none, before anything else."""
         self.draft.set_vocabulary(tensors["token_map"])
-        weights.copy_in_place(tensors, self.update_targets())
+        served_weights.copy_in_place(tensors, self.update_targets())
         self.version = version
 
     def stats(self) -> dict[str, int]:

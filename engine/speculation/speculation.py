@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lockstep.engine.request import Request
-from lockstep.engine.scheduler import StepBatch
+from lockstep.engine.scheduling.scheduler import StepBatch
 from lockstep.engine.speculation.drafter import Drafter
 from lockstep.engine.speculation.policy import SpeculationPolicy
 from lockstep.engine.speculation.verification import Verified

@@ -11,13 +11,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lockstep.recipes import config_schema, rl
+from lockstep.recipes import config_schema
 from lockstep.recipes.bench.config import BenchConfig
 from lockstep.recipes.bench.results import Column, Table, progress, show, write_results
-from lockstep.recipes.draft_stage import DraftStageConfig
-from lockstep.recipes.inputs import ModelSource
-from lockstep.recipes.run_directory import read_metrics
-from lockstep.trainer_bridge.algorithms import ALGORITHMS, AlgorithmConfig
+from lockstep.recipes.drafts.draft_stage import DraftStageConfig
+from lockstep.recipes.rl import rl
+from lockstep.recipes.rl.inputs import ModelSource
+from lockstep.recipes.runs.run_directory import read_metrics
+from lockstep.trainer_bridge.algorithms.algorithms import ALGORITHMS, AlgorithmConfig
 
 STEPS = 3  # at scale 1
 EVALUATED_PROBLEMS = 100

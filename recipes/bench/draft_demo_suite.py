@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lockstep.recipes import rl
 from lockstep.recipes.bench.algorithms_suite import recipe_config
 from lockstep.recipes.bench.config import BenchConfig
 from lockstep.recipes.bench.results import Column, Table, show, write_results
-from lockstep.recipes.run_directory import read_metrics
+from lockstep.recipes.rl import rl
+from lockstep.recipes.runs.run_directory import read_metrics
 
 PARTS = 5  # of the run, each a row of means
 ACCEPTED = "draft/accepted_at_"

@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
-from lockstep.engine.dummy_weights import fill_dummy
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.models.eagle3 import Eagle3Config, Eagle3Draft, initialize
+from lockstep.engine.weights.dummy_weights import fill_dummy
 from lockstep.kernels import numerics
 from lockstep.recipes.bench.config import DEFAULT_SHAPE, BenchConfig
 from lockstep.recipes.bench.own_process import call_in_own_process
 from lockstep.recipes.bench.results import Column, Table, progress, show, write_results
 from lockstep.recipes.bench.shapes import write_model_directory
 from lockstep.recipes.bench.timing import seconds_per_step
-from lockstep.trainer_bridge.draft_batch import DraftSequence
-from lockstep.trainer_bridge.draft_loss import LOSSES
-from lockstep.trainer_bridge.draft_trainer import DraftTrainer, DraftTrainerConfig
+from lockstep.trainer_bridge.drafts.draft_batch import DraftSequence
+from lockstep.trainer_bridge.drafts.draft_loss import LOSSES
+from lockstep.trainer_bridge.drafts.draft_trainer import DraftTrainer, DraftTrainerConfig
 
 NUM_SEQUENCES, SEQUENCE_TOKENS = 4, 2048
 MICRO_BATCH_TOKENS = 4096

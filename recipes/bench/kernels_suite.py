@@ -13,17 +13,17 @@ import torch
 
 from lockstep.engine.models.config import ModelConfig, load_model_config
 from lockstep.kernels import numerics
-from lockstep.kernels.attention import attention
-from lockstep.kernels.attention_plan import AttentionPlan, Groups, num_attention_items, plan_attention
-from lockstep.kernels.kv_cache import new_kv_cache
-from lockstep.kernels.linear import linear
-from lockstep.kernels.linear_silu_mul import linear_silu_mul
-from lockstep.kernels.log_probs import log_probs, token_log_probs
-from lockstep.kernels.qk_norm_rope_store import qk_norm_rope_store
-from lockstep.kernels.rms_norm import add_rms_norm
-from lockstep.kernels.rope import rope_cos_sin, rope_inv_freq
-from lockstep.kernels.sampling import sample_with_log_probs
-from lockstep.kernels.silu_mul import silu_mul
+from lockstep.kernels.attention.attention import attention
+from lockstep.kernels.attention.attention_plan import AttentionPlan, Groups, num_attention_items, plan_attention
+from lockstep.kernels.linear.linear import linear
+from lockstep.kernels.linear.linear_silu_mul import linear_silu_mul
+from lockstep.kernels.linear.silu_mul import silu_mul
+from lockstep.kernels.memory.kv_cache import new_kv_cache
+from lockstep.kernels.norm_rope.qk_norm_rope_store import qk_norm_rope_store
+from lockstep.kernels.norm_rope.rms_norm import add_rms_norm
+from lockstep.kernels.norm_rope.rope import rope_cos_sin, rope_inv_freq
+from lockstep.kernels.sampling.log_probs import log_probs, token_log_probs
+from lockstep.kernels.sampling.sampling import sample_with_log_probs
 from lockstep.recipes.bench.candidates import model_directory
 from lockstep.recipes.bench.config import BenchConfig
 from lockstep.recipes.bench.flops import attention_pairs

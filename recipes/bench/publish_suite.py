@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from lockstep.engine import Engine, SamplingParams
-from lockstep.engine.laps import Laps
 from lockstep.engine.models.config import load_model_config
-from lockstep.kernels.content_hash import copy_and_hash, copy_and_verify
+from lockstep.engine.steps.laps import Laps
+from lockstep.kernels.reductions.content_hash import copy_and_hash, copy_and_verify
 from lockstep.recipes.bench.candidates import engine_config
 from lockstep.recipes.bench.config import BenchConfig
 from lockstep.recipes.bench.own_process import call_in_own_process

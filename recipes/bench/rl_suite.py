@@ -22,14 +22,15 @@ from typing import Any
 import torch
 
 from lockstep.engine import Engine
-from lockstep.recipes import launch, rl
+from lockstep.recipes import launch
 from lockstep.recipes.bench.algorithms_suite import EVALUATED_PROBLEMS, demo_config
 from lockstep.recipes.bench.config import BenchConfig
 from lockstep.recipes.bench.own_process import call_in_own_process
 from lockstep.recipes.bench.results import Column, Table, progress, show, write_results
 from lockstep.recipes.cluster.config import ClusterConfig
-from lockstep.recipes.inputs import ModelSource
-from lockstep.recipes.run_directory import read_metrics
+from lockstep.recipes.rl import rl
+from lockstep.recipes.rl.inputs import ModelSource
+from lockstep.recipes.runs.run_directory import read_metrics
 from lockstep.rollout.evaluation import evaluate
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.rewards import Completion, LocalRewards
@@ -130,7 +131,7 @@ def train_here(demo: rl.RLConfig) -> Trained:
     demo = replace(demo, evaluate_every=demo.steps + 1, checkpoint_every=demo.steps)
     rl.run(demo)
     steps = [record for record in read_metrics(demo.directory) if record["stage"] == "rl"]
-    # The trainer's line of a step is as long as the step: see recipes/step_clock.py.
+    # The trainer's line of a step is as long as the step: see recipes/rl/step_clock.py.
     parts = ("time/wait_for_rollouts", "time/train", "time/publish")
     return Trained(
         [sum(step[part] for part in parts) for step in steps], steps[-1]["reward"], str(demo.directory / "model")

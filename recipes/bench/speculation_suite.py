@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
-from lockstep.engine.draft_config import config_json
+from lockstep.engine.checkpoints.draft_config import config_json
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.models.eagle3 import Eagle3Config
 from lockstep.engine.request import Request

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from lockstep.engine import Engine, EngineConfig, RequestOutput, SamplingParams
-from lockstep.engine.weights import WeightUpdate
+from lockstep.engine.weights.served_weights import WeightUpdate
 from lockstep.recipes import launch
 from lockstep.rollout.rewards import Completion, LocalRewards, Reward
 from lockstep.rollout.tasks.problem import Task

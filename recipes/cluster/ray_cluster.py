@@ -27,10 +27,10 @@ from lockstep.recipes.cluster.remote_engines import RemoteEngines
 from lockstep.recipes.cluster.remote_rewards import RemoteRewards
 from lockstep.recipes.cluster.remote_trainer import RemoteTrainer, TrainerDiedError
 from lockstep.recipes.cluster.weights_folder import WeightsFolder
-from lockstep.recipes.run_inputs import with_absolute_paths
+from lockstep.recipes.runs.run_inputs import with_absolute_paths
 from lockstep.rollout.rewards import LocalRewards
 from lockstep.trainer_bridge import TrainerConfig
-from lockstep.trainer_bridge.layout import trainer_layout
+from lockstep.trainer_bridge.megatron.layout import trainer_layout
 from lockstep.trainer_bridge.weight_plan import Transfer, engine_layout, plan_transfers
 
 _LOG = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from lockstep.recipes.cluster.actors import RewardActor
 from lockstep.recipes.cluster.config import ClusterConfig
-from lockstep.recipes.run_inputs import with_absolute_paths
+from lockstep.recipes.runs.run_inputs import with_absolute_paths
 from lockstep.rollout.rewards import Completion, Reward
 from lockstep.rollout.tasks.problem import Task
-from lockstep.trainer_bridge.packing import deal
+from lockstep.trainer_bridge.megatron.packing import deal
 
 
 class RewardWorkerFailedError(RuntimeError):

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from lockstep.engine.detokenizer import decode_text
-from lockstep.rollout.end_of_turn import MARK, split_at_end, stop_token_ids
+from lockstep.engine.text.detokenizer import decode_text
+from lockstep.engine.text.end_of_turn import MARK, split_at_end, stop_token_ids
+from lockstep.engine.text.model_output import shown
+from lockstep.engine.text.plain_content import encode_conversation
 from lockstep.rollout.environments.environment import Messages, Opening, TokenIds
-from lockstep.rollout.model_output import shown
-from lockstep.rollout.plain_content import encode_conversation
 from lockstep.rollout.tokenizer import render_prompt
 
 _ROLE = re.compile(r"[\w-]+")

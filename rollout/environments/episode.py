@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from lockstep.engine import RequestOutput, SamplingParams
-from lockstep.engine.detokenizer import decode_text
+from lockstep.engine.text.detokenizer import decode_text
 from lockstep.rollout.environments.chat_turns import ChatTurns
 from lockstep.rollout.environments.environment import Action, Environment, Limits, Transcript, checked_result
 from lockstep.rollout.environments.failures import FAILED, EpisodeFailure

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lockstep.rollout.model_output import parse_json
+from lockstep.engine.text.model_output import parse_json
 
 
 @dataclass(frozen=True)

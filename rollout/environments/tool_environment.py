@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lockstep.engine.text.model_output import shown
 from lockstep.rollout.environments.environment import Action, Message, Opening, StepResult
 from lockstep.rollout.environments.tool_calls import ToolCall
-from lockstep.rollout.model_output import shown
 from lockstep.rollout.tasks import Problem
 
 

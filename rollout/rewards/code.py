@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from lockstep.rollout.model_output import fenced_blocks
+from lockstep.engine.text.model_output import fenced_blocks
 from lockstep.rollout.rewards.isolation import Limits, announce, run_program
 from lockstep.rollout.rewards.reward import Completion, Reward
 from lockstep.rollout.tasks.answers import extract_answer

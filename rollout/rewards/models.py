@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.engine.pooling import ScoreAt, scored_part
+from lockstep.engine.text.chat_template import ChatConfig
+from lockstep.engine.text.end_of_turn import stop_token_ids
+from lockstep.engine.text.plain_content import encode_conversation
 from lockstep.rollout import hub
-from lockstep.rollout.chat_template import ChatConfig
-from lockstep.rollout.end_of_turn import stop_token_ids
-from lockstep.rollout.plain_content import encode_conversation
 from lockstep.rollout.rewards.failures import FailedScore, FailureWarnings
 from lockstep.rollout.rewards.isolation import Limits
 from lockstep.rollout.rewards.reward import Completion, Reward

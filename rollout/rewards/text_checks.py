@@ -9,7 +9,7 @@ from typing import Any
 import jsonschema
 import referencing
 
-from lockstep.rollout.model_output import parse_json
+from lockstep.engine.text.model_output import parse_json
 
 Check = Callable[[Any, str], float]
 

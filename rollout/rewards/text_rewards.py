@@ -10,7 +10,7 @@ from typing import Any
 
 import jsonschema
 
-from lockstep.rollout.model_output import fenced_blocks, parse_json
+from lockstep.engine.text.model_output import fenced_blocks, parse_json
 from lockstep.rollout.rewards.isolation import Limits
 from lockstep.rollout.rewards.reward import Completion, Reward
 from lockstep.rollout.rewards.verifiers import PoolOwner, Verifier, open_pool

@@ -5,7 +5,7 @@ import torch
 from models import make_hf_model
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
-from lockstep.engine.capture import CaptureConfig
+from lockstep.engine.steps.capture import CaptureConfig
 
 SYSTEM = list(range(3, 40))
 PROMPTS = [[*SYSTEM, 50 + number, 7] for number in range(3)] * 2 + [[9] * 25, [4, 5]]

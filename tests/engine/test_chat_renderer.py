@@ -8,7 +8,7 @@ from datetime import datetime
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lockstep.engine.chat_renderer import ChatRenderer
+from lockstep.engine.text.chat_renderer import ChatRenderer
 
 MESSAGES = [
     {"role": "system", "content": "Be brief. ½ \ud800"},

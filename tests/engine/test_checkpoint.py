@@ -13,13 +13,13 @@ from models import FAMILY_NAMES, make_hf_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lockstep.engine import checkpoint
-from lockstep.engine.checkpoint import CheckpointError, iterate_weights, load_into
-from lockstep.engine.dummy_weights import initialize_dummy
-from lockstep.engine.export import save_hf
+from lockstep.engine.checkpoints import checkpoint
+from lockstep.engine.checkpoints.checkpoint import CheckpointError, iterate_weights, load_into
+from lockstep.engine.checkpoints.export import save_hf
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.models.decoder import Decoder
 from lockstep.engine.models.names import expand
+from lockstep.engine.weights.dummy_weights import initialize_dummy
 
 
 def load_decoder(path, dtype=torch.float32):

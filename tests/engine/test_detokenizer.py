@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lockstep.engine.detokenizer import Detokenizer, decode_text, special_ids, unseen_ids
+from lockstep.engine.text.detokenizer import Detokenizer, decode_text, special_ids, unseen_ids
 
 BYTES = bytes_to_unicode()  # byte -> the symbol that stands for it in a byte-level vocabulary
 

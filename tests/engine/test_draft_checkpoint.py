@@ -7,8 +7,8 @@ import torch
 from drafts import make_draft, target_config
 from safetensors.torch import load_file, save_file
 
-from lockstep.engine.checkpoint import CheckpointError
-from lockstep.engine.draft_checkpoint import load_draft, save_draft
+from lockstep.engine.checkpoints.checkpoint import CheckpointError
+from lockstep.engine.checkpoints.draft_checkpoint import load_draft, save_draft
 from lockstep.engine.models.config import UnsupportedModelError
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}

@@ -6,15 +6,15 @@ from drafts import SlowDraft, make_draft, target_config
 from models import make_hf_model
 from safetensors.torch import load_file
 
-from lockstep.engine.checkpoint import load_into
-from lockstep.engine.draft_checkpoint import save_draft
+from lockstep.engine.checkpoints.checkpoint import load_into
+from lockstep.engine.checkpoints.draft_checkpoint import save_draft
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.models.decoder import AttentionContext, AttentionPart, Decoder, new_layer_caches
 from lockstep.engine.models.eagle3 import default_aux_layers
-from lockstep.kernels.attention import attention
-from lockstep.kernels.kv_cache import new_kv_cache
-from lockstep.kernels.qk_norm_rope_store import qk_norm_rope_store
-from lockstep.kernels.rms_norm import rms_norm
+from lockstep.kernels.attention.attention import attention
+from lockstep.kernels.memory.kv_cache import new_kv_cache
+from lockstep.kernels.norm_rope.qk_norm_rope_store import qk_norm_rope_store
+from lockstep.kernels.norm_rope.rms_norm import rms_norm
 
 
 class PagedAttention:

@@ -10,11 +10,11 @@ from models import EXPERTS, make_hf_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
-from lockstep.engine.checkpoint import extra_tensors
-from lockstep.engine.export import SIDECARS
+from lockstep.engine.checkpoints.checkpoint import extra_tensors
+from lockstep.engine.checkpoints.export import SIDECARS
 from lockstep.engine.models.config import load_model_config
-from lockstep.recipes.convert import ConvertConfig
-from lockstep.recipes.convert import run as convert
+from lockstep.recipes.conversion.convert import ConvertConfig
+from lockstep.recipes.conversion.convert import run as convert
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from lockstep.engine.gguf import GGUFError, convert_gguf
+from lockstep.engine.checkpoints.gguf import GGUFError, convert_gguf
 from lockstep.engine.models.config import load_model_config
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}

@@ -11,7 +11,7 @@ from models import EXPERTS, FAMILY_NAMES, tiny_config
 
 from lockstep.engine.models.config import parse_model_config
 from lockstep.engine.models.names import expand
-from lockstep.kernels.rope import rope_inv_freq
+from lockstep.kernels.norm_rope.rope import rope_inv_freq
 
 HOSTILE = (
     None, True, False, 0, -1, 1, 2, 3, 7, 0.5, -0.0, 1e300, float("nan"), float("inf"), 10**9, 2**31, 2**63, 10**400,

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from lockstep.engine import Engine, EngineConfig
-from lockstep.engine.tokenizer import load_tokenizer
-from lockstep.recipes.convert import ConvertConfig
-from lockstep.recipes.convert import run as convert
+from lockstep.engine.text.tokenizer import load_tokenizer
+from lockstep.recipes.conversion.convert import ConvertConfig
+from lockstep.recipes.conversion.convert import run as convert
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import EXPERTS, FAMILY_NAMES, LATENT_FAMILIES, make_hf_model, tiny_config
 
-from lockstep.engine.checkpoint import load_into
+from lockstep.engine.checkpoints.checkpoint import load_into
 from lockstep.engine.models.config import UnsupportedModelError, load_model_config, parse_model_config
 from lockstep.engine.models.decoder import AttentionContext, AttentionPart, Decoder, new_layer_caches
 from lockstep.engine.models.names import expand

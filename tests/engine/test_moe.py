@@ -9,11 +9,11 @@ from transformers import DeepseekV2Config, DeepseekV3Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
-from lockstep.engine.dummy_weights import initialize_dummy
 from lockstep.engine.models.config import parse_model_config
 from lockstep.engine.models.decoder import _MoE
 from lockstep.engine.models.moe import MoEConfig
-from lockstep.kernels.linear import linear
+from lockstep.engine.weights.dummy_weights import initialize_dummy
+from lockstep.kernels.linear.linear import linear
 
 SHAPE = {"layers": (0,), "num_experts": 12, "experts_per_token": 3, "ffn_hidden_size": 24}
 DEEPSEEK = {

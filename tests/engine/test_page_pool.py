@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from lockstep.engine.page_pool import PagePool
+from lockstep.engine.memory.page_pool import PagePool
 
 
 def test_take_gives_distinct_pages_or_none_at_all():

@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 
-from lockstep.engine.prefix_groups import MIN_SHARED_TOKENS, find_groups, order_by_prefix
+from lockstep.engine.scheduling.prefix_groups import MIN_SHARED_TOKENS, find_groups, order_by_prefix
 
 KEY_TILE = 64
 

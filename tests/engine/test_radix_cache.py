@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from lockstep.engine.page_pool import PagePool
-from lockstep.engine.radix_cache import CacheHandle, RadixCache
+from lockstep.engine.memory.page_pool import PagePool
+from lockstep.engine.memory.radix_cache import CacheHandle, RadixCache
 
 PAGE_SIZE = 2
 

@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from lockstep.engine.page_pool import PagePool
-from lockstep.engine.radix_cache import RadixCache
+from lockstep.engine.memory.page_pool import PagePool
+from lockstep.engine.memory.radix_cache import RadixCache
 from lockstep.engine.request import Request, SamplingParams
-from lockstep.engine.scheduler import Chunk, Scheduler, SchedulerConfig, StepBatch
+from lockstep.engine.scheduling.scheduler import Chunk, Scheduler, SchedulerConfig, StepBatch
 
 NOTHING = 0  # the content of a KV slot before position 0, and of a slot that was freed
 

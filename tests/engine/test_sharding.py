@@ -7,9 +7,7 @@ import torch
 from models import EXPERTS, make_hf_model, tiny_config
 from safetensors.torch import save_file
 
-from lockstep.engine import weights
-from lockstep.engine.checkpoint import iterate_weights
-from lockstep.engine.dummy_weights import initialize_dummy
+from lockstep.engine.checkpoints.checkpoint import iterate_weights
 from lockstep.engine.models.config import load_model_config, parse_model_config
 from lockstep.engine.models.decoder import Decoder
 from lockstep.engine.models.names import expand
@@ -22,10 +20,12 @@ from lockstep.engine.models.sharding import (
     shard_config,
     slices,
 )
-from lockstep.engine.rank_group import RankGroup, RankGroupError
-from lockstep.engine.rank_weights import RankWeights
-from lockstep.kernels.linear import linear
-from lockstep.kernels.row_parallel_linear import row_parallel_linear
+from lockstep.engine.ranks.rank_group import RankGroup, RankGroupError
+from lockstep.engine.weights import served_weights
+from lockstep.engine.weights.dummy_weights import initialize_dummy
+from lockstep.engine.weights.rank_weights import RankWeights
+from lockstep.kernels.linear.linear import linear
+from lockstep.kernels.linear.row_parallel_linear import row_parallel_linear
 
 BIASED = {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True, "num_hidden_layers": 1}
 
@@ -206,7 +206,7 @@ def test_disjoint_sums_keep_every_bit(tmp_path):
 def test_an_update_over_ranks_is_staged_verified_and_flipped(tmp_path, ffn, damage):
     config = config_of(intermediate_size=ffn)
     update = whole_weights(config)
-    expected = weights.hashes_by_name(update)
+    expected = served_weights.hashes_by_name(update)
     damaged = {
         "none": None,
         "split": "decoder.layers.0.mlp.linear_fc2.weight",

@@ -12,7 +12,7 @@ import pytest
 from models import make_hf_model
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
-from lockstep.engine.workers import RankError
+from lockstep.engine.ranks.workers import RankError
 
 VOCAB = 131  # odd: the last rank holds less of it
 MODELS = {

@@ -8,10 +8,10 @@ import pytest
 from models import make_hf_model
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
-from lockstep.engine import tokenizer_probe
-from lockstep.engine.tokenizer import load_tokenizer
-from lockstep.rollout.chat_template import MAX_TEMPLATE_CHARACTERS, ChatConfig, set_chat_options
-from lockstep.rollout.end_of_turn import end_of_turn
+from lockstep.engine.text import tokenizer_probe
+from lockstep.engine.text.chat_template import MAX_TEMPLATE_CHARACTERS, ChatConfig, set_chat_options
+from lockstep.engine.text.end_of_turn import end_of_turn
+from lockstep.engine.text.tokenizer import load_tokenizer
 from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer, render_prompt
 
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -136,7 +136,6 @@ def test_a_wrong_value_is_a_line_or_does_no_harm(file, key, saved, tmp_path):
         (CONFIG, "added_tokens_decoder", {"-1": {"content": "x"}}),
         (CONFIG, "added_tokens_decoder", {str(2**40): {"content": "x"}}),
         (CONFIG, "padding_side", "middle"),
-        (CONFIG, "chat_template", 5),
         (CONFIG, "tokenizer_class", 5),
         (CONFIG, "clean_up_tokenization_spaces", "no"),
         (MAP, "eos_token", []),

@@ -5,8 +5,8 @@ import torch
 from models import make_hf_model
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
-from lockstep.engine.weights import checksum
-from lockstep.kernels import content_hash
+from lockstep.engine.weights.served_weights import checksum
+from lockstep.kernels.reductions import content_hash
 
 PROMPT = list(range(1, 40))
 NORM = "decoder.final_layernorm.weight"

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from lockstep.engine import SamplingParams
-from lockstep.engine.capture import CaptureConfig
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.models.eagle3 import Eagle3Config, Eagle3Draft, default_aux_layers, initialize
-from lockstep.kernels.chain_attention import chain_attention, chain_attention_reference
-from lockstep.trainer_bridge.draft_batch import DraftSequence
-from lockstep.trainer_bridge.draft_loss import LOSSES
-from lockstep.trainer_bridge.draft_trainer import DraftTrainer, DraftTrainerConfig
+from lockstep.engine.steps.capture import CaptureConfig
+from lockstep.kernels.attention.chain_attention import chain_attention, chain_attention_reference
+from lockstep.trainer_bridge.drafts.draft_batch import DraftSequence
+from lockstep.trainer_bridge.drafts.draft_loss import LOSSES
+from lockstep.trainer_bridge.drafts.draft_trainer import DraftTrainer, DraftTrainerConfig
 
 pytestmark = pytest.mark.gpu
 

@@ -5,9 +5,10 @@ import torch
 from comparisons import output_differences
 from gpu_setup import PLAIN, SPLIT_K_ENVIRONMENT, differences_under_split_k
 
-from lockstep.engine import SamplingParams, sampler
+from lockstep.engine import SamplingParams
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.models.decoder import Decoder
+from lockstep.engine.steps import sampler
 from lockstep.recipes.bench.own_process import call_in_own_process
 
 pytestmark = pytest.mark.gpu

@@ -8,7 +8,7 @@ import torch
 from comparisons import output_differences
 from gpu_setup import PLAIN
 
-from lockstep.engine.draft_config import config_json
+from lockstep.engine.checkpoints.draft_config import config_json
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.models.eagle3 import Eagle3Config
 from lockstep.engine.speculation import verification
@@ -126,7 +126,7 @@ def test_graphs_give_the_drafts_that_eager_steps_give(setup, workload, draft_pat
 
 
 def test_accepting_one_draft_too_many_is_noticed(setup, workload, expected, draft_path, monkeypatch):
-    from lockstep.engine import runner
+    from lockstep.engine.steps import runner
 
     num_valid = verification.num_valid
     monkeypatch.setattr(runner, "num_valid", lambda draws, drafts: min(num_valid(draws, drafts) + 1, len(draws)))

@@ -5,10 +5,11 @@ import random
 import pytest
 from comparisons import score_differences
 
-from lockstep.engine import Engine, RequestOutput, SamplingParams, runner
+from lockstep.engine import Engine, RequestOutput, SamplingParams
+from lockstep.engine.steps import runner
 from lockstep.trainer_bridge import MegatronTrainer, publish
-from lockstep.trainer_bridge.losses import grpo_loss
-from lockstep.trainer_bridge.packing import TrainSequence, pack
+from lockstep.trainer_bridge.algorithms.losses import grpo_loss
+from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
 
 pytestmark = pytest.mark.gpu
 

@@ -6,13 +6,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.kernels import attention_cpu, attention_triton
-from lockstep.kernels.attention import attention, attention_packed, attention_reference, packed_forward
-from lockstep.kernels.attention_decode_triton import decode_forward
-from lockstep.kernels.attention_plan import Groups, num_attention_items, plan_attention
-from lockstep.kernels.attention_triton import SPLIT
-from lockstep.kernels.attention_triton_backward import attention_backward as triton_backward
-from lockstep.kernels.kv_cache import kv_store, kv_store_reference, new_kv_cache
+from lockstep.kernels.attention import attention_cpu, attention_triton
+from lockstep.kernels.attention.attention import (
+    attention,
+    attention_packed,
+    attention_reference,
+    packed_forward,
+)
+from lockstep.kernels.attention.attention_decode_triton import decode_forward
+from lockstep.kernels.attention.attention_plan import Groups, num_attention_items, plan_attention
+from lockstep.kernels.attention.attention_triton import SPLIT
+from lockstep.kernels.attention.attention_triton_backward import attention_backward as triton_backward
+from lockstep.kernels.memory.kv_cache import kv_store, kv_store_reference, new_kv_cache
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the Triton interpreter is off where there is a GPU")
 

@@ -5,9 +5,9 @@ import contextlib
 import pytest
 import torch
 
-from lockstep.kernels import attention_flash_backward
-from lockstep.kernels.attention import attention_packed, attention_reference
-from lockstep.kernels.attention_flash_backward import deterministic_algorithms, takes
+from lockstep.kernels.attention import attention_flash_backward
+from lockstep.kernels.attention.attention import attention_packed, attention_reference
+from lockstep.kernels.attention.attention_flash_backward import deterministic_algorithms, takes
 
 
 def settings():

@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
-from lockstep.kernels import attention_prefill_hopper, attention_triton
-from lockstep.kernels.attention_triton import attention_forward
-from lockstep.kernels.kv_cache import new_kv_cache
+from lockstep.kernels.attention import attention_prefill_hopper, attention_triton
+from lockstep.kernels.attention.attention_triton import attention_forward
+from lockstep.kernels.memory.kv_cache import new_kv_cache
 
 PAGE_SIZE = 64
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lockstep.kernels.chain_attention import chain_attention, chain_attention_reference
+from lockstep.kernels.attention.chain_attention import chain_attention, chain_attention_reference
 
 LENGTHS = (5, 1, 0, 19, 8)
 SCALE = 0.3

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from lockstep.kernels import content_hash as content_hash_module
-from lockstep.kernels.content_hash import (
+from lockstep.kernels.reductions import content_hash as content_hash_module
+from lockstep.kernels.reductions.content_hash import (
     Placement,
     _block_sums_triton,
     _together,

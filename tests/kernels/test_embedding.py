@@ -1,11 +1,11 @@
-"""kernels/embedding.py: lookup, and a gradient summed in the order of the tokens."""
+"""kernels/memory/embedding.py: lookup, and a gradient summed in the order of the tokens."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.kernels.embedding import (
+from lockstep.kernels.memory.embedding import (
     _embedding_backward_cpu,
     _embedding_backward_triton,
     embedding,

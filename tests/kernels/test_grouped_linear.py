@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from lockstep.kernels.grouped_linear import (
+from lockstep.kernels.linear.linear import linear
+from lockstep.kernels.moe.grouped_linear import (
     _grouped_linear_triton,
     _weight_gradient_triton,
     grouped_linear,
     grouped_linear_reference,
     grouped_weight_gradient,
 )
-from lockstep.kernels.linear import linear
 
 COUNTS = {
     "some empty": [5, 0, 70, 1, 0, 16],

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lockstep.kernels.head_linear import _head_linear_triton, head_linear, head_linear_reference
+from lockstep.kernels.linear.head_linear import _head_linear_triton, head_linear, head_linear_reference
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the Triton interpreter is off where there is a GPU")
 # (heads, N, K), of which the last two are those of DeepSeek-V3's heads.

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from lockstep.kernels import kv_cache
-from lockstep.kernels.kv_cache import kv_store, kv_store_reference, new_kv_cache
+from lockstep.kernels.memory import kv_cache
+from lockstep.kernels.memory.kv_cache import kv_store, kv_store_reference, new_kv_cache
 
 
 def _case(page_size, num_pages=5, num_tokens=9, num_kv_heads=3, head_dim=20):

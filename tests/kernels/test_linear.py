@@ -1,4 +1,4 @@
-"""kernels/linear.py and kernels/numerics.py: the row contract, the gradients, the start-up check."""
+"""kernels/linear/linear.py and kernels/numerics.py: the row contract, the gradients, the start-up check."""
 
 import subprocess
 import sys
@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.kernels.linear import _linear_triton, linear, linear_reference
-from lockstep.kernels.linear_decode import MAX_ROWS, linear_decode
-from lockstep.kernels.linear_silu_mul import linear_silu_mul
-from lockstep.kernels.linear_silu_mul_hopper import linear_silu_mul_hopper, wins
+from lockstep.kernels.linear.linear import _linear_triton, linear, linear_reference
+from lockstep.kernels.linear.linear_decode import MAX_ROWS, linear_decode
+from lockstep.kernels.linear.linear_silu_mul import linear_silu_mul
+from lockstep.kernels.linear.linear_silu_mul_hopper import linear_silu_mul_hopper, wins
+from lockstep.kernels.linear.silu_mul import _silu_mul_triton, silu_mul
 from lockstep.kernels.numerics import _check_rows, check_row_contract
-from lockstep.kernels.silu_mul import _silu_mul_triton, silu_mul
 
 # (N, K) of weights, odd ones included
 SHAPES = [(384, 128), (128, 384), (260, 100), (512, 192), (1, 128), (33, 17)]
@@ -205,7 +205,7 @@ def test_importing_the_kernels_makes_rows_independent_for_large_k_and_any_number
     program = """
 import torch
 from lockstep.kernels.numerics import check_row_contract
-from lockstep.kernels.linear import linear
+from lockstep.kernels.linear.linear import linear
 check_row_contract("cpu", torch.float32, shapes=[(1024, 4096), (512, 3072), (128, 2048)])
 x, weight = torch.randn(48, 2048), torch.randn(128, 2048)
 torch.set_num_threads(1)

@@ -3,10 +3,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.kernels import log_probs as module
-from lockstep.kernels.linear import linear
-from lockstep.kernels.log_probs import log_probs, log_probs_reference, token_log_probs, token_log_probs_reference
-from lockstep.kernels.row_parallel_linear import tree_sum
+from lockstep.kernels.linear.linear import linear
+from lockstep.kernels.linear.row_parallel_linear import tree_sum
+from lockstep.kernels.sampling import log_probs as module
+from lockstep.kernels.sampling.log_probs import (
+    log_probs,
+    log_probs_reference,
+    token_log_probs,
+    token_log_probs_reference,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

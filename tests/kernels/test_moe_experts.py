@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lockstep.kernels.grouped_linear import grouped_linear
-from lockstep.kernels.linear import linear
-from lockstep.kernels.linear_silu_mul import linear_silu_mul
-from lockstep.kernels.moe_experts import _weighted_sum, _weighted_sum_triton, moe_experts, moe_experts_reference
+from lockstep.kernels.linear.linear import linear
+from lockstep.kernels.linear.linear_silu_mul import linear_silu_mul
+from lockstep.kernels.moe.grouped_linear import grouped_linear
+from lockstep.kernels.moe.moe_experts import _weighted_sum, _weighted_sum_triton, moe_experts, moe_experts_reference
 
 HIDDEN, FFN = 40, 24
 
@@ -84,7 +84,7 @@ def test_ranks_that_share_the_experts_have_the_bits_of_one(sizes, monkeypatch):
         y[: offsets[0]] = y[offsets[-1] :] = torch.nan
         return y
 
-    monkeypatch.setattr("lockstep.kernels.moe_experts.grouped_linear", poisoned)
+    monkeypatch.setattr("lockstep.kernels.moe.moe_experts.grouped_linear", poisoned)
     x, ids, weights, fc1, fc2 = _inputs(*sizes)
     dout = _random(len(x), HIDDEN, seed=7)
 

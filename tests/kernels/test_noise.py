@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from lockstep.kernels import noise
-from lockstep.kernels.noise import gumbel_noise, gumbel_noise_reference
+from lockstep.kernels.sampling import noise
+from lockstep.kernels.sampling.noise import gumbel_noise, gumbel_noise_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEEDS = torch.tensor([0, 1, 2**63 - 1, 12345678901234, 7])

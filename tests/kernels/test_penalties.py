@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from lockstep.kernels.penalties import (
+from lockstep.kernels.sampling.penalties import (
     Ragged,
     _apply_penalties_triton,
     apply_penalties,

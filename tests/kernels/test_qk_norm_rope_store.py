@@ -1,18 +1,19 @@
-"""kernels/qk_norm_rope_store.py against the separate ops, to the bit, and its row contract."""
+"""kernels/norm_rope/qk_norm_rope_store.py against the separate ops, to the bit, and its row contract."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.kernels import kv_cache, rms_norm, rope
-from lockstep.kernels.kv_cache import new_kv_cache
-from lockstep.kernels.qk_norm_rope_store import (
+from lockstep.kernels.memory import kv_cache
+from lockstep.kernels.memory.kv_cache import new_kv_cache
+from lockstep.kernels.norm_rope import rms_norm, rope
+from lockstep.kernels.norm_rope.qk_norm_rope_store import (
     _qk_norm_rope_store_triton,
     qk_norm_rope_store,
     qk_norm_rope_store_reference,
 )
-from lockstep.kernels.rope import rope_cos_sin, rope_inv_freq
+from lockstep.kernels.norm_rope.rope import rope_cos_sin, rope_inv_freq
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -1,11 +1,11 @@
-"""kernels/rms_norm.py against its fp64 oracle, and its row contract."""
+"""kernels/norm_rope/rms_norm.py against its fp64 oracle, and its row contract."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.kernels.rms_norm import (
+from lockstep.kernels.norm_rope.rms_norm import (
     _add_rms_norm_triton,
     _rms_norm_backward_triton,
     _rms_norm_triton,
@@ -137,7 +137,7 @@ def test_triton_matches_the_reference_and_keeps_rows(dtype):
 
 @pytest.mark.parametrize(("shape", "slice_heads"), [((9, 100), False), ((1300, 16), False), ((40, 6, 128), True)])
 def test_triton_gradients_match_fp64(shape, slice_heads, monkeypatch):
-    monkeypatch.setattr("lockstep.kernels.rms_norm._BACKWARD_PROGRAMS", 4)
+    monkeypatch.setattr("lockstep.kernels.norm_rope.rms_norm._BACKWARD_PROGRAMS", 4)
     x, weight = _random(*shape, seed=1), _random(shape[-1], seed=2)
     x = x[:, 2:4] if slice_heads else x
     dy, dx_start = _random(*x.shape, seed=3), _random(*x.shape, seed=4)

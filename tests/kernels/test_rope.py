@@ -1,4 +1,4 @@
-"""kernels/rope.py: frequencies against transformers, the table's entries, the rotation and its gradient."""
+"""kernels/norm_rope/rope.py: frequencies against transformers, the table's entries, the rotation and its gradient."""
 
 import pytest
 import torch
@@ -8,7 +8,13 @@ from transformers import Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
-from lockstep.kernels.rope import _apply_rope_triton, apply_rope, apply_rope_reference, rope_cos_sin, rope_inv_freq
+from lockstep.kernels.norm_rope.rope import (
+    _apply_rope_triton,
+    apply_rope,
+    apply_rope_reference,
+    rope_cos_sin,
+    rope_inv_freq,
+)
 
 SCALINGS = [
     {"rope_type": "default"},

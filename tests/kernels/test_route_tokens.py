@@ -7,8 +7,8 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkR
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from lockstep.kernels.linear import linear
-from lockstep.kernels.route_tokens import _route_triton, route_tokens, route_tokens_reference
+from lockstep.kernels.linear.linear import linear
+from lockstep.kernels.moe.route_tokens import _route_triton, route_tokens, route_tokens_reference
 
 NUM_TOKENS, HIDDEN, EXPERTS = 40, 48, 24
 OPTIONS = {

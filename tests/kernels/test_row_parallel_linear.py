@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lockstep.kernels.linear import linear
-from lockstep.kernels.row_parallel_linear import row_parallel_linear, tree_sum
+from lockstep.kernels.linear.linear import linear
+from lockstep.kernels.linear.row_parallel_linear import row_parallel_linear, tree_sum
 
 
 def _random(*shape, seed=0):

@@ -4,10 +4,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from lockstep.kernels import log_probs, sampling
-from lockstep.kernels._truncation import lowest_allowed_triton
-from lockstep.kernels.log_probs import token_log_probs
-from lockstep.kernels.sampling import lowest_allowed_reference, sample, sample_reference, sample_with_log_probs
+from lockstep.kernels.sampling import log_probs, sampling
+from lockstep.kernels.sampling._truncation import lowest_allowed_triton
+from lockstep.kernels.sampling.log_probs import token_log_probs
+from lockstep.kernels.sampling.sampling import (
+    lowest_allowed_reference,
+    sample,
+    sample_reference,
+    sample_with_log_probs,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

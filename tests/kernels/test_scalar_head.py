@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lockstep.kernels.scalar_head import scalar_head, scalar_head_reference
+from lockstep.kernels.linear.scalar_head import scalar_head, scalar_head_reference
 
 
 @pytest.mark.parametrize("size", [32, 100, 1024])

@@ -1,11 +1,11 @@
-"""kernels/silu_mul.py against its fp64 oracle, and its row contract."""
+"""kernels/linear/silu_mul.py against its fp64 oracle, and its row contract."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.kernels.silu_mul import _silu_mul_backward_triton, _silu_mul_triton, silu_mul, silu_mul_reference
+from lockstep.kernels.linear.silu_mul import _silu_mul_backward_triton, _silu_mul_triton, silu_mul, silu_mul_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

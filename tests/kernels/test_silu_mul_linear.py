@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lockstep.kernels.row_parallel_linear import row_parallel_linear
-from lockstep.kernels.silu_mul import silu_mul
-from lockstep.kernels.silu_mul_linear import silu_mul_linear
+from lockstep.kernels.linear.row_parallel_linear import row_parallel_linear
+from lockstep.kernels.linear.silu_mul import silu_mul
+from lockstep.kernels.linear.silu_mul_linear import silu_mul_linear
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lockstep.kernels.square_sum import DIGIT_BITS, _square_sum_triton, square_sum, square_sum_reference
+from lockstep.kernels.reductions.square_sum import DIGIT_BITS, _square_sum_triton, square_sum, square_sum_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lockstep.kernels.step_inputs import _step_inputs_triton, step_inputs
+from lockstep.kernels.memory.step_inputs import _step_inputs_triton, step_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

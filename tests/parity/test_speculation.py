@@ -10,7 +10,7 @@ from models import make_hf_model
 from random_params import random_params
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
-from lockstep.engine.draft_checkpoint import save_draft
+from lockstep.engine.checkpoints.draft_checkpoint import save_draft
 from lockstep.engine.speculation import ngram
 
 FAMILIES = ("qwen3", "mistral", "qwen3", "deepseek_v3", "qwen2", "qwen3_moe")

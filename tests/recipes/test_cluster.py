@@ -12,21 +12,21 @@ from models import make_hf_model
 from short_runs import Killed, without_times
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
-from lockstep.recipes import rl
 from lockstep.recipes.cluster.config import ClusterConfig
-from lockstep.recipes.inputs import ModelSource, TaskConfig
-from lockstep.recipes.learner import Learner
-from lockstep.recipes.new_model import ModelShape
-from lockstep.recipes.run_directory import read_metrics
-from lockstep.recipes.training_run import START
+from lockstep.recipes.rl import rl
+from lockstep.recipes.rl.inputs import ModelSource, TaskConfig
+from lockstep.recipes.rl.learner import Learner
+from lockstep.recipes.rl.new_model import ModelShape
+from lockstep.recipes.rl.training_run import START
+from lockstep.recipes.runs.run_directory import read_metrics
 from lockstep.rollout.evaluation import EvaluationConfig
 from lockstep.rollout.rewards import Completion, LocalRewards
 from lockstep.rollout.tasks import ReasoningGymConfig
 from lockstep.rollout.worker import RolloutConfig
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
-from lockstep.trainer_bridge.algorithms import AlgorithmConfig
-from lockstep.trainer_bridge.losses import sft_loss
-from lockstep.trainer_bridge.packing import TrainSequence, pack
+from lockstep.trainer_bridge.algorithms.algorithms import AlgorithmConfig
+from lockstep.trainer_bridge.algorithms.losses import sft_loss
+from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
 
 ray = pytest.importorskip("ray")
 from lockstep.recipes.cluster import remote_engines, remote_trainer  # noqa: E402

@@ -14,7 +14,7 @@ from lockstep.engine.config_fields import numeric_ranges
 from lockstep.recipes import config_schema, launch
 from lockstep.recipes.cli import STAGES, main
 from lockstep.rollout.worker import RolloutConfig
-from lockstep.trainer_bridge.optimizer import AdamWConfig
+from lockstep.trainer_bridge.megatron.optimizer import AdamWConfig
 
 # What 0 and -1 mean where they are allowed. A key that is not here refuses both.
 ZERO = {

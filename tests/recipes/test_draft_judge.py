@@ -4,13 +4,13 @@ import pytest
 from models import make_hf_model
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
-from lockstep.engine.capture import CaptureConfig
-from lockstep.engine.draft_checkpoint import load_draft, save_draft
-from lockstep.recipes.draft import draft_sequence, new_draft
-from lockstep.recipes.draft_judge import HeldOut, ngram_tokens_per_step, tokens_per_step
-from lockstep.recipes.draft_texts import DraftText
-from lockstep.trainer_bridge.draft_trainer import DraftTrainer, DraftTrainerConfig
-from lockstep.trainer_bridge.unrolled_draft import UnrolledDraft
+from lockstep.engine.checkpoints.draft_checkpoint import load_draft, save_draft
+from lockstep.engine.steps.capture import CaptureConfig
+from lockstep.recipes.drafts.draft import draft_sequence, new_draft
+from lockstep.recipes.drafts.draft_judge import HeldOut, ngram_tokens_per_step, tokens_per_step
+from lockstep.recipes.drafts.draft_texts import DraftText
+from lockstep.trainer_bridge.drafts.draft_trainer import DraftTrainer, DraftTrainerConfig
+from lockstep.trainer_bridge.drafts.unrolled_draft import UnrolledDraft
 
 NUM_DRAFT_TOKENS = 3
 TEMPERATURE = 0.3

@@ -7,8 +7,9 @@ import pytest
 import user_environments
 from short_runs import short_config
 
-from lockstep.recipes import replay, rl, sft
-from lockstep.recipes.run_directory import read_metrics, read_rollouts
+from lockstep.recipes.evaluation import replay
+from lockstep.recipes.rl import rl, sft
+from lockstep.recipes.runs.run_directory import read_metrics, read_rollouts
 from lockstep.rollout.buffer import BufferConfig
 from lockstep.rollout.environments import EnvironmentConfig
 from lockstep.rollout.environments.worker import EpisodeWorker

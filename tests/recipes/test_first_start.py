@@ -11,14 +11,17 @@ from huggingface_hub import constants
 from models import make_hf_model
 
 from lockstep.engine import EngineConfig
-from lockstep.recipes import evaluate, first_start, replay, reward, rl, sft
+from lockstep.engine.text.chat_template import ChatConfig
+from lockstep.recipes import reward
 from lockstep.recipes.config_schema import to_plain
-from lockstep.recipes.export import complete_export, push
-from lockstep.recipes.inputs import ModelSource, TaskConfig
-from lockstep.recipes.room import rl_with_room, sft_with_room
-from lockstep.recipes.run_directory import read_rollouts
-from lockstep.recipes.training_run import START, resumed
-from lockstep.rollout.chat_template import ChatConfig
+from lockstep.recipes.conversion.export import complete_export, push
+from lockstep.recipes.evaluation import evaluate, replay
+from lockstep.recipes.planning import first_start
+from lockstep.recipes.planning.room import rl_with_room, sft_with_room
+from lockstep.recipes.rl import rl, sft
+from lockstep.recipes.rl.inputs import ModelSource, TaskConfig
+from lockstep.recipes.rl.training_run import START, resumed
+from lockstep.recipes.runs.run_directory import read_rollouts
 from lockstep.rollout.evaluation import EvaluationConfig
 from lockstep.rollout.tasks import LocalFilesConfig, ReasoningGymConfig, TaskSplits
 from lockstep.rollout.tasks.answers import ANSWER_INSTRUCTION

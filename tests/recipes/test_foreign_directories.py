@@ -7,7 +7,9 @@ import pytest
 from pickles import payload
 from short_runs import short_config
 
-from lockstep.recipes import cli, content_hashes, rl
+from lockstep.recipes import cli
+from lockstep.recipes.rl import rl
+from lockstep.recipes.runs import content_hashes
 
 STEPS = ("checkpoints/step_000001", "checkpoints/step_000002")
 OLD_FILES = (".metadata", "common.pt", "__0_0.distcp")

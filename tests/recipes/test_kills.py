@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import short_runs
 
-from lockstep.recipes import rl
-from lockstep.recipes.run_directory import checkpoint_steps
+from lockstep.recipes.rl import rl
+from lockstep.recipes.runs.run_directory import checkpoint_steps
 from lockstep.rollout.buffer import BufferConfig
 
 DEADLINE_S = 240
@@ -61,10 +61,10 @@ def undisturbed(tmp_path_factory):
         # In a checkpoint, of which the trainer's part is there.
         ("stale", "lockstep.rollout.buffer:RolloutBuffer.save", 3),
         # In a publish.
-        ("stale", "lockstep.engine.weights:copy_in_place", 3),
+        ("stale", "lockstep.engine.weights.served_weights:copy_in_place", 3),
         ("synchronous", "lockstep.trainer_bridge.trainer:MegatronTrainer.step", 3),
         # Between a checkpoint and the end of the one before.
-        ("synchronous", "lockstep.recipes.run_directory:RunDirectory._drop_old_checkpoints", 4),
+        ("synchronous", "lockstep.recipes.runs.run_directory:RunDirectory._drop_old_checkpoints", 4),
     ],
 )
 def test_a_run_killed_in_the_middle_of_something_is_the_same_run(undisturbed, tmp_path, name, function, call):

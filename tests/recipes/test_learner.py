@@ -5,21 +5,21 @@ from dataclasses import replace
 import pytest
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
-from lockstep.recipes import rl
 from lockstep.recipes.cluster.local import LocalCluster
-from lockstep.recipes.inputs import ModelSource, TaskConfig
-from lockstep.recipes.learner import Learner
-from lockstep.recipes.new_model import ModelShape
-from lockstep.recipes.training_batches import BatchShape, policy_batches, scored_responses
-from lockstep.recipes.training_run import START
+from lockstep.recipes.rl import rl
+from lockstep.recipes.rl.inputs import ModelSource, TaskConfig
+from lockstep.recipes.rl.learner import Learner
+from lockstep.recipes.rl.new_model import ModelShape
+from lockstep.recipes.rl.training_batches import BatchShape, policy_batches, scored_responses
+from lockstep.recipes.rl.training_run import START
 from lockstep.rollout.sample import Sample
 from lockstep.rollout.tasks import ReasoningGymConfig
 from lockstep.rollout.worker import RolloutConfig
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
-from lockstep.trainer_bridge.algorithms import AlgorithmConfig, build_algorithm
-from lockstep.trainer_bridge.packing import TrainSequence, pack
-from lockstep.trainer_bridge.responses import RewardShaping, token_rewards
-from lockstep.trainer_bridge.returns import whitened
+from lockstep.trainer_bridge.algorithms.algorithms import AlgorithmConfig, build_algorithm
+from lockstep.trainer_bridge.algorithms.responses import RewardShaping, token_rewards
+from lockstep.trainer_bridge.algorithms.returns import whitened
+from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
 
 CONFIG = rl.RLConfig(
     seed=3,

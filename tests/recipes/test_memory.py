@@ -8,10 +8,10 @@ from models import make_hf_model
 
 from lockstep.engine import Engine, EngineConfig
 from lockstep.engine.models.config import load_model_config
-from lockstep.recipes.memory import engine_memory, kv_bytes_per_token, num_parameters, trainer_memory
+from lockstep.recipes.planning.memory import engine_memory, kv_bytes_per_token, num_parameters, trainer_memory
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
-from lockstep.trainer_bridge.losses import grpo_loss
-from lockstep.trainer_bridge.packing import TrainSequence, pack
+from lockstep.trainer_bridge.algorithms.losses import grpo_loss
+from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
 
 TOKENS = 96
 

@@ -29,8 +29,8 @@ def numbers(size=4):
     return TaskSplits(Numbers(range(size)), Numbers(range(size, size + 2)))
 """,
     "my_algorithm.py": """
-from lockstep.trainer_bridge.algorithm_config import Algorithm, loss_of, with_usual_options
-from lockstep.trainer_bridge.surrogates import clipped
+from lockstep.trainer_bridge.algorithms.algorithm_config import Algorithm, loss_of, with_usual_options
+from lockstep.trainer_bridge.algorithms.surrogates import clipped
 
 def best_of_group(config, shaping, margin=0.0):
     config, shaping = with_usual_options(config.own(aggregation="token_mean", kl_in="loss"), shaping)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lockstep.engine import EngineConfig
 from lockstep.recipes import launch
 from lockstep.recipes.cluster.weights_folder import WeightsFolder
-from lockstep.recipes.run_inputs import with_absolute_paths
+from lockstep.recipes.runs.run_inputs import with_absolute_paths
 from lockstep.trainer_bridge import TrainerConfig
 
 pytest.importorskip("ray")

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from lockstep.recipes.report import summary_cards, write_report
-from lockstep.recipes.run_directory import RunDirectory
+from lockstep.recipes.runs.report import summary_cards, write_report
+from lockstep.recipes.runs.run_directory import RunDirectory
 
 EVIL = "<script>alert('x')</script> & \"quoted\""
 VOID = {"meta"}

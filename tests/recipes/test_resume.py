@@ -9,17 +9,19 @@ import pytest
 import yaml
 from short_runs import Killed, short_config
 
-from lockstep.recipes import replay, rl, run_config, sft
 from lockstep.recipes.cli import main
 from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.config_schema import to_plain
-from lockstep.recipes.inputs import ModelSource, TaskConfig
-from lockstep.recipes.run_config import MAY_DIFFER
-from lockstep.recipes.run_directory import checkpoint_steps, read_config
-from lockstep.recipes.run_inputs import config_inputs, python_files
-from lockstep.recipes.training_run import TrainingRun
+from lockstep.recipes.evaluation import replay
+from lockstep.recipes.rl import rl, sft
+from lockstep.recipes.rl.inputs import ModelSource, TaskConfig
+from lockstep.recipes.rl.training_run import TrainingRun
+from lockstep.recipes.runs import run_config
+from lockstep.recipes.runs.run_config import MAY_DIFFER
+from lockstep.recipes.runs.run_directory import checkpoint_steps, read_config
+from lockstep.recipes.runs.run_inputs import config_inputs, python_files
 from lockstep.rollout.tasks import LocalFilesConfig
-from lockstep.trainer_bridge.algorithms import AlgorithmConfig
+from lockstep.trainer_bridge.algorithms.algorithms import AlgorithmConfig
 
 REWARD = "from helper import weight\n\ndef score(problem, response):\n    return weight() * len(response)\n"
 HELPER = "def weight():\n    return 0.01\n"
@@ -129,7 +131,7 @@ def test_python_files_are_found_with_what_they_import(tmp_path, monkeypatch):
     assert everything <= set(python_files("package.reward.score"))
     assert set(python_files(f"{tmp_path}/lone.py:f")) == {"lone.py"}
     assert set(python_files(f"{tmp_path}/broken.py:f")) == {"broken.py"}
-    for reference in ("torch.nn.functional", "json.loads", "lockstep.recipes.rl.run", "no.such.thing", "correct"):
+    for reference in ("torch.nn.functional", "json.loads", "lockstep.recipes.rl.rl.run", "no.such.thing", "correct"):
         assert python_files(reference) == {}
 
 

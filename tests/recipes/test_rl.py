@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from short_runs import assert_same_run, stale_config
 
-from lockstep.recipes import rl
 from lockstep.recipes.cluster.config import ClusterConfig
+from lockstep.recipes.rl import rl
 
 ray = pytest.importorskip("ray")
 from lockstep.recipes.cluster.ray_cluster import RayCluster  # noqa: E402

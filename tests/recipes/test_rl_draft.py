@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 from short_runs import STEPS, Killed, short_config, without_times
 
-from lockstep.recipes import replay, rl, sft
 from lockstep.recipes.cluster.config import ClusterConfig
-from lockstep.recipes.draft_stage import DraftStage, DraftStageConfig
-from lockstep.recipes.run_directory import read_metrics, rollout_steps
+from lockstep.recipes.drafts.draft_stage import DraftStage, DraftStageConfig
+from lockstep.recipes.evaluation import replay
+from lockstep.recipes.rl import rl, sft
+from lockstep.recipes.runs.run_directory import read_metrics, rollout_steps
 from lockstep.rollout.buffer import BufferConfig
-from lockstep.trainer_bridge.draft_trainer import DraftTrainerConfig
+from lockstep.trainer_bridge.drafts.draft_trainer import DraftTrainerConfig
 
 STAGE = DraftStageConfig(
     train_every=1,

@@ -11,7 +11,7 @@ import numpy
 import pytest
 import torch
 
-from lockstep.recipes.run_directory import (
+from lockstep.recipes.runs.run_directory import (
     RunDirectory,
     checkpoint_steps,
     read_config,

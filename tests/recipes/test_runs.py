@@ -15,12 +15,14 @@ import yaml
 from short_runs import STEPS, Killed, assert_same_run, short_config
 
 from lockstep.engine import EngineConfig
-from lockstep.recipes import convert, evaluate, rl, sft
 from lockstep.recipes.config_schema import to_plain
-from lockstep.recipes.run_directory import checkpoint_steps, read_metrics, rollout_steps
-from lockstep.recipes.training_run import TrainingRun
+from lockstep.recipes.conversion import convert
+from lockstep.recipes.evaluation import evaluate
+from lockstep.recipes.rl import rl, sft
+from lockstep.recipes.rl.training_run import TrainingRun
+from lockstep.recipes.runs.run_directory import checkpoint_steps, read_metrics, rollout_steps
 from lockstep.rollout.evaluation import EvaluationConfig
-from lockstep.trainer_bridge.algorithms import AlgorithmConfig
+from lockstep.trainer_bridge.algorithms.algorithms import AlgorithmConfig
 
 
 @pytest.fixture(scope="module")

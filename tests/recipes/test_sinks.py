@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from lockstep.recipes import live, sinks
-from lockstep.recipes.live import LiveView, sparkline
-from lockstep.recipes.metrics import METRICS
-from lockstep.recipes.run_directory import RunDirectory, read_metrics
-from lockstep.recipes.sinks import WandbConfig, open_sinks
+from lockstep.recipes.runs import live, sinks
+from lockstep.recipes.runs.live import LiveView, sparkline
+from lockstep.recipes.runs.metrics import METRICS
+from lockstep.recipes.runs.run_directory import RunDirectory, read_metrics
+from lockstep.recipes.runs.sinks import WandbConfig, open_sinks
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from lockstep.recipes.trace import Trace
+from lockstep.recipes.runs.trace import Trace
 
 
 def events(path, phase: str) -> list[dict]:

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 from short_runs import short_config
 
-from lockstep.recipes import cli, rl, sft
-from lockstep.recipes.inputs import TaskConfig
-from lockstep.recipes.run_directory import read_metrics
+from lockstep.recipes import cli
+from lockstep.recipes.rl import rl, sft
+from lockstep.recipes.rl.inputs import TaskConfig
+from lockstep.recipes.runs.run_directory import read_metrics
 from lockstep.rollout.rewards import VerifierError
 
 FILE = """

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lockstep.recipes.report import write_report
-from lockstep.recipes.run_directory import RunDirectory, read_rollouts
+from lockstep.engine.text.model_output import fenced_blocks, parse_json, printable, shown, valid_text
+from lockstep.recipes.runs.report import write_report
+from lockstep.recipes.runs.run_directory import RunDirectory, read_rollouts
 from lockstep.rollout.environments.calculator import CalculatorConfig, build_calculator, calculate
 from lockstep.rollout.environments.chat_turns import ChatTurns
 from lockstep.rollout.environments.environment import Action
 from lockstep.rollout.environments.guess_number import GuessNumberConfig, GuessNumberEnvironment
 from lockstep.rollout.environments.tool_calls import TOOL_CALL_FORMATS, ToolCall
-from lockstep.rollout.model_output import fenced_blocks, parse_json, printable, shown, valid_text
 from lockstep.rollout.rewards import Completion, RewardEngines, build_reward
 from lockstep.rollout.rewards.code import extract_program
 from lockstep.rollout.rewards.failures import FailedScore

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from lockstep.engine.detokenizer import special_ids
-from lockstep.rollout.chat_template import ChatConfig, apply_template, set_chat_options
+from lockstep.engine.text.chat_template import ChatConfig, apply_template, set_chat_options
+from lockstep.engine.text.detokenizer import special_ids
+from lockstep.engine.text.plain_content import encode_conversation, unused_mark
 from lockstep.rollout.environments.chat_turns import ChatTurns
 from lockstep.rollout.environments.environment import Opening
-from lockstep.rollout.plain_content import encode_conversation, unused_mark
 from lockstep.rollout.rewards.models import conversation_ids
 from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer, encode_response, render_prompt
 from tests.support.chat_shapes import CHATML, SHAPES, tokenizer_of

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from lockstep.engine.detokenizer import decode_text
+from lockstep.engine.text.detokenizer import decode_text
 from lockstep.rollout.tasks import ReasoningGymConfig, build_task
 from lockstep.rollout.tokenizer import (
     TokenizerConfig,

@@ -10,7 +10,8 @@ import torch
 from comparisons import output_differences
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
-from lockstep.kernels import linear, numerics
+from lockstep.kernels import numerics
+from lockstep.kernels.linear.linear import linear
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 
 # The plainest way of serving: nothing captured, overlapped, shared or cached.

@@ -7,9 +7,9 @@ from parallel_trainer import new_trainer, trainer_config
 
 from lockstep.engine.models.config import load_model_config
 from lockstep.trainer_bridge import MegatronTrainer
-from lockstep.trainer_bridge.layout import trainer_layout
-from lockstep.trainer_bridge.losses import sft_loss
-from lockstep.trainer_bridge.packing import TrainSequence, pack
+from lockstep.trainer_bridge.algorithms.losses import sft_loss
+from lockstep.trainer_bridge.megatron.layout import trainer_layout
+from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
 from lockstep.trainer_bridge.transports.distributed import DistributedTransport, join_group
 from lockstep.trainer_bridge.weight_plan import engine_layout, plan_transfers
 

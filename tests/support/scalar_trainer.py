@@ -3,7 +3,7 @@
 import torch
 
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
-from lockstep.trainer_bridge.preference import PreferencePair, bradley_terry_loss, pack_pairs
+from lockstep.trainer_bridge.algorithms.preference import PreferencePair, bradley_terry_loss, pack_pairs
 
 
 def random_sequences(lengths=(20, 33, 7, 41, 12, 28), seed=0):

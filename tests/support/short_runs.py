@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from lockstep.engine import EngineConfig
-from lockstep.recipes import rl, sft
-from lockstep.recipes.inputs import ModelSource, TaskConfig
-from lockstep.recipes.new_model import ModelShape
-from lockstep.recipes.run_directory import read_metrics, rollout_steps
-from lockstep.recipes.training_run import START
+from lockstep.recipes.rl import rl, sft
+from lockstep.recipes.rl.inputs import ModelSource, TaskConfig
+from lockstep.recipes.rl.new_model import ModelShape
+from lockstep.recipes.rl.training_run import START
+from lockstep.recipes.runs.run_directory import read_metrics, rollout_steps
 from lockstep.rollout.buffer import BufferConfig
 from lockstep.rollout.evaluation import EvaluationConfig
 from lockstep.rollout.tasks import ReasoningGymConfig

@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from lockstep.trainer_bridge.advantages import grpo_advantages, leave_one_out_advantages
+from lockstep.trainer_bridge.algorithms.advantages import grpo_advantages, leave_one_out_advantages
 
 REWARDS = [[1.0, 0.0, 0.0, 1.0], [0.25, -1.5, 3.0], [0.1, 0.1, 0.1], [2.0]]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lockstep.trainer_bridge.aggregation import AGGREGATIONS, StepCounts, token_weights
+from lockstep.trainer_bridge.algorithms.aggregation import AGGREGATIONS, StepCounts, token_weights
 
 # Two groups; one sequence has nothing to learn from.
 LOSSES = [[1.0, 2.0, 4.0], [8.0], [], [16.0, 32.0]]

@@ -7,10 +7,10 @@ import statistics
 import pytest
 import torch
 
-from lockstep.trainer_bridge.algorithm_config import next_entropy_coefficient
-from lockstep.trainer_bridge.algorithms import ALGORITHMS, AlgorithmConfig, build_algorithm
-from lockstep.trainer_bridge.packing import TrainSequence, pack
-from lockstep.trainer_bridge.responses import ScoredResponse
+from lockstep.trainer_bridge.algorithms.algorithm_config import next_entropy_coefficient
+from lockstep.trainer_bridge.algorithms.algorithms import ALGORITHMS, AlgorithmConfig, build_algorithm
+from lockstep.trainer_bridge.algorithms.responses import ScoredResponse
+from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
 
 MAX_TOKENS = 8
 

@@ -9,16 +9,16 @@ from models import make_hf_model
 from pickles import payload, write_old_checkpoint
 from safetensors.torch import load_file, save_file
 
-from lockstep.engine.checkpoint import CheckpointError
+from lockstep.engine.checkpoints.checkpoint import CheckpointError
 from lockstep.engine.models.sharding import ParameterShard, Piece
-from lockstep.recipes import content_hashes
-from lockstep.recipes.convert import ConvertConfig
-from lockstep.recipes.convert import run as convert
+from lockstep.recipes.conversion.convert import ConvertConfig
+from lockstep.recipes.conversion.convert import run as convert
+from lockstep.recipes.runs import content_hashes
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
-from lockstep.trainer_bridge.checkpoint import CheckpointFiles, write_common, write_rank
-from lockstep.trainer_bridge.losses import sft_loss
-from lockstep.trainer_bridge.packing import TrainSequence, pack
-from lockstep.trainer_bridge.pickled_checkpoint import rewrite
+from lockstep.trainer_bridge.algorithms.losses import sft_loss
+from lockstep.trainer_bridge.megatron.checkpoint import CheckpointFiles, write_common, write_rank
+from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
+from lockstep.trainer_bridge.megatron.pickled_checkpoint import rewrite
 
 
 @pytest.fixture(scope="module")

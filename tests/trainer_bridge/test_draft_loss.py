@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lockstep.kernels.noise import gumbel_noise
-from lockstep.trainer_bridge.draft_loss import log_acceptance, soft_cross_entropy
+from lockstep.kernels.sampling.noise import gumbel_noise
+from lockstep.trainer_bridge.drafts.draft_loss import log_acceptance, soft_cross_entropy
 
 
 def distributions(rows, vocab, lacking, seed=0):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lockstep.trainer_bridge.grad_norm import gradient_norm
+from lockstep.trainer_bridge.megatron.grad_norm import gradient_norm
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ from models import EXPERTS, tiny_config
 from lockstep.engine.models.config import parse_model_config
 from lockstep.engine.models.names import expand, to_megatron
 from lockstep.engine.models.sharding import slices
-from lockstep.trainer_bridge.layout import local_layout, local_parts, trainer_layout
-from lockstep.trainer_bridge.parallel import ParallelSizes
+from lockstep.trainer_bridge.megatron.layout import local_layout, local_parts, trainer_layout
+from lockstep.trainer_bridge.megatron.parallel import ParallelSizes
 from lockstep.trainer_bridge.weight_plan import engine_layout, plan_transfers
 
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lockstep.trainer_bridge.algorithms import AlgorithmConfig, build_algorithm
-from lockstep.trainer_bridge.packing import TrainSequence, pack
+from lockstep.trainer_bridge.algorithms.algorithms import AlgorithmConfig, build_algorithm
+from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
 
 pytest.importorskip("accelerate")
 grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer")

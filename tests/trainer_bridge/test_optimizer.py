@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lockstep.trainer_bridge.grad_norm import gradient_norm
-from lockstep.trainer_bridge.optimizer import AdamWConfig, GradientSums, MasterAdamW
+from lockstep.trainer_bridge.megatron.grad_norm import gradient_norm
+from lockstep.trainer_bridge.megatron.optimizer import AdamWConfig, GradientSums, MasterAdamW
 
 
 def rates(schedule, steps, warmup_steps=0, total_steps=None):

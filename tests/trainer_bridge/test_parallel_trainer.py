@@ -8,7 +8,7 @@ from models import EXPERTS, make_hf_model
 from parallel_trainer import LOSS, batches, exercise, new_trainer, sequences
 from ranks import run_ranks
 
-from lockstep.engine.checkpoint import iterate_weights
+from lockstep.engine.checkpoints.checkpoint import iterate_weights
 
 TENSOR, PIPELINE, VIRTUAL = "tensor_parallel_size", "pipeline_parallel_size", "virtual_pipeline_parallel_size"
 EXPERT = "expert_parallel_size"

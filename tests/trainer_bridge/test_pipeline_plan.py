@@ -2,7 +2,7 @@
 
 import pytest
 
-from lockstep.trainer_bridge.pipeline import Action, make_plan
+from lockstep.trainer_bridge.megatron.pipeline import Action, make_plan
 
 SIZES = [(1, 1, 3), (2, 1, 1), (2, 1, 5), (4, 1, 8), (4, 1, 2), (2, 2, 4), (2, 2, 5), (2, 3, 1), (4, 2, 7), (3, 2, 6)]
 

@@ -5,8 +5,8 @@ import torch
 from models import EXPERTS, make_hf_model
 
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
-from lockstep.trainer_bridge.losses import sft_loss
-from lockstep.trainer_bridge.packing import TrainSequence, pack
+from lockstep.trainer_bridge.algorithms.losses import sft_loss
+from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
 
 OPTIONS = {
     "learning_rate": 1e-2,
@@ -79,7 +79,7 @@ def test_a_checkpoint_is_not_replaced(saved):
 def test_an_interrupted_save_leaves_nothing_to_load(saved, monkeypatch):
     trainer, path = saved
     with monkeypatch.context() as patch:
-        patch.setattr("lockstep.trainer_bridge.checkpoint.write_rank", lambda *_: 1 / 0)
+        patch.setattr("lockstep.trainer_bridge.megatron.checkpoint.write_rank", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             trainer.save(path / "next")
     assert not (path / "next").exists()

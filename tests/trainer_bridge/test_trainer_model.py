@@ -6,17 +6,17 @@ import pytest
 import torch
 from models import EXPERTS, FAMILY_NAMES, make_hf_model, named_like_in_files
 
-from lockstep.engine.checkpoint import load_into
-from lockstep.engine.dummy_weights import initialize_dummy
+from lockstep.engine.checkpoints.checkpoint import load_into
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.models.decoder import AttentionContext, AttentionPart, Decoder, new_layer_caches
 from lockstep.engine.models.names import expand, to_megatron
-from lockstep.kernels.log_probs import token_log_probs
+from lockstep.engine.weights.dummy_weights import initialize_dummy
+from lockstep.kernels.sampling.log_probs import token_log_probs
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
-from lockstep.trainer_bridge.layer_spec import PackedSequences
-from lockstep.trainer_bridge.losses import sft_loss
-from lockstep.trainer_bridge.model import LockstepGPTModel
-from lockstep.trainer_bridge.packing import TrainSequence, pack
+from lockstep.trainer_bridge.algorithms.losses import sft_loss
+from lockstep.trainer_bridge.megatron.layer_spec import PackedSequences
+from lockstep.trainer_bridge.megatron.model import LockstepGPTModel
+from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
 
 CASES = {
     **{family: (family, {}) for family in FAMILY_NAMES},

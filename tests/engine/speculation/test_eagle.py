@@ -6,14 +6,14 @@ from drafts import make_draft
 from models import make_hf_model
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
-from lockstep.engine.draft_checkpoint import load_draft, save_draft
+from lockstep.engine.checkpoints.draft_checkpoint import load_draft, save_draft
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.models.decoder import AttentionContext, AttentionPart, new_layer_caches
 from lockstep.engine.models.eagle3 import initialize
-from lockstep.kernels.attention import attention
-from lockstep.kernels.kv_cache import new_kv_cache
-from lockstep.kernels.noise import gumbel_noise_reference
-from lockstep.kernels.qk_norm_rope_store import qk_norm_rope_store
+from lockstep.kernels.attention.attention import attention
+from lockstep.kernels.memory.kv_cache import new_kv_cache
+from lockstep.kernels.norm_rope.qk_norm_rope_store import qk_norm_rope_store
+from lockstep.kernels.sampling.noise import gumbel_noise_reference
 
 VOCAB, LONGEST = 131, 96
 PAGES = torch.arange(7, dtype=torch.int32)[None]  # of 16 tokens, of a text alone

@@ -8,8 +8,8 @@ from models import make_hf_model
 
 from lockstep.engine import Engine, EngineConfig
 from lockstep.recipes.cluster.local import LocalCluster
-from lockstep.recipes.learner import Learner
-from lockstep.recipes.rl import RLConfig
+from lockstep.recipes.rl.learner import Learner
+from lockstep.recipes.rl.rl import RLConfig
 from lockstep.rollout.environments import EnvironmentConfig, Opening, StepResult, environment_factory
 from lockstep.rollout.environments.worker import EpisodeWorker, build_worker
 from lockstep.rollout.evaluation import EvaluationConfig, evaluate

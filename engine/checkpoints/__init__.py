@@ -1,0 +1,1 @@
+"""Model and draft directories: read, written, exported."""

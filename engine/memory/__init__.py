@@ -1,0 +1,1 @@
+"""KV memory: pages, and the prefix cache over them."""

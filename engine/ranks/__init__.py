@@ -1,0 +1,1 @@
+"""Tensor and expert parallelism: processes, groups, and what ranks tell each other."""

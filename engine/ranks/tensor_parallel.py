@@ -1,0 +1,134 @@
+"""An engine's part on rank 0 and on the others, where its model is spread over several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lockstep.engine.build import build_model, num_kv_pages, rank_device, scheduler_config
+from lockstep.engine.models.config import ModelConfig
+from lockstep.engine.ranks.rank_group import RankGroup
+from lockstep.engine.ranks.rank_step import RankStep
+from lockstep.engine.ranks.workers import Workers
+from lockstep.engine.scheduling.scheduler import StepBatch
+from lockstep.engine.steps.runner import Collected, LaunchedStep, Runner
+from lockstep.engine.weights import served_weights
+from lockstep.engine.weights.rank_weights import RankWeights
+
+if TYPE_CHECKING:
+    from lockstep.engine.config import EngineConfig
+
+
+def start_workers(config: EngineConfig, model_config: ModelConfig) -> Workers:
+    """Ranks 1 .. tp_size - 1 begin to read their weights."""
+    return Workers(
+        config.tp_size,
+        rank_device(config, 0),
+        config.rank_timeout_s,
+        config.rank_start_timeout_s,
+        EngineFollower,
+        config,
+        model_config,
+    )
+
+
+class LeadingRunner(Runner):
+    """Rank 0's: the other ranks take part in its steps."""
+
+    def __init__(self, workers: Workers, *arguments: Any, **speculation: Any) -> None:
+        super().__init__(*arguments, announce=workers.step, **speculation)
+        self.workers = workers
+
+    def launch(self, batch: StepBatch, weight_version: int, chains: bool = False) -> LaunchedStep:
+        with self.workers.watched():
+            return super().launch(batch, weight_version, chains)
+
+    def collect(self, step: LaunchedStep) -> Collected:
+        if step.ready is not None:
+            with self.workers.watched():
+                self.workers.wait_for(step.ready)
+        return super().collect(step)
+
+
+class EngineFollower:
+    """Another rank's: its part of the model, of the KV cache and of each step. See workers.Follower."""
+
+    def __init__(self, ranks: RankGroup, config: EngineConfig, model_config: ModelConfig) -> None:
+        self.device = rank_device(config, ranks.rank)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self.config = config
+        self.model = build_model(config, model_config, self.device, ranks)
+        self.sizes = scheduler_config(config, model_config)
+        self.num_pages = num_kv_pages(config, self.sizes, self.model, self.device)
+        self.weights = RankWeights(model_config, ranks, dict(self.model.named_parameters()), config.ep_size)
+
+    def begin(self, num_pages: int) -> None:
+        dtype = getattr(torch, self.config.dtype)
+        self.runner = Runner(
+            self.model, self.sizes, num_pages, self.device, dtype, group_prefixes=self.config.group_prefixes
+        )
+
+    def step(self, step: RankStep) -> None:
+        self.runner.follow(step)
+
+    def stage(self) -> None:
+        self.weights.stage()
+        self.weights.hashes(of_staged=True)
+
+    def flip(self) -> None:
+        self.weights.flip()
+
+    def hash(self) -> None:
+        self.weights.hashes(of_staged=False)
+
+    def discard(self) -> None:
+        self.weights.discard()
+
+    def sleep(self) -> None:
+        self.runner.free_kv_cache()
+
+    def wake(self) -> None:
+        self.runner.take_kv_cache()
+
+
+class LeadingWeights:
+    """Rank 0's hold on the weights of all ranks. Errors are RankError, after which the engine serves no more."""
+
+    def __init__(
+        self, workers: Workers, model_config: ModelConfig, targets: Mapping[str, torch.Tensor], expert_ranks: int
+    ) -> None:
+        self._workers = workers
+        self._own = RankWeights(model_config, workers.group, targets, expert_ranks)
+        self.wholes = self._own.wholes()
+
+    def stage(self, staged: Mapping[str, torch.Tensor], hashes: Mapping[str, int]) -> None:
+        """Every rank has its part of the update beside what it serves, with these content hashes.
+
+        Raises RuntimeError that names the tensor if another arrived than was sent; the old weights then serve on.
+        """
+        with self._workers.watched():
+            self._workers.stage()
+            self._own.stage(staged)
+            arrived = self._own.hashes(of_staged=True)
+        damaged = [name for name, content in hashes.items() if arrived[name] != content]
+        if damaged:
+            with self._workers.watched():
+                self._workers.discard()
+            self._own.discard()
+            raise RuntimeError(f"weight update arrived damaged at another rank: {damaged[0]!r}")
+
+    def flip(self) -> None:
+        """All ranks serve what is staged."""
+        with self._workers.watched():
+            self._workers.flip()
+            self._own.flip()
+
+    def checksum(self) -> str:
+        """served_weights.checksum of the whole weights that are served; a parameter in which ranks differ spoils it."""
+        with self._workers.watched():
+            self._workers.hash()
+            hashes = self._own.hashes(of_staged=False)
+        return served_weights.digest(served_weights.labels(self.wholes), hashes)

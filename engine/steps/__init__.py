@@ -1,0 +1,1 @@
+"""How a step is computed: layout, graphs, sampling, capture of hidden states."""

@@ -1,0 +1,1 @@
+"""Between text and tokens: tokenizers, chat templates, ends of turns, stop strings."""

@@ -1,0 +1,1 @@
+"""The weights that an engine serves, and their replacement in place."""

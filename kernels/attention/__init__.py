@@ -1,0 +1,1 @@
+"""Attention over paged and packed keys and values, forward and backward."""

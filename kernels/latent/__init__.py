@@ -1,0 +1,1 @@
+"""Multi-head latent attention: its cache, projections and attention."""

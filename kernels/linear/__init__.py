@@ -1,0 +1,1 @@
+"""Products with weights, also fused with the gate, and split over ranks."""

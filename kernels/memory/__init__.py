@@ -1,0 +1,1 @@
+"""Reads and writes of tables in device memory: the KV cache, embeddings, a step's inputs."""

@@ -1,0 +1,1 @@
+"""Mixture of experts: routing, and products whose rows belong to different experts."""

@@ -1,0 +1,1 @@
+"""Model directories from checkpoints and from other formats."""

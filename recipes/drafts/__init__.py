@@ -1,0 +1,1 @@
+"""Draft models: trained offline, or while reinforcement learning goes on."""

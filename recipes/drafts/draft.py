@@ -1,0 +1,255 @@
+"""`lockstep draft`: trains an EAGLE-3 draft for a model, offline, on the rollouts of a run or on a file of texts."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+
+from lockstep.engine import Engine, EngineConfig, SamplingParams
+from lockstep.engine.checkpoints.draft_checkpoint import load_draft, save_draft
+from lockstep.engine.checkpoints.draft_config import ServingEngine, choose_engine
+from lockstep.engine.config_fields import Count, Input, InputPath, Seed, Size, Text, Threads, check_fields
+from lockstep.engine.models.config import ModelConfig
+from lockstep.engine.models.eagle3 import Eagle3Config, Eagle3Draft, initialize
+from lockstep.engine.speculation.speculation import MAX_DRAFT_TOKENS
+from lockstep.engine.steps.capture import Capture, CaptureConfig, CapturedSequence
+from lockstep.engine.text.end_of_turn import stop_token_ids
+from lockstep.recipes.drafts.draft_texts import DraftText, read_texts
+from lockstep.recipes.planning.start_checks import check_stage
+from lockstep.recipes.rl.training_run import TrainingRun, is_due, resumed
+from lockstep.recipes.runs.report import write_report
+from lockstep.recipes.runs.run_directory import read_metrics
+from lockstep.recipes.runs.sinks import WandbConfig
+from lockstep.rollout import hub
+from lockstep.rollout.order import ProblemOrder
+from lockstep.trainer_bridge.drafts.draft_batch import DraftSequence
+from lockstep.trainer_bridge.drafts.draft_trainer import DraftTrainer, DraftTrainerConfig, frequent_tokens
+
+_LOG = logging.getLogger(__name__)
+
+USUAL_DRAFT_VOCAB = 32000
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """name, run, runs_dir, seed, num_threads, steps, checkpoint_every, keep_checkpoints, sinks, wandb, overwrite: as in
+        the other stages.
+
+    engine: serves the target, engine.model; the hidden states are recomputed through it.
+    rollouts: a run directory whose samples are learned; or texts: a file, see recipes/drafts/draft_texts.py.
+    max_tokens: texts are cut to so many.
+    start: a draft directory to go on from (its layer ids: engine.draft_layer_ids). None: a new draft, with the most
+        frequent tokens of the texts.
+    export_for: "sglang" or "vllm", which number the target's layers differently: one directory cannot serve both. None:
+        SGLang where it can read such a draft, else vLLM; the summary says which.
+    draft_vocab_size: of a new draft; None is the usual 32000, or the target's whole vocabulary where that is smaller.
+    norm_aux, norm_output: of a new draft, see Eagle3Config.
+    sequences_per_step: texts in an update. held_out: texts kept back for evaluation, every evaluate_every steps (0:
+        there is none).
+    """
+
+    engine: EngineConfig
+    name: str = "draft"
+    run: Text | None = None
+    runs_dir: str = "runs"
+    seed: Seed = 0
+    num_threads: Threads | None = 2
+    rollouts: Annotated[str, Input("rollouts")] | None = None
+    texts: InputPath | None = None
+    max_tokens: Size = 4096
+    start: InputPath | None = None
+    export_for: ServingEngine | None = None
+    draft_vocab_size: Size | None = None
+    norm_aux: bool = False
+    norm_output: bool = False
+    trainer: DraftTrainerConfig = field(default_factory=DraftTrainerConfig)
+    steps: Size = 1000
+    sequences_per_step: Size = 16
+    held_out: Size = 32
+    evaluate_every: Count = 50
+    checkpoint_every: Count = 100
+    keep_checkpoints: Count = 2
+    sinks: tuple[str, ...] = ()
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    overwrite: bool = False
+
+    def __post_init__(self):
+        check_fields(self)
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.run) if self.run is not None else Path(self.runs_dir) / self.name
+
+
+def run(config: DraftConfig) -> dict[str, Any]:
+    """Trains until `config.steps` updates are made, exports the draft to `draft` in the run directory, and tries it."""
+    config = resumed(config)
+    check_stage(config)
+    config = replace(config, engine=replace(config.engine, model=hub.pinned(config.engine.model)))
+    with TrainingRun(config, "draft") as run:
+        _LOG.info("loading the model %s", config.engine.model)
+        config = replace(config, engine=replace(config.engine, model=hub.model_directory(config.engine.model)))
+        engine = Engine(config.engine)
+        max_tokens = min(config.max_tokens, engine.max_model_len)
+        texts = read_texts(config.rollouts, config.texts, config.engine.model, max_tokens)
+        held_out, texts = _split(texts, config)
+        draft = _starting_draft(config, engine, texts)
+        choose_engine(config.export_for, draft.config.aux_layers, engine.model_config)  # refused now, not at the end
+        capture = engine.start_capture(CaptureConfig(draft.config.aux_layers, memory_bytes=2**62))
+        trainer = DraftTrainer(config.trainer, draft, engine.model.head_weight)
+        run.start(trainer)
+        held_out_sequences = with_states(engine, capture, held_out)
+        train(config, run, engine, capture, trainer, texts, held_out_sequences)
+        export, temperature, served_by = _export(run, trainer, held_out_sequences, engine.model_config)
+        engine.shutdown()
+        run.sinks.record(config.steps, "draft_verified", verified_acceptance(config, export, held_out))
+        return _finish(run, trainer, export, temperature, served_by)
+
+
+def train(
+    config: DraftConfig,
+    run: TrainingRun,
+    engine: Engine,
+    capture: Capture,
+    trainer: DraftTrainer,
+    texts: Sequence[DraftText],
+    held_out: Sequence[DraftSequence],
+) -> None:
+    """The loop. Step s learns from the texts whose turn it is; their states are computed for it and then dropped."""
+
+    def evaluate_if_due(step: int) -> None:
+        if is_due(step, config.evaluate_every, config.steps):
+            run.sinks.record(step, "draft_eval", trainer.unrolled.evaluate(held_out))
+
+    order = ProblemOrder(len(texts), config.seed)
+    if trainer.step_count == 0:
+        evaluate_if_due(0)
+    for step in range(trainer.step_count + 1, config.steps + 1):
+        started = time.perf_counter()
+        first = (step - 1) * config.sequences_per_step
+        chosen = [texts[order[place]] for place in range(first, first + config.sequences_per_step)]
+        sequences = with_states(engine, capture, chosen)
+        prefilled = time.perf_counter()
+        stats = trainer.step(sequences)
+        ended = time.perf_counter()
+        stats["tokens_per_s"] = stats["tokens"] / (ended - prefilled)
+        run.record(step, {**stats, "time/states": prefilled - started, "time/train": ended - prefilled})
+        evaluate_if_due(step)
+        run.checkpoint_if_due(step, trainer=trainer)
+
+
+def with_states(engine: Engine, capture: Capture, texts: Sequence[DraftText]) -> list[DraftSequence]:
+    """The texts with the target's states, from one prefill of all but their last tokens."""
+    prompts = [list(text.token_ids[:-1]) for text in texts]
+    engine.generate(prompts, SamplingParams(max_tokens=1, temperature=0.0))
+    # They come in the order in which they ended; equal prompts have equal states.
+    by_prompt = {tuple(captured.token_ids[: captured.num_prompt]): captured for captured in capture.take()}
+    return [
+        draft_sequence(by_prompt[text.token_ids[:-1]], text.token_ids, text.loss_mask, engine.model_config.hidden_size)
+        for text in texts
+    ]
+
+
+def draft_sequence(
+    captured: CapturedSequence, token_ids: Sequence[int], loss_mask: Sequence[bool], hidden_size: int
+) -> DraftSequence:
+    """What a draft learns from captured states: the last hidden_size columns are the last layer's."""
+    states = captured.states[: len(token_ids) - 1]
+    return DraftSequence(token_ids, loss_mask, states[:, :-hidden_size], states[:, -hidden_size:])
+
+
+def new_draft(
+    engine: Engine, texts: Sequence[DraftText], draft_vocab_size: int | None, seed: int, **options: Any
+) -> Eagle3Draft:
+    """An untrained draft for the engine's model, in its dtype, with the tokens that the texts use most."""
+    target = engine.model_config
+    size = min(draft_vocab_size or USUAL_DRAFT_VOCAB, target.vocab_size)
+    embedding = engine.model.embedding.word_embeddings.weight
+    draft = Eagle3Draft(Eagle3Config.of_target(target, size, **options), embedding, embedding.dtype)
+    initialize(draft, seed)
+    learned = [token for text in texts for token in text.token_ids[text.num_prompt :]]
+    counts = torch.bincount(torch.tensor(learned, dtype=torch.int64, device="cpu"), minlength=target.vocab_size)
+    draft.set_vocabulary(frequent_tokens(counts, size))
+    return draft
+
+
+def _starting_draft(config: DraftConfig, engine: Engine, texts: Sequence[DraftText]) -> Eagle3Draft:
+    if config.start is None:
+        options = {"norm_aux": config.norm_aux, "norm_output": config.norm_output}
+        return new_draft(engine, texts, config.draft_vocab_size, config.seed, **options)
+    if config.draft_vocab_size is not None:
+        raise ValueError(f"draft: start={config.start} has a vocabulary; draft_vocab_size is that of a new draft")
+    embedding = engine.model.embedding.word_embeddings.weight
+    options = {"head_weight": engine.model.head_weight, "numbers_of": config.engine.draft_layer_ids}
+    return load_draft(config.start, engine.model_config, embedding, embedding.dtype, **options)
+
+
+def _split(texts: list[DraftText], config: DraftConfig) -> tuple[list[DraftText], list[DraftText]]:
+    """(held out, to train on), the same for the same texts, seed and number."""
+    order = ProblemOrder(len(texts), config.seed)
+    shuffled = [texts[order[place]] for place in range(len(texts))]
+    num_held_out = min(config.held_out, len(texts) // 2)
+    return shuffled[:num_held_out], shuffled[num_held_out:]
+
+
+def verified_acceptance(config: DraftConfig, export: Path, held_out: Sequence[DraftText]) -> dict[str, float]:
+    """What speculation makes of the draft: the held-out prompts (the first half of a text without one) are completed
+    with it. Tokens per verify step, and the share of the drafts at each place that was accepted."""
+    num_draft_tokens = min(MAX_DRAFT_TOKENS, config.trainer.num_steps)
+    always = {"draft_max_requests": config.engine.max_running_requests, "draft_min_accepted": 0.0}
+    settings = {"draft_model": str(export), "num_draft_tokens": num_draft_tokens, **always}
+    engine = Engine(replace(config.engine, **settings))
+    prompts = [list(text.token_ids[: text.num_prompt or len(text.token_ids) // 2]) for text in held_out]
+    lengths = [len(text.token_ids) - len(prompt) for text, prompt in zip(held_out, prompts, strict=True)]
+    ends = stop_token_ids(engine.tokenizer) if engine.tokenizer is not None else ()
+    sampling = SamplingParams(temperature=config.trainer.temperature, stop_token_ids=ends)
+    params = [replace(sampling, max_tokens=length, seed=config.seed + index) for index, length in enumerate(lengths)]
+    engine.generate(prompts, params)
+    stats = engine.stats()
+    engine.shutdown()
+    places = range(1, num_draft_tokens + 1)
+    shares = {n: stats[f"accepted_at_{n}"] / stats[f"drafted_at_{n}"] for n in places if stats[f"drafted_at_{n}"]}
+    return {
+        "verified_tokens_per_step": stats["tokens_per_verify_step"],
+        **{f"verified_acceptance_{n - 1}": share for n, share in shares.items()},
+    }
+
+
+def _export(
+    run: TrainingRun, trainer: DraftTrainer, held_out: Sequence[DraftSequence], target: ModelConfig
+) -> tuple[Path, float, str]:
+    """Writes the draft at its best temperature. Returns that too, and the engine that the directory is for."""
+    temperature = trainer.unrolled.tune_temperature(held_out)
+    export = run.path / "draft"
+    shutil.rmtree(export, ignore_errors=True)
+    served_by = save_draft(export, trainer.draft, temperature, export_for=run.config.export_for, target=target)
+    return export, temperature, served_by
+
+
+def _finish(
+    run: TrainingRun, trainer: DraftTrainer, export: Path, temperature: float, served_by: str
+) -> dict[str, Any]:
+    """Records the weights' hash, writes the report, and prints the summary, which it returns."""
+    digest = trainer.weights_hash()
+    run.directory.write_weights_hash(digest)
+    records = read_metrics(run.path)
+    evaluations = [record["tokens_per_step"] for record in records if record["stage"] == "draft_eval"]
+    results = {
+        "tokens_per_step_before": evaluations[0],
+        "tokens_per_step_after": evaluations[-1],
+        "verified_tokens_per_step": records[-1]["verified_tokens_per_step"],
+        "draft_temperature": temperature,
+        "weights_hash": digest,
+        "draft": str(export),
+        "draft_layer_ids_for": served_by,
+        "report": str(write_report(run.path)),
+    }
+    run.view.summary(results)
+    return results

@@ -1,0 +1,1 @@
+"""Held-out evaluation, and replay of stored rollouts."""

@@ -1,0 +1,1 @@
+"""The training loops: reinforcement learning and supervised fine-tuning."""

@@ -1,0 +1,1 @@
+"""Reinforcement-learning algorithms: advantages, losses, and their options."""

@@ -1,0 +1,1 @@
+"""The trained model on Megatron-core: layers, optimizer, pipeline, checkpoints."""

@@ -1,0 +1,187 @@
+"""The order in which pipeline ranks work through micro-batches, and what they send each other.
+
+Megatron's own schedules allocate on CUDA devices and expect one length for all micro-batches, or negotiate it at each
+send. Here every rank knows the lengths, and derives the same plan of the whole pipeline from three numbers: one forward
+and one backward alternate (1F1B), with virtual stages interleaved. The plan fixes the order of all sends between two
+ranks, so that sends and receives meet in order, and a backward pass of a stage always comes in the order of the
+micro-batches, so that gradients are summed in the order of a single rank.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+
+from lockstep.trainer_bridge.megatron.parallel import RankGroup
+
+
+@dataclass(frozen=True)
+class Action:
+    """One pass of one stage of the model over one micro-batch."""
+
+    kind: Literal["forward", "backward"]
+    stage: int
+    micro_batch: int
+
+
+class Message(NamedTuple):
+    """What the stage `to` is sent for a micro-batch: hidden states, their gradient, or the tied head's gradient."""
+
+    kind: Literal["hidden", "gradient", "head_gradient"]
+    to: int
+    micro_batch: int
+
+
+class Stages(Protocol):
+    """A rank's work; `stage` is always one of its own."""
+
+    def forward(self, stage: int, micro_batch: int, hidden: torch.Tensor | None) -> torch.Tensor | None:
+        """hidden [T, 1, H] of the stage before (None on the first) -> hidden for the next (None on the last)."""
+
+    def backward(
+        self, stage: int, micro_batch: int, gradient: torch.Tensor | None, head_gradient: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The gradient of what `forward` gave (None on the last stage) -> of what it was given (None on the first).
+
+        The second of each is the tied head's gradient, which the last stage gives and the first one takes.
+        """
+
+
+def make_plan(
+    num_ranks: int, chunks_per_rank: int, num_micro_batches: int, forward_only: bool = False
+) -> list[list[Action | None]]:
+    """plan[t][rank]: what each rank does at time t, if all actions took equally long. Stage s is on rank s % num_ranks.
+
+    A rank prefers a backward pass that is ready. Before its first one it makes as many forward passes as Megatron's
+    schedules do, which bounds the activations that it holds; forward passes come in groups of num_ranks micro-batches
+    per chunk.
+    """
+    num_stages = num_ranks * chunks_per_rank
+    last = num_stages - 1
+    forwards = [_forward_order(rank, num_ranks, chunks_per_rank, num_micro_batches) for rank in range(num_ranks)]
+    limits = [_most_in_flight(rank, num_ranks, chunks_per_rank) for rank in range(num_ranks)]
+    done: set[Action] = set()
+    in_flight = [0] * num_ranks
+    next_backward = [0] * num_stages
+    plan: list[list[Action | None]] = []
+
+    def ready_backward(rank: int) -> Action | None:
+        for stage in range(last - (last - rank) % num_ranks, -1, -num_ranks):
+            m = next_backward[stage]
+            needed = Action("forward", stage, m) if stage == last else Action("backward", stage + 1, m)
+            if m < num_micro_batches and needed in done:
+                return Action("backward", stage, m)
+        return None
+
+    def ready_forward(rank: int) -> Action | None:
+        if not forwards[rank]:
+            return None
+        action = forwards[rank][0]
+        before = Action("forward", action.stage - 1, action.micro_batch)
+        return action if action.stage == 0 or before in done else None
+
+    total = num_stages * num_micro_batches * (1 if forward_only else 2)
+    while len(done) < total:
+        backward = [None if forward_only else ready_backward(rank) for rank in range(num_ranks)]
+        forward = [ready_forward(rank) for rank in range(num_ranks)]
+        bounded = [f if forward_only or in_flight[r] < limits[r] else None for r, f in enumerate(forward)]
+        slot = [b or f for b, f in zip(backward, bounded, strict=True)]
+        if not any(slot):
+            slot = forward  # the bound is a wish; without one of these passes nothing would go on
+        for rank, action in enumerate(slot):
+            if action is None:
+                continue
+            if action.kind == "forward":
+                forwards[rank].pop(0)
+                in_flight[rank] += 1
+            else:
+                next_backward[action.stage] += 1
+                in_flight[rank] -= 1
+        done.update(action for action in slot if action)
+        plan.append(slot)
+    return plan
+
+
+def _forward_order(rank: int, num_ranks: int, chunks_per_rank: int, num_micro_batches: int) -> list[Action]:
+    return [
+        Action("forward", chunk * num_ranks + rank, micro_batch)
+        for first in range(0, num_micro_batches, num_ranks)
+        for chunk in range(chunks_per_rank)
+        for micro_batch in range(first, min(first + num_ranks, num_micro_batches))
+    ]
+
+
+def _most_in_flight(rank: int, num_ranks: int, chunks_per_rank: int) -> int:
+    if chunks_per_rank == 1:
+        return num_ranks - rank
+    return (num_ranks - rank - 1) * 2 + (chunks_per_rank - 1) * num_ranks + 1
+
+
+def run(
+    plan: Sequence[Sequence[Action | None]],
+    num_stages: int,
+    ranks: RankGroup,
+    stages: Stages,
+    empty: Callable[[Message], torch.Tensor],
+    tied_head: bool,
+) -> None:
+    """Does this rank's part of the plan.
+
+    empty: a tensor of the shape and dtype of a message's, on the right device, to receive it. tied_head: the first and
+    the last stage share a weight, so the last one's gradient of it goes to the first.
+    Each send and receive waits at most the group's timeout.
+    """
+    received: dict[Message, tuple[torch.Tensor, list[dist.Work]]] = {}
+    sent: list[tuple[torch.Tensor, list[dist.Work]]] = []
+
+    def take(kind: str, action: Action, expected: bool) -> torch.Tensor | None:
+        if not expected:
+            return None
+        tensor, works = received.pop(Message(kind, action.stage, action.micro_batch))
+        for work in works:
+            work.wait()
+        return tensor
+
+    for slot in plan:
+        outgoing: dict[Message, torch.Tensor] = {}
+        action = slot[ranks.rank]
+        if action is not None:
+            stage, m = action.stage, action.micro_batch
+            if action.kind == "forward":
+                hidden = take("hidden", action, stage > 0)
+                outgoing[Message("hidden", stage + 1, m)] = stages.forward(stage, m, hidden)
+            else:
+                gradient = take("gradient", action, stage < num_stages - 1)
+                head_gradient = take("head_gradient", action, stage == 0 and tied_head)
+                results = stages.backward(stage, m, gradient, head_gradient)
+                outgoing[Message("gradient", stage - 1, m)], outgoing[Message("head_gradient", 0, m)] = results
+        for sender, message in _messages(slot, num_stages, tied_head):
+            receiver = message.to % ranks.size
+            if sender == ranks.rank:
+                tensor = outgoing[message]
+                sent.append((tensor, _exchange(dist.isend, tensor, receiver, ranks)))
+            elif receiver == ranks.rank:
+                tensor = empty(message)
+                received[message] = tensor, _exchange(dist.irecv, tensor, sender, ranks)
+    for _, works in sent:
+        for work in works:
+            work.wait()
+
+
+def _messages(slot: Sequence[Action | None], num_stages: int, tied_head: bool) -> Iterator[tuple[int, Message]]:
+    """(sending rank, message) of all that a slot's actions give, in the same order on all ranks."""
+    for rank, action in enumerate(slot):
+        if action is None:
+            continue
+        if action.kind == "forward" and action.stage < num_stages - 1:
+            yield rank, Message("hidden", action.stage + 1, action.micro_batch)
+        if action.kind == "backward" and action.stage > 0:
+            yield rank, Message("gradient", action.stage - 1, action.micro_batch)
+            if tied_head and action.stage == num_stages - 1:
+                yield rank, Message("head_gradient", 0, action.micro_batch)
+
+
+def _exchange(operation: Callable, tensor: torch.Tensor, peer: int, ranks: RankGroup) -> list[dist.Work]:
+    return dist.batch_isend_irecv([dist.P2POp(operation, tensor, ranks.global_rank(peer), ranks.group)])
