@@ -97,6 +97,12 @@ def test_a_run_begins_with_the_removal(folder, monkeypatch):
     assert [path for path in left if path.exists()] == []
 
 
+def test_a_folder_is_of_its_user_alone(folder):
+    owned = OwnedFolder("ranks")
+    assert owned.path.parent == folder
+    assert owned.path.stat().st_mode & 0o077 == 0
+
+
 def test_what_cannot_be_removed_is_said(folder):
     def remove(path):
         raise OSError("no")
