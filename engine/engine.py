@@ -14,8 +14,7 @@ from lockstep.engine.checks import Choice, check_device_is_there
 from lockstep.engine.config import EngineConfig
 from lockstep.engine.foreign_files import has_file
 from lockstep.engine.intake import check_is_request, check_not_queued, checked_version, new_requests
-from lockstep.engine.memory.page_pool import PagePool
-from lockstep.engine.memory.radix_cache import RadixCache
+from lockstep.engine.memory.kv_memory import KVMemory
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.ranks.tensor_parallel import LeadingRunner, LeadingWeights, start_workers
 from lockstep.engine.ranks.workers import RankError, Workers
@@ -74,9 +73,8 @@ class Engine(Serving):
             self.workers, self.model_config, self.weight_targets, config.ep_size
         )
 
-        self.pool = PagePool(num_pages)
-        self.cache = RadixCache(self.pool, sizes.page_size)
-        self.scheduler = Scheduler(sizes, self.pool, self.cache)
+        self.memory = KVMemory(num_pages, sizes.page_size, sizes.enable_prefix_cache)
+        self.scheduler = Scheduler(sizes, self.memory)
         eagle = new_eagle(config, draft, sizes, num_pages)
         runner = Runner if self.workers is None else partial(LeadingRunner, self.workers)
         self.runner = runner(
@@ -120,22 +118,21 @@ class Engine(Serving):
     def queue(self, requests: Sequence[Request]) -> None:
         """Adds requests of `prepare`, of this engine or of another of the same config.
 
-        Raises ValueError, and adds none, for one that was queued already, here or there.
+        Raises ValueError, and adds none, for one that was queued already, here or there, or whose id is in use here.
         """
         self._check_awake()
         check_not_queued(requests)
         for request in requests:
-            self.scheduler.check_new(request)
+            end_of_sequence = () if request.params.ignore_eos else self.model_config.eos_token_ids
+            request.stop_ids = frozenset((*request.params.stop_token_ids, *end_of_sequence))
+            if request.params.stop:
+                request.detokenizer = Detokenizer(self.tokenizer, request.params.stop, self._unseen_ids(request))
+        self.scheduler.add(requests)
         for request in requests:
             if self.capture is not None:
                 self.capture.choose(request)
             if request.params.edits_logits:
                 self.editing.append(request)
-            end_of_sequence = () if request.params.ignore_eos else self.model_config.eos_token_ids
-            request.stop_ids = frozenset((*request.params.stop_token_ids, *end_of_sequence))
-            if request.params.stop:
-                request.detokenizer = Detokenizer(self.tokenizer, request.params.stop, self._unseen_ids(request))
-            self.scheduler.add(request)
 
     def step(self) -> list[Request]:
         """One forward pass over the running requests; returns those that were given a token, scores or a reward, and
@@ -178,7 +175,7 @@ class Engine(Serving):
     def abort(self, request: Request) -> None:
         """Ends a request now; what it has generated stays in its output. Does nothing if it has ended already."""
         check_is_request("abort", request)
-        if request.finish_reason is None and self.scheduler.holds(request):
+        if request.finish_reason is None and self.scheduler.has(request):
             self.scheduler.finish(request, "abort")
 
     def output(self, request: Request) -> RequestOutput:
@@ -428,7 +425,7 @@ class Engine(Serving):
         self._drain()
         if not self.is_asleep:
             self.is_asleep = True
-            self.cache.reset()
+            self.memory.reset()
             if self.workers is not None:
                 with self.workers.watched():
                     self.workers.sleep()
@@ -450,11 +447,11 @@ class Engine(Serving):
         """Counters since the engine started. `cache_hit_rate`: share of prompt tokens that were found in the cache."""
         return {
             **self.scheduler.stats(),
+            **self.memory.stats(),
             "weight_version": self.weight_version,
             "generated_tokens": self.generated_tokens,
             "busy_s": self.busy_s,
             "tokens_per_s": self.generated_tokens / self.busy_s if self.busy_s else 0.0,
-            "free_pages": self.pool.num_free,
             **(self.capture.stats() if self.capture is not None else {}),
             **(self.speculation.stats() if self.speculation is not None else {"accepted_draft_tokens": 0}),
         }

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from lockstep.engine.memory.namespace import Namespace
 from lockstep.engine.memory.page_pool import PagePool
 from lockstep.engine.memory.radix_cache import CacheHandle, RadixCache
 
@@ -108,7 +109,7 @@ class Game:
     def match(self) -> None:
         tokens, version = self.random_tokens(), self.rng.randrange(3)
         limit = self.rng.choice([len(tokens), self.rng.randint(0, len(tokens)), 0])
-        handle, pages = self.cache.match(tokens, version, limit)
+        handle, pages = self.cache.match(tokens, Namespace(version), limit)
         assert pages == self.model.match(tokens, version, limit)
         assert handle.num_pages == len(pages)
         user = User(handle, self.model.tree(version), version, tokens, pages, len(pages))
@@ -199,7 +200,7 @@ def test_random_use_agrees_with_the_model(block):
 
 
 def cache_sequence(cache: RadixCache, pool: PagePool, tokens: list[int], version: int) -> list[int]:
-    handle, pages = cache.match(tokens, version, len(tokens))
+    handle, pages = cache.match(tokens, Namespace(version), len(tokens))
     pages += pool.take(len(tokens) // PAGE_SIZE - len(pages))
     cache.insert(handle, tokens, pages, len(pages))
     cache.unlock(handle)
@@ -208,7 +209,7 @@ def cache_sequence(cache: RadixCache, pool: PagePool, tokens: list[int], version
 
 
 def lookup(cache: RadixCache, pool: PagePool, tokens: list[int], version: int) -> list[int]:
-    handle, pages = cache.match(tokens, version, len(tokens))
+    handle, pages = cache.match(tokens, Namespace(version), len(tokens))
     cache.unlock(handle)
     pool.release(pages)
     return pages
@@ -230,7 +231,7 @@ def test_a_locked_prefix_survives_eviction_and_reset():
     pool = PagePool(8)
     cache = RadixCache(pool, PAGE_SIZE)
     pages = cache_sequence(cache, pool, [1, 2, 3, 4, 5, 6], version=0)
-    handle, matched = cache.match([1, 2, 3, 4, 9, 9], 0, 6)
+    handle, matched = cache.match([1, 2, 3, 4, 9, 9], Namespace(0), 6)
     assert matched == pages[:2]
     assert cache.evict(8) == 1
     cache.reset()
