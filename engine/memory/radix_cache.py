@@ -108,8 +108,9 @@ class RadixCache:
             assert namespace.version >= 0, f"{namespace}"
             node = self._roots[namespace] = Root(namespace)
         path = self._walk(node, tokens, limit)
-        while needs_snapshot and path and path[-1].snapshot is None:
-            path.pop()
+        if needs_snapshot:
+            while path and path[-1].snapshot is None:
+                path.pop()
         node.locks += 1
         pages = []
         for node in path:

@@ -45,7 +45,10 @@ class Admission:
 
     def add(self, request: Request) -> None:
         """Puts a request without a slot in the queue, at the place of its arrival."""
-        insort(self.waiting, request, key=by_arrival)
+        if self.waiting and self.waiting[-1].arrival > request.arrival:
+            insort(self.waiting, request, key=by_arrival)
+        else:
+            self.waiting.append(request)
 
     def remove(self, request: Request) -> None:
         """Takes a waiting request out of the queue."""
