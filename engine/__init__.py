@@ -2,8 +2,8 @@
 
 from lockstep.engine.config import EngineConfig
 from lockstep.engine.engine import Engine
+from lockstep.engine.generator import Generator, TokenEvent
 from lockstep.engine.replicated_engine import ReplicatedEngine
 from lockstep.engine.request import RequestOutput, SamplingParams
-from lockstep.engine.serving import TokenEvent
 
-__all__ = ["Engine", "EngineConfig", "ReplicatedEngine", "RequestOutput", "SamplingParams", "TokenEvent"]
+__all__ = ["Engine", "EngineConfig", "Generator", "ReplicatedEngine", "RequestOutput", "SamplingParams", "TokenEvent"]

@@ -10,8 +10,9 @@ from typing import Annotated
 
 from annotated_types import Interval
 
-from lockstep.engine import Engine
+from lockstep.engine import Generator
 from lockstep.engine.config_fields import NotNegative, Size, check_fields
+from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.rollout.answer_watch import num_unanswered
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.environments.failures import FAILED
@@ -86,8 +87,8 @@ class EvalResult:
 
 
 def evaluate(
-    engine: Engine,
-    tokenizer,
+    engine: Generator,
+    tokenizer: Tokenizer,
     task: Task,
     reward: Reward,
     config: EvaluationConfig,

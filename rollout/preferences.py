@@ -10,10 +10,11 @@ from typing import Annotated
 
 from annotated_types import Interval
 
-from lockstep.engine import Engine
+from lockstep.engine import Generator
 from lockstep.engine.config_fields import MAX_COUNT, Positive, Size, check_fields
 from lockstep.engine.files import write_whole
 from lockstep.engine.text.model_output import valid_text
+from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.rollout.evaluation import EVALUATION_STEP
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.tasks.chats import Messages, looks_like_chat, read_messages, to_ask
@@ -69,7 +70,7 @@ def write_pairs(path: Path, pairs: Sequence[Preference]) -> None:
 
 
 def sample_pairs(
-    engine: Engine, tokenizer, task: Task, num_problems: int, config: PairSamplingConfig, seed: int
+    engine: Generator, tokenizer: Tokenizer, task: Task, num_problems: int, config: PairSamplingConfig, seed: int
 ) -> list[Preference]:
     """Pairs of the task's first problems, judged by its verifier; the same for the same weights and seed.
 

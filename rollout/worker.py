@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lockstep.engine import Engine, SamplingParams
+from lockstep.engine import Generator, SamplingParams
 from lockstep.engine.checks import Rule, Whole, conform
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.request import SAMPLING_RULES
 from lockstep.engine.text.end_of_turn import response_text, stop_token_ids
+from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.rollout.group import Group, Response
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.rewards import Completion, Reward, StepFailures, correct_reward
@@ -43,7 +44,15 @@ _RULES: dict[str, Rule] = {"prompts_per_step": Whole(1), "samples_per_prompt": W
 class RolloutWorker:
     """Generates and scores groups; the same coordinates always give the same samples for the same weights."""
 
-    def __init__(self, engine: Engine, tokenizer, task: Task, reward: Reward, config: RolloutConfig, seed: int):
+    def __init__(
+        self,
+        engine: Generator,
+        tokenizer: Tokenizer,
+        task: Task,
+        reward: Reward,
+        config: RolloutConfig,
+        seed: int,
+    ):
         self.engine = engine
         self.tokenizer = tokenizer
         self.task = task

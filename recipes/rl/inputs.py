@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from lockstep.engine.config_fields import InputPath, check_fields
 from lockstep.engine.models.config import ModelConfig, load_model_config, parse_model_config
 from lockstep.engine.text.chat_template import ChatConfig, set_chat_options
+from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.recipes.rl.new_model import ModelShape, new_config, new_model
 from lockstep.rollout import hub
 from lockstep.rollout.tasks import (
@@ -85,7 +86,7 @@ class ModelSource:
             new_model(directory, self.shape, seed, self.new_tokenizer(task))
         return directory
 
-    def described(self, task: Task, chat: ChatConfig) -> tuple[ModelConfig, PreTrainedTokenizerBase]:
+    def described(self, task: Task, chat: ChatConfig) -> tuple[ModelConfig, Tokenizer]:
         """The model's sizes and its tokenizer, which is made in memory where the run would make one.
 
         Raises ValueError for a path without a model.

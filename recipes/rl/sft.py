@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lockstep.engine.config_fields import Size
+from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.recipes.planning.plan import dry_run, sft_plan
 from lockstep.recipes.planning.room import sft_with_room
 from lockstep.recipes.planning.start_checks import check_stage
@@ -62,7 +63,7 @@ def run(config: SFTConfig) -> dict[str, Any]:
         return run.finish(trainer)
 
 
-def example_sequence(tokenizer, task: Task, index: int) -> TrainSequence:
+def example_sequence(tokenizer: Tokenizer, task: Task, index: int) -> TrainSequence:
     """Problem `index` with its worked solution, of which alone the loss is taken.
 
     Raises ValueError for a problem without a worked solution.

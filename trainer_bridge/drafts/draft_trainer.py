@@ -15,7 +15,7 @@ from lockstep.engine.checks import FP32_MAX, Choice, Real, Rule, Whole, conform
 from lockstep.engine.files import whole_file
 from lockstep.engine.models.eagle3 import Eagle3Draft
 from lockstep.engine.request import MIN_TEMPERATURE
-from lockstep.engine.weights.served_weights import checksum
+from lockstep.engine.weights.checksums import checksum
 from lockstep.kernels.process_state import own_state
 from lockstep.trainer_bridge.drafts.draft_batch import DraftBatch, DraftSequence
 from lockstep.trainer_bridge.drafts.draft_loss import LOSSES
