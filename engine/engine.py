@@ -45,7 +45,7 @@ class Engine(SteppedGenerator):
         self.workers = parts.workers
         self.model = parts.model
         self.weights = parts.weights
-        self.pool, self.cache = parts.pool, parts.cache
+        self.memory = parts.memory
         self.scheduler = parts.scheduler
         self.runner = parts.runner
         self.draft = parts.draft
@@ -100,20 +100,19 @@ class Engine(SteppedGenerator):
     def queue(self, requests: Sequence[Request]) -> None:
         """Adds requests of `prepare`, of this engine or of another of the same config.
 
-        Raises ValueError, and adds none, for one that was queued already, here or there.
+        Raises ValueError, and adds none, for one that was queued already, here or there, or whose id is in use here.
         """
         self._check_awake()
         check_not_queued(requests)
         for request in requests:
-            self.scheduler.check_new(request)
+            end_of_sequence = () if request.params.ignore_eos else self.model_config.eos_token_ids
+            request.stop_ids = frozenset((*request.params.stop_token_ids, *end_of_sequence))
+            request.detokenizer = self.text.detokenizer(request)
+        self.scheduler.add(requests)
         for request in requests:
             self.capture.choose(request)
             if request.params.edits_logits:
                 self.editing.append(request)
-            end_of_sequence = () if request.params.ignore_eos else self.model_config.eos_token_ids
-            request.stop_ids = frozenset((*request.params.stop_token_ids, *end_of_sequence))
-            request.detokenizer = self.text.detokenizer(request)
-            self.scheduler.add(request)
 
     def step(self) -> list[Request]:
         """One forward pass over the running requests; returns those that were given a token, scores or a reward, and
@@ -156,7 +155,7 @@ class Engine(SteppedGenerator):
     def abort(self, request: Request) -> None:
         """Ends a request now; what it has generated stays in its output. Does nothing if it has ended already."""
         check_is_request("abort", request)
-        if request.finish_reason is None and self.scheduler.holds(request):
+        if request.finish_reason is None and self.scheduler.has(request):
             self.scheduler.finish(request, "abort")
 
     def output(self, request: Request) -> RequestOutput:
@@ -303,7 +302,7 @@ class Engine(SteppedGenerator):
         self._settle()
         if self.state == "awake":
             self.state = "asleep"
-            self.cache.reset()
+            self.memory.reset()
             with self.workers.watched():
                 self.workers.sleep()
             self.runner.free_kv_cache()
@@ -323,9 +322,9 @@ class Engine(SteppedGenerator):
         """Counters since the engine started. `cache_hit_rate`: share of prompt tokens that were found in the cache."""
         return {
             **self.scheduler.stats(),
+            **self.memory.stats(),
             "weight_version": self.weight_version,
             **self.counters.stats(),
-            "free_pages": self.pool.num_free,
             **self.capture.stats(),
             **self.speculation.stats(),
         }

@@ -16,8 +16,7 @@ from lockstep.engine.build import (
     scheduler_config,
 )
 from lockstep.engine.config import EngineConfig
-from lockstep.engine.memory.page_pool import PagePool
-from lockstep.engine.memory.radix_cache import RadixCache
+from lockstep.engine.memory.kv_memory import KVMemory
 from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.models.decoder import Decoder
 from lockstep.engine.models.layers.linear import encode, encoded
@@ -41,8 +40,7 @@ class EngineParts:
     workers: Workers | NoWorkers
     model: Decoder
     weights: ServedWeights
-    pool: PagePool
-    cache: RadixCache
+    memory: KVMemory
     scheduler: Scheduler
     runner: Runner
     draft: EagleDrafter | NoDraftModel
@@ -64,8 +62,7 @@ def build_parts(config: EngineConfig, model_config: ModelConfig) -> EngineParts:
     except BaseException:
         workers.shutdown()
         raise
-    pool = PagePool(num_pages)
-    cache = RadixCache(pool, sizes.page_size)
+    memory = KVMemory(num_pages, sizes.page_size, sizes.enable_prefix_cache)
     eagle = new_eagle(config, draft, sizes, num_pages)
     new_runner = Runner if config.tp_size == 1 else partial(LeadingRunner, workers)
     runner = new_runner(model, runner_config(config, sizes, num_pages, device), eagle)
@@ -73,9 +70,8 @@ def build_parts(config: EngineConfig, model_config: ModelConfig) -> EngineParts:
         workers=workers,
         model=model,
         weights=_new_weights(config, model_config, model, workers, device),
-        pool=pool,
-        cache=cache,
-        scheduler=Scheduler(sizes, pool, cache),
+        memory=memory,
+        scheduler=Scheduler(sizes, memory),
         runner=runner,
         draft=eagle or NoDraftModel(config.draft_model),
         speculation=new_speculation(config, eagle, model_config.vocab_size),

@@ -87,7 +87,7 @@ class Capture:
             Path(config.directory).mkdir(parents=True, exist_ok=True)
 
     def choose(self, request: Request) -> None:
-        """Marks a request that waits to be added to the scheduler, if it is one to capture."""
+        """Marks a request that has not run yet, if it is one to capture."""
         if request.seed % self.config.every == 0:
             request.states = []
 

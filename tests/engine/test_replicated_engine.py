@@ -5,6 +5,9 @@ import torch
 from models import make_hf_model
 
 from lockstep.engine import Engine, EngineConfig, ReplicatedEngine, SamplingParams
+from lockstep.engine.memory.kv_memory import KVMemory
+from lockstep.engine.request import Request
+from lockstep.engine.scheduling.scheduler import Scheduler
 
 SETTINGS = {"max_model_len": 100, "page_size": 4, "kv_cache_tokens": 400}
 PROMPTS = [[1, 2, 3] * 7, [4, 5], [6] * 30, [7, 8, 9]]
@@ -112,3 +115,35 @@ def test_a_replica_that_raises_takes_no_results_of_the_others_along(paths, monke
     assert engine.step() == [first, first, second]
     for request in (first, second):
         engine.abort(request)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_of_requests_with_one_id_none_is_taken(paths, num_replicas):
+    engine = ReplicatedEngine(EngineConfig(model=paths[0], **SETTINGS), num_replicas)
+    penalised = SamplingParams(max_tokens=2, presence_penalty=0.5)
+    requests = [Request(0, [3, 4, 5], penalised) for _ in range(3)]  # as of three engines; two meet in a replica
+    with pytest.raises(ValueError, match="request id 0 is in use"):
+        engine.queue(requests)
+    assert not any(replica.scheduler.has_work or replica.editing for replica in engine.engines)
+    engine.queue(requests[:1])
+    while requests[0].finish_reason is None:
+        engine.step()
+
+
+def test_a_request_is_checked_once(paths, monkeypatch):
+    engine = Engine(EngineConfig(model=paths[0], **SETTINGS))
+    checked, check = [], engine.scheduler.check
+    monkeypatch.setattr(engine.scheduler, "check", lambda request: (checked.append(request), check(request)))
+    engine.generate([[3, 4, 5], [1, 2], [3]], SamplingParams(max_tokens=2))
+    assert len(checked) == 3
+
+
+def test_replicas_take_what_the_smallest_can_serve(paths):
+    engine = ReplicatedEngine(EngineConfig(model=paths[0], **SETTINGS), 2)
+    engine.engines[1].scheduler = Scheduler(engine.engines[1].scheduler.config, memory := KVMemory(12, 4))
+    engine.engines[1].memory = memory
+    with pytest.raises(
+        ValueError, match="prompt 0: request 0 may need the KV of 49 tokens, 13 pages of 4, but the pool has 12"
+    ):
+        engine.prepare([[1] * 40], SamplingParams(max_tokens=10))
+    assert engine.prepare([[1] * 40], SamplingParams(max_tokens=9))

@@ -153,9 +153,9 @@ def check_case(model, rng):
         assert request.logprobs == want.logprobs
         assert (request.finish_reason, len(request.weight_versions)) == (want.finish_reason, len(want.token_ids))
         assert 0 <= request.num_accepted <= request.num_drafted
-    engine.pool.check_invariants()
-    engine.cache.reset()
-    assert engine.pool.num_free == engine.pool.num_pages, "pages were lost"
+    engine.memory.check_invariants()
+    engine.memory.reset()
+    assert engine.memory.num_free == engine.memory.num_pages, "pages were lost"
     stats = engine.stats()
     assert stats["accepted_draft_tokens"] == sum(request.num_accepted for request in requests)
     names = ("draft_tokens", "accepted_draft_tokens", "preemptions", "cached_tokens")
