@@ -7,7 +7,14 @@ from functools import partial
 
 import torch
 
-from lockstep.engine.build import build_model, check_parallel, num_kv_pages, rank_device, scheduler_config
+from lockstep.engine.build import (
+    build_model,
+    check_parallel,
+    num_kv_pages,
+    rank_device,
+    runner_config,
+    scheduler_config,
+)
 from lockstep.engine.config import EngineConfig
 from lockstep.engine.memory.kv_memory import KVMemory
 from lockstep.engine.models.config import ModelConfig
@@ -58,17 +65,7 @@ def build_parts(config: EngineConfig, model_config: ModelConfig) -> EngineParts:
     memory = KVMemory(num_pages, sizes.page_size, sizes.enable_prefix_cache)
     eagle = new_eagle(config, draft, sizes, num_pages)
     new_runner = Runner if config.tp_size == 1 else partial(LeadingRunner, workers)
-    runner = new_runner(
-        model,
-        sizes,
-        num_pages,
-        device,
-        getattr(torch, config.dtype),
-        config.cuda_graphs,
-        config.group_prefixes,
-        drafter=eagle,
-        num_draft_tokens=config.num_draft_tokens,
-    )
+    runner = new_runner(model, runner_config(config, sizes, num_pages, device), eagle)
     return EngineParts(
         workers=workers,
         model=model,

@@ -33,6 +33,7 @@ class ReplicatedEngine(SteppedGenerator):
         self.config = config
         self.engines: list[Engine] = []
         self._replica_of: dict[Request, int] = {}  # of requests that have not ended
+        self._late_results: list[Request] = []  # of a step that raised
         try:
             for replica in range(num_replicas):
                 device = _device(config, replica)
@@ -76,13 +77,12 @@ class ReplicatedEngine(SteppedGenerator):
             engine.queue(share)
 
     def step(self) -> list[Request]:
-        """One step of every replica that has work."""
-        return [
-            request
-            for engine in self.engines
-            if engine.scheduler.has_work
-            for request in self._call(engine, engine.step)
-        ]
+        """One step of every replica that has work. Where one raises, the next step returns what the others gave."""
+        for engine in self.engines:
+            if engine.scheduler.has_work or engine.late_results:
+                self._late_results += self._call(engine, engine.step)
+        results, self._late_results = self._late_results, []
+        return results
 
     def abort(self, request: Request) -> None:
         check_is_request("abort", request)

@@ -140,6 +140,11 @@ def no_number(request: Request) -> FloatingPointError:
     return FloatingPointError(f"{where}: the {what.get(request.kind, 'reward is no number')}; are the weights finite?")
 
 
+def failure_of(request: Request, error: Exception) -> RuntimeError:
+    """An error that is one request's own: a tokenizer's, say."""
+    return RuntimeError(f"request {request.request_id}: {type(error).__name__}: {error}")
+
+
 @dataclass(frozen=True)
 class RequestOutput:
     """A sample. token_ids, logprobs and weight_versions have one entry per generated token.
@@ -238,6 +243,12 @@ class Request:
         self.tokens += tokens
         self.logprobs += logprobs
         self.weight_versions += [weight_version] * len(tokens)
+
+    def append(self, token: int, logprob: float, weight_version: int) -> None:
+        """`extend` by one token."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.weight_versions.append(weight_version)
 
     def cut(self, num_tokens: int) -> None:
         """Forgets the outputs after the first num_tokens tokens, prompt included."""

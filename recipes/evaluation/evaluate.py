@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lockstep.engine import Engine, EngineConfig
+from lockstep.engine import Engine, EngineConfig, Generator
 from lockstep.engine.config_fields import Count, Seed, Text, Threads, check_fields
 from lockstep.engine.files import check_writable, write_whole
 from lockstep.engine.models.config import load_model_config
@@ -99,8 +99,8 @@ def run(config: EvalConfig) -> dict[str, dict[str, Any]]:
 
 
 def evaluate_tasks(
-    engine: Engine,
-    tokenizer,
+    engine: Generator,
+    tokenizer: Tokenizer,
     tasks: Mapping[str, Task],
     reward: Any,
     rewards: LocalRewards,

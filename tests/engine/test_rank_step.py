@@ -9,7 +9,7 @@ from lockstep.engine.ranks.rank_step import RankStep
 @pytest.mark.parametrize("sizes", [(4, 2, 3, 1, 5, 2), (1, 0, 1, 0, 0, 0), (0, 0, 0, 0, 0, 0), (3, 1, 0, 2, 0, 4)])
 def test_a_step_comes_out_as_it_was_packed(sizes):
     num_rows, *counts = sizes
-    heights = {"rows": 3, "prefills": 3, "drawing": None, "scored": 2, "new_pages": 2, "page_copies": 2}
+    heights = {"rows": 3, "prefills": 3, "sampled": None, "scored": 2, "new_pages": 2, "page_copies": 2}
     numbers = np.random.default_rng(0)
     values = {
         name: numbers.integers(-1, 2**40, (height, count) if height else count)

@@ -100,6 +100,23 @@ def test_no_replicas_are_refused(paths):
         ReplicatedEngine(EngineConfig(model=paths[0]), num_replicas=0)
 
 
+def test_a_replica_that_raises_takes_no_results_of_the_others_along(paths, monkeypatch):
+    engine = ReplicatedEngine(EngineConfig(model=paths[0], **SETTINGS), num_replicas=2)
+    first, second = engine.submit([[1] * 9, [2] * 9], SamplingParams(max_tokens=3, ignore_eos=True))
+    step = engine.engines[1].step
+
+    def fails():
+        raise ConnectionError("gone for a moment")
+
+    monkeypatch.setattr(engine.engines[1], "step", fails)
+    with pytest.raises(ConnectionError):
+        engine.step()
+    monkeypatch.setattr(engine.engines[1], "step", step)
+    assert engine.step() == [first, first, second]
+    for request in (first, second):
+        engine.abort(request)
+
+
 @pytest.mark.parametrize("num_replicas", [1, 2])
 def test_of_requests_with_one_id_none_is_taken(paths, num_replicas):
     engine = ReplicatedEngine(EngineConfig(model=paths[0], **SETTINGS), num_replicas)
@@ -123,10 +140,9 @@ def test_a_request_is_checked_once(paths, monkeypatch):
 
 def test_replicas_take_what_the_smallest_can_serve(paths):
     engine = ReplicatedEngine(EngineConfig(model=paths[0], **SETTINGS), 2)
-    engine.engines[1].scheduler = Scheduler(engine.engines[1].scheduler.config, memory := KVMemory(12, 4))
-    engine.engines[1].memory = memory
-    with pytest.raises(
-        ValueError, match="prompt 0: request 0 may need the KV of 49 tokens, 13 pages of 4, but the pool has 12"
-    ):
+    small = engine.engines[1]
+    small.memory = KVMemory(12, page_size=4)
+    small.scheduler = Scheduler(small.scheduler.config, small.memory)
+    with pytest.raises(ValueError, match=r"prompt 0: .* 49 tokens, 13 pages of 4, but the pool has 12 pages"):
         engine.prepare([[1] * 40], SamplingParams(max_tokens=10))
     assert engine.prepare([[1] * 40], SamplingParams(max_tokens=9))
