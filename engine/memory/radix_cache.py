@@ -185,7 +185,8 @@ class RadixCache:
         """Keeps the state after the handle's last token with its last page, in place of one that was kept there."""
         node = handle.node
         assert handle.num_pages > 0, "a snapshot belongs to a page, and the handle has none"
-        self._drop_snapshot(node)
+        if node.snapshot is not None:
+            self._drop_snapshot(node)
         node.snapshot = snapshot
         self.snapshot_bytes += snapshot.num_bytes
 
@@ -214,7 +215,8 @@ class RadixCache:
                 continue
             if self._on_evict is not None:
                 self._report(node)
-            self._drop_snapshot(node)
+            if node.snapshot is not None:
+                self._drop_snapshot(node)
             parent = node.parent
             del parent.children[node.key]
             self._pool.release((node.page,))
@@ -256,9 +258,8 @@ class RadixCache:
             self._on_evict(page, PageKey(node.namespace, tokens))
 
     def _drop_snapshot(self, node: Node) -> None:
-        if node.snapshot is not None:
-            self.snapshot_bytes -= node.snapshot.num_bytes
-            node.snapshot = None
+        self.snapshot_bytes -= node.snapshot.num_bytes
+        node.snapshot = None
 
     @staticmethod
     def _is_current(node: Node, stamp: int) -> bool:

@@ -23,7 +23,7 @@ def new_request(tokens: list[int]) -> Request:
 class MemoryMachine(RuleBasedStateMachine):
     """content[page]: what the page holds, as a PageKey; None once it is not whole, or may hold anything."""
 
-    @initialize(num_pages=st.integers(1, 12), page_size=st.integers(1, 4), caches=st.sampled_from([True, True, False]))
+    @initialize(num_pages=st.integers(1, 16), page_size=st.integers(1, 4), caches=st.sampled_from([True, True, False]))
     def begin(self, num_pages: int, page_size: int, caches: bool) -> None:
         self.evicted: list[tuple[int, PageKey]] = []
         self.memory = KVMemory(num_pages, page_size, caches, lambda page, key: self.evicted.append((page, key)))
@@ -34,6 +34,17 @@ class MemoryMachine(RuleBasedStateMachine):
         self.content: list[PageKey | None] = [None] * num_pages
 
     # What requests do ------------------------------------------------------------------------------------------------
+
+    @rule(tokens=TOKENS, others=TOKENS, namespace=st.sampled_from(NAMESPACES), num_users=st.integers(1, 2))
+    def serve(self, tokens: list[int], others: list[int], namespace: Namespace, num_users: int) -> None:
+        """Requests that compute the same side by side, and end: what the cache has of them can be evicted."""
+        for _ in range(num_users):
+            self.match(tokens, namespace, 1.0)
+        for request, user in self.users[-num_users:]:
+            self.grow(request, user, len(tokens), as_far=True)
+            self.advance(request, user, others)
+        for _ in range(num_users):
+            self.end(len(self.users) - 1)
 
     @rule(tokens=TOKENS, namespace=st.sampled_from(NAMESPACES), share=st.floats(0, 1))
     def match(self, tokens: list[int], namespace: Namespace, share: float) -> None:
@@ -62,7 +73,9 @@ class MemoryMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.users)
     @rule(data=st.data(), num_tokens=st.integers(0, 40), as_far=st.booleans())
     def extend(self, data: st.DataObject, num_tokens: int, as_far: bool) -> None:
-        request, user = data.draw(st.sampled_from(self.users))
+        self.grow(*data.draw(st.sampled_from(self.users)), num_tokens, as_far)
+
+    def grow(self, request: Request, user: User, num_tokens: int, as_far: bool) -> None:
         before, wanted = request.pages.copy(), -(-num_tokens // self.page_size)
         assert self.memory.num_missing_pages(request, num_tokens) == wanted - len(before)
         needed = max(0, wanted - len(before))
@@ -84,8 +97,10 @@ class MemoryMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.users)
     @rule(data=st.data(), tokens=TOKENS)
     def compute(self, data: st.DataObject, tokens: list[int]) -> None:
+        self.advance(*data.draw(st.sampled_from(self.users)), tokens)
+
+    def advance(self, request: Request, user: User, tokens: list[int]) -> None:
         """The request gains tokens, and computes as many as it has pages for."""
-        request, user = data.draw(st.sampled_from(self.users))
         request.extend(tokens, [0.0] * len(tokens), 0)
         user.tokens += tokens
         old, end = request.num_computed, min(request.kv_room, len(request.tokens))
@@ -117,7 +132,9 @@ class MemoryMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.users)
     @rule(data=st.data())
     def drop(self, data: st.DataObject) -> None:
-        place = data.draw(st.integers(0, len(self.users) - 1))
+        self.end(data.draw(st.integers(0, len(self.users) - 1)))
+
+    def end(self, place: int) -> None:
         request, user = self.users.pop(place)
         self.memory.drop(request)
         self.model.unlock(user)
@@ -191,6 +208,8 @@ class MemoryMachine(RuleBasedStateMachine):
         for request, user in self.users:
             assert request.pages == user.pages
             assert request.kv_room == len(request.pages) * self.page_size
+            is_cached = self.caches and request.kv_version >= 0
+            assert request.commit_at == ((user.num_locked + 1) * self.page_size if is_cached else NEVER)
 
 
 MemoryMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)

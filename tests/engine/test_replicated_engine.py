@@ -140,10 +140,9 @@ def test_a_request_is_checked_once(paths, monkeypatch):
 
 def test_replicas_take_what_the_smallest_can_serve(paths):
     engine = ReplicatedEngine(EngineConfig(model=paths[0], **SETTINGS), 2)
-    engine.engines[1].scheduler = Scheduler(engine.engines[1].scheduler.config, memory := KVMemory(12, 4))
-    engine.engines[1].memory = memory
-    with pytest.raises(
-        ValueError, match="prompt 0: request 0 may need the KV of 49 tokens, 13 pages of 4, but the pool has 12"
-    ):
+    small = engine.engines[1]
+    small.memory = KVMemory(12, page_size=4)
+    small.scheduler = Scheduler(small.scheduler.config, small.memory)
+    with pytest.raises(ValueError, match=r"prompt 0: .* 49 tokens, 13 pages of 4, but the pool has 12 pages"):
         engine.prepare([[1] * 40], SamplingParams(max_tokens=10))
     assert engine.prepare([[1] * 40], SamplingParams(max_tokens=9))
