@@ -146,7 +146,7 @@ def check_case(model, rng):
         if rng.random() < 0.1:  # another draft in the middle of the requests
             swap_draft(engine, is_eagle, requests, rng, truth)
         if rng.random() < 0.05:
-            engine._drain()
+            engine._settle()
             engine.scheduler.preempt_all()
     for request, want in zip(requests, expected, strict=True):
         assert request.output_ids == want.token_ids
