@@ -13,6 +13,7 @@ from lockstep.engine.memory.page_pool import PagePool
 from lockstep.engine.memory.radix_cache import RadixCache
 from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.models.decoder import Decoder
+from lockstep.engine.models.layers.linear import encode, encoded
 from lockstep.engine.ranks.no_workers import NoWorkers
 from lockstep.engine.ranks.tensor_parallel import LeadingRunner, start_workers
 from lockstep.engine.ranks.workers import Workers
@@ -89,5 +90,8 @@ def _new_weights(
 ) -> ServedWeights:
     targets = dict(model.named_parameters())
     if config.tp_size == 1:
-        return OwnWeights(targets)
+        places = encoded(model)
+        encoders = {name: partial(encode, name, place) for name, place in places.items()}
+        wholes = {n: torch.empty(place.shape, dtype=place.dtype, device="meta") for n, place in places.items()}
+        return OwnWeights(targets, encoders, wholes)
     return WeightsOverRanks(workers, model_config, targets, config.ep_size, device)

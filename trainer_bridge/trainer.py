@@ -30,6 +30,7 @@ from lockstep.engine.checks import (
 )
 from lockstep.engine.config_fields import InputPath
 from lockstep.engine.models.config import Head, ModelConfig, as_scalar_model, load_model_config, read_config_json
+from lockstep.engine.models.layers.linear import format_named
 from lockstep.engine.models.names import head_matrix_shapes
 from lockstep.engine.models.sharding import ParameterShard, product_shapes
 from lockstep.engine.request import SAMPLING_RULES
@@ -73,6 +74,7 @@ class TrainerConfig(AdamWConfig):
     row_parallel_splits, gradient_splits: orders of summation, see ParallelSizes. They change the bits of log-probs and
         of gradients; the numbers of ranks, which must divide them, change none. The engine's row_parallel_splits must
         be the same.
+    linear_format: the engine's, whose weights the forward pass multiplies with; the trained ones stay whole.
     rank_timeout_s: how long a rank waits for another before it raises.
     """
 
@@ -91,6 +93,7 @@ class TrainerConfig(AdamWConfig):
     virtual_pipeline_parallel_size: int = 1
     expert_parallel_size: int = 1
     row_parallel_splits: int = 1
+    linear_format: str = "plain"
     gradient_splits: int = 1
     rank_timeout_s: float = 600.0
 
@@ -162,12 +165,15 @@ class MegatronTrainer:
         self.ranks = self._join_ranks()
         numerics.set_up(self.device)
         sizes = self.ranks.sizes
+        linear_format = format_named(config.linear_format, "TrainerConfig.linear_format", sizes.tensor)
         shapes = product_shapes(self.model_config, sizes.shard(self.ranks.tensor.rank), sizes.row_parallel_splits)
         numerics.check_row_contract(self.device, self.dtype, shapes, head_matrix_shapes(self.model_config))
         if config.head == "scalar":
             numerics.check_row_contract(self.device, torch.float32, {(1, self.model_config.hidden_size)})
         self.chunks = [
-            LockstepGPTModel(self.model_config, self.device, self.dtype, self.ranks, chunk, config.recompute)
+            LockstepGPTModel(
+                self.model_config, self.device, self.dtype, self.ranks, chunk, config.recompute, linear_format
+            )
             for chunk in range(config.virtual_pipeline_parallel_size)
         ]
         self._parameters = {

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 
 from lockstep.engine.intake import checked_version
-from lockstep.engine.models.decoder import AttentionPart
 from lockstep.engine.models.eagle3 import Eagle3Draft
+from lockstep.engine.models.layers.context import AttentionPart
 from lockstep.engine.request import Request
 from lockstep.engine.speculation.step_rows import MAX_VERIFY_ITEMS
 from lockstep.engine.weights.served_weights import copy_in_place

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from lockstep.engine.models.config import ModelConfig
-from lockstep.engine.models.sharding import ParameterShard, Piece, Shard, first_and_rows, parameter_shards, slices
+from lockstep.engine.models.layers.shard import Shard
+from lockstep.engine.models.sharding import ParameterShard, Piece, first_and_rows, parameter_shards, slices
 from lockstep.engine.ranks.rank_group import RankGroup
 from lockstep.engine.ranks.workers import Workers
 from lockstep.engine.weights import checksums

@@ -10,16 +10,9 @@ from safetensors.torch import save_file
 from lockstep.engine.checkpoints.checkpoint import iterate_weights
 from lockstep.engine.models.config import load_model_config, parse_model_config
 from lockstep.engine.models.decoder import Decoder
+from lockstep.engine.models.layers.shard import Shard
 from lockstep.engine.models.names import expand
-from lockstep.engine.models.sharding import (
-    Shard,
-    check_divides,
-    check_expert_ranks,
-    parameter_shards,
-    part_of,
-    shard_config,
-    slices,
-)
+from lockstep.engine.models.sharding import check_divides, check_expert_ranks, parameter_shards, shard_config, slices
 from lockstep.engine.ranks.rank_group import RankGroup, RankGroupError
 from lockstep.engine.weights import checksums
 from lockstep.engine.weights.dummy_weights import initialize_dummy
@@ -169,7 +162,7 @@ def test_ranks_that_cannot_share_the_experts_are_refused_by_name(expert_ranks, t
 
 
 def test_an_odd_vocabulary_leaves_the_last_rank_less():
-    assert [part_of(131, Shard(rank, 2)) for rank in range(2)] == [slice(0, 66), slice(66, 131)]
+    assert [Shard(rank, 2).part_of(131) for rank in range(2)] == [slice(0, 66), slice(66, 131)]
     assert shard_config(config_of(), Shard(1, 2)).vocab_size == 65
 
 

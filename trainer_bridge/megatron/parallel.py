@@ -14,7 +14,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from lockstep.engine.models.config import ModelConfig
-from lockstep.engine.models.sharding import Shard, check_expert_ranks, row_widths
+from lockstep.engine.models.layers.shard import Shard
+from lockstep.engine.models.sharding import check_expert_ranks, row_widths
 from lockstep.engine.ranks.rank_sum import all_gather
 
 
@@ -64,7 +65,6 @@ class ParallelSizes:
         sizes = [
             (self.tensor, self.row_parallel_splits, "tensor_parallel_size {} does not divide row_parallel_splits {}"),
             (self.data, self.gradient_splits, "data-parallel size {} does not divide gradient_splits {}"),
-            (self.tensor, model.num_heads, "tensor_parallel_size {} does not divide the {} query heads"),
             (self.tensor, model.vocab_size, "tensor_parallel_size {} does not divide the vocabulary of {} tokens"),
             (
                 self.num_stages,
@@ -72,10 +72,9 @@ class ParallelSizes:
                 "pipeline_parallel_size * virtual_pipeline_parallel_size = {} does not divide the {} layers",
             ),
         ]
-        if model.mla is None:
-            message = "tensor_parallel_size {} does not divide the {} query groups (kv heads)"
-            sizes.append((self.tensor, model.num_kv_heads, message))
-        for name, width in row_widths(model).items():
+        for name, number in sorted({layer.mixer.heads for layer in model.layers}):
+            sizes.append((self.tensor, number, f"tensor_parallel_size {{}} does not divide {name} = {{}}"))
+        for name, width in sorted(row_widths(model)):
             sizes.append((self.row_parallel_splits, width, f"row_parallel_splits {{}} does not divide {name} = {{}}"))
         for divisor, number, message in sizes:
             if number % divisor:

@@ -7,9 +7,11 @@ from models import make_hf_model
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.engine.checkpoints.draft_checkpoint import load_draft, save_draft
+from lockstep.engine.memory.layer_caches import new_layer_caches
 from lockstep.engine.models.config import load_model_config
-from lockstep.engine.models.decoder import AttentionContext, AttentionPart, new_layer_caches
 from lockstep.engine.models.eagle3 import initialize
+from lockstep.engine.models.layers.context import AttentionContext, AttentionPart
+from lockstep.engine.models.layers.latent_attention import LatentAttention
 from lockstep.kernels.attention.attention import attention
 from lockstep.kernels.memory.kv_cache import new_kv_cache
 from lockstep.kernels.norm_rope.qk_norm_rope_store import qk_norm_rope_store
@@ -23,7 +25,11 @@ def make_target_and_draft(tmp_path_factory, family, **sizes):
     path, draft_path = str(tmp_path_factory.mktemp("model")), str(tmp_path_factory.mktemp("draft") / "draft")
     make_hf_model(path, family, seed=3, **sizes)
     config = load_model_config(path)
-    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16} if config.mla else {}
+    heads = (
+        {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+        if isinstance(config.layers[0].mixer, LatentAttention)
+        else {}
+    )
     save_draft(draft_path, make_draft(config, draft_vocab_size=60, seed=4, **heads))
     return path, draft_path
 
@@ -43,7 +49,7 @@ def engine_of(paths, **settings):
 def target_states(model, tokens, aux_layers):
     """aux [T, 3H] of a text, in one pass over pages of its own."""
     length = len(tokens)
-    caches = new_layer_caches(model.config, 7, 16, torch.float32, "cpu")
+    caches = new_layer_caches(model.config.caches, 7, 16, torch.float32, "cpu")
     ends = torch.tensor([0, length], dtype=torch.int32)
     part = AttentionPart(length, PAGES, ends, ends[1:])
     positions = torch.arange(length)
