@@ -10,7 +10,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerFast
 
 from lockstep.engine.config_fields import InputPath, check_fields
-from lockstep.engine.models.config import ModelConfig, load_model_config, parse_model_config
+from lockstep.engine.models.config import ModelConfig, load_model_config, missing_config, parse_model_config
 from lockstep.engine.text.chat_template import ChatConfig, set_chat_options
 from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.recipes.rl.new_model import ModelShape, new_config, new_model
@@ -98,7 +98,7 @@ class ModelSource:
             return parse_model_config(new_config(self.shape, tokenizer).to_dict()), tokenizer
         path = hub.model_directory(self.path, hub.TOKENIZER_AND_CONFIG)
         if not (Path(path) / "config.json").exists():
-            raise ValueError(f"model.path={self.path} is no model directory: it has no config.json")
+            raise ValueError(f"model.path={self.path} is no model directory: {missing_config(Path(path))}")
         return load_model_config(path), load_tokenizer(path, chat)
 
     def new_tokenizer(self, task: Task) -> PreTrainedTokenizerFast:
