@@ -26,6 +26,11 @@ def engine(path):
     return Engine(EngineConfig(model=path, max_model_len=200))
 
 
+def test_an_engine_has_few_attributes(engine):
+    """What it counts, samples from, stores and serves has owners of its own."""
+    assert len(vars(engine)) <= 20, sorted(vars(engine))
+
+
 def test_greedy_generation_is_that_of_transformers(tmp_path):
     model = make_hf_model(tmp_path, "llama", seed=2)
     prompt = [5, 6, 7, 8]
