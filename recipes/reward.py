@@ -6,47 +6,27 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-from lockstep.engine import Engine, EngineConfig
-from lockstep.engine.config_fields import Count, Fraction, InputPath, Size
+from lockstep.engine import Engine
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.pooling import scored_part
+from lockstep.recipes.planning.first_start import resumed
 from lockstep.recipes.planning.room import pairs_with_room
 from lockstep.recipes.planning.start_checks import check_stage
-from lockstep.recipes.rl.training_run import START, TrainingRun, TrainingRunConfig, is_due, resumed
+from lockstep.recipes.rl.config import RewardConfig
+from lockstep.recipes.rl.inputs import sizes_and_tokenizer, starting_directory
+from lockstep.recipes.rl.training_run import TrainingRun, is_due
 from lockstep.rollout import hub
 from lockstep.rollout.order import ProblemOrder
-from lockstep.rollout.preferences import PairSamplingConfig, Preference, read_pairs, sample_pairs, write_pairs
+from lockstep.rollout.preferences import Preference, read_pairs, sample_pairs, write_pairs
 from lockstep.rollout.rewards.models import conversation_ids
 from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.trainer_bridge import MegatronTrainer
 from lockstep.trainer_bridge.algorithms.preference import PreferencePair, bradley_terry_loss, pack_pairs
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RewardConfig(TrainingRunConfig):
-    """train_files, held_out_files: JSONL of {"prompt", "chosen", "rejected"}.
-    held_out_fraction: without held_out_files, this share of the pairs, taken from the end.
-    policy: without files, the HF directory of a language model whose answers to the task become pairs, its right ones
-        against its wrong ones; they are kept in the run. null: `model`.
-    sampling, engine: of these answers; the engine's `model` is filled in by the run.
-    pairs_per_step: pairs in one update. evaluate_every: steps between looks at the held-out pairs; 0: none.
-    """
-
-    name: str = "reward"
-    train_files: tuple[InputPath, ...] = ()
-    held_out_files: tuple[InputPath, ...] = ()
-    held_out_fraction: Fraction = 0.1
-    policy: InputPath | None = None
-    sampling: PairSamplingConfig = field(default_factory=PairSamplingConfig)
-    engine: EngineConfig = field(default_factory=lambda: EngineConfig(model=START))
-    pairs_per_step: Size = 32
-    evaluate_every: Count = 20
-    steps: Size = 100
 
 
 def run(config: RewardConfig) -> dict[str, Any]:
@@ -57,7 +37,7 @@ def run(config: RewardConfig) -> dict[str, Any]:
     check_stage(config)
     given = given_pairs(config) if config.train_files else None
     with TrainingRun(config, "reward") as run:
-        model = str(config.model.resolve(run.path / "new_model", config.task.build().train, config.seed))
+        model = str(starting_directory(config.model, run.path / "new_model", config.task.build().train, config.seed))
         run.check_made("the new model", run.path / "new_model")
         train, held_out = given or sampled_pairs(config, run, hub.model_directory(config.policy or model))
         tokenizer, pad_token_id = load_tokenizer(model, config.chat), load_model_config(model).pad_token_id
@@ -92,7 +72,7 @@ def run(config: RewardConfig) -> dict[str, Any]:
 
 def given_pairs(config: RewardConfig) -> tuple[list[Preference], list[Preference]]:
     """The pairs of the files, to learn from and held out. Raises ValueError if either are none, or one has no room."""
-    model, tokenizer = config.model.described(config.task.build().train, config.chat)
+    model, tokenizer = sizes_and_tokenizer(config.model, config.task.build().train, config.chat)
     budget = config.trainer.max_tokens_per_micro_batch
 
     def why_not(pair: Preference) -> str | None:

@@ -19,9 +19,10 @@ from lockstep.recipes.bench.own_process import call_in_own_process
 from lockstep.recipes.bench.results import Column, Table, progress, show, write_results
 from lockstep.recipes.bench.shapes import write_model_directory
 from lockstep.recipes.bench.timing import seconds_per_step
+from lockstep.trainer_bridge.drafts.config import DraftTrainerConfig
 from lockstep.trainer_bridge.drafts.draft_batch import DraftSequence
 from lockstep.trainer_bridge.drafts.draft_loss import LOSSES
-from lockstep.trainer_bridge.drafts.draft_trainer import DraftTrainer, DraftTrainerConfig
+from lockstep.trainer_bridge.drafts.draft_trainer import DraftTrainer
 
 NUM_SEQUENCES, SEQUENCE_TOKENS = 4, 2048
 MICRO_BATCH_TOKENS = 4096

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
+import torch
+
+from lockstep.kernels import numerics
 from lockstep.recipes.bench.config import BenchConfig
 
 SUITES = {
@@ -23,5 +27,13 @@ SUITES = {
 
 def run(config: BenchConfig) -> dict[str, Any]:
     """Runs the config's suite, which writes its results and shows them; returns what its JSON holds."""
-    config = config.resolve()
+    config = resolved(config)
     return importlib.import_module(SUITES[config.suite]).run(config)
+
+
+def resolved(config: BenchConfig) -> BenchConfig:
+    """The config with its suite and device chosen. Raises ValueError for a GPU that is not there."""
+    has_gpu = torch.cuda.is_available()
+    device = config.device or ("cuda" if has_gpu and config.suite != "cpu" else "cpu")
+    numerics.usable_device(device)
+    return replace(config, device=device, suite=config.suite or ("engine" if device == "cuda" else "cpu"))

@@ -9,7 +9,8 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lockstep.engine.files import write_whole
-from lockstep.engine.text.chat_template import ChatConfig, templates
+from lockstep.engine.text.chat_template import templates
+from lockstep.engine.text.config import ChatConfig
 from lockstep.engine.text.end_of_turn import end_of_turn
 from lockstep.rollout.tokenizer import load_tokenizer
 

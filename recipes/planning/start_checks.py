@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lockstep.engine.models.config import load_model_config
-from lockstep.engine.speculation.build import NGRAM
+from lockstep.engine.speculation.config import NGRAM
 from lockstep.recipes.cluster.config import check_cluster
-from lockstep.recipes.rl.inputs import ModelSource
+from lockstep.recipes.runs.config import ModelSource
 from lockstep.recipes.runs.sinks import check_sinks
 from lockstep.rollout import hub
 from lockstep.rollout.environments import ENVIRONMENTS, SINGLE_TURN, environment_factory
@@ -18,8 +18,8 @@ from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.trainer_bridge.algorithms.algorithms import build_algorithm
 
 if TYPE_CHECKING:
-    from lockstep.recipes.rl.rl import RLConfig
-    from lockstep.recipes.rl.training_run import TrainingRunConfig
+    from lockstep.recipes.rl.config import RLConfig
+    from lockstep.recipes.runs.config import TrainingRunConfig
 
 
 def check_rl(config: RLConfig) -> None:

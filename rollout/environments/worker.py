@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from lockstep.rollout.config import RolloutConfig
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig, environment_factory
 from lockstep.rollout.environments.chat_turns import ChatTurns
 from lockstep.rollout.environments.environment import Limits
@@ -18,7 +19,7 @@ from lockstep.rollout.guarded import GuardedCalls
 from lockstep.rollout.rewards import Completion, Reward
 from lockstep.rollout.sample import Sample
 from lockstep.rollout.tasks import Task
-from lockstep.rollout.worker import RolloutConfig, RolloutWorker
+from lockstep.rollout.worker import RolloutWorker
 
 
 class EpisodeWorker(RolloutWorker):

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.engine.pooling import ScoreAt, scored_part
-from lockstep.engine.text.chat_template import ChatConfig, apply_template
+from lockstep.engine.text.chat_template import apply_template
+from lockstep.engine.text.config import ChatConfig
 from lockstep.engine.text.end_of_turn import stop_token_ids
 from lockstep.rollout import hub
 from lockstep.rollout.rewards.failures import FailedScore, FailureWarnings

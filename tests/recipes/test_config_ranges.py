@@ -13,8 +13,8 @@ from lockstep.engine import EngineConfig
 from lockstep.engine.config_fields import numeric_ranges
 from lockstep.recipes import config_schema, launch
 from lockstep.recipes.cli import STAGES, main
-from lockstep.rollout.worker import RolloutConfig
-from lockstep.trainer_bridge.megatron.optimizer import AdamWConfig
+from lockstep.rollout.config import RolloutConfig
+from lockstep.trainer_bridge.config import AdamWConfig
 
 # What 0 and -1 mean where they are allowed. A key that is not here refuses both.
 ZERO = {

@@ -14,14 +14,16 @@ from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.config_schema import to_plain
 from lockstep.recipes.evaluation import replay
 from lockstep.recipes.rl import rl, sft
-from lockstep.recipes.rl.inputs import ModelSource, TaskConfig
+from lockstep.recipes.rl.inputs import starting_directory
 from lockstep.recipes.rl.training_run import TrainingRun
 from lockstep.recipes.runs import run_config
+from lockstep.recipes.runs.config import ModelSource
 from lockstep.recipes.runs.run_config import MAY_DIFFER
 from lockstep.recipes.runs.run_directory import checkpoint_steps, read_config
 from lockstep.recipes.runs.run_inputs import config_inputs, python_files
 from lockstep.rollout.tasks import LocalFilesConfig
-from lockstep.trainer_bridge.algorithms.algorithms import AlgorithmConfig
+from lockstep.rollout.tasks.config import TaskConfig
+from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig
 
 REWARD = "from helper import weight\n\ndef score(problem, response):\n    return weight() * len(response)\n"
 HELPER = "def weight():\n    return 0.01\n"
@@ -31,7 +33,7 @@ HELPER = "def weight():\n    return 0.01\n"
 def base_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     config = short_config(folder)
-    return config.model.resolve(folder / "model", config.task.build().train, seed=3)
+    return starting_directory(config.model, folder / "model", config.task.build().train, seed=3)
 
 
 @pytest.fixture

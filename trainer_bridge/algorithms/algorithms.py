@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 
 from lockstep.engine import user_code
-from lockstep.trainer_bridge.algorithms.algorithm_config import Advantages, Algorithm, AlgorithmConfig
+from lockstep.trainer_bridge.algorithms.algorithm_config import Advantages, Algorithm
+from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig
 from lockstep.trainer_bridge.algorithms.group_algorithms import (
     cispo,
     dapo,

@@ -2,59 +2,23 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 from lockstep.engine.checkpoints.checkpoint import CheckpointError, opened_tensors
-from lockstep.engine.checks import FP32_MAX, Choice, Real, Rule, Whole, conform
 from lockstep.engine.files import whole_file
 from lockstep.engine.models.eagle3 import Eagle3Draft
-from lockstep.engine.request import MIN_TEMPERATURE
 from lockstep.engine.weights.served_weights import checksum
 from lockstep.kernels.process_state import own_state
+from lockstep.trainer_bridge.drafts.config import DraftTrainerConfig
 from lockstep.trainer_bridge.drafts.draft_batch import DraftBatch, DraftSequence
 from lockstep.trainer_bridge.drafts.draft_loss import LOSSES
 from lockstep.trainer_bridge.drafts.unrolled_draft import Targets, UnrolledDraft, row_chunks
 from lockstep.trainer_bridge.megatron.grad_norm import gradient_norm
-from lockstep.trainer_bridge.megatron.optimizer import AdamWConfig, MasterAdamW
-
-
-@dataclass(frozen=True, kw_only=True)
-class DraftTrainerConfig(AdamWConfig):
-    """How a draft is trained.
-
-    num_steps: unrolled steps, the length of the chains that it learns to draft.
-    step_decay: step i counts step_decay^i.
-    loss: "soft_cross_entropy" (EAGLE-3's), or "acceptance", -log of the probability that a draft token is accepted.
-    temperature: that the target is sampled with.
-    max_tokens_per_micro_batch: tokens of one forward pass.
-    """
-
-    num_steps: int = 7
-    step_decay: float = 0.8
-    loss: Literal["soft_cross_entropy", "acceptance"] = "soft_cross_entropy"
-    temperature: float = 1.0
-    learning_rate: float = 1e-4
-    max_grad_norm: float | None = 0.5
-    max_tokens_per_micro_batch: int = 8192
-
-    def __post_init__(self):
-        super().__post_init__()
-        conform(self, _RULES)
-
-
-_RULES: dict[str, Rule] = {
-    "num_steps": Whole(1),
-    "max_tokens_per_micro_batch": Whole(1),
-    "temperature": Real(MIN_TEMPERATURE, FP32_MAX, f"a finite number of at least {MIN_TEMPERATURE:.2g}"),
-    "step_decay": Real(0.0, expected="a finite number > 0", open_low=True, fp32=True),
-    "loss": Choice(tuple(LOSSES)),
-}
+from lockstep.trainer_bridge.megatron.optimizer import MasterAdamW
 
 
 class DraftTrainer:

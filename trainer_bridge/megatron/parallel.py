@@ -13,74 +13,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from lockstep.engine.models.config import ModelConfig
-from lockstep.engine.models.sharding import Shard, check_expert_ranks, row_widths
 from lockstep.engine.ranks.rank_sum import all_gather
-
-
-@dataclass(frozen=True)
-class ParallelSizes:
-    """tensor, pipeline, data: numbers of ranks, whose product is the world.
-
-    expert: `tensor` where tensor-parallel ranks share out the experts of a layer, whole; 1 where each holds all.
-    virtual_pipeline: model chunks of a rank; chunk c of pipeline rank p is stage c * pipeline + p of the model.
-    row_parallel_splits: parts in which sums over the inner dimension of row-parallel layers are cut (see
-        kernels.row_parallel_linear), and sums of gradients likewise. A power of two that `tensor` divides.
-    gradient_splits: runs in which the micro-batches of a step are cut; each run's gradients are summed in order, and
-        the runs' sums by tree_sum. A power of two that `data` divides.
-    """
-
-    tensor: int = 1
-    pipeline: int = 1
-    virtual_pipeline: int = 1
-    data: int = 1
-    expert: int = 1
-    row_parallel_splits: int = 1
-    gradient_splits: int = 1
-
-    def __post_init__(self):
-        for name in ("tensor", "pipeline", "virtual_pipeline", "data", "expert"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}_parallel_size must be at least 1, got {getattr(self, name)}")
-        for name in ("row_parallel_splits", "gradient_splits"):
-            if getattr(self, name) < 1 or getattr(self, name) & (getattr(self, name) - 1):
-                raise ValueError(f"{name} must be a power of two, got {getattr(self, name)}")
-        if self.virtual_pipeline > 1 and self.pipeline == 1:
-            raise ValueError("virtual_pipeline_parallel_size needs pipeline_parallel_size of at least 2")
-
-    @property
-    def num_stages(self) -> int:
-        return self.pipeline * self.virtual_pipeline
-
-    def coordinates(self, rank: int) -> tuple[int, int, int]:
-        """(tensor, data, pipeline) rank of a rank of the world."""
-        return rank % self.tensor, rank // self.tensor % self.data, rank // (self.tensor * self.data)
-
-    def shard(self, tensor_rank: int) -> Shard:
-        return Shard(tensor_rank, self.tensor, self.expert)
-
-    def check(self, model: ModelConfig) -> None:
-        """Raises ValueError that names a size that the model does not allow, and what it does not divide."""
-        sizes = [
-            (self.tensor, self.row_parallel_splits, "tensor_parallel_size {} does not divide row_parallel_splits {}"),
-            (self.data, self.gradient_splits, "data-parallel size {} does not divide gradient_splits {}"),
-            (self.tensor, model.num_heads, "tensor_parallel_size {} does not divide the {} query heads"),
-            (self.tensor, model.vocab_size, "tensor_parallel_size {} does not divide the vocabulary of {} tokens"),
-            (
-                self.num_stages,
-                model.num_layers,
-                "pipeline_parallel_size * virtual_pipeline_parallel_size = {} does not divide the {} layers",
-            ),
-        ]
-        if model.mla is None:
-            message = "tensor_parallel_size {} does not divide the {} query groups (kv heads)"
-            sizes.append((self.tensor, model.num_kv_heads, message))
-        for name, width in row_widths(model).items():
-            sizes.append((self.row_parallel_splits, width, f"row_parallel_splits {{}} does not divide {name} = {{}}"))
-        for divisor, number, message in sizes:
-            if number % divisor:
-                raise ValueError(message.format(divisor, number))
-        check_expert_ranks(model, "expert_parallel_size", self.expert, "tensor_parallel_size", self.tensor)
+from lockstep.trainer_bridge.config import ParallelSizes
 
 
 @dataclass(frozen=True)

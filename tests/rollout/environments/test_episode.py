@@ -13,13 +13,14 @@ from models import make_hf_model
 from user_environments import Echo
 
 from lockstep.engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from lockstep.rollout.config import TokenizerConfig
 from lockstep.rollout.environments.chat_turns import ChatTurns
 from lockstep.rollout.environments.environment import Limits, Opening, StepResult
 from lockstep.rollout.environments.episode import Episode, play
 from lockstep.rollout.guarded import CallFailed, GuardedCalls
 from lockstep.rollout.sample import derive_turn_seed
 from lockstep.rollout.tasks import Problem
-from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer
+from lockstep.rollout.tokenizer import build_tokenizer
 
 LIMITS = Limits(max_turns=3, max_tokens=20, max_episode_tokens=160)
 PAGE = 4
