@@ -63,7 +63,7 @@ def run(config: RewardConfig) -> dict[str, Any]:
             pairs = [train_tokens[order[first + i]] for i in range(config.pairs_per_step)]
             stats = trainer.step(pack_pairs(pairs, config.trainer.max_tokens_per_micro_batch), bradley_terry_loss)
             seconds = time.perf_counter() - started
-            stats["learning_rate"], stats["train_accuracy"] = stats.pop("lr"), stats.pop("accuracy")
+            stats["train_accuracy"] = stats.pop("accuracy")
             run.record(step, {**stats, "tokens_per_s": stats["tokens"] / seconds, "time/train": seconds})
             evaluate_if_due(step)
             run.checkpoint_if_due(step, trainer=trainer)

@@ -247,8 +247,8 @@ class MegatronTrainer:
     def step(self, batches: Sequence[PackedBatch], loss: Loss) -> dict[str, float]:
         """One update from all micro-batches of a step (see packing.pack).
 
-        Returns loss, grad_norm (before clipping), lr, tokens (forward), trained_tokens, entropy, and the stats of
-        `loss`: weighted means, or maxima where the name ends in `_max`.
+        Returns loss, grad_norm (before clipping), learning_rate, tokens (forward), trained_tokens, entropy, and the
+        stats of `loss`: weighted means, or maxima where the name ends in `_max`.
         Raises FloatingPointError that names the step for a non-finite loss or gradient. On any error the weights and
         the optimizer are as before.
         """
@@ -276,14 +276,14 @@ class MegatronTrainer:
                 chunk.zero_grad()
                 optimizer.zero_grad()
             raise
-        lr = self.config.learning_rate_at(self.step_count)
+        learning_rate = self.config.learning_rate_at(self.step_count)
         self.num_weight_changes += 1
         for optimizer in self.optimizers:
-            optimizer.step(lr, self.config.max_grad_norm, stats["grad_norm"])
+            optimizer.step(learning_rate, self.config.max_grad_norm, stats["grad_norm"])
         self._refresh_tied_copy()
         self.step_count += 1
         tokens = sum(len(batch.token_ids) for batch in batches)
-        return {**stats, "lr": lr, "tokens": tokens, "trained_tokens": trained_tokens}
+        return {**stats, "learning_rate": learning_rate, "tokens": tokens, "trained_tokens": trained_tokens}
 
     def _backward(self, batches: Sequence[PackedBatch], loss: Loss) -> list[dict[str, float]]:
         """Sums the gradients of this rank's share of the batches, each of which has a trained token.

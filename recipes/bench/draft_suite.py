@@ -30,7 +30,7 @@ DRAFT_VOCAB = 32000
 
 
 @dataclass(frozen=True)
-class Job:
+class DraftJob:
     """One loss's steps."""
 
     model: str
@@ -47,7 +47,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         path = write_model_directory(config.shape or DEFAULT_SHAPE[config.device], Path(scratch) / "target")
         for loss in LOSSES:
-            job = Job(path, loss, lengths, config)
+            job = DraftJob(path, loss, lengths, config)
             rows.append(call_in_own_process(f"draft training, {loss}", measure, job, config.timeout_s))
             table = _table(config, rows, lengths)
             result = write_results(config, "draft", [table])
@@ -55,7 +55,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
     return result
 
 
-def measure(job: Job) -> dict[str, Any]:
+def measure(job: DraftJob) -> dict[str, Any]:
     """A row of the table."""
     config, target = job.config, load_model_config(job.model)
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)

@@ -156,7 +156,7 @@ def _of_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
         values = [update[name] for update in updates]
         if name in ("tokens", "trained_tokens"):
             stats[name] = sum(values)
-        elif name == "lr":
+        elif name == "learning_rate":
             stats[name] = values[-1]
         else:
             stats[name] = max(values) if name.endswith("_max") else sum(values) / len(values)

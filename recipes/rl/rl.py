@@ -203,8 +203,7 @@ def step_metrics(
         "staleness_max": max(ages),
         "dropped_groups": buffer.num_dropped,
         "too_old_groups": buffer.num_too_old,
-        "learning_rate": stats["lr"],
-        **{name: value for name, value in stats.items() if name != "lr"},
+        **stats,
         "tokens_per_s": buffer.num_tokens / clock.rollout_s,
         **{f"time/{name}": seconds for name, seconds in clock.times().items()},
     }

@@ -48,7 +48,6 @@ def run(config: SFTConfig) -> dict[str, Any]:
             with run.trace.span("train", step=step):
                 stats = trainer.step(batches, sft_loss)
             seconds = time.perf_counter() - started
-            stats["learning_rate"] = stats.pop("lr")
             run.record(step, {**stats, "tokens_per_s": stats["tokens"] / seconds, "time/train": seconds})
             run.checkpoint_if_due(step, trainer=trainer)
         return run.finish(trainer)

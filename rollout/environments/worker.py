@@ -9,7 +9,7 @@ from typing import Any
 from lockstep.rollout.config import RolloutConfig
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig, environment_factory
 from lockstep.rollout.environments.chat_turns import ChatTurns
-from lockstep.rollout.environments.environment import Limits
+from lockstep.rollout.environments.environment import EpisodeLimits
 from lockstep.rollout.environments.episode import Episode, play
 from lockstep.rollout.environments.failures import FAILED, FailureLog
 from lockstep.rollout.environments.own_process import EnvironmentProcess, RemoteEnvironment
@@ -49,7 +49,7 @@ class EpisodeWorker(RolloutWorker):
         self.episode_failures = FailureLog()
         self.find_tool_calls = TOOL_CALL_FORMATS[environment.tool_format]
         self.chat = ChatTurns(tokenizer, self.vocab_size)
-        self.limits = Limits(
+        self.limits = EpisodeLimits(
             max_turns=environment.max_turns,
             max_tokens=config.max_tokens,
             max_episode_tokens=min(environment.max_episode_tokens or self.max_model_len, self.max_model_len),

@@ -18,7 +18,7 @@ from lockstep.recipes.bench.engine_suite import RECORDED, tokens_per_second
 from lockstep.recipes.bench.flops import attention_pairs, forward_flops, matmul_parameters, training_flops
 from lockstep.recipes.bench.kernels_suite import Sizes, cases
 from lockstep.recipes.bench.publish_suite import _engine_config, _timed, measure
-from lockstep.recipes.bench.publish_ways import Job, Pair
+from lockstep.recipes.bench.publish_ways import Pair, PublishJob
 from lockstep.recipes.bench.results import Column, Table
 from lockstep.recipes.bench.shapes import write_model_directory
 from lockstep.recipes.bench.stage import resolved, run
@@ -248,7 +248,7 @@ def test_the_profile_without_a_gpu(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(decode_profile, "WORKLOAD", Workload("decode", 3, 1, 8, 20))
     config = resolved(BenchConfig(suite="engine", **tiny))
     model = write_model_directory("small", tmp_path / "model")
-    rows = decode_profile.run(decode_profile.Job(model, config)).rows
+    rows = decode_profile.run(decode_profile.ProfileJob(model, config)).rows
     assert [row["what"] for row in rows] == ["GPU idle", "a step, traced", "a step, untraced"]
     assert rows[-1]["us"] > 0
 
@@ -293,7 +293,7 @@ def test_the_publish_suite(tiny, tmp_path):
 def test_updates_in_one_process(tiny, tmp_path):
     config = resolved(BenchConfig(suite="publish", **tiny))
     model = write_model_directory("small", tmp_path / "model")
-    copy, alias = (measure(Job(way, model, _engine_config(model, config), config)) for way in ("copy", "alias"))
+    copy, alias = (measure(PublishJob(way, model, _engine_config(model, config), config)) for way in ("copy", "alias"))
     for row in (copy, alias):
         assert row["gigabytes"] == pytest.approx(0.0034, abs=1e-4)
         assert row["pause_ms"] == pytest.approx(max(0.0, row["gap_ms"] - row["step_ms"]))

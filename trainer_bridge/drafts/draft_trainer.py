@@ -42,9 +42,9 @@ class DraftTrainer:
         """One update. The loss of an unrolled step is the mean over its trained tokens; rows whose likeliest token the
         draft lacks count there as 0.
 
-        Returns loss, loss_first (of step 0), grad_norm, lr, covered (the share of trained tokens that the draft can
-        draft), tokens, trained_tokens. Raises ValueError if nothing can be trained, and FloatingPointError for a
-        non-finite loss or gradient; the weights are as before then.
+        Returns loss, loss_first (of step 0), grad_norm, learning_rate, covered (the share of trained tokens that the
+        draft can draft), tokens, trained_tokens. Raises ValueError if nothing can be trained, and FloatingPointError
+        for a non-finite loss or gradient; the weights are as before then.
         """
         with own_state(self.device, learns=True):
             return self._step(sequences)
@@ -75,14 +75,14 @@ class DraftTrainer:
         except BaseException:
             self.optimizer.zero_grad()
             raise
-        lr = self.config.learning_rate_at(self.step_count)
-        self.optimizer.step(lr, self.config.max_grad_norm, grad_norm)
+        learning_rate = self.config.learning_rate_at(self.step_count)
+        self.optimizer.step(learning_rate, self.config.max_grad_norm, grad_norm)
         self.step_count += 1
         return {
             "loss": loss,
             "loss_first": float(losses[0]),
             "grad_norm": grad_norm,
-            "lr": lr,
+            "learning_rate": learning_rate,
             "covered": float(covered) / counts[0],
             "tokens": sum(len(batch.positions) for batch in batches),
             "trained_tokens": counts[0],

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from lockstep.engine.ranks.rank_sum import all_gather
 from lockstep.kernels.linear.row_parallel_linear import tree_sum
 from lockstep.trainer_bridge.config import AdamWConfig
-from lockstep.trainer_bridge.megatron.parallel import ALONE, RankGroup
+from lockstep.trainer_bridge.megatron.parallel import ALONE, RankAxis
 
 
 def state_names(dtype: torch.dtype) -> tuple[str, ...]:
@@ -84,7 +84,7 @@ class MasterAdamW:
     data: with more than one rank, `masters` and the moments are this rank's piece of each parameter, as a vector.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], config: AdamWConfig, data: RankGroup = ALONE):
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], config: AdamWConfig, data: RankAxis = ALONE):
         self.parameters = list(parameters)
         self.gradients = GradientSums(self.parameters)
         self._data = data
@@ -116,14 +116,14 @@ class MasterAdamW:
             master.grad = total if self._data.group is None else self._sum_of_own_piece(total)
 
     @torch.no_grad()
-    def step(self, lr: float, max_grad_norm: float | None, grad_norm: float) -> None:
+    def step(self, learning_rate: float, max_grad_norm: float | None, grad_norm: float) -> None:
         """Clips to max_grad_norm, updates the weights on all data-parallel ranks, and drops the gradients."""
         if max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(
                 self.masters, max_grad_norm, torch.tensor(grad_norm, dtype=torch.float32, device="cpu")
             )
         for group in self._adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = learning_rate
         self._adamw.step()
         if self._data.group is None:
             copies = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
@@ -221,5 +221,5 @@ class NoOptimizer:
     def reduce_gradients(self) -> None:
         pass
 
-    def step(self, lr: float, max_grad_norm: float | None, grad_norm: float) -> None:
+    def step(self, learning_rate: float, max_grad_norm: float | None, grad_norm: float) -> None:
         pass

@@ -18,8 +18,8 @@ from lockstep.trainer_bridge.config import ParallelSizes
 
 
 @dataclass(frozen=True)
-class RankGroup:
-    """The ranks along one direction. group is None where there is one: nothing is then sent."""
+class RankAxis:
+    """The ranks along one axis: tensor, data or pipeline. group is None where there is one: nothing is then sent."""
 
     group: dist.ProcessGroup | None
     rank: int
@@ -29,7 +29,7 @@ class RankGroup:
         return dist.get_rank() if self.group is None else dist.get_global_rank(self.group, rank)
 
 
-ALONE = RankGroup(None, 0, 1)
+ALONE = RankAxis(None, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,18 @@ class Ranks:
     """This process's place among the ranks of a trainer."""
 
     sizes: ParallelSizes
-    tensor: RankGroup
-    data: RankGroup
-    pipeline: RankGroup
+    tensor: RankAxis
+    data: RankAxis
+    pipeline: RankAxis
 
     @classmethod
     def of_this_process(cls, sizes: ParallelSizes) -> "Ranks":
         """Reads Megatron's groups, which must have these sizes."""
         return cls(
             sizes,
-            _rank_group(parallel_state.get_tensor_model_parallel_group(), sizes.tensor),
-            _rank_group(parallel_state.get_data_parallel_group(), sizes.data),
-            _rank_group(parallel_state.get_pipeline_model_parallel_group(), sizes.pipeline),
+            _rank_axis(parallel_state.get_tensor_model_parallel_group(), sizes.tensor),
+            _rank_axis(parallel_state.get_data_parallel_group(), sizes.data),
+            _rank_axis(parallel_state.get_pipeline_model_parallel_group(), sizes.pipeline),
         )
 
     @property
@@ -73,6 +73,6 @@ def exchange(value: Any, world: dist.ProcessGroup | None, device: torch.device) 
     return [json.loads(bytes(row[:size].tolist())) for row, size in zip(gathered, sizes, strict=True)]
 
 
-def _rank_group(group: dist.ProcessGroup, size: int) -> RankGroup:
+def _rank_axis(group: dist.ProcessGroup, size: int) -> RankAxis:
     assert group.size() == size, f"Megatron's group has {group.size()} ranks, wanted {size}"
-    return RankGroup(group if size > 1 else None, dist.get_rank(group), size)
+    return RankAxis(group if size > 1 else None, dist.get_rank(group), size)
