@@ -8,10 +8,10 @@ from typing import Any
 from lockstep.engine import EngineConfig
 from lockstep.engine.config_fields import Count, Seed, Text, Threads, check_fields
 from lockstep.engine.text.config import ChatConfig
-from lockstep.recipes.cluster.config import ClusterConfig
+from lockstep.recipes.cluster.config import AnyCluster, ClusterConfig
 from lockstep.rollout.config import EvaluationConfig
-from lockstep.rollout.environments import EnvironmentConfig
-from lockstep.rollout.tasks.config import TaskConfig
+from lockstep.rollout.environments import AnyEnvironment, EnvironmentConfig
+from lockstep.rollout.tasks.config import AnyTask, TaskConfig
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class EvalConfig:
     """
 
     engine: EngineConfig
-    task: TaskConfig = field(default_factory=TaskConfig)
-    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    task: AnyTask = field(default_factory=TaskConfig)
+    tasks: dict[str, AnyTask] = field(default_factory=dict)
     chat: ChatConfig = field(default_factory=ChatConfig)
     reward: Any = field(default_factory=dict)
-    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    environment: AnyEnvironment = field(default_factory=EnvironmentConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: Seed = 0
     num_threads: Threads | None = None
@@ -48,7 +48,7 @@ class ReplayConfig:
 
     run: Text
     step: Text = "all"
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    cluster: AnyCluster = field(default_factory=ClusterConfig)
 
     def __post_init__(self):
         check_fields(self)

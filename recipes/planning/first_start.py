@@ -21,7 +21,7 @@ from lockstep.recipes.runs.config import TrainingRunConfig
 from lockstep.recipes.runs.run_config import resumed_from_plain
 from lockstep.rollout import hub
 from lockstep.rollout.tasks.answers import ANSWER_INSTRUCTION
-from lockstep.rollout.tasks.config import AUTO, TaskConfig
+from lockstep.rollout.tasks.config import AUTO, LocalFileProblems, TaskConfig
 
 # Keys of models that may be of the hub.
 _MODELS = (
@@ -81,6 +81,8 @@ def settled_task(task: TaskConfig, is_new: bool, stored: Mapping[str, Any] | Non
     if task.answer_instruction == AUTO:
         instruction = stored.get("answer_instruction", None if is_new or stored else ANSWER_INSTRUCTION)
         task = replace(task, answer_instruction=instruction)
+    if not isinstance(task, LocalFileProblems):
+        return task
     files = task.local_files
     for key in ("train_files", "held_out_files"):
         names = getattr(files, key)

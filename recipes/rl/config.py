@@ -7,14 +7,14 @@ from typing import Any
 
 from lockstep.engine import EngineConfig
 from lockstep.engine.config_fields import Count, Fraction, InputPath, Size
-from lockstep.recipes.cluster.config import ClusterConfig
+from lockstep.recipes.cluster.config import AnyCluster, ClusterConfig
 from lockstep.recipes.drafts.config import DraftStageConfig
 from lockstep.recipes.runs.config import START, TrainingRunConfig
 from lockstep.rollout.config import BufferConfig, EvaluationConfig, PairSamplingConfig, RolloutConfig
-from lockstep.rollout.environments import EnvironmentConfig
-from lockstep.rollout.tasks.config import TaskConfig
+from lockstep.rollout.environments import AnyEnvironment, EnvironmentConfig
+from lockstep.rollout.tasks.config import AnyTask
 from lockstep.trainer_bridge.algorithms.aggregation import Aggregation
-from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig
+from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig, AnyAlgorithm
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,16 @@ class RLConfig(TrainingRunConfig):
     name: str = "rl"
     warmup: SFTConfig = field(default_factory=lambda: SFTConfig(steps=0))
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    environment: AnyEnvironment = field(default_factory=EnvironmentConfig)
     buffer: BufferConfig = field(default_factory=BufferConfig)
     reward: Any = field(default_factory=dict)
-    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    algorithm: AnyAlgorithm = field(default_factory=AlgorithmConfig)
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(model=START))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    evaluation_tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    evaluation_tasks: dict[str, AnyTask] = field(default_factory=dict)
     evaluate_every: Count = 20
     steps: Size = 100
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    cluster: AnyCluster = field(default_factory=ClusterConfig)
     draft: DraftStageConfig = field(default_factory=DraftStageConfig)
 
     def __post_init__(self):
@@ -67,8 +67,8 @@ class RLConfig(TrainingRunConfig):
                 f"engine.draft_model={self.engine.draft_model} does not go with a draft that learns during the run "
                 f"(draft.train_every={self.draft.train_every}): give it as draft.start, or set draft.train_every=0"
             )
-
-        if self.algorithm.teacher_model is not None and self.cluster.kind == "ray" and not self.cluster.teacher_engines:
+        has_teacher = getattr(self.algorithm, "teacher_model", None) is not None
+        if has_teacher and self.cluster.kind == "ray" and not self.cluster.teacher_engines:
             raise ValueError("a teacher needs engines of its own on a Ray cluster: set cluster.teacher_engines=1")
         if self.algorithm.mini_batches > self.rollout.prompts_per_step:
             raise ValueError(

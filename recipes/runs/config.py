@@ -11,7 +11,7 @@ from annotated_types import Interval
 from lockstep.engine.config_fields import Count, InputPath, NotNegative, Seed, Size, Text, Threads, check_fields
 from lockstep.engine.text.config import ChatConfig
 from lockstep.rollout.config import TokenizerConfig
-from lockstep.rollout.tasks.config import TaskConfig
+from lockstep.rollout.tasks.config import AnyTask, TaskConfig
 from lockstep.trainer_bridge import TrainerConfig
 
 
@@ -106,7 +106,7 @@ class TrainingRunConfig:
     seed: Seed = 0
     num_threads: Threads | None = 2
     model: ModelSource = field(default_factory=ModelSource)
-    task: TaskConfig = field(default_factory=TaskConfig)
+    task: AnyTask = field(default_factory=TaskConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(model=START))
     steps: Count = 100

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from lockstep.rollout.config import RolloutConfig
-from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig, environment_factory
+from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.environments.chat_turns import ChatTurns
 from lockstep.rollout.environments.environment import EpisodeLimits
 from lockstep.rollout.environments.episode import Episode, play
@@ -41,7 +41,7 @@ class EpisodeWorker(RolloutWorker):
     ):
         super().__init__(engine, tokenizer, task, reward, config, seed)
         self.environment = environment
-        self.new_environment = environment_factory(environment)
+        self.new_environment = environment.factory()
         self.calls = GuardedCalls(None if environment.own_process else environment.timeout_s)
         if environment.own_process:
             process = EnvironmentProcess(environment, environment.timeout_s)

@@ -11,7 +11,7 @@ from lockstep.recipes.cluster.local import LocalCluster
 from lockstep.recipes.rl.config import RLConfig
 from lockstep.recipes.rl.learner import Learner
 from lockstep.rollout.config import EvaluationConfig, RolloutConfig, TokenizerConfig
-from lockstep.rollout.environments import EnvironmentConfig, Opening, StepResult, environment_factory
+from lockstep.rollout.environments import EnvironmentConfig, Opening, StepResult
 from lockstep.rollout.environments.worker import EpisodeWorker, build_worker
 from lockstep.rollout.evaluation import evaluate
 from lockstep.rollout.rewards.rules import LengthOptions
@@ -229,4 +229,4 @@ def test_a_length_is_of_what_the_policy_wrote(parts):
 )
 def test_what_cannot_be_is_refused_by_name(change, error):
     with pytest.raises(ValueError, match=error):
-        environment_factory(EnvironmentConfig(**change))
+        EnvironmentConfig(**change).factory()
