@@ -9,10 +9,11 @@ from lockstep.lazy_names import lazy_names
 _HOMES = {
     "Engine": "engine",
     "EngineConfig": "config",
+    "Generator": "generator",
     "ReplicatedEngine": "replicated_engine",
     "RequestOutput": "request",
     "SamplingParams": "request",
-    "TokenEvent": "serving",
+    "TokenEvent": "generator",
 }
 __all__ = list(_HOMES)
 __getattr__ = lazy_names(__name__, _HOMES)

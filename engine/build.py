@@ -9,6 +9,7 @@ import torch
 from lockstep.engine.checkpoints.checkpoint import check_weights, load_into
 from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.models.decoder import Decoder
+from lockstep.engine.models.layers.linear import format_named
 from lockstep.engine.models.names import expand, head_matrix_shapes
 from lockstep.engine.models.sharding import check_divides, check_expert_ranks, parameter_shards, product_shapes
 from lockstep.engine.ranks.rank_group import RankGroup
@@ -45,7 +46,15 @@ def build_model(
     if config.load_format == "auto":
         check_weights(config.model, model_config)
     numerics.set_up(device)
-    model = Decoder(model_config, device, dtype, config.row_parallel_splits, ranks, config.ep_size > 1)
+    model = Decoder(
+        model_config,
+        device,
+        dtype,
+        config.row_parallel_splits,
+        ranks,
+        config.ep_size > 1,
+        format_named(config.linear_format, "EngineConfig.linear_format", config.tp_size),
+    )
     shapes = product_shapes(model_config, model.shard, config.row_parallel_splits)
     numerics.check_row_contract(device, dtype, shapes, head_matrix_shapes(model.local_config))
     if model_config.head == "scalar":
@@ -65,6 +74,7 @@ def check_parallel(config: EngineConfig, model_config: ModelConfig) -> None:
     try:
         check_divides(model_config, config.tp_size, config.row_parallel_splits)
         check_expert_ranks(model_config, "ep_size", config.ep_size, "tp_size", config.tp_size)
+        format_named(config.linear_format, "linear_format", config.tp_size)
     except ValueError as error:
         raise ValueError(f"EngineConfig: {error}") from None
 
@@ -99,7 +109,7 @@ def num_kv_pages(
     """
     local, page_size = model.local_config, sizes.page_size
     itemsize = getattr(torch, config.dtype).itemsize
-    page_bytes = (local.num_layers * local.kv_elements_per_token + draft_elements_per_token) * page_size * itemsize
+    page_bytes = (local.kv_elements_per_token + draft_elements_per_token) * page_size * itemsize
     if config.kv_cache_tokens is not None:
         if config.kv_cache_tokens < page_size:
             raise ValueError(f"kv_cache_tokens={config.kv_cache_tokens} is less than a page of {page_size}")

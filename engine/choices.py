@@ -58,7 +58,7 @@ class OneOf:
             name = arguments[0] if arguments else options.get(self.key, self.default)
             cls = self.class_of(name)
             for option in options.keys() - _defaults(cls).keys():
-                raise self._not_of(name, option)
+                raise self._not_of(name, option, options[option])
         return object.__new__(cls)
 
     def make(self, values: Mapping[str, Any]) -> Any:
@@ -70,7 +70,7 @@ class OneOf:
         for option in values.keys() - own.keys():
             defaults = [_defaults(other)[option] for other in self.all_classes() if option in _defaults(other)]
             if _with_lists(values[option]) not in map(_with_lists, defaults):
-                raise self._not_of(name, option)
+                raise self._not_of(name, option, values[option])
         return chosen(**{self.key: name} | {option: value for option, value in values.items() if option in own})
 
     def class_of(self, name: Any) -> type:
@@ -82,11 +82,13 @@ class OneOf:
         forms = f", or {user_code.FORMS}" if self.own else ""
         raise ValueError(user_code.unknown_name(self.unknown, name, self.classes, forms))
 
-    def _not_of(self, name: str, option: str) -> ValueError:
+    def _not_of(self, name: str, option: str, value: Any) -> ValueError:
+        """The error of an option of another choice; where that one refuses the value too, its own is raised."""
         having = [other for other in self.all_classes() if option in _defaults(other)]
         names = [known for known, other in self.classes.items() if other in having]
         if not having:
             return ValueError(f"unknown key {f'{self.section}.{option}'!r}")
+        having[0](**{option: value})
         if not names:
             others = f"{self.key}={name} has the other keys of {self.section}"
             return ValueError(f"{self.section}.{option} are for {self.owned}; {others}")

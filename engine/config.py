@@ -40,6 +40,8 @@ class EngineConfig:
     overlap: on a GPU, a step is scheduled while the one before still runs.
     row_parallel_splits: the parts, a power of two, in which the sums of the row-parallel products are taken: a setting
         of the numerics, which a trainer must share. See kernels.row_parallel_linear.
+    linear_format: what is stored of the weights of the layers' products, see models.layers.linear: a setting of the
+        numerics too, which a trainer must share.
     tp_size: processes, on as many GPUs or on the CPU, that each hold a part of every layer and of the KV. It divides
         row_parallel_splits and changes no bit. multiprocessing spawns them, so a script's `__main__` has its guard.
         Decode steps are then not captured in graphs.
@@ -73,6 +75,7 @@ class EngineConfig:
     group_prefixes: bool = True
     overlap: bool = True
     row_parallel_splits: int = 1
+    linear_format: str = "plain"
     tp_size: int = 1
     ep_size: int = 1
     rank_timeout_s: float = 120.0

@@ -46,6 +46,16 @@ def check_not_queued(requests: Sequence[Request]) -> None:
         seen.add(request)
 
 
+def check_is_served(request: Request, model: str, head: str, has_tokenizer: bool) -> None:
+    """Raises ValueError for a kind of request that the model's head does not serve, and for stop strings without a
+    tokenizer. model: its directory."""
+    if (request.kind == "reward") != (head == "scalar"):
+        has = "a scalar head, for Engine.reward only" if request.kind != "reward" else "no scalar head to reward with"
+        raise ValueError(f"{model} has {has}")
+    if request.params.stop and not has_tokenizer:
+        raise ValueError(f"stop strings need a tokenizer, and {model} holds none")
+
+
 def check_is_request(method: str, request: Any) -> None:
     if not isinstance(request, Request):
         raise refuse(f"the argument of {method}", "a request that submit or prepare made", request)

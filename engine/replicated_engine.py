@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -11,15 +11,17 @@ import torch
 
 from lockstep.engine.checks import Whole
 from lockstep.engine.config import EngineConfig
+from lockstep.engine.counters import summed_stats
 from lockstep.engine.engine import Engine
+from lockstep.engine.generator import SteppedGenerator
 from lockstep.engine.intake import check_is_request, check_not_queued
 from lockstep.engine.request import Kind, Request, RequestOutput, SamplingParams
-from lockstep.engine.serving import Serving
 from lockstep.engine.spread import spread
-from lockstep.engine.weights.served_weights import WeightUpdate
+from lockstep.engine.weights.served_weights import UpdateReport
+from lockstep.engine.weights.staging import NamedTensors, WeightUpdate
 
 
-class ReplicatedEngine(Serving):
+class ReplicatedEngine(SteppedGenerator):
     """`num_replicas` engines of one config, stepped in turn by the caller's thread; on GPUs their passes overlap.
 
     Replica i of a GPU engine takes the tp_size GPUs from i * tp_size on. A request's tokens and log-probs are those
@@ -88,8 +90,8 @@ class ReplicatedEngine(Serving):
         return self.engines[0].output(request)
 
     def update_weights(
-        self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, inflight: str = "keep"
-    ) -> dict[str, float | int | str]:
+        self, named_tensors: NamedTensors, version: int, inflight: str = "keep", partial: bool = False
+    ) -> UpdateReport:
         """Replaces the weights of one replica after the other; timings are the sums of theirs.
 
         An update that does not fit is refused by the first and changes none. Should a later one fail, all shut down:
@@ -97,29 +99,34 @@ class ReplicatedEngine(Serving):
         """
         tensors = list(named_tensors)
         first = self.engines[0]
-        report = self._call(first, first.update_weights, tensors, version, inflight)
-        return self._update_others(report, tensors, version, inflight)
+        report = self._call(first, first.update_weights, tensors, version, inflight, partial)
+        return self._update_others(report, tensors, version, inflight, partial)
 
-    def begin_update(self, version: int) -> WeightUpdate:
+    def begin_update(self, version: int, partial: bool = False, encoded: bool = False) -> WeightUpdate:
         """Room for one copy of the weights, from which every replica takes them."""
-        return self._call(self.engines[0], self.engines[0].begin_update, version)
+        return self._call(self.engines[0], self.engines[0].begin_update, version, partial, encoded)
 
-    def commit_update(self, update: WeightUpdate, inflight: str = "keep") -> dict[str, float | int | str]:
+    def commit_update(self, update: WeightUpdate, inflight: str = "keep") -> UpdateReport:
         """As `update_weights`, of an update that has arrived."""
         report = self._call(self.engines[0], self.engines[0].commit_update, update, inflight)
-        return self._update_others(report, list(update.tensors.items()), update.version, inflight)
+        return self._update_others(report, list(update.arrived()), update.version, inflight, update.partial)
 
     def end_updates(self) -> None:
         self._call(self.engines[0], self.engines[0].end_updates)
 
     def _update_others(
-        self, report: dict[str, float | int | str], tensors: list[tuple[str, torch.Tensor]], version: int, inflight: str
-    ) -> dict[str, float | int | str]:
+        self,
+        report: UpdateReport,
+        tensors: list[tuple[str, torch.Tensor]],
+        version: int,
+        inflight: str,
+        partial: bool,
+    ) -> UpdateReport:
         """report: the first replica's, which has the update already."""
         reports = [report]
         try:
             for engine in self.engines[1:]:
-                reports.append(self._call(engine, engine.update_weights, tensors, version, inflight))
+                reports.append(self._call(engine, engine.update_weights, tensors, version, inflight, partial))
         except BaseException:
             self.shutdown()
             raise
@@ -131,15 +138,7 @@ class ReplicatedEngine(Serving):
 
     def stats(self) -> dict[str, Any]:
         """Sums over the replicas, whose own stats are under "replicas"."""
-        replicas = [engine.stats() for engine in self.engines]
-        total = {key: sum(stats[key] for stats in replicas) for key in replicas[0]}
-        return {
-            **total,
-            "weight_version": self.weight_version,
-            "cache_hit_rate": total["cached_tokens"] / max(1, total["queried_tokens"]),
-            **_mean_rates(total),
-            "replicas": replicas,
-        }
+        return summed_stats([engine.stats() for engine in self.engines], self.weight_version)
 
     def shutdown(self) -> None:
         """Shuts all replicas down, also where one of them cannot be used any more."""
@@ -151,14 +150,6 @@ class ReplicatedEngine(Serving):
     def _call(engine: Engine, method: Callable[..., Any], *arguments: Any) -> Any:
         with _current(engine.config.device):
             return method(*arguments)
-
-
-def _mean_rates(total: dict[str, Any]) -> dict[str, float]:
-    """What a sum over the replicas does not give, where they speculate."""
-    if "verify_steps" not in total:
-        return {}
-    steps, accepted = total["verify_steps"], total["accepted_draft_tokens"]
-    return {"tokens_per_verify_step": 1 + accepted / steps if steps else 0.0}
 
 
 def _tokens_to_come(request: Request) -> int:

@@ -240,3 +240,23 @@ class Request:
         """Forgets the outputs after the first num_tokens tokens, prompt included."""
         num_outputs = num_tokens - len(self.prompt_ids)
         del self.tokens[num_tokens:], self.logprobs[num_outputs:], self.weight_versions[num_outputs:]
+
+
+def output_of(request: Request, text: str | None) -> RequestOutput:
+    """The result of a request so far. text: of what was generated."""
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt_index=request.prompt_index,
+        sample_index=request.sample_index,
+        prompt_ids=request.prompt_ids,
+        token_ids=request.output_ids,
+        logprobs=request.logprobs,
+        finish_reason=request.finish_reason,
+        weight_versions=request.weight_versions,
+        text=text,
+        num_cached_tokens=request.num_cached,
+        num_preemptions=request.num_preemptions,
+        num_draft_tokens=request.num_drafted,
+        num_accepted_tokens=request.num_accepted,
+        error=None if request.failure is None else str(request.failure),
+    )

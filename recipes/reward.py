@@ -12,6 +12,7 @@ from typing import Any
 from lockstep.engine import Engine
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.pooling import scored_part
+from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.recipes.planning.first_start import resumed
 from lockstep.recipes.planning.room import pairs_with_room
 from lockstep.recipes.planning.start_checks import check_stage
@@ -135,7 +136,7 @@ def check_lengths(name: str, pairs: Sequence[PreferencePair], config: RewardConf
             )
 
 
-def tokenized(tokenizer, pair: Preference, pad_token_id: int | None) -> PreferencePair:
+def tokenized(tokenizer: Tokenizer, pair: Preference, pad_token_id: int | None) -> PreferencePair:
     """Both conversations up to where the model's score will be read."""
     conversations = (conversation_ids(tokenizer, pair.messages, text) for text in (pair.chosen, pair.rejected))
     return PreferencePair(*(scored_part(token_ids, pad_token_id) for token_ids in conversations))

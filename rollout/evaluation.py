@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lockstep.engine import Engine
+from lockstep.engine import Generator
+from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.rollout.answer_watch import num_unanswered
 from lockstep.rollout.config import EvaluationConfig, RolloutConfig
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
@@ -58,8 +59,8 @@ class EvalResult:
 
 
 def evaluate(
-    engine: Engine,
-    tokenizer,
+    engine: Generator,
+    tokenizer: Tokenizer,
     task: Task,
     reward: Reward,
     config: EvaluationConfig,

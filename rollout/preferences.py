@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lockstep.engine import Engine
+from lockstep.engine import Generator
 from lockstep.engine.files import write_whole
 from lockstep.engine.text.model_output import valid_text
+from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.rollout.config import PairSamplingConfig, RolloutConfig
 from lockstep.rollout.evaluation import EVALUATION_STEP
 from lockstep.rollout.tasks import Task
@@ -52,7 +53,7 @@ def write_pairs(path: Path, pairs: Sequence[Preference]) -> None:
 
 
 def sample_pairs(
-    engine: Engine, tokenizer, task: Task, num_problems: int, config: PairSamplingConfig, seed: int
+    engine: Generator, tokenizer: Tokenizer, task: Task, num_problems: int, config: PairSamplingConfig, seed: int
 ) -> list[Preference]:
     """Pairs of the task's first problems, judged by its verifier; the same for the same weights and seed.
 

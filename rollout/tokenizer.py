@@ -4,13 +4,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as TokenizerBuilder
+from transformers import PreTrainedTokenizerFast
 
 from lockstep.engine.text.chat_template import CHAT_TEMPLATE, apply_template, set_chat_options
 from lockstep.engine.text.config import ChatConfig
 from lockstep.engine.text.end_of_turn import end_of_turn
 from lockstep.engine.text.model_output import valid_text
+from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.engine.text.tokenizer import load_tokenizer as load_foreign_tokenizer
 from lockstep.rollout.answer_tags import ANSWER_CLOSE, ANSWER_OPEN
 from lockstep.rollout.config import TokenizerConfig
@@ -36,7 +38,7 @@ def build_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> PreTrained
     smallest = len(alphabet) + len(special) + len(plain)
     if config.vocab_size < smallest:
         raise ValueError(f"vocab_size must be at least {smallest}, got {config.vocab_size}")
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = TokenizerBuilder(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(_PIECES, behavior="isolated"),
@@ -64,7 +66,7 @@ def build_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> PreTrained
     )
 
 
-def load_tokenizer(path: str | Path, chat: ChatConfig | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, chat: ChatConfig | None = None) -> Tokenizer:
     """The tokenizer saved in a local directory, which renders conversations as `chat` says.
 
     Raises as the engine's `load_tokenizer` and `set_chat_options` do.
@@ -75,7 +77,7 @@ def load_tokenizer(path: str | Path, chat: ChatConfig | None = None) -> PreTrain
 
 
 def render_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
 ) -> list[int]:
     """Token ids of the conversation through the tokenizer's chat template, up to where the response begins.
 
@@ -84,7 +86,7 @@ def render_prompt(
     return tokenizer.encode(apply_template(tokenizer, messages, tools), add_special_tokens=False)
 
 
-def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_response(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of a whole response as the chat template writes it, the end of turn included."""
     end = end_of_turn(tokenizer)
     return [*tokenizer.encode(end.before + valid_text(text) + end.after, add_special_tokens=False), end.token_id]

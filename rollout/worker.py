@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lockstep.engine import Engine, SamplingParams
+from lockstep.engine import Generator, SamplingParams
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.text.end_of_turn import response_text, stop_token_ids
+from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.rollout.config import RolloutConfig
 from lockstep.rollout.group import Group, Response
 from lockstep.rollout.order import ProblemOrder
@@ -19,7 +20,15 @@ from lockstep.rollout.tokenizer import render_prompt
 class RolloutWorker:
     """Generates and scores groups; the same coordinates always give the same samples for the same weights."""
 
-    def __init__(self, engine: Engine, tokenizer, task: Task, reward: Reward, config: RolloutConfig, seed: int):
+    def __init__(
+        self,
+        engine: Generator,
+        tokenizer: Tokenizer,
+        task: Task,
+        reward: Reward,
+        config: RolloutConfig,
+        seed: int,
+    ):
         self.engine = engine
         self.tokenizer = tokenizer
         self.task = task

@@ -138,6 +138,7 @@ class TrainerConfig(AdamWConfig):
     row_parallel_splits, gradient_splits: orders of summation, see ParallelSizes. They change the bits of log-probs and
         of gradients; the numbers of ranks, which must divide them, change none. The engine's row_parallel_splits must
         be the same.
+    linear_format: the engine's, whose weights the forward pass multiplies with; the trained ones stay whole.
     rank_timeout_s: how long a rank waits for another before it raises.
     """
 
@@ -156,6 +157,7 @@ class TrainerConfig(AdamWConfig):
     virtual_pipeline_parallel_size: int = 1
     expert_parallel_size: int = 1
     row_parallel_splits: int = 1
+    linear_format: str = "plain"
     gradient_splits: int = 1
     rank_timeout_s: float = 600.0
 

@@ -18,11 +18,12 @@ from lockstep.engine.checks import (
     sequence_ids,
 )
 from lockstep.engine.models.config import Head, ModelConfig, as_scalar_model, load_model_config, read_config_json
+from lockstep.engine.models.layers.linear import format_named
 from lockstep.engine.models.names import head_matrix_shapes
 from lockstep.engine.models.sharding import ParameterShard, product_shapes
 from lockstep.engine.request import SAMPLING_RULES
+from lockstep.engine.weights.checksums import checksum
 from lockstep.engine.weights.dummy_weights import fill_dummy
-from lockstep.engine.weights.served_weights import checksum
 from lockstep.kernels import numerics
 from lockstep.kernels.process_state import own_state
 from lockstep.trainer_bridge.algorithms.losses import Loss
@@ -70,12 +71,15 @@ class MegatronTrainer:
         self.ranks = self._join_ranks()
         numerics.set_up(self.device)
         sizes = self.ranks.sizes
+        linear_format = format_named(config.linear_format, "TrainerConfig.linear_format", sizes.tensor)
         shapes = product_shapes(self.model_config, shard_of(sizes, self.ranks.tensor.rank), sizes.row_parallel_splits)
         numerics.check_row_contract(self.device, self.dtype, shapes, head_matrix_shapes(self.model_config))
         if config.head == "scalar":
             numerics.check_row_contract(self.device, torch.float32, {(1, self.model_config.hidden_size)})
         self.chunks = [
-            LockstepGPTModel(self.model_config, self.device, self.dtype, self.ranks, chunk, config.recompute)
+            LockstepGPTModel(
+                self.model_config, self.device, self.dtype, self.ranks, chunk, config.recompute, linear_format
+            )
             for chunk in range(config.virtual_pipeline_parallel_size)
         ]
         self._parameters = {

@@ -9,7 +9,8 @@ from itertools import product
 from math import prod
 
 from lockstep.engine.models.config import ModelConfig
-from lockstep.engine.models.sharding import Box, ParameterShard, Piece, Shard, parameter_shards
+from lockstep.engine.models.layers.shard import Shard
+from lockstep.engine.models.sharding import Box, ParameterShard, Piece, parameter_shards
 
 Layout = Mapping[int, Sequence[ParameterShard]]  # by rank
 

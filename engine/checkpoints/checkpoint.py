@@ -16,9 +16,11 @@ from safetensors import SafetensorError, safe_open
 
 from lockstep.engine.foreign_files import MissingFileError, has_file, inner_file, read_json
 from lockstep.engine.models.config import ModelConfig
-from lockstep.engine.models.families.family import printable, shown
+from lockstep.engine.models.families.reading import printable, shown
+from lockstep.engine.models.layers.linear import encoded
+from lockstep.engine.models.layers.shard import WHOLE, Shard
 from lockstep.engine.models.names import Entry, as_stacked, expand, to_megatron
-from lockstep.engine.models.sharding import WHOLE, Shard, part_of, shard_config
+from lockstep.engine.models.sharding import shard_config
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -123,7 +125,7 @@ class TensorFiles:
         if entry.shard_dim is None or shard.size == 1:
             return self.read(name)
         whole = self._file_of[name].get_slice(name)
-        part = part_of(whole.get_shape()[entry.shard_dim], shard)
+        part = shard.part_of(whole.get_shape()[entry.shard_dim])
         return whole[(slice(None),) * entry.shard_dim + (part,)]
 
     def read_experts(self, name: str, experts: range) -> torch.Tensor:
@@ -230,7 +232,7 @@ def iterate_weights(
         local_config = shard_config(config, shard)
         for entry in expand(local_config):
             if entry.hf_stacked in held:
-                tensor = files.read_experts(entry.hf_stacked, local_config.moe.held)
+                tensor = files.read_experts(entry.hf_stacked, entry.experts.held)
             else:
                 tensor = to_megatron(entry, [files.read_part(entry, name, shard) for name in entry.hf_names])
             yield entry.megatron, tensor if dtype is None else tensor.to(torch.float32 if entry.fp32 else dtype)
@@ -243,7 +245,10 @@ def load_into(model: torch.nn.Module, path: str | Path) -> None:
 
     Raises as `iterate_weights` does, before any parameter has changed.
     """
-    parameters = dict(model.named_parameters())
+    parameters, places = dict(model.named_parameters()), encoded(model)
     with torch.no_grad():
         for name, tensor in iterate_weights(path, model.config, shard=model.shard):
-            parameters[name].copy_(tensor)
+            if name in places:
+                places[name].store(tensor)
+            else:
+                parameters[name].copy_(tensor)

@@ -22,7 +22,7 @@ from lockstep.engine.checkpoints.pickled_weights import has_pickled_weights, rea
 from lockstep.engine.files import whole_folder
 from lockstep.engine.models.config import CONFIG_FILE, ModelConfig
 from lockstep.engine.models.eagle3 import Eagle3Config, Eagle3Draft, expand
-from lockstep.engine.models.families.family import printable
+from lockstep.engine.models.families.reading import printable
 from lockstep.engine.models.names import to_hf, to_megatron
 from lockstep.engine.speculation.config import LayerIds, ServingEngine
 

@@ -20,7 +20,7 @@ import torch
 from lockstep.engine.foreign_files import read_json
 from lockstep.engine.models.config import CONFIG_FILE, ModelConfig, UnsupportedModelError, parse_model_config
 from lockstep.engine.models.eagle3 import NUM_AUX, Eagle3Config, default_aux_layers
-from lockstep.engine.models.families.family import shown
+from lockstep.engine.models.families.reading import shown
 from lockstep.engine.speculation.config import LayerIds, ServingEngine
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"

@@ -104,14 +104,24 @@ def save_hf(
 
 def _check_describes(source_config: Mapping[str, Any], config: ModelConfig) -> None:
     # eos_token_ids may come from generation_config.json, which is copied as it is.
-    described = asdict(replace(parse_model_config(source_config), eos_token_ids=config.eos_token_ids))
+    described = dict(_leaves(asdict(replace(parse_model_config(source_config), eos_token_ids=config.eos_token_ids))))
+    ours = dict(_leaves(asdict(config)))
     differing = [
-        f"{name} ({described[name]!r}, the model has {value!r})"
-        for name, value in asdict(config).items()
-        if described[name] != value
+        f"{name} ({described.get(name)!r}, the model has {ours.get(name)!r})"
+        for name in sorted(described.keys() | ours.keys())
+        if described.get(name) != ours.get(name)
     ]
     if differing:
         raise CheckpointError(f"source_config describes another model{listing('differing', differing)}")
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The values in nested dictionaries and tuples, by their dotted names."""
+    if not isinstance(value, (dict, tuple)):
+        yield name, value
+        return
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _leaves(inner, f"{name}.{key}" if name else str(key))
 
 
 def _hf_tensors(

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lockstep.engine.models.config import ModelConfig
+from lockstep.engine.models.layers.attention import GroupedAttention
 from lockstep.engine.models.names import Entry
 from lockstep.kernels.linear.linear import linear
 from lockstep.kernels.linear.linear_silu_mul import linear_silu_mul
@@ -72,22 +73,23 @@ class Eagle3Config:
     @classmethod
     def of_target(cls, target: ModelConfig, draft_vocab_size: int, **options: Any) -> Eagle3Config:
         """A layer of the target's own sizes. options: fields that are to differ."""
-        if target.mla is not None and not {"num_heads", "num_kv_heads", "head_dim"} <= options.keys():
-            raise ValueError("a draft for a target with latent attention: give num_heads, num_kv_heads and head_dim")
+        mixer = target.layers[-1].mixer
         fields = {
             "vocab_size": target.vocab_size,
             "draft_vocab_size": draft_vocab_size,
             "hidden_size": target.hidden_size,
-            "num_heads": target.num_heads,
-            "num_kv_heads": target.num_kv_heads,
-            "head_dim": target.head_dim,
-            "ffn_hidden_size": target.ffn_hidden_size,
-            "rms_norm_eps": target.rms_norm_eps,
-            "rope_theta": target.rope_theta,
-            "rope_scaling": target.rope_scaling,
+            "ffn_hidden_size": max(layer.mlp.token_width for layer in target.layers),
+            "rms_norm_eps": target.final_norm.eps,
+            "rope_theta": target.ropes[mixer.rope].theta,
+            "rope_scaling": target.ropes[mixer.rope].scaling,
             "max_position_embeddings": target.max_position_embeddings,
             "aux_layers": default_aux_layers(target.num_layers),
         }
+        if isinstance(mixer, GroupedAttention):
+            heads = (mixer.num_heads, mixer.num_kv_heads, mixer.head_dim)
+            fields.update(zip(("num_heads", "num_kv_heads", "head_dim"), heads, strict=True))
+        elif not {"num_heads", "num_kv_heads", "head_dim"} <= options.keys():
+            raise ValueError("a draft for a target with other attention: give num_heads, num_kv_heads and head_dim")
         return cls(**{**fields, **options})
 
     @property

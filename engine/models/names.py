@@ -4,16 +4,18 @@ Inside Lockstep a parameter has Megatron-core's name and layout. transformers' n
 for loading and export.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from operator import attrgetter
 from typing import Literal
 
 import torch
 
 from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.models.families import FAMILIES
+from lockstep.engine.models.families.name_rules import NameRule
+from lockstep.engine.models.layers.layer import LayerPart, LayerSpec
+from lockstep.engine.models.layers.moe import Experts
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Entry:
 
     hf_names and hf_shapes are in the order in which `to_megatron` takes and `to_hf` gives the tensors: expert by expert
     for experts' parameters. num_groups is the number of query groups of a "qkv" entry, else 1. expert_dim is the
-    dimension that counts experts, None where there are none. shard_dim, fp32, hf_stacked: see NameRule.
+    dimension that counts experts, and experts the part of the layer that they are, None where there are none.
+    shard_dim, fp32, hf_stacked: see NameRule.
     """
 
     megatron: str
@@ -33,6 +36,7 @@ class Entry:
     num_groups: int
     shard_dim: int | None
     expert_dim: int | None = None
+    experts: Experts | None = None
     fp32: bool = False
     hf_stacked: str | None = None
 
@@ -41,89 +45,63 @@ class Entry:
         return prod(self.shape)
 
 
-def dimensions(config: ModelConfig) -> dict[str, int]:
-    """The sizes that the tables' shapes are written in."""
-    query = config.num_heads * config.head_dim
-    key_or_value = config.num_kv_heads * config.head_dim
-    sizes = {
-        "vocab": config.vocab_size,
-        "hidden": config.hidden_size,
-        "head_dim": config.head_dim,
-        "query": query,
-        "qkv": query + 2 * key_or_value,
-        "ffn": config.ffn_hidden_size,
-        "gate_up": 2 * config.ffn_hidden_size,
-        "scores": 1,
-    }
-    if config.moe is not None:
-        sizes["experts"] = config.moe.num_experts
-        sizes["held_experts"] = len(config.moe.held)
-        sizes["expert_ffn"] = config.moe.ffn_hidden_size
-        sizes["expert_gate_up"] = 2 * config.moe.ffn_hidden_size
-        sizes["shared_ffn"] = config.moe.shared_ffn_hidden_size or 0
-        sizes["shared_gate_up"] = 2 * sizes["shared_ffn"]
-    if (mla := config.mla) is not None:
-        sizes |= {
-            "q_lora": mla.q_lora_rank or 0,
-            "kv_lora": mla.kv_lora_rank,
-            "mla_query": config.num_heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim),
-            "mla_row": mla.row_width,
-            "mla_key_value": config.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim),
-            "mla_out": config.num_heads * mla.v_head_dim,
-        }
-    return sizes
-
-
 def expand(config: ModelConfig) -> list[Entry]:
     """Every parameter of the model, once, in the order: embedding, layers in ascending order, final norm, head."""
-    sizes = dimensions(config)
-    present = [
-        rule
-        for rule in FAMILIES[config.family].table
-        if (rule.layers != "moe" or config.moe is not None)
-        and (rule.when is None or attrgetter(rule.when[0])(config) == rule.when[1])
-    ]
-    per_layer = [rule for rule in present if "{i}" in rule.megatron]
-    first_layer_rule = present.index(per_layer[0])
-    before, after = present[:first_layer_rule], present[first_layer_rule + len(per_layer) :]
-    placed = [(rule, "") for rule in before]
-    for layer in range(config.num_layers):
-        kind = "moe" if config.moe is not None and layer in config.moe.layers else "dense"
-        placed += [(rule, str(layer)) for rule in per_layer if rule.layers in ("all", kind)]
-    placed += [(rule, "") for rule in after]
+    rules = FAMILIES[config.family].rules
+    sizes = {"vocab": config.vocab_size, "hidden": config.hidden_size, "scores": 1}
+    of_layers = [rule for rule in rules if "{i}" in rule.megatron]
+    first = rules.index(of_layers[0])
+    before, behind = rules[:first], [rule for rule in rules[first:] if rule not in of_layers]
+    entries = [_entry(rule, sizes) for rule in before if _exists(rule, config)]
+    for number, layer in enumerate(config.layers):
+        entries += _layer_entries(of_layers, sizes, number, layer)
+    return entries + [_entry(rule, sizes) for rule in behind if _exists(rule, config)]
 
-    entries = []
-    for rule, layer in placed:
-        shape = tuple(sizes[dimension] for dimension in rule.shape)
-        of_experts = "{e}" in rule.hf[0]
-        rows, *rest = shape[1:] if of_experts else shape
-        if rule.kind == "qkv":
-            query = config.num_heads * config.head_dim
-            key_or_value = config.num_kv_heads * config.head_dim
-            hf_shapes = ((query, *rest), (key_or_value, *rest), (key_or_value, *rest))
-        elif rule.kind == "gate_up":
-            hf_shapes = ((rows // 2, *rest),) * 2
-        else:
-            hf_shapes = ((rows, *rest),)
-        hf_names = tuple(name.replace("{i}", layer) for name in rule.hf)
-        if of_experts:
-            hf_names = tuple(name.replace("{e}", str(e)) for e in config.moe.held for name in hf_names)
-            hf_shapes *= shape[0]
-        entries.append(
-            Entry(
-                megatron=rule.megatron.replace("{i}", layer),
-                hf_names=hf_names,
-                kind=rule.kind,
-                shape=shape,
-                hf_shapes=hf_shapes,
-                num_groups=config.num_kv_heads if rule.kind == "qkv" else 1,
-                shard_dim=rule.shard_dim,
-                expert_dim=0 if of_experts else None,
-                fp32=rule.fp32,
-                hf_stacked=rule.hf_stacked and rule.hf_stacked.replace("{i}", layer),
-            )
-        )
-    return entries
+
+def _layer_entries(rules: Sequence[NameRule], sizes: Mapping[str, int], number: int, layer: LayerSpec) -> list[Entry]:
+    owners = {type(part): part for part in layer.parts}
+    own_sizes = dict(sizes)
+    for part in layer.parts:
+        own_sizes.update(part.dimensions())
+    return [
+        _entry(rule, own_sizes, str(number), owners.get(rule.part))
+        for rule in rules
+        if rule.part is None or (rule.part in owners and _exists(rule, owners[rule.part]))
+    ]
+
+
+def _exists(rule: NameRule, owner: ModelConfig | LayerPart) -> bool:
+    return rule.when is None or getattr(owner, rule.when[0]) == rule.when[1]
+
+
+def _entry(rule: NameRule, sizes: Mapping[str, int], layer: str = "", owner: LayerPart | None = None) -> Entry:
+    """layer: the number that stands in names; owner: the part of the layer that has the parameter."""
+    shape = tuple(sizes[dimension] for dimension in rule.shape)
+    of_experts = "{e}" in rule.hf[0]
+    rows, *rest = shape[1:] if of_experts else shape
+    if rule.kind == "qkv":
+        hf_shapes = tuple((sizes[of], *rest) for of in ("query", "key_value", "key_value"))
+    elif rule.kind == "gate_up":
+        hf_shapes = ((rows // 2, *rest),) * 2
+    else:
+        hf_shapes = ((rows, *rest),)
+    hf_names = tuple(name.replace("{i}", layer) for name in rule.hf)
+    if of_experts:
+        hf_names = tuple(name.replace("{e}", str(e)) for e in owner.held for name in hf_names)
+        hf_shapes *= shape[0]
+    return Entry(
+        megatron=rule.megatron.replace("{i}", layer),
+        hf_names=hf_names,
+        kind=rule.kind,
+        shape=shape,
+        hf_shapes=hf_shapes,
+        num_groups=sizes["groups"] if rule.kind == "qkv" else 1,
+        shard_dim=rule.shard_dim,
+        expert_dim=0 if of_experts else None,
+        experts=owner if of_experts else None,
+        fp32=rule.fp32,
+        hf_stacked=rule.hf_stacked and rule.hf_stacked.replace("{i}", layer),
+    )
 
 
 def as_stacked(entry: Entry) -> Entry:
@@ -138,9 +116,7 @@ def itemsizes(config: ModelConfig, dtype: torch.dtype) -> dict[str, int]:
 
 def head_matrix_shapes(config: ModelConfig) -> set[tuple[int, int]]:
     """(rows, columns) of the matrices that latent attention's up-projection of keys and values holds for each head."""
-    if (mla := config.mla) is None:
-        return set()
-    return {(mla.kv_lora_rank, mla.qk_nope_head_dim), (mla.v_head_dim, mla.kv_lora_rank)}
+    return set().union(*(layer.mixer.head_matrices() for layer in config.layers))
 
 
 def to_megatron(entry: Entry, hf_tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -7,25 +7,12 @@ from math import prod
 
 import torch
 
-from lockstep.engine.models.config import ModelConfig, MoEConfig
+from lockstep.engine.models.config import ModelConfig
+from lockstep.engine.models.layers.moe import Experts
+from lockstep.engine.models.layers.shard import Shard
 from lockstep.engine.models.names import Entry, expand
 
 Box = tuple[tuple[int, int], ...]  # per dimension [start, stop)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Rank `rank` of `size` tensor-parallel ranks. The default holds everything.
-
-    expert_ranks: `size` where the ranks share out the experts, whole; 1 where each holds all of them.
-    """
-
-    rank: int = 0
-    size: int = 1
-    expert_ranks: int = 1
-
-
-WHOLE = Shard()
 
 
 @dataclass(frozen=True)
@@ -67,34 +54,21 @@ def slices(box: Box) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in box)
 
 
-def part_of(length: int, shard: Shard) -> slice:
-    """The shard's part of a dimension: equal parts, but for the vocabulary's last, which may be shorter."""
-    size = -(-length // shard.size)
-    return slice(min(shard.rank * size, length), min((shard.rank + 1) * size, length))
-
-
 def check_expert_ranks(config: ModelConfig, name: str, expert_ranks: int, tp_name: str, tp_size: int) -> None:
     """Raises ValueError with these names of the options for a number of ranks that cannot share out the experts."""
     if expert_ranks not in (1, tp_size):
         raise ValueError(
             f"{name}={expert_ranks} must be 1 (every rank holds all experts) or {tp_name}={tp_size} (they share them)"
         )
-    if expert_ranks > 1 and (config.moe is None or config.moe.num_experts % expert_ranks):
-        number = 0 if config.moe is None else config.moe.num_experts
-        raise ValueError(f"{name}={expert_ranks} does not divide the model's {number} experts")
+    numbers = {layer.mlp.num_experts for layer in config.layers if isinstance(layer.mlp, Experts)} or {0}
+    for number in numbers:
+        if expert_ranks > 1 and (number == 0 or number % expert_ranks):
+            raise ValueError(f"{name}={expert_ranks} does not divide the model's {number} experts")
 
 
-def row_widths(config: ModelConfig) -> dict[str, int]:
-    """The inner sizes of the row-parallel products, which ranks and row_parallel_splits cut, by what makes them up."""
-    if config.mla is None:
-        widths = {"num_attention_heads * head_dim": config.num_heads * config.head_dim}
-    else:
-        widths = {"num_attention_heads * v_head_dim": config.num_heads * config.mla.v_head_dim}
-    if config.moe is None or len(config.moe.layers) < config.num_layers:
-        widths["intermediate_size"] = config.ffn_hidden_size
-    if config.moe is not None and config.moe.has_shared_experts:
-        widths["shared experts' intermediate size"] = config.moe.shared_ffn_hidden_size
-    return widths
+def row_widths(config: ModelConfig) -> set[tuple[str, int]]:
+    """The inner sizes of the row-parallel products, which ranks and row_parallel_splits cut, and what they are."""
+    return {width for layer in config.layers for part in layer.parts for width in part.row_widths().items()}
 
 
 def check_divides(config: ModelConfig, tp_size: int, row_parallel_splits: int) -> None:
@@ -104,43 +78,24 @@ def check_divides(config: ModelConfig, tp_size: int, row_parallel_splits: int) -
         raise ValueError(f"row_parallel_splits must be a power of two, got {splits}")
     if tp_size < 1 or splits % tp_size:
         raise ValueError(f"tp_size={tp_size} must be at least 1 and divide row_parallel_splits={splits}")
-    # Heads are not cut, and latent attention has one key for all of them.
-    heads = ("num_key_value_heads", config.num_kv_heads)
-    if config.mla is not None:
-        heads = ("num_attention_heads", config.num_heads)
-    lengths = [(*heads, "tp_size", tp_size)]
-    lengths += [(name, width, "row_parallel_splits", splits) for name, width in row_widths(config).items()]
+    # Heads are not cut.
+    lengths = [(*heads, "tp_size", tp_size) for heads in sorted({layer.mixer.heads for layer in config.layers})]
+    lengths += [(name, width, "row_parallel_splits", splits) for name, width in sorted(row_widths(config))]
     for name, length, count, parts in lengths:
         if length % parts:
             raise ValueError(f"{count}={parts} does not divide the model's {name} = {length}")
-    last = part_of(config.vocab_size, Shard(tp_size - 1, tp_size))
+    last = Shard(tp_size - 1, tp_size).part_of(config.vocab_size)
     if last.start == last.stop:
         raise ValueError(f"tp_size={tp_size} leaves a rank without a part of vocab_size = {config.vocab_size}")
 
 
 def shard_config(config: ModelConfig, shard: Shard) -> ModelConfig:
-    """The sizes of a rank's part: query groups, feed-forward width and vocabulary are split, all else is whole.
-
-    Latent attention has its heads split, and the latent whole. Experts: see `Shard`.
-    """
+    """The sizes of a rank's part: the vocabulary is split, and each part of a layer as its `shard` says."""
     if shard.size == 1:
         return config
-    vocabulary = part_of(config.vocab_size, shard)
-    return replace(
-        config,
-        vocab_size=vocabulary.stop - vocabulary.start,
-        num_heads=config.num_heads // shard.size,
-        num_kv_heads=config.num_kv_heads if config.mla is not None else config.num_kv_heads // shard.size,
-        ffn_hidden_size=config.ffn_hidden_size // shard.size,
-        moe=config.moe and _shard_moe(config.moe, shard),
-    )
-
-
-def _shard_moe(moe: MoEConfig, shard: Shard) -> MoEConfig:
-    shared = moe.shared_ffn_hidden_size and moe.shared_ffn_hidden_size // shard.size
-    experts = part_of(moe.num_experts, shard)
-    held = (experts.start, experts.stop) if shard.expert_ranks > 1 else None
-    return replace(moe, shared_ffn_hidden_size=shared, held_experts=held)
+    vocabulary = shard.part_of(config.vocab_size)
+    layers = tuple(layer.shard(shard) for layer in config.layers)
+    return replace(config, vocab_size=vocabulary.stop - vocabulary.start, layers=layers)
 
 
 def product_shapes(config: ModelConfig, shard: Shard, row_parallel_splits: int) -> set[tuple[int, int]]:
@@ -175,7 +130,7 @@ def _pieces(entry: Entry, local_shape: tuple[int, ...], shard: Shard) -> tuple[P
     if entry.expert_dim is not None:
         dim, num_blocks = entry.expert_dim, 1
     block = entry.shape[dim] // num_blocks
-    own = part_of(block, shard)
+    own = shard.part_of(block)
     length = own.stop - own.start
     return tuple(
         Piece(

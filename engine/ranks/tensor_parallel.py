@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,6 @@ from lockstep.engine.ranks.rank_step import RankStep
 from lockstep.engine.ranks.workers import Workers
 from lockstep.engine.scheduling.scheduler import StepBatch
 from lockstep.engine.steps.runner import Collected, LaunchedStep, Runner
-from lockstep.engine.weights import served_weights
 from lockstep.engine.weights.rank_weights import RankWeights
 
 if TYPE_CHECKING:
@@ -74,8 +73,8 @@ class EngineFollower:
     def step(self, step: RankStep) -> None:
         self.runner.follow(step)
 
-    def stage(self) -> None:
-        self.weights.stage()
+    def stage(self, indices: Sequence[int]) -> None:
+        self.weights.stage(indices)
         self.weights.hashes(of_staged=True)
 
     def flip(self) -> None:
@@ -92,43 +91,3 @@ class EngineFollower:
 
     def wake(self) -> None:
         self.runner.take_kv_cache()
-
-
-class LeadingWeights:
-    """Rank 0's hold on the weights of all ranks. Errors are RankError, after which the engine serves no more."""
-
-    def __init__(
-        self, workers: Workers, model_config: ModelConfig, targets: Mapping[str, torch.Tensor], expert_ranks: int
-    ) -> None:
-        self._workers = workers
-        self._own = RankWeights(model_config, workers.group, targets, expert_ranks)
-        self.wholes = self._own.wholes()
-
-    def stage(self, staged: Mapping[str, torch.Tensor], hashes: Mapping[str, int]) -> None:
-        """Every rank has its part of the update beside what it serves, with these content hashes.
-
-        Raises RuntimeError that names the tensor if another arrived than was sent; the old weights then serve on.
-        """
-        with self._workers.watched():
-            self._workers.stage()
-            self._own.stage(staged)
-            arrived = self._own.hashes(of_staged=True)
-        damaged = [name for name, content in hashes.items() if arrived[name] != content]
-        if damaged:
-            with self._workers.watched():
-                self._workers.discard()
-            self._own.discard()
-            raise RuntimeError(f"weight update arrived damaged at another rank: {damaged[0]!r}")
-
-    def flip(self) -> None:
-        """All ranks serve what is staged."""
-        with self._workers.watched():
-            self._workers.flip()
-            self._own.flip()
-
-    def checksum(self) -> str:
-        """served_weights.checksum of the whole weights that are served; a parameter in which ranks differ spoils it."""
-        with self._workers.watched():
-            self._workers.hash()
-            hashes = self._own.hashes(of_staged=False)
-        return served_weights.digest(served_weights.labels(self.wholes), hashes)

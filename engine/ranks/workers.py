@@ -16,7 +16,7 @@ import struct
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import IntEnum
 from multiprocessing.connection import wait
@@ -45,8 +45,8 @@ class Kind(IntEnum):
     LOST = 3  # from a worker: another rank stopped it, as text
     BEGIN = 4  # int64: pages of KV that every rank holds
     STEP = 5  # RankStep.packed()
-    STAGE = 6  # this and the rest: nothing more
-    FLIP = 7
+    STAGE = 6  # int64: the indices of the parameters that an update has
+    FLIP = 7  # this and the rest: nothing more
     DISCARD = 8
     HASH = 9
     SLEEP = 10
@@ -61,7 +61,7 @@ class Follower(Protocol):
 
     def begin(self, num_pages: int) -> None: ...
     def step(self, step: RankStep) -> None: ...
-    def stage(self) -> None: ...
+    def stage(self, indices: Sequence[int]) -> None: ...
     def flip(self) -> None: ...
     def discard(self) -> None: ...
     def hash(self) -> None: ...
@@ -137,8 +137,8 @@ class Workers:
     def step(self, step: RankStep) -> None:
         self._tell(Kind.STEP, step.packed())
 
-    def stage(self) -> None:
-        self._tell(Kind.STAGE)
+    def stage(self, indices: Sequence[int]) -> None:
+        self._tell(Kind.STAGE, np.array(indices, np.int64))
 
     def flip(self) -> None:
         self._tell(Kind.FLIP)
@@ -241,9 +241,10 @@ def _serve(
                 follower.begin(*_integers(content))
             elif kind == Kind.STEP:
                 follower.step(RankStep.unpacked(np.frombuffer(content, np.int64)))
+            elif kind == Kind.STAGE:
+                follower.stage(_integers(content))
             else:
                 {
-                    Kind.STAGE: follower.stage,
                     Kind.FLIP: follower.flip,
                     Kind.DISCARD: follower.discard,
                     Kind.HASH: follower.hash,

@@ -14,7 +14,7 @@ from lockstep.engine.speculation.drafter import Drafter
 from lockstep.engine.speculation.eagle import EagleDrafter
 from lockstep.engine.speculation.ngram import NgramDrafter
 from lockstep.engine.speculation.policy import PolicyConfig, SpeculationPolicy
-from lockstep.engine.speculation.speculation import Speculation
+from lockstep.engine.speculation.speculation import NoSpeculation, Speculation
 
 
 def load_draft_model(config: EngineConfig, model: Decoder) -> Eagle3Draft | None:
@@ -39,10 +39,10 @@ def new_eagle(
     return EagleDrafter(draft, config.num_draft_tokens, num_pages, sizes.page_size, sizes.max_model_len)
 
 
-def new_speculation(config: EngineConfig, eagle: EagleDrafter | None, vocab_size: int) -> Speculation | None:
-    """The engine's speculation; None where the config has none."""
+def new_speculation(config: EngineConfig, eagle: EagleDrafter | None, vocab_size: int) -> Speculation | NoSpeculation:
+    """The engine's speculation, as the config has it."""
     if config.draft_model is None:
-        return None
+        return NoSpeculation()
     drafter: Drafter = eagle or NgramDrafter()
     policy = SpeculationPolicy(PolicyConfig(config.draft_max_requests, config.draft_min_accepted))
     return Speculation(drafter, policy, config.num_draft_tokens, vocab_size)

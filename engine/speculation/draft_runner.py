@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lockstep.engine.models.decoder import AttentionPart
+from lockstep.engine.models.layers.context import AttentionPart
 from lockstep.engine.scheduling.scheduler import Chunk
 from lockstep.engine.speculation.eagle import DrawnRows, EagleDrafter
 from lockstep.engine.speculation.step_graphs import StepGraphs

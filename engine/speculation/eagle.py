@@ -15,11 +15,13 @@ from typing import NamedTuple
 
 import torch
 
-from lockstep.engine.models.decoder import AttentionPart
+from lockstep.engine.intake import checked_version
 from lockstep.engine.models.eagle3 import Eagle3Draft
+from lockstep.engine.models.layers.context import AttentionPart
 from lockstep.engine.request import Request
 from lockstep.engine.speculation.step_rows import MAX_VERIFY_ITEMS
-from lockstep.engine.weights import served_weights
+from lockstep.engine.weights.served_weights import copy_in_place
+from lockstep.engine.weights.staging import NamedTensors, stage
 from lockstep.kernels.attention.attention import attention
 from lockstep.kernels.attention.attention_plan import AttentionPlan, plan_attention
 from lockstep.kernels.memory.kv_cache import new_kv_cache
@@ -88,6 +90,14 @@ class EagleDrafter:
     def finished(self, request: Request) -> None:
         """Nothing is learned from it."""
 
+    def next_version(self, version: int) -> int:
+        """Raises ValueError that says that the version is old."""
+        return checked_version(version, self.version, "draft version")
+
+    def stage(self, named_tensors: NamedTensors) -> dict[str, torch.Tensor]:
+        """Reads an update to its end. Raises ValueError that names the tensor which does not fit."""
+        return stage(named_tensors, self.update_targets()).parts
+
     def update_targets(self) -> dict[str, torch.Tensor]:
         """What an update of the draft replaces."""
         return {**dict(self.draft.named_parameters()), "token_map": self.draft.token_map}
@@ -95,8 +105,12 @@ class EagleDrafter:
     def update(self, tensors: Mapping[str, torch.Tensor], version: int) -> None:
         """Writes staged tensors in place. Raises ValueError for a vocabulary that is none, before anything else."""
         self.draft.set_vocabulary(tensors["token_map"])
-        served_weights.copy_in_place(tensors, self.update_targets())
+        copy_in_place(tensors, self.update_targets())
         self.version = version
+
+    def share_embedding(self, weight: torch.Tensor) -> None:
+        """Reads the target's embedding where it is from now on."""
+        self.draft.share_embedding(weight)
 
     def stats(self) -> dict[str, int]:
         return {"draft_version": self.version}

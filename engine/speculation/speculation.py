@@ -57,6 +57,11 @@ class Speculation:
                 self.accepted_at[place] += place < num_accepted
             self.policy.record_drafts(request, num_accepted)
 
+    def finished(self, request: Request) -> None:
+        """The request has ended by itself."""
+        if request.kind == "generate":
+            self.drafter.finished(request)
+
     def record_step(self, batch: StepBatch, is_due: bool, num_tokens: int, seconds: float) -> None:
         """How long a step took that gave so many tokens; of use where it only decoded."""
         if batch.chunks and all(chunk.samples and chunk.length == 1 + len(chunk.drafts) for chunk in batch.chunks):
@@ -82,6 +87,28 @@ class Speculation:
         """The drafts up to the first that is no token; a draft model whose logits hold no number gives -1."""
         end = next((place for place, token in enumerate(drafts) if not 0 <= token < self.vocab_size), len(drafts))
         return drafts[:end]
+
+
+class NoSpeculation:
+    """An engine without drafts."""
+
+    def is_due(self, running: Sequence[Request]) -> bool:
+        return False
+
+    def propose(self, running: Sequence[Request]) -> None:
+        pass
+
+    def record(self, verified: Sequence[Verified]) -> None:
+        pass
+
+    def finished(self, request: Request) -> None:
+        pass
+
+    def record_step(self, batch: StepBatch, is_due: bool, num_tokens: int, seconds: float) -> None:
+        pass
+
+    def stats(self) -> dict[str, float | int]:
+        return {"accepted_draft_tokens": 0}
 
 
 def _decodes(request: Request) -> bool:

@@ -45,6 +45,16 @@ class CaptureConfig:
             raise ValueError("CaptureConfig.disk_bytes needs a directory")
 
 
+def check_capture(config: CaptureConfig, tp_size: int, num_layers: int) -> None:
+    """Raises ValueError for layers that the model does not have, and for an engine of several ranks."""
+    if tp_size > 1:
+        raise ValueError(f"EngineConfig.tp_size={tp_size}: hidden states are captured with 1 so far")
+    if not all(0 <= layer <= num_layers for layer in config.aux_layers):
+        raise ValueError(
+            f"aux_layers={config.aux_layers}: 0 to {num_layers} can be, where {num_layers} is the final norm"
+        )
+
+
 class StatesPiece(NamedTuple):
     """The states of positions `start` and on, [N, (A + 1) * H]: those of the aux layers, then the last."""
 
@@ -153,6 +163,19 @@ class Capture:
         temporary.rename(path)
         self._on_disk.append((path, num_bytes))
         self._disk_used += num_bytes
+
+
+class NoCapture:
+    """An engine that keeps no hidden states."""
+
+    def choose(self, request: Request) -> None:
+        pass
+
+    def finished(self, request: Request) -> None:
+        pass
+
+    def stats(self) -> dict[str, int]:
+        return {}
 
 
 def _joined(pieces: Sequence[StatesPiece], length: int) -> torch.Tensor:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lockstep.engine.models.decoder import AttentionContext, AttentionPart, Decoder, new_layer_caches
+from lockstep.engine.models.decoder import Decoder
+from lockstep.engine.models.layers.context import AttentionContext, AttentionPart
 from lockstep.engine.ranks.rank_step import RankStep
 from lockstep.engine.request import Request
 from lockstep.engine.scheduling.prefix_groups import PrefixGroups, find_groups, order_by_prefix
@@ -101,8 +102,7 @@ class Runner:
         self.page_size = config.page_size
         self.device = device
         self.on_gpu = device.type == "cuda"
-        shape = model.local_config
-        self.cache_shape = (shape, num_pages, config.page_size, dtype, device)
+        self.cache_shape = (num_pages, config.page_size, dtype)
         self.kv_caches: list[tuple[torch.Tensor, ...]] = []
         # The table's copy on the device is brought up to date with what each step's requests gained.
         self.host_page_table = np.zeros(
@@ -111,11 +111,10 @@ class Runner:
         self.page_table = torch.from_numpy(self.host_page_table).to(device)
         self.last_tokens = torch.zeros(config.max_running_requests, dtype=torch.int64, device=device)
         self.sampler = Sampler(config.max_running_requests, device)
-        self.group_prefixes = group_prefixes and shape.mla is None
-        # Latent attention has one kernel for prefill and decode, which goes without plans.
-        self.windows = set(shape.layer_windows) if shape.mla is None else set()
-        self.num_kv_heads = shape.num_kv_heads
-        self.group_requests = max(1, GROUP_ROWS // (shape.num_heads // shape.num_kv_heads))
+        self.plan_keys = model.local_config.plan_keys - {None}
+        self.group_prefixes = group_prefixes and bool(self.plan_keys)
+        most_queries = max((key.queries_per_kv_head for key in self.plan_keys), default=1)
+        self.group_requests = max(1, GROUP_ROWS // most_queries)
         self.graphs = None
         self.max_running_requests = config.max_running_requests
         self.has_scalar_head = model.config.head == "scalar"
@@ -151,7 +150,7 @@ class Runner:
 
     def take_kv_cache(self) -> None:
         """Memory for the cache, at first and after `free_kv_cache`."""
-        self.kv_caches = new_layer_caches(*self.cache_shape)
+        self.kv_caches = self.model.new_caches(*self.cache_shape)
         if self.follower is not None:
             self.follower.drafter.take_kv_cache()
         self.forget_graphs()
@@ -369,10 +368,10 @@ class Runner:
         tokens, requests, positions = step.rows
         token_ids, kv_slots = self._step_inputs(tokens, requests, positions)
         plans = {
-            window: plan_attention(
-                step.kv_lens, step.cu_seqlens_q, self.num_kv_heads, MAX_VERIFY_ITEMS, size.rows_per_request, window
+            key: plan_attention(
+                step.kv_lens, step.cu_seqlens_q, key.num_kv_heads, MAX_VERIFY_ITEMS, size.rows_per_request, key.window
             )
-            for window in self.windows
+            for key in self.plan_keys
         }
         pages = self.page_table.index_select(0, step.slots.clamp(min=0))
         part = AttentionPart(size.rows, pages, step.cu_seqlens_q, step.kv_lens, plans, size.rows_per_request)
@@ -403,10 +402,10 @@ class Runner:
         kv_lens = torch.where(requests >= 0, positions + 1, 0).to(torch.int32)
         cu_seqlens_q = torch.arange(len(requests) + 1, dtype=torch.int32, device=self.device)
         plans = {
-            window: plan_attention(
-                kv_lens, cu_seqlens_q, self.num_kv_heads, MAX_ATTENTION_ITEMS, window=window, groups=groups
+            key: plan_attention(
+                kv_lens, cu_seqlens_q, key.num_kv_heads, MAX_ATTENTION_ITEMS, window=key.window, groups=groups
             )
-            for window in (self.windows if planned else ())
+            for key in (self.plan_keys if planned else ())
         }
         page_table = self.page_table.index_select(0, requests.clamp(min=0))
         return AttentionPart(len(requests), page_table, cu_seqlens_q, kv_lens, plans, 1 if planned else None)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from transformers import PreTrainedTokenizerBase
 
 from lockstep.engine.text.chat_renderer import shared_renderer
 from lockstep.engine.text.config import ChatConfig
 from lockstep.engine.text.model_output import printable, valid_text
+from lockstep.engine.text.tokenizer import Tokenizer
 
 # Of tokenizers made from nothing: a turn is one role token, the content, and one end token. Tools are shown as JSON,
 # their results as a user's turn.
@@ -39,7 +39,7 @@ _OWN = (CHAT_TEMPLATE, PLAIN_TEMPLATE, BOS_TEMPLATE + PLAIN_TEMPLATE)
 _DRAWS = re.compile(r"\|\s*random\b|\blipsum\b")
 
 
-def set_chat_options(tokenizer: PreTrainedTokenizerBase, chat: ChatConfig) -> None:
+def set_chat_options(tokenizer: Tokenizer, chat: ChatConfig) -> None:
     """Makes a tokenizer render conversations as the options say.
 
     Raises ValueError for a template file that cannot be read, and for a template that draws at random.
@@ -66,19 +66,19 @@ def set_chat_options(tokenizer: PreTrainedTokenizerBase, chat: ChatConfig) -> No
     tokenizer.chat_options = chat  # beside the template, which is an attribute of the tokenizer as well
 
 
-def chat_options(tokenizer: PreTrainedTokenizerBase) -> ChatConfig:
+def chat_options(tokenizer: Tokenizer) -> ChatConfig:
     """Those that were set, else the defaults."""
     return getattr(tokenizer, "chat_options", ChatConfig())
 
 
-def templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def templates(tokenizer: Tokenizer) -> list[str]:
     """All chat templates of a tokenizer; some have one for conversations with tools beside the usual one."""
     template = tokenizer.chat_template
     return [] if template is None else list(template.values()) if isinstance(template, dict) else [template]
 
 
 def apply_template(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] = (),
     add_generation_prompt: bool = True,
@@ -109,7 +109,7 @@ def apply_template(
 
 
 def _rendered(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     template: str,
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None,

@@ -8,25 +8,13 @@ ends before the one that begins first. An unseen token whose whole text is in a 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Collection, Iterable, Sequence
+
+from lockstep.engine.text.tokenizer import Tokenizer
 
 REPLACEMENT_CHARACTER = "\ufffd"
 # Of so many tokens without an end of a character, those before the last few are taken for good where decoding allows.
 _LONG_UNSETTLED, _LAST_FEW = 16, 4
-
-
-class Tokenizer(Protocol):
-    """What is used of transformers' tokenizers."""
-
-    eos_token_id: int | None
-    pad_token_id: int | None
-    all_special_ids: Sequence[int]
-    added_tokens_decoder: Mapping[int, Any]
-
-    def decode(
-        self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
-    ) -> str: ...
 
 
 def decode_text(

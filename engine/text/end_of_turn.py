@@ -13,10 +13,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from lockstep.engine.text.chat_template import apply_template, chat_options, templates
 from lockstep.engine.text.detokenizer import decode_text
+from lockstep.engine.text.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,18 +37,18 @@ class EndOfTurn:
     stop_ids: tuple[int, ...]
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn:
+def end_of_turn(tokenizer: Tokenizer) -> EndOfTurn:
     """Raises ValueError where neither the chat template nor the model's files name a token that ends a turn."""
     state = repr((tokenizer.chat_template, chat_options(tokenizer), tokenizer.eos_token_id, tokenizer.name_or_path))
     return _end_of_turn(tokenizer, state)
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def stop_token_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """See EndOfTurn.stop_ids."""
     return end_of_turn(tokenizer).stop_ids
 
 
-def response_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+def response_text(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
     """What rewards read of a response: all of it but the ends of turn or text and padding.
 
     Other special tokens are shown: for some models <answer> or <think> are such.
@@ -58,14 +57,12 @@ def response_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) 
     return decode_text(tokenizer, [token for token in token_ids if token not in unseen], skip_special_tokens=False)
 
 
-def added_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def added_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Tokens that are never part of ordinary text, in whichever of the tokenizer's files they are named."""
     return frozenset((*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids))
 
 
-def split_at_end(
-    tokenizer: PreTrainedTokenizerBase, text: str, ends: Iterable[int]
-) -> tuple[str, int, list[int]] | None:
+def split_at_end(tokenizer: Tokenizer, text: str, ends: Iterable[int]) -> tuple[str, int, list[int]] | None:
     """(white space, the end of turn, the tokens that follow) of text behind a turn; None where it is another text."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     for place, token in enumerate(ids):
@@ -77,7 +74,7 @@ def split_at_end(
 
 
 @functools.lru_cache(maxsize=8)
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, state: str) -> EndOfTurn:
+def _end_of_turn(tokenizer: Tokenizer, state: str) -> EndOfTurn:
     named = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     named += [token for token in _generation_ends(tokenizer.name_or_path) if token < len(tokenizer)]
     before, found = "", None

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing import Any, Protocol
 
 from lockstep.engine.checkpoints.export import SIDECARS, TOKENIZER_CONFIG
 from lockstep.engine.foreign_files import MissingFileError, has_file, inner_file, read_json
@@ -16,7 +15,37 @@ MAX_FILE_BYTES = 2**29
 MAX_GROWTH = 64
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+class Tokenizer(Protocol):
+    """What is used of transformers' tokenizers."""
+
+    eos_token: str | None
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
+    all_special_ids: Sequence[int]
+    added_tokens_decoder: Mapping[int, Any]
+    chat_template: str | dict[str, str] | None
+    name_or_path: str
+    special_tokens_map: Mapping[str, Any]
+
+    def __len__(self) -> int: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def decode(
+        self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
+    ) -> str: ...
+
+    def get_chat_template(self, *, tools: Any = None) -> str: ...
+
+    def apply_chat_template(
+        self, conversation: Sequence[Mapping[str, Any]], tools: Any = None, **options: Any
+    ) -> Any: ...
+
+    def save_pretrained(self, save_directory: str | Path) -> Any: ...
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer saved in a local directory. No code of the directory is run.
 
     Raises MissingFileError where there is none, and ValueError, which names the file where it can, for one that
@@ -26,6 +55,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if not directory.is_dir():
         raise MissingFileError(f"{directory} is no model directory: there is no such directory")
     _check_files(directory)
+    from transformers import AutoTokenizer  # seconds of imports that users of token ids do without
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except BaseException as error:  # of transformers, tokenizers, sentencepiece; Rust's panics are BaseExceptions
@@ -61,7 +92,7 @@ def _refusal(directory: Path, error: BaseException) -> ValueError:
     return ValueError(f"the tokenizer of {directory} cannot be read: {type(error).__name__}: {line[:300]}")
 
 
-def _check_growth(directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_growth(directory: Path, tokenizer: Tokenizer) -> None:
     """A normalizer can replace one character by many, and each of these by many: a short text fills the memory."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.normalizer is None:

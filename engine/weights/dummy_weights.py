@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
+from lockstep.engine.models.layers.linear import encoded
 from lockstep.engine.models.sharding import ParameterShard
 
 
@@ -18,8 +19,16 @@ def initialize_dummy(model: torch.nn.Module, seed: int, shards: Iterable[Paramet
     shards: what `model` holds of parameters that are split over ranks: it gets its part of the whole ones' values.
     """
     split = {held.name: held for held in shards if held.is_split}
+    places = encoded(model)
     with torch.no_grad():
+        for name, place in places.items():
+            weight = torch.empty(place.shape, dtype=place.dtype, device=place.parts[0].device)
+            fill_dummy(name, weight, seed)
+            place.store(weight)
+        parts = {part for place in places.values() for part in place.parts}
         for name, local in model.named_parameters():
+            if local in parts:
+                continue
             parameter = local.new_empty(split[name].whole_shape) if name in split else local
             fill_dummy(name, parameter, seed)
             if name in split:

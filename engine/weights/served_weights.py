@@ -1,132 +1,162 @@
-"""Replaces the weights of a serving model in place: all of them, or none."""
+"""The weights that an engine serves, and how a new version takes their place: all of it, or nothing."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
-from lockstep.kernels.reductions.content_hash import content_hash, content_hashes, copy_and_verify
+from lockstep.engine.steps.laps import Laps
+from lockstep.engine.weights import checksums
+from lockstep.engine.weights.staging import Encoder, NamedTensors, Staged, UpdateRoom, WeightUpdate, stage
+from lockstep.kernels.reductions.content_hash import content_hashes, copy_and_verify
+
+# Timings in seconds and checksums, by name.
+UpdateReport = dict[str, Any]
 
 
-def checksum(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """sha256 over the names, shapes, dtypes and content hashes of tensors, in the order of their names.
+class ServedWeights(ABC):
+    """The weights of one engine, and who owns them: the engine, somebody else, or several ranks.
 
-    The contents are hashed where they are: on a GPU at the speed of its memory. A tensor is not needed any more when
-    the next one is asked for.
-    """
-    described, contents = {}, []
-    for name, tensor in named_tensors:
-        described[name] = _label(tensor)
-        contents.append(content_hash(tensor))
-    return digest(described, dict(zip(described, on_host(contents), strict=True)))
+    An update is a transaction. `stage` reads and checks it while the old version serves; `flip` serves it.
 
-
-def labels(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """What the checksum says of each beside its content."""
-    return {name: _label(tensor) for name, tensor in tensors.items()}
-
-
-def digest(labels: Mapping[str, str], content: Mapping[str, int]) -> str:
-    """`checksum` of tensors whose labels and content hashes are known."""
-    lines = "".join(f"{name} {labels[name]} {content[name]}\n" for name in sorted(labels))
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _label(tensor: torch.Tensor) -> str:
-    return f"{tuple(tensor.shape)} {tensor.dtype}"
-
-
-def on_host(scalars: list[torch.Tensor]) -> list[int]:
-    """Their values; those on a GPU come in one copy."""
-    if len({scalar.device for scalar in scalars}) > 1:
-        return [int(scalar) for scalar in scalars]
-    return torch.stack(scalars).tolist() if scalars else []
-
-
-def hashes_by_name(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """`content_hash` of each."""
-    values: dict[str, int] = {}
-    for device in {tensor.device for tensor in tensors.values()}:
-        names = [name for name, tensor in tensors.items() if tensor.device == device]
-        values.update(zip(names, content_hashes([tensors[name] for name in names]).tolist(), strict=True))
-    return values
-
-
-def damaged(names: Iterable[str], expected: Sequence[int], found: Sequence[int]) -> str:
-    """The names of those whose hashes differ, for an error message; empty where none does."""
-    names = sorted(name for name, *hashes in zip(names, expected, found, strict=True) if hashes[0] != hashes[1])
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-class WeightUpdate:
-    """An update on its way: tensors beside the serving ones, which stay untouched until `Engine.commit_update`.
-
-    `tensors` have the names, shapes and dtypes of the serving ones; who brings the update writes slices of them and
-    tells `received`. They lie where the serving ones do, or in host memory where the device has no room for both.
+    targets: the tensors that the model, and captured graphs, read; of several ranks, this one's.
+    version: of what is served.
     """
 
-    def __init__(self, version: int, targets: Mapping[str, torch.Tensor], buffers: dict[str, torch.Tensor]):
+    targets: Mapping[str, torch.Tensor]
+    version: int
+
+    @abstractmethod
+    def stage(self, named_tensors: NamedTensors, partial: bool = False) -> Staged:
+        """Reads an update to its end. Raises ValueError that names the tensor which does not fit; see staging.stage."""
+
+    @abstractmethod
+    def flip(self, staged: Staged, version: int) -> Callable[[], UpdateReport]:
+        """Serves what is staged, as `version`; to be called between two steps. A device may still be at it.
+
+        An error leaves the old version serving. The returned function waits for the device and gives the report;
+        it raises RuntimeError that names tensors which are not served as they were sent.
+        """
+
+    @abstractmethod
+    def checksum(self) -> str:
+        """checksums.checksum of the whole tensors that are served."""
+
+    @abstractmethod
+    def room(self, version: int, partial: bool = False, encoded: bool = False) -> WeightUpdate:
+        """Memory for an update beside what is served; of one update at a time. See staging.UpdateRoom."""
+
+    @abstractmethod
+    def check_arrived(self, update: WeightUpdate) -> None:
+        """Raises ValueError that says what is missing of an update of `room`, or that it was given up."""
+
+    @abstractmethod
+    def free_room(self) -> None:
+        """Gives the memory of `room` back."""
+
+    def check_current(self) -> None:  # noqa: B027  of most owners, nobody else writes to them
+        """Raises RuntimeError where what is served is not `version` any more."""
+
+    def release(self) -> None:
+        """Lets go of all tensors: the engine has ended."""
+        self.free_room()
+        self.targets = {}
+
+
+class OwnWeights(ServedWeights):
+    """Weights of an engine's own, in memory that nobody else writes to.
+
+    encoders: by the name of a whole tensor, what makes the parts that are served of it; see staging.stage.
+    wholes: tensors without contents, of the shapes and dtypes of these wholes, for `room` to hold.
+    """
+
+    def __init__(
+        self,
+        targets: Mapping[str, torch.Tensor],
+        encoders: Mapping[str, Encoder] | None = None,
+        wholes: Mapping[str, torch.Tensor] | None = None,
+        version: int = 0,
+    ):
+        self.targets = targets
         self.version = version
-        self.tensors = buffers
-        self._missing = {name: target.numel() for name, target in targets.items()}
+        self._encoders = encoders or {}
+        self._device = next(iter(targets.values())).device
+        self._room = UpdateRoom(targets, self._device, wholes)
 
-    def received(self, name: str, num_elements: int) -> None:
-        """So many more elements of the tensor are in place. Raises ValueError for more than there are."""
-        self._missing[name] -= num_elements
-        if self._missing[name] < 0:
-            raise ValueError(f"weight update {self.version}: {name} was sent {-self._missing[name]} elements too many")
+    def stage(self, named_tensors: NamedTensors, partial: bool = False) -> Staged:
+        return stage(named_tensors, self.targets, self._encoders, partial)
 
-    def check_complete(self) -> None:
-        """Raises ValueError that names a tensor of which something is missing."""
-        missing = {name: count for name, count in self._missing.items() if count}
-        if missing:
-            name = next(iter(missing))
-            raise ValueError(
-                f"weight update {self.version} is incomplete: {missing[name]} elements of {name} are missing, and "
-                f"{len(missing) - 1} other tensors lack some"
-            )
+    def flip(self, staged: Staged, version: int) -> Callable[[], UpdateReport]:
+        laps = Laps(self._device)
+        sent, served = copy_in_place(staged.parts, self.targets)
+        laps.end("copy_s")
+        self.version = version
+
+        def verified() -> UpdateReport:
+            # What the host does until here, a GPU need not wait for.
+            described = checksums.labels(self.targets)
+            kept = checksums.hashes_by_name({n: t for n, t in self.targets.items() if n not in staged.parts})
+            sent_hashes, served_hashes = sent.tolist(), served.tolist()
+            check_undamaged(version, list(staged.parts), sent_hashes, served_hashes)
+            held = kept | dict(zip(staged.parts, served_hashes, strict=True))
+            return {
+                "stage_s": staged.stage_s,
+                **laps.seconds(),
+                **checksum_report(staged, dict(zip(staged.parts, sent_hashes, strict=True)), described, held),
+            }
+
+        return verified
+
+    def checksum(self) -> str:
+        return checksums.checksum(self.targets.items())
+
+    def room(self, version: int, partial: bool = False, encoded: bool = False) -> WeightUpdate:
+        return self._room.open(version, partial, encoded)
+
+    def check_arrived(self, update: WeightUpdate) -> None:
+        self._room.check_open(update)
+        update.check_complete()
+
+    def free_room(self) -> None:
+        self._room.free()
 
 
-def new_buffers(targets: Mapping[str, torch.Tensor], device: torch.device | None = None) -> dict[str, torch.Tensor]:
-    """Memory for a `WeightUpdate`: one tensor for each target, on its device if they all fit there, else pinned.
+def check_undamaged(version: int, names: Sequence[str], sent: Sequence[int], served: Sequence[int | None]) -> None:
+    """Raises RuntimeError that names the tensors whose content hashes differ."""
+    if names := checksums.damaged(names, sent, served):
+        raise RuntimeError(f"weights served after update {version} differ from those sent: {names}")
 
-    device: in place of the targets' own.
+
+def checksum_report(
+    staged: Staged, sent: Mapping[str, int], served_labels: Mapping[str, str], served: Mapping[str, int | None]
+) -> UpdateReport:
+    """What a report says of the bytes that came and of those that are served.
+
+    checksum: of all that is served. received_checksum: of all that was received, before encoding; where everything was
+    sent as it is served, the two are equal. received, served: the content hash of each tensor, 16 hex digits.
+
+    sent: content hashes of staged.parts. served_labels, served: of all whole tensors that are served.
     """
-    try:
-        return {name: torch.empty_like(target, requires_grad=False, device=device) for name, target in targets.items()}
-    except torch.OutOfMemoryError:
-        return {
-            name: torch.empty(target.shape, dtype=target.dtype, pin_memory=True, device="cpu")
-            for name, target in targets.items()
-        }
+    encoded_parts = {part for _, _, parts in staged.encoded.values() for part in parts}
+    plain = [name for name in staged.parts if name not in encoded_parts]
+    received_labels = {name: served_labels[name] for name in plain}
+    received = {name: sent[name] for name in plain}
+    received_labels |= {name: label for name, (label, _, _) in staged.encoded.items()}
+    hashes = checksums.on_host([content for _, content, _ in staged.encoded.values()])
+    received |= dict(zip(staged.encoded, hashes, strict=True))
+    return {
+        "checksum": checksums.digest(served_labels, served),
+        "received_checksum": checksums.digest(received_labels, received),
+        "received": {name: _hex(content) for name, content in received.items()},
+        "served": {name: _hex(content) for name, content in served.items()},
+    }
 
 
-def stage(
-    named_tensors: Iterable[tuple[str, torch.Tensor]], targets: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Reads an update to its end and checks it against the serving tensors, which stay untouched.
-
-    Raises ValueError that names the tensor: unknown, sent twice, missing, of another shape or dtype.
-    """
-    staged: dict[str, torch.Tensor] = {}
-    for name, tensor in named_tensors:
-        if name not in targets:
-            raise ValueError(f"weight update holds an unknown tensor {name!r}")
-        if name in staged:
-            raise ValueError(f"weight update holds tensor {name!r} twice")
-        if tensor.shape != targets[name].shape:
-            raise ValueError(
-                f"weight update of {name!r} has shape {tuple(tensor.shape)}, expected {tuple(targets[name].shape)}"
-            )
-        if tensor.dtype != targets[name].dtype:
-            raise ValueError(f"weight update of {name!r} has dtype {tensor.dtype}, expected {targets[name].dtype}")
-        staged[name] = tensor.detach()
-    missing = sorted(targets.keys() - staged.keys())
-    if missing:
-        raise ValueError(f"weight update lacks {len(missing)} tensors, the first is {missing[0]!r}")
-    return staged
+def _hex(content: int | None) -> str | None:
+    return None if content is None else f"{content % 2**64:016x}"
 
 
 @torch.no_grad()
@@ -144,38 +174,5 @@ def copy_in_place(
         return copy_and_verify(sources, ends)
     for source, end in zip(sources, ends, strict=True):
         end.copy_(source, non_blocking=True)
-    hashes = hashes_by_name(staged)
+    hashes = checksums.hashes_by_name(staged)
     return torch.tensor([hashes[name] for name in staged], dtype=torch.int64, device="cpu"), content_hashes(ends)
-
-
-class AliasedWeights:
-    """Serving weights that are another owner's tensors, and whether that owner has changed them since the last version.
-
-    num_changes: how often the owner has written to them. (torch's own counters miss fused optimizers.)
-    """
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], num_changes: Callable[[], int]):
-        self._tensors = dict(tensors)
-        self._num_changes = num_changes
-        self.set_current()
-
-    def check_same(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Raises ValueError unless these are the shared tensors."""
-        tensors = dict(named_tensors)
-        same = tensors.keys() == self._tensors.keys() and all(
-            tensor is self._tensors[name] or tensor.data_ptr() == self._tensors[name].data_ptr()
-            for name, tensor in tensors.items()
-        )
-        if not same:
-            raise ValueError("this engine shares its weights with their owner: it takes no others")
-
-    def set_current(self) -> None:
-        self._served = self._num_changes()
-
-    def check_current(self, version: int) -> None:
-        """Raises RuntimeError if the owner has written to them since `set_current`."""
-        if self._num_changes() != self._served:
-            raise RuntimeError(
-                f"the weights that this engine shares have changed since version {version} was published: publish the "
-                "new version before the engine's next step"
-            )

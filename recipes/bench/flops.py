@@ -17,7 +17,7 @@ def matmul_parameters(model: ModelConfig) -> int:
     total = 0
     for entry in expand(model):
         if entry.expert_dim is not None:
-            total += entry.num_elements // model.moe.num_experts * model.moe.experts_per_token
+            total += entry.num_elements // entry.experts.num_experts * entry.experts.experts_per_token
         elif len(entry.shape) == 2:
             total += entry.num_elements
     return total if model.tie_word_embeddings else total - model.vocab_size * model.hidden_size
@@ -31,10 +31,7 @@ def attention_pairs(lengths: Sequence[int]) -> int:
 def forward_flops(model: ModelConfig, lengths: Sequence[int]) -> int:
     """Of one forward pass with the head at every row: two per multiply-add; attention is QK^T and PV."""
     products = 2 * matmul_parameters(model) * sum(lengths)
-    mla = model.mla
-    key_dim = model.head_dim if mla is None else mla.qk_nope_head_dim + mla.qk_rope_head_dim
-    value_dim = model.head_dim if mla is None else mla.v_head_dim
-    return products + 2 * model.num_layers * model.num_heads * (key_dim + value_dim) * attention_pairs(lengths)
+    return products + sum(layer.mixer.pair_flops for layer in model.layers) * attention_pairs(lengths)
 
 
 def training_flops(model: ModelConfig, lengths: Sequence[int]) -> int:

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 from lockstep.engine.models.config import ModelConfig, load_model_config
+from lockstep.engine.models.layers.attention import GroupedAttention
+from lockstep.engine.models.layers.mlp import GatedMLP
 from lockstep.kernels import numerics
 from lockstep.kernels.attention.attention import attention
 from lockstep.kernels.attention.attention_plan import AttentionPlan, Groups, num_attention_items, plan_attention
 from lockstep.kernels.linear.linear import linear
 from lockstep.kernels.linear.linear_silu_mul import linear_silu_mul
 from lockstep.kernels.linear.silu_mul import silu_mul
-from lockstep.kernels.memory.kv_cache import new_kv_cache
 from lockstep.kernels.norm_rope.qk_norm_rope_store import qk_norm_rope_store
 from lockstep.kernels.norm_rope.rms_norm import add_rms_norm
-from lockstep.kernels.norm_rope.rope import rope_cos_sin, rope_inv_freq
 from lockstep.kernels.sampling.log_probs import log_probs, token_log_probs
 from lockstep.kernels.sampling.sampling import sample_with_log_probs
 from lockstep.recipes.bench.candidates import model_directory
@@ -69,8 +69,8 @@ def measure(job: KernelJob) -> Table:
     config, device = job.config, job.config.device
     numerics.set_up(device)
     model, dtype = load_model_config(job.model), getattr(torch, config.dtype)
-    if model.mla is not None:
-        raise ValueError(f"bench suite=kernels has no cases of latent attention ({config.model_name})")
+    if not isinstance(model.layers[0].mixer, GroupedAttention) or not isinstance(model.layers[0].mlp, GatedMLP):
+        raise ValueError(f"bench suite=kernels has no cases of the layers of {config.model_name}")
     memory_rate = memory_bytes_per_second(device)
     matmul_rate = matmul_flops_per_second(device, dtype)
     rows = []
@@ -123,12 +123,20 @@ class Sizes:
         return torch.randn(shape, device=self.device, dtype=self.dtype)
 
     @property
+    def mixer(self) -> GroupedAttention:
+        return self.model.layers[0].mixer
+
+    @property
+    def ffn(self) -> int:
+        return self.model.layers[0].mlp.ffn_hidden_size
+
+    @property
     def query(self) -> int:
-        return self.model.num_heads * self.model.head_dim
+        return self.mixer.query_size
 
     @property
     def key(self) -> int:
-        return self.model.num_kv_heads * self.model.head_dim
+        return self.mixer.kv_size
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
@@ -143,8 +151,8 @@ def _linear_cases(sizes: Sizes) -> Iterator[Case]:
     weights = {
         "qkv": (sizes.query + 2 * sizes.key, model.hidden_size),
         "proj": (model.hidden_size, sizes.query),
-        "fc1": (2 * model.ffn_hidden_size, model.hidden_size),
-        "fc2": (model.hidden_size, model.ffn_hidden_size),
+        "fc1": (2 * sizes.ffn, model.hidden_size),
+        "fc2": (model.hidden_size, sizes.ffn),
         "head": (model.vocab_size, model.hidden_size),
     }
     for name, (n, k) in weights.items():
@@ -192,27 +200,24 @@ def _row_cases(sizes: Sizes) -> Iterator[Case]:
     """The ops that read each row once."""
     model, itemsize = sizes.model, sizes.dtype.itemsize
     longest = model.max_position_embeddings
-    table = rope_cos_sin(*rope_inv_freq(model.head_dim, model.rope_theta, model.rope_scaling, longest), longest)
-    table = table.to(sizes.device)
+    table, eps = model.ropes[sizes.mixer.rope].table(sizes.device), model.final_norm.eps
     for rows in sizes.scaled(1, 64, 512, 8192):
 
         def norm(rows: int = rows) -> Callable[[], object]:
             hidden, residual = (sizes.random(rows, model.hidden_size) for _ in range(2))
-            return partial(add_rms_norm, hidden, residual, sizes.random(model.hidden_size), model.rms_norm_eps)
+            return partial(add_rms_norm, hidden, residual, sizes.random(model.hidden_size), eps)
 
         def activation(rows: int = rows) -> Callable[[], object]:
-            return partial(silu_mul, sizes.random(rows, 2 * model.ffn_hidden_size))
+            return partial(silu_mul, sizes.random(rows, 2 * sizes.ffn))
 
         def heads(rows: int = rows) -> Callable[[], object]:
             qkv = sizes.random(rows, sizes.query + 2 * sizes.key)
-            norms = [sizes.random(model.head_dim) if model.qk_norm else None for _ in range(2)]
+            norms = [sizes.random(sizes.mixer.head_dim) if sizes.mixer.has_qk_norm else None for _ in range(2)]
             slots = torch.arange(rows, dtype=torch.int64, device=sizes.device)
-            return partial(
-                qk_norm_rope_store, qkv, *norms, model.rms_norm_eps, table, slots % longest, *_cache(sizes, rows), slots
-            )
+            return partial(qk_norm_rope_store, qkv, *norms, eps, table, slots % longest, *_cache(sizes, rows), slots)
 
         yield Case("add_rms_norm", f"{rows} rows", norm, itemsize * 4 * rows * model.hidden_size)
-        yield Case("silu_mul", f"{rows} rows", activation, itemsize * 3 * rows * model.ffn_hidden_size)
+        yield Case("silu_mul", f"{rows} rows", activation, itemsize * 3 * rows * sizes.ffn)
         yield Case("qk_norm_rope_store", f"{rows} rows", heads, itemsize * 2 * rows * (sizes.query + 2 * sizes.key))
 
 
@@ -250,21 +255,19 @@ def _logits_cases(sizes: Sizes) -> Iterator[Case]:
 
 
 def _cache(sizes: Sizes, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    model = sizes.model
-    pages = -(-num_tokens // PAGE_SIZE)
-    return new_kv_cache(pages, PAGE_SIZE, model.num_kv_heads, model.head_dim, sizes.dtype, sizes.device)
+    return sizes.mixer.cache.new(-(-num_tokens // PAGE_SIZE), PAGE_SIZE, sizes.dtype, sizes.device)
 
 
 def _attention_call(
     sizes: Sizes, batch: int, queries: int, length: int, samples: int = 1, shared: int = 0
 ) -> Callable[[], object]:
     """samples: so many requests in a row have their first `shared` tokens in common."""
-    model, device = sizes.model, sizes.device
+    mixer, device = sizes.mixer, sizes.device
     pages = -(-length // PAGE_SIZE)
     caches = _cache(sizes, batch * pages * PAGE_SIZE)
     for cache in caches:
         cache.normal_()
-    q = sizes.random(batch * queries, model.num_heads, model.head_dim)
+    q = sizes.random(batch * queries, mixer.num_heads, mixer.head_dim)
     page_table = torch.randperm(batch * pages, dtype=torch.int64, device=device).to(torch.int32).view(batch, pages)
     first_of_group = torch.arange(batch, dtype=torch.int64, device=device) // samples * samples
     page_table[:, : shared // PAGE_SIZE] = page_table[first_of_group, : shared // PAGE_SIZE]
@@ -272,8 +275,8 @@ def _attention_call(
     kv_lens = torch.full((batch,), length, dtype=torch.int32, device=device)
     plan = None
     if queries == 1 and device.type == "cuda":
-        plan = _plan(cu_seqlens, kv_lens, model.num_kv_heads, num_attention_items([length] * batch), samples, shared)
-    return partial(attention, q, *caches, page_table, cu_seqlens, kv_lens, model.head_dim**-0.5, plan=plan)
+        plan = _plan(cu_seqlens, kv_lens, mixer.num_kv_heads, num_attention_items([length] * batch), samples, shared)
+    return partial(attention, q, *caches, page_table, cu_seqlens, kv_lens, mixer.scale, plan=plan)
 
 
 def _plan(

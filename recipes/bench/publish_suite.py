@@ -164,7 +164,7 @@ class TokenClock:
 
     def __init__(self, engine: Engine):
         self._engine = engine
-        self._count = engine.generated_tokens
+        self._count = engine.counters.generated_tokens
         self._times = [time.perf_counter()]
 
     def step(self) -> None:
@@ -172,8 +172,8 @@ class TokenClock:
         self.note()
 
     def note(self) -> None:
-        if self._engine.generated_tokens > self._count:
-            self._count = self._engine.generated_tokens
+        if self._engine.counters.generated_tokens > self._count:
+            self._count = self._engine.counters.generated_tokens
             self._times.append(time.perf_counter())
 
     def restart(self) -> None:

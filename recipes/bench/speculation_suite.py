@@ -128,14 +128,14 @@ def _timed(engine: Engine, prompt: list[int], params: SamplingParams) -> Run:
     (request,) = engine.submit([prompt], params)
     while not request.logprobs:
         engine.step()
-    first_step, first_token = engine.num_steps, len(request.logprobs)
+    first_step, first_token = engine.counters.num_steps, len(request.logprobs)
     started = time.perf_counter()
     while request.finish_reason is None:
         engine.step()
     seconds = time.perf_counter() - started
     output = engine.output(request)
     num_tokens = len(output.token_ids) - first_token
-    return Run(output.token_ids, output.logprobs, num_tokens, seconds, engine.num_steps - first_step)
+    return Run(output.token_ids, output.logprobs, num_tokens, seconds, engine.counters.num_steps - first_step)
 
 
 def _engine_config(job: SpeculationJob, way: str) -> EngineConfig:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from lockstep.engine import Engine, EngineConfig, RequestOutput, SamplingParams
-from lockstep.engine.weights.served_weights import WeightUpdate
+from lockstep.engine.weights.staging import WeightUpdate
 from lockstep.recipes import launch
 from lockstep.rollout.rewards import Completion, LocalRewards, Reward
 from lockstep.rollout.tasks.problem import Task
@@ -185,7 +185,7 @@ class EngineActor:
 
     def progress(self) -> int:
         """Grows with every step of the engine."""
-        return self.engine.num_steps
+        return self.engine.counters.num_steps
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[RequestOutput]:
         return self._run(lambda: self.engine.generate(prompts, params))

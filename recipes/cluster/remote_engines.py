@@ -15,7 +15,9 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from lockstep.engine import EngineConfig, RequestOutput, SamplingParams
+from lockstep.engine import EngineConfig, Generator, RequestOutput, SamplingParams
+from lockstep.engine.counters import summed_stats
+from lockstep.engine.models.config import load_model_config
 from lockstep.engine.request import one_per_prompt
 from lockstep.engine.spread import spread
 from lockstep.recipes.cluster.actor_pool import ActorPool
@@ -30,7 +32,7 @@ class EngineFailedError(RuntimeError):
     """An engine died or hung, and may not be replaced."""
 
 
-class RemoteEngines:
+class RemoteEngines(Generator):
     """The engines as one: `generate` and `score` spread requests over them and give outputs in the requests' order."""
 
     def __init__(
@@ -53,6 +55,8 @@ class RemoteEngines:
             return start(EngineActor, *sizes, concurrency_groups=groups).remote(config, seed, num_threads)
 
         self.config = config
+        self.model_config = load_model_config(config.model)
+        self.num_replaced = 0
         self._cluster = cluster
         self._title = title
         self._bring_up_to_date = bring_up_to_date
@@ -117,9 +121,10 @@ class RemoteEngines:
             self._asleep = False
             self._run(dict.fromkeys(range(len(self.actors)), ("wake",)))
 
-    def stats(self) -> list[dict[str, float | int]]:
+    def stats(self) -> dict[str, Any]:
         results = self._run(dict.fromkeys(range(len(self.actors)), ("stats",)))
-        return [results[number] for number in sorted(results)]
+        engines = [results[number] for number in sorted(results)]
+        return summed_stats(engines, max(stats["weight_version"] for stats in engines))
 
     def is_alive(self, number: int) -> bool:
         try:

@@ -17,7 +17,7 @@ from lockstep.engine.checkpoints.pickled_weights import has_pickled_weights, rew
 from lockstep.engine.models.config import ModelConfig, as_scalar_model, load_model_config, read_config_json
 from lockstep.engine.models.names import expand, format_table
 from lockstep.engine.models.sharding import check_divides, check_expert_ranks
-from lockstep.engine.weights.served_weights import checksum
+from lockstep.engine.weights.checksums import checksum
 from lockstep.recipes.conversion.config import ConvertConfig
 from lockstep.recipes.conversion.convert_draft import convert_draft
 from lockstep.recipes.conversion.old_checkpoints import rewrite_checkpoint, rewrite_run

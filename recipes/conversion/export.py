@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
 from lockstep.engine.files import write_whole
 from lockstep.engine.text.chat_template import templates
 from lockstep.engine.text.config import ChatConfig
 from lockstep.engine.text.end_of_turn import end_of_turn
+from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.rollout.tokenizer import load_tokenizer
 
 
-def complete_export(path: Path, chat: ChatConfig) -> PreTrainedTokenizerBase:
+def complete_export(path: Path, chat: ChatConfig) -> Tokenizer:
     """Makes an exported directory say how its model was trained. Returns its tokenizer.
 
     A template of the run's own becomes the model's, and the end of turn that the model was taught stands in its

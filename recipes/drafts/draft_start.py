@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from lockstep.engine import EngineConfig
 from lockstep.engine.checkpoints.draft_checkpoint import save_draft
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.models.eagle3 import Eagle3Config, Eagle3Draft, initialize
 from lockstep.engine.text.config import ChatConfig
+from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.recipes.drafts.config import USUAL_DRAFT_VOCAB
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.tokenizer import encode_response, load_tokenizer, render_prompt
@@ -54,7 +54,7 @@ def _new_draft(
     save_draft(directory, draft, target=target)
 
 
-def _counts(tokenizer: PreTrainedTokenizerBase, task: Task, vocab_size: int) -> torch.Tensor:
+def _counts(tokenizer: Tokenizer, task: Task, vocab_size: int) -> torch.Tensor:
     """How often the problems and worked solutions have each token: int64 [V]."""
     tokens: list[int] = []
     for index in range(min(len(task), COUNTED_PROBLEMS)):

@@ -19,6 +19,7 @@ from lockstep.engine.files import write_whole
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.text.detokenizer import decode_text
 from lockstep.engine.text.model_output import printable
+from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.recipes import launch
 from lockstep.recipes.evaluation.config import EvalConfig
 from lockstep.recipes.planning.first_start import made_from_nothing, settled_for_model, settled_task
@@ -101,7 +102,7 @@ def _check_can_be_written(path: Path) -> None:
         raise ValueError(f"output={path} cannot be written: {error.strerror}") from error
 
 
-def _print_samples(console: Console, name: str, result: EvalResult, tokenizer, count: int) -> None:
+def _print_samples(console: Console, name: str, result: EvalResult, tokenizer: Tokenizer, count: int) -> None:
     for sample in result.samples[:count]:
         mark = "[green]correct[/]" if sample.correct else "[red]wrong[/]"
         console.print(f"{escape(f'{name} {sample.problem_id}')} {mark} ({sum(sample.written)} tokens)")

@@ -10,8 +10,11 @@ import torch
 from lockstep.engine import EngineConfig
 from lockstep.engine.build import CPU_KV_CACHE_BYTES
 from lockstep.engine.models.config import ModelConfig
+from lockstep.engine.models.layers.attention import GroupedAttention
+from lockstep.engine.models.layers.mlp import GatedMLP
+from lockstep.engine.models.layers.shard import Shard
 from lockstep.engine.models.names import expand
-from lockstep.engine.models.sharding import Shard, parameter_shards
+from lockstep.engine.models.sharding import parameter_shards, shard_config
 from lockstep.trainer_bridge import TrainerConfig
 from lockstep.trainer_bridge.megatron.layout import check_sizes, local_layout
 
@@ -80,8 +83,8 @@ def engine_memory(model: ModelConfig, config: EngineConfig, *, is_remote: bool) 
 
 def kv_bytes_per_token(model: ModelConfig, config: EngineConfig) -> int:
     """Of one rank, which holds its share of the KV heads."""
-    heads = config.tp_size if model.mla is None else 1
-    return model.num_layers * model.kv_elements_per_token * getattr(torch, config.dtype).itemsize // heads
+    local = shard_config(model, Shard(0, config.tp_size))
+    return local.kv_elements_per_token * getattr(torch, config.dtype).itemsize
 
 
 def _activations(model: ModelConfig, config: TrainerConfig, most_tokens: int | None) -> Item | None:
@@ -90,11 +93,11 @@ def _activations(model: ModelConfig, config: TrainerConfig, most_tokens: int | N
     A layer keeps the inputs of its two norms and three of its products' (hidden), qkv, the rotated queries, keys and
     values, the attention's output, and the two halves of the MLP; the head keeps its input and the logits.
     """
-    if model.moe is not None or model.mla is not None:
+    layer, tensor = model.layers[0], config.tensor_parallel_size
+    if any(type(one.mixer) is not GroupedAttention or type(one.mlp) is not GatedMLP for one in model.layers):
         return None
-    tensor = config.tensor_parallel_size
-    query, key_value = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    in_layer = 5 * model.hidden_size + (3 * query + 4 * key_value + 2 * model.ffn_hidden_size) // tensor
+    parts = 3 * layer.mixer.query_size + 4 * layer.mixer.kv_size + 2 * layer.mlp.ffn_hidden_size
+    in_layer = 5 * model.hidden_size + parts // tensor
     layers = -(-model.num_layers // config.pipeline_parallel_size)
     per_token = in_layer + layers * model.hidden_size if config.recompute else layers * in_layer
     per_token += model.hidden_size + model.vocab_size

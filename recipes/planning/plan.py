@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
 
 from lockstep.engine.models.config import ModelConfig
+from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.recipes.planning.first_start import resumed
 from lockstep.recipes.planning.fit import Fit, gpu_fit, host_fit, size
 from lockstep.recipes.planning.memory import Item, engine_memory, kv_bytes_per_token, num_parameters, trainer_memory
@@ -151,7 +151,7 @@ def sft_plan(config: SFTConfig) -> Plan:
     return plan
 
 
-def _prompt_lengths(tokenizer: PreTrainedTokenizerBase, task: Task) -> list[int]:
+def _prompt_lengths(tokenizer: Tokenizer, task: Task) -> list[int]:
     problems = [task.problem(index) for index in range(min(LOOKED_AT, len(task)))]
     return [len(render_prompt(tokenizer, problem.messages)) for problem in problems]
 

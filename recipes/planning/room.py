@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
 from lockstep.engine import EngineConfig
 from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.text.chat_template import apply_template
+from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.recipes.rl.inputs import sizes_and_tokenizer
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.preferences import Preference
@@ -41,7 +41,7 @@ class Room:
     key: str
     response: int | None
 
-    def problem_of(self, tokenizer: PreTrainedTokenizerBase, problem: Problem) -> str | None:
+    def problem_of(self, tokenizer: Tokenizer, problem: Problem) -> str | None:
         """Why the problem has no room, if it has none. Raises ValueError where the chat template refuses it."""
         if self.response is None and problem.solution is None:
             return "has no worked solution to learn from; local files name theirs with solution_column"
@@ -57,7 +57,7 @@ class Room:
         return f"has no room: {needs}, and {self.key} allows {self.tokens:,} together"
 
 
-def with_room(task: Task, config: TaskConfig, room: Room, tokenizer: PreTrainedTokenizerBase, first: int) -> Task:
+def with_room(task: Task, config: TaskConfig, room: Room, tokenizer: Tokenizer, first: int) -> Task:
     """The task, or what is left of it when problems without room are skipped.
 
     first: problems to look at, of a task that makes them when they are asked for. Raises ValueError that names a
@@ -115,7 +115,7 @@ def rl_with_room(config: RLConfig, tasks: TaskSplits, further: dict[str, Task]) 
 def eval_with_room(
     config: EvalConfig,
     model: ModelConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     tasks: dict[str, tuple[TaskConfig, Task]],
 ) -> dict[str, Task]:
     """The tasks, of which all problems to evaluate leave room for a token. Raises as `with_room` does."""
@@ -154,7 +154,7 @@ def _smaller(*rooms: Room) -> Room:
     return min(rooms, key=lambda room: room.tokens - (room.response or 0))
 
 
-def _num_tokens(tokenizer: PreTrainedTokenizerBase, text: str, allowed: int) -> int:
+def _num_tokens(tokenizer: Tokenizer, text: str, allowed: int) -> int:
     """Of the text; 0 where it is so short that they cannot be more than allowed, which need not be counted."""
     if len(text.encode()) * _TOKENS_PER_BYTE <= allowed:
         return 0

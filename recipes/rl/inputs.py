@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from lockstep.engine.models.config import ModelConfig, load_model_config, parse_model_config
 from lockstep.engine.text.chat_template import set_chat_options
 from lockstep.engine.text.config import ChatConfig
+from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.recipes.rl.new_model import new_config, new_model
 from lockstep.recipes.runs.config import ModelSource
 from lockstep.rollout import hub
@@ -28,9 +29,7 @@ def starting_directory(source: ModelSource, made_at: Path, task: Task, seed: int
     return made_at
 
 
-def sizes_and_tokenizer(
-    source: ModelSource, task: Task, chat: ChatConfig
-) -> tuple[ModelConfig, PreTrainedTokenizerBase]:
+def sizes_and_tokenizer(source: ModelSource, task: Task, chat: ChatConfig) -> tuple[ModelConfig, Tokenizer]:
     """The model's sizes and its tokenizer, which is made in memory where the run would make one.
 
     Raises ValueError for a path without a model.

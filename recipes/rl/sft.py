@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.recipes.planning.first_start import resumed
 from lockstep.recipes.planning.plan import plan_sft
 from lockstep.recipes.planning.room import sft_with_room
@@ -53,7 +54,7 @@ def run(config: SFTConfig) -> dict[str, Any]:
         return run.finish(trainer)
 
 
-def example_sequence(tokenizer, task: Task, index: int) -> TrainSequence:
+def example_sequence(tokenizer: Tokenizer, task: Task, index: int) -> TrainSequence:
     """Problem `index` with its worked solution, of which alone the loss is taken.
 
     Raises ValueError for a problem without a worked solution.

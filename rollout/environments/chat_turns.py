@@ -5,10 +5,9 @@ from __future__ import annotations
 import numbers
 from collections.abc import Mapping, Sequence
 
-from transformers import PreTrainedTokenizerBase
-
 from lockstep.engine.text.chat_template import apply_template
 from lockstep.engine.text.end_of_turn import MARK, split_at_end, stop_token_ids
+from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.rollout.environments.environment import Messages, Opening, TokenIds
 from lockstep.rollout.tokenizer import render_prompt
 
@@ -23,7 +22,7 @@ class ChatTurns:
     vocab_size: the model's; token ids from an environment must lie in it. None: the tokenizer's.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None):
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int | None = None):
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size or len(tokenizer)
         self._stop_ids = stop_token_ids(tokenizer)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lockstep.engine import RequestOutput, SamplingParams
+from lockstep.engine import Generator, RequestOutput, SamplingParams
 from lockstep.engine.text.detokenizer import decode_text
 from lockstep.rollout.environments.chat_turns import ChatTurns
 from lockstep.rollout.environments.environment import Action, Environment, EpisodeLimits, Transcript, checked_result
@@ -62,9 +62,12 @@ class Episode:
         return self.transcript.token_ids, replace(self.sampling, seed=self.turn_seeds[-1], max_tokens=max_tokens)
 
     def advance(self, output: RequestOutput) -> None:
-        """Takes the turn that the policy wrote, and what comes of it. Raises as Response.append does."""
+        """Takes the turn that the policy wrote, and what comes of it. A turn with an error fails the episode."""
         if output.error is not None:
-            raise FloatingPointError(output.error)
+            turn = len(self.turn_seeds) - 1
+            if self._goes_on_after(EpisodeFailure("engine", FAILED, output.error, turn, self.problem.problem_id)):
+                self._begin()
+            return
         self.transcript.write(output.token_ids, output.logprobs, output.weight_versions)
         ended = output.finish_reason == "stop"
         written = output.token_ids[:-1] if ended else output.token_ids
@@ -153,43 +156,7 @@ class Episode:
         return EpisodeFailure(where, kind, reason, max(0, len(self.turn_seeds) - 1), self.problem.problem_id)
 
 
-def play(engine: Any, episodes: Sequence[Episode]) -> None:
-    """Brings all episodes to their ends.
-
-    On an engine of this process an episode's next turn is submitted as soon as its last one has ended, so turns of all
-    lengths share the steps. On others, whose calls are whole batches, a turn of all live episodes is one batch. Tokens
-    do not depend on which.
-    """
-    turns = _turns_as_they_end if hasattr(engine, "submit") else _turns_in_rounds
-    for episode, output in turns(engine, episodes):
+def play(engine: Generator, episodes: Sequence[Episode]) -> None:
+    """Brings all episodes to their ends."""
+    for episode, output in engine.converse(episodes):
         episode.advance(output)
-
-
-def _turns_as_they_end(engine: Any, episodes: Sequence[Episode]) -> Iterator[tuple[Episode, RequestOutput]]:
-    pending = {}
-
-    def submit(batch: Sequence[Episode]) -> None:
-        prompts, params = zip(*(episode.next_request() for episode in batch), strict=True)
-        pending.update(zip(engine.submit(prompts, params), batch, strict=True))
-
-    try:
-        if going_on := [episode for episode in episodes if episode.finish_reason is None]:
-            submit(going_on)
-        while pending:
-            ended = [r for r in engine.step() if r.finish_reason is not None and r in pending]
-            played = {request: pending.pop(request) for request in dict.fromkeys(ended)}
-            for request, episode in played.items():
-                yield episode, engine.output(request)
-            if going_on := [episode for episode in played.values() if episode.finish_reason is None]:
-                submit(going_on)
-    finally:
-        for request in pending:
-            engine.abort(request)
-
-
-def _turns_in_rounds(engine: Any, episodes: Sequence[Episode]) -> Iterator[tuple[Episode, RequestOutput]]:
-    live = [episode for episode in episodes if episode.finish_reason is None]
-    while live:
-        prompts, params = zip(*(episode.next_request() for episode in live), strict=True)
-        yield from zip(live, engine.generate(prompts, params), strict=True)
-        live = [episode for episode in live if episode.finish_reason is None]

@@ -14,9 +14,10 @@ FAILED = "error"  # the finish reason of an episode that failed
 
 
 class EpisodeFailure(Exception):
-    """What an environment or a tool raised, or returned that is none of what it may.
+    """What an environment or a tool raised, or returned that is none of what it may; or a turn without numbers.
 
-    where: the environment and its method. kind: the class of what was raised, "timeout" or "result".
+    where: the environment and its method, or "engine". kind: the class of what was raised, "timeout", "result" or, of
+    the engine, "error".
     """
 
     def __init__(self, where: str, kind: str, reason: str, turn: int, problem_id: str):

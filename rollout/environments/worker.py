@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
+from lockstep.engine import Generator
+from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.rollout.config import RolloutConfig
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.environments.chat_turns import ChatTurns
@@ -31,8 +32,8 @@ class EpisodeWorker(RolloutWorker):
 
     def __init__(
         self,
-        engine: Any,
-        tokenizer,
+        engine: Generator,
+        tokenizer: Tokenizer,
         task: Task,
         reward: Reward,
         config: RolloutConfig,
@@ -136,8 +137,8 @@ class EpisodeWorker(RolloutWorker):
 
 
 def build_worker(
-    engine: Any,
-    tokenizer,
+    engine: Generator,
+    tokenizer: Tokenizer,
     task: Task,
     reward: Reward,
     config: RolloutConfig,

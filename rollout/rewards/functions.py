@@ -102,7 +102,7 @@ def function_reward(options: FunctionOptions, engines: RewardEngines | None) -> 
 
 
 def math_reward(options: MathOptions, engines: RewardEngines | None) -> Reward:
-    """1 where math-verify finds the answer equal to the reference, else 0; see `math_check`."""
+    """1 where the answer means what the reference means, else 0; see `math_check`."""
     arguments = {"ignore_units": options.ignore_units}
     verifier = Verifier("math", _MATH_CHECK, arguments, options.limits, each_alone=False)
     return _pooled(verifier, options.num_workers, engines)

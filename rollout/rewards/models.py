@@ -8,13 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.engine.pooling import ScoreAt, scored_part
 from lockstep.engine.text.chat_template import apply_template
 from lockstep.engine.text.config import ChatConfig
 from lockstep.engine.text.end_of_turn import stop_token_ids
+from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.rollout import hub
 from lockstep.rollout.rewards.failures import FailedScore, FailureWarnings
 from lockstep.rollout.rewards.isolation import Limits
@@ -116,9 +115,7 @@ class RewardEngines:
             engine.shutdown()
 
 
-def conversation_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], response: str
-) -> list[int]:
+def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], response: str) -> list[int]:
     """Token ids of a whole conversation, the response as its last turn: what a reward model learns from and scores.
 
     Raises ValueError as `apply_template` does.
@@ -167,8 +164,11 @@ def judge_reward(options: JudgeOptions, engines: RewardEngines) -> Reward:
         ]
         refused = _refused(completions, warnings, lambda i: engine.prepare([prompts[i]], sampling))
         taken = [i for i in range(len(prompts)) if i not in refused]
-        outputs = engine.generate([prompts[i] for i in taken], sampling)
-        verdicts = pool.verify([(completions[i].problem, o.text) for i, o in zip(taken, outputs, strict=True)])
+        outputs = dict(zip(taken, engine.generate([prompts[i] for i in taken], sampling), strict=True))
+        for i, output in outputs.items():
+            if output.error is not None:
+                refused[i] = warnings.failed(completions[i].problem.problem_id, output.error)
+        verdicts = pool.verify([(completions[i].problem, o.text) for i, o in outputs.items() if i not in refused])
         return _with_refused(verdicts, refused, len(completions))
 
     return reward

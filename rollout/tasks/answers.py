@@ -19,7 +19,8 @@ _PLAIN = {  # full-width characters, and what stands for a minus sign
 }
 _NUMBER = re.compile(
     r"(?P<sign>[-+]?)\s*\\?[$€£¥₹]?\s*(?P<inner_sign>[-+]?)\s*"
-    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?P<exponent>(?:[eE][-+]?\d+)?)"
+    r"(?P<digits>(?:\d{1,3}"
+    r"(?:(?:,|\{,\}|\\,|[ \xa0\u2009\u202f])\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?P<exponent>(?:[eE][-+]?\d+)?)"
     r"\s*(?P<percent>(?:\\?%|percent)?)\s*(?:\\?[$€£¥₹])?\.?"
 )
 
@@ -49,9 +50,9 @@ def same_text(answer: str, reference: str) -> bool:
 def same_number(answer: str, reference: str) -> bool:
     """Equal as decimal numbers: 1,000.0 equals $1000 and 1e3; 5% equals 0.05.
 
-    A number has an optional sign, before or behind an optional currency sign, digits of any script, commas between
-    groups of three, an exponent, a percent sign, a currency sign at the end, a full stop. Nothing else is a number: no
-    1,2,3, unit, fraction, NaN or infinity.
+    A number has an optional sign, before or behind an optional currency sign, digits of any script, commas or spaces
+    between groups of three, an exponent, a percent sign, a currency sign at the end, a full stop, and dollar signs of
+    LaTeX or asterisks of Markdown around it. Nothing else is a number: no 1,2,3, unit, fraction, NaN or infinity.
     """
     left, right = _number(answer), _number(reference)
     return left is not None and right is not None and left == right
@@ -61,13 +62,15 @@ def _number(text: str) -> Decimal | None:
     if len(text) > _LONGEST_NUMBER:
         return None
     text = text.translate(_PLAIN).strip()
-    if text.startswith("$") and text.endswith("$") and len(text) > 1:  # LaTeX's
-        text = text[1:-1].strip()
+    for opening, closing in (("$", "$"), (r"\(", r"\)"), ("**", "**")):  # of LaTeX and Markdown
+        if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening + closing):
+            text = text[len(opening) : -len(closing)].strip()
     found = _NUMBER.fullmatch(text)
     if found is None or (found["sign"] and found["inner_sign"]):
         return None
     try:
-        number = Decimal("".join(found.group("sign", "inner_sign", "digits", "exponent")).replace(",", ""))
+        digits = re.sub(r"[^\d.]", "", found["digits"])
+        number = Decimal("".join(found.group("sign", "inner_sign")) + digits + found["exponent"])
     except InvalidOperation:  # an exponent beyond what a Decimal holds
         return None
     if not found["percent"]:

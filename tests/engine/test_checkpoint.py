@@ -246,7 +246,7 @@ def test_failed_exports_leave_nothing_behind(tmp_path):
     assert_refused(
         r"word_embeddings\.weight: expected shape \(131, 64\), got \(64,\)", [(first[0], norm), *weights[1:]]
     )
-    assert_refused(r"rms_norm_eps \(0.5, the model has 1e-06\)", weights, {**raw, "rms_norm_eps": 0.5})
+    assert_refused(r"final_norm.eps \(0.5, the model has 1e-06\)", weights, {**raw, "rms_norm_eps": 0.5})
 
     def failing():
         yield from weights[:5]

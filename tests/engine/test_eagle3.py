@@ -8,9 +8,11 @@ from safetensors.torch import load_file
 
 from lockstep.engine.checkpoints.checkpoint import load_into
 from lockstep.engine.checkpoints.draft_checkpoint import save_draft
+from lockstep.engine.memory.layer_caches import new_layer_caches
 from lockstep.engine.models.config import load_model_config
-from lockstep.engine.models.decoder import AttentionContext, AttentionPart, Decoder, new_layer_caches
+from lockstep.engine.models.decoder import Decoder
 from lockstep.engine.models.eagle3 import default_aux_layers
+from lockstep.engine.models.layers.context import AttentionContext, AttentionPart
 from lockstep.kernels.attention.attention import attention
 from lockstep.kernels.memory.kv_cache import new_kv_cache
 from lockstep.kernels.norm_rope.qk_norm_rope_store import qk_norm_rope_store
@@ -99,7 +101,7 @@ def test_aux_states_are_the_targets_and_cost_no_bit(family, tmp_path):
     tokens = torch.arange(20) * 5 % 131
     positions, last_rows = torch.arange(20), torch.tensor([19])
     pages, lengths = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([20], dtype=torch.int32)
-    caches = new_layer_caches(decoder.config, 2, 16, torch.float32, "cpu")
+    caches = new_layer_caches(decoder.config.caches, 2, 16, torch.float32, "cpu")
     part = AttentionPart(20, pages, torch.tensor([0, 20], dtype=torch.int32), lengths)
     context = AttentionContext(caches, positions, (part,))
     last_part = AttentionPart(1, pages, torch.tensor([0, 1], dtype=torch.int32), lengths)
@@ -118,5 +120,5 @@ def test_aux_states_are_the_targets_and_cost_no_bit(family, tmp_path):
         hidden, aux = decoder.forward_with_aux(tokens, positions, context, (1, 2, 3))
         assert torch.equal(hidden, plain)
         entering_the_norm = aux[:, -decoder.config.hidden_size :]
-        weight, eps = decoder.decoder.final_layernorm.weight, decoder.config.rms_norm_eps
+        weight, eps = decoder.decoder.final_layernorm.weight, decoder.config.final_norm.eps
         assert torch.equal(rms_norm(entering_the_norm, weight, eps), plain)

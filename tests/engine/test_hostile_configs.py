@@ -37,11 +37,10 @@ def parse(raw, generation=None):
     try:
         config = parse_model_config(raw, generation)
         expand(config)
-        frequencies, factor = rope_inv_freq(
-            min(config.head_dim, 64), config.rope_theta, config.rope_scaling, config.max_position_embeddings
-        )
-        assert frequencies.isfinite().all()
-        assert math.isfinite(factor)
+        for rope in config.ropes.values():
+            frequencies, factor = rope_inv_freq(min(rope.width, 64), rope.theta, rope.scaling, rope.max_positions)
+            assert frequencies.isfinite().all()
+            assert math.isfinite(factor)
     except ValueError as error:
         message = str(error)
     assert "\n" not in message

@@ -312,7 +312,7 @@ def test_a_request_is_queued_once(engine, path, usual):
         engine.queue([request])
     # One of another engine with the number of one that is at work here, and an abort that means that one.
     foreign_engine = Engine(EngineConfig(model=path, kv_cache_tokens=1024))
-    foreign_engine.next_request_id = engine.next_request_id
+    foreign_engine.counters.num_requests = engine.counters.num_requests
     (foreign,) = foreign_engine.prepare([PROMPT])
     (own,) = engine.submit([PROMPT])
     with pytest.raises(ValueError, match=f"request id {own.request_id} is in use"):

@@ -9,8 +9,12 @@ import torch
 from models import EXPERTS, FAMILY_NAMES, LATENT_FAMILIES, make_hf_model, tiny_config
 
 from lockstep.engine.checkpoints.checkpoint import load_into
+from lockstep.engine.memory.layer_caches import new_layer_caches
 from lockstep.engine.models.config import UnsupportedModelError, load_model_config, parse_model_config
-from lockstep.engine.models.decoder import AttentionContext, AttentionPart, Decoder, new_layer_caches
+from lockstep.engine.models.decoder import Decoder
+from lockstep.engine.models.layers.context import AttentionContext, AttentionPart
+from lockstep.engine.models.layers.mlp import GatedMLP
+from lockstep.engine.models.layers.moe import Experts
 from lockstep.engine.models.names import expand
 
 PAGE_SIZE = 8
@@ -109,7 +113,7 @@ class PagedRun:
         self.decoder = decoder
         pages_each = -(-max_tokens // PAGE_SIZE)
         self.page_table = torch.randperm(num_requests * pages_each).view(num_requests, pages_each).to(torch.int32)
-        self.kv_caches = new_layer_caches(config, num_requests * pages_each, PAGE_SIZE, torch.float32, "cpu")
+        self.kv_caches = new_layer_caches(config.caches, num_requests * pages_each, PAGE_SIZE, torch.float32, "cpu")
         self.kv_lens = [0] * num_requests
 
     def step(self, rows: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
@@ -191,30 +195,34 @@ def raw_config(family: str = "llama", **changes) -> dict:
 @pytest.mark.parametrize("family", sorted({*FAMILY_NAMES} - {*LATENT_FAMILIES}))
 def test_config_fields(family):
     config = parse_model_config(tiny_config(family, num_key_value_heads=1).to_dict())
-    assert (config.family, config.num_layers, config.num_heads, config.num_kv_heads) == (family, 3, 4, 1)
-    assert config.head_dim == (32 if family in ("qwen3", "qwen3_moe") else 16)
-    assert config.layer_windows == ((24,) * 3 if family == "mistral" else (None,) * 3)
-    assert config.qkv_bias == (family == "qwen2")
-    assert config.qk_norm == (family in ("qwen3", "qwen3_moe"))
-    assert (config.moe is not None) == (family == "qwen3_moe")
+    assert (config.family, config.num_layers) == (family, 3)
+    for layer in config.layers:
+        mixer = layer.mixer
+        assert (mixer.num_heads, mixer.num_kv_heads) == (4, 1)
+        assert mixer.head_dim == (32 if family in ("qwen3", "qwen3_moe") else 16)
+        assert mixer.window == (24 if family == "mistral" else None)
+        assert mixer.qkv_bias == (family == "qwen2")
+        assert mixer.has_qk_norm == (family in ("qwen3", "qwen3_moe"))
+        assert isinstance(layer.mlp, Experts if family == "qwen3_moe" else GatedMLP)
     assert config.eos_token_ids == (0,)
-    assert config.rope_scaling is None
+    (rope,) = config.ropes.values()
+    assert (rope.width, rope.scaling) == (config.layers[0].mixer.head_dim, None)
 
 
 @pytest.mark.parametrize("family", LATENT_FAMILIES)
 def test_config_fields_of_latent_attention(family):
     config = parse_model_config(tiny_config(family, rope_parameters=LATENT_YARN).to_dict())
-    assert (config.family, config.num_heads, config.num_kv_heads, config.head_dim) == (family, 4, 1, 8)
-    assert config.kv_elements_per_token == 40 + 8
-    mla = config.mla
+    assert config.kv_elements_per_token == config.num_layers * (40 + 8)
+    mla = config.layers[0].mixer
+    assert (config.family, mla.num_heads, config.ropes[mla.rope].width) == (family, 4, 8)
     assert (mla.q_lora_rank, mla.kv_lora_rank, mla.row_width) == (24, 40, 48)
     assert (mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim) == (12, 8, 20)
     assert mla.rope_interleaved
     assert mla.softmax_scale == pytest.approx(20**-0.5 * (1.0 + 0.07 * math.log(4.0)) ** 2)
     without = parse_model_config(tiny_config(family, q_lora_rank=None).to_dict())
-    assert without.mla.softmax_scale == pytest.approx(20**-0.5)
-    assert config.has_q_lora
-    assert not without.has_q_lora
+    assert without.layers[0].mixer.softmax_scale == pytest.approx(20**-0.5)
+    assert mla.has_q_lora
+    assert not without.layers[0].mixer.has_q_lora
 
 
 @pytest.mark.parametrize(
@@ -241,14 +249,16 @@ def test_older_rope_keys(older, newer):
     config = parse_model_config(raw_config(**older))
     assert config == parse_model_config(raw_config(rope_parameters=newer))
     theirs = type(tiny_config("llama")).from_dict(raw_config(**older)).rope_parameters
-    assert config.rope_theta == theirs["rope_theta"]
+    (rope,) = config.ropes.values()
+    assert rope.theta == theirs["rope_theta"]
     scaling = {key: value for key, value in theirs.items() if key not in ("rope_theta", "type")}
-    assert (config.rope_scaling or {"rope_type": "default"}) == scaling
+    assert (rope.scaling or {"rope_type": "default"}) == scaling
 
 
 def test_rope_per_layer_type_is_accepted_when_all_agree():
     same = {"full_attention": YARN, "sliding_attention": YARN}
-    assert parse_model_config(raw_config("qwen3", rope_parameters=same)).rope_scaling["rope_type"] == "yarn"
+    (rope,) = parse_model_config(raw_config("qwen3", rope_parameters=same)).ropes.values()
+    assert rope.scaling["rope_type"] == "yarn"
     different = {**same, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
     with pytest.raises(UnsupportedModelError, match=r"rope_parameters.*layer types with different"):
         parse_model_config(raw_config("qwen3", rope_parameters=different))

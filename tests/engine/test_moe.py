@@ -4,18 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import tiny_config
 from transformers import DeepseekV2Config, DeepseekV3Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
-from lockstep.engine.models.config import parse_model_config
-from lockstep.engine.models.decoder import _MoE
-from lockstep.engine.models.moe import MoEConfig
+from lockstep.engine.models.layers.layer import ModuleFactory
+from lockstep.engine.models.layers.moe import Experts, MixtureOfExperts
 from lockstep.engine.weights.dummy_weights import initialize_dummy
-from lockstep.kernels.linear.linear import linear
 
-SHAPE = {"layers": (0,), "num_experts": 12, "experts_per_token": 3, "ffn_hidden_size": 24}
+SHAPE = {"num_experts": 12, "experts_per_token": 3, "ffn_hidden_size": 24}
 DEEPSEEK = {
     "hidden_size": 64,
     "num_attention_heads": 4,
@@ -27,7 +24,7 @@ DEEPSEEK = {
     "n_group": 4,
     "topk_group": 2,
 }
-V2 = MoEConfig(**SHAPE, shared_ffn_hidden_size=48, num_groups=4, top_groups=2, weight_scale=2.5, fp32_logits=True)
+V2 = Experts(**SHAPE, shared_ffn_hidden_size=48, num_groups=4, top_groups=2, weight_scale=2.5, fp32_logits=True)
 V3 = replace(V2, scoring="sigmoid", has_expert_bias=True, group_score="sum_of_top_2", normalize_weights=True)
 REFERENCES = {
     "v2": (V2, DeepseekV2Moe, DeepseekV2Config(**DEEPSEEK, topk_method="group_limited_greedy")),
@@ -35,9 +32,8 @@ REFERENCES = {
 }
 
 
-def dummy_layer(moe: MoEConfig) -> _MoE:
-    config = replace(parse_model_config(tiny_config("qwen3_moe").to_dict()), moe=moe)
-    layer = _MoE(config, linear, device=torch.device("cpu"), dtype=torch.float32)
+def dummy_layer(moe: Experts) -> MixtureOfExperts:
+    layer = moe.build(ModuleFactory(64, torch.device("cpu"), torch.float32))
     initialize_dummy(layer, seed=5)
     return layer
 
@@ -64,7 +60,7 @@ def test_equals_deepseeks_layer_in_transformers(version):
         torch.testing.assert_close(layer(hidden), reference(hidden[None])[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("moe", [MoEConfig(**SHAPE), V2, V3], ids=["plain", "v2", "v3"])
+@pytest.mark.parametrize("moe", [Experts(**SHAPE), V2, V3], ids=["plain", "v2", "v3"])
 def test_a_row_does_not_know_its_neighbours(moe):
     layer = dummy_layer(moe)
     hidden = torch.randn(150, 64, generator=torch.Generator().manual_seed(0))

@@ -8,6 +8,9 @@ import transformers
 from models import EXPERTS, FAMILY_NAMES, LATENT_FAMILIES, named_like_in_files, tiny_config
 
 from lockstep.engine.models.config import ModelConfig, parse_model_config
+from lockstep.engine.models.layers.mlp import GatedMLP
+from lockstep.engine.models.layers.moe import Experts
+from lockstep.engine.models.layers.shard import WHOLE
 from lockstep.engine.models.names import (
     Entry,
     as_stacked,
@@ -17,7 +20,7 @@ from lockstep.engine.models.names import (
     to_hf,
     to_megatron,
 )
-from lockstep.engine.models.sharding import WHOLE, product_shapes
+from lockstep.engine.models.sharding import product_shapes
 
 OPTIONS = {
     "plain": {},
@@ -151,7 +154,7 @@ def test_experts_are_stacked_by_index():
 
 def test_dense_layers_among_those_with_experts():
     config = make_config("qwen3_moe", {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]})
-    assert config.moe.layers == (1,)
+    assert [type(layer.mlp) for layer in config.layers] == [GatedMLP, Experts, GatedMLP, GatedMLP]
     mlps = [entry.megatron for entry in expand(config) if ".mlp." in entry.megatron]
     dense = ["linear_fc1", "linear_fc2"]
     wanted = {0: dense, 1: ["router", "experts.linear_fc1", "experts.linear_fc2"], 2: dense, 3: dense}
@@ -160,7 +163,9 @@ def test_dense_layers_among_those_with_experts():
 
 def test_a_router_with_a_bias_and_shared_experts():
     config = make_config("qwen3_moe", {"num_hidden_layers": 1})
-    config = replace(config, moe=replace(config.moe, has_expert_bias=True, shared_ffn_hidden_size=80))
+    (layer,) = config.layers
+    mlp = replace(layer.mlp, has_expert_bias=True, shared_ffn_hidden_size=80)
+    config = replace(config, layers=(replace(layer, mlp=mlp),))
     entries = {entry.megatron.removeprefix("decoder.layers.0.mlp."): entry for entry in expand(config)}
     assert entries["router.expert_bias"].hf_names == ("model.layers.0.mlp.gate.e_score_correction_bias",)
     assert entries["router.expert_bias"].fp32
@@ -174,7 +179,9 @@ def test_a_routers_bias_has_four_bytes_an_element_in_any_dtype():
     config = make_config("deepseek_v3", EXPERTS)
     sizes = itemsizes(config, torch.bfloat16)
     assert {name for name, size in sizes.items() if size == 4} == {
-        f"decoder.layers.{layer}.mlp.router.expert_bias" for layer in config.moe.layers
+        f"decoder.layers.{number}.mlp.router.expert_bias"
+        for number, layer in enumerate(config.layers)
+        if isinstance(layer.mlp, Experts)
     }
     assert set(sizes.values()) == {2, 4}
     assert sizes.keys() == {entry.megatron for entry in expand(config)}

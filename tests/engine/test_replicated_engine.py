@@ -89,7 +89,7 @@ def test_replicas_that_could_differ_are_all_shut_down(paths, monkeypatch):
     monkeypatch.setattr(engine.engines[1], "update_weights", fails)
     with pytest.raises(ConnectionError, match="replica 1"):
         engine.update_weights(update.items(), version=1)
-    assert all(replica.is_shut_down for replica in engine.engines)
+    assert all(replica.state == "shut down" for replica in engine.engines)
 
 
 def test_no_replicas_are_refused(paths):

@@ -10,18 +10,11 @@ from safetensors.torch import save_file
 from lockstep.engine.checkpoints.checkpoint import iterate_weights
 from lockstep.engine.models.config import load_model_config, parse_model_config
 from lockstep.engine.models.decoder import Decoder
+from lockstep.engine.models.layers.shard import Shard
 from lockstep.engine.models.names import expand
-from lockstep.engine.models.sharding import (
-    Shard,
-    check_divides,
-    check_expert_ranks,
-    parameter_shards,
-    part_of,
-    shard_config,
-    slices,
-)
+from lockstep.engine.models.sharding import check_divides, check_expert_ranks, parameter_shards, shard_config, slices
 from lockstep.engine.ranks.rank_group import RankGroup, RankGroupError
-from lockstep.engine.weights import served_weights
+from lockstep.engine.weights import checksums
 from lockstep.engine.weights.dummy_weights import initialize_dummy
 from lockstep.engine.weights.rank_weights import RankWeights
 from lockstep.kernels.linear.linear import linear
@@ -169,7 +162,7 @@ def test_ranks_that_cannot_share_the_experts_are_refused_by_name(expert_ranks, t
 
 
 def test_an_odd_vocabulary_leaves_the_last_rank_less():
-    assert [part_of(131, Shard(rank, 2)) for rank in range(2)] == [slice(0, 66), slice(66, 131)]
+    assert [Shard(rank, 2).part_of(131) for rank in range(2)] == [slice(0, 66), slice(66, 131)]
     assert shard_config(config_of(), Shard(1, 2)).vocab_size == 65
 
 
@@ -206,7 +199,7 @@ def test_disjoint_sums_keep_every_bit(tmp_path):
 def test_an_update_over_ranks_is_staged_verified_and_flipped(tmp_path, ffn, damage):
     config = config_of(intermediate_size=ffn)
     update = whole_weights(config)
-    expected = served_weights.hashes_by_name(update)
+    expected = checksums.hashes_by_name(update)
     damaged = {
         "none": None,
         "split": "decoder.layers.0.mlp.linear_fc2.weight",
@@ -217,7 +210,7 @@ def test_an_update_over_ranks_is_staged_verified_and_flipped(tmp_path, ffn, dama
         shards = parameter_shards(config, Shard(group.rank, group.size))
         targets = {held.name: torch.zeros(held.local_shape) for held in shards}
         held = RankWeights(config, group, targets)
-        held.stage(None if group.rank else update)
+        held.stage(range(len(shards)), None if group.rank else update)
         if group.rank == 1 and damage != "none":
             held._staged[damaged[damage]].view(-1)[5] += 1
         staged = held.hashes(of_staged=True)

@@ -5,7 +5,7 @@ import torch
 from models import make_hf_model
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
-from lockstep.engine.weights.served_weights import checksum
+from lockstep.engine.weights.checksums import checksum
 from lockstep.kernels.reductions import content_hash
 
 PROMPT = list(range(1, 40))

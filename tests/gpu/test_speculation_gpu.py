@@ -11,6 +11,7 @@ from gpu_setup import PLAIN
 from lockstep.engine.checkpoints.draft_config import config_json
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.models.eagle3 import Eagle3Config
+from lockstep.engine.models.layers.latent_attention import LatentAttention
 from lockstep.engine.speculation import verification
 from lockstep.recipes.bench.speculation_suite import DRAFT_VOCAB_SIZE
 
@@ -53,7 +54,11 @@ class HonestDrafter:
 def draft_path(setup, tmp_path_factory):
     path = tmp_path_factory.mktemp("draft")
     target = load_model_config(setup.path)
-    heads = {"num_heads": 16, "num_kv_heads": 8, "head_dim": 128} if target.mla else {}
+    heads = (
+        {"num_heads": 16, "num_kv_heads": 8, "head_dim": 128}
+        if isinstance(target.layers[0].mixer, LatentAttention)
+        else {}
+    )
     config = Eagle3Config.of_target(target, min(DRAFT_VOCAB_SIZE, setup.vocab_size), **heads)
     (path / "config.json").write_text(json.dumps(config_json(config, getattr(torch, setup.dtype))))
     return str(path)

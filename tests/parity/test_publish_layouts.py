@@ -9,7 +9,8 @@ from publishing_ranks import NUM_TRAINER_RANKS, TRAINERS, make_transport, new_gr
 from ranks import run_ranks
 
 from lockstep.engine import Engine, EngineConfig, ReplicatedEngine, SamplingParams
-from lockstep.engine.models.sharding import WHOLE, Shard, parameter_shards
+from lockstep.engine.models.layers.shard import WHOLE, Shard
+from lockstep.engine.models.sharding import parameter_shards
 
 SPLIT = {"row_parallel_splits": SPLITS["row_parallel_splits"], "page_size": 4}
 ENGINES = {

@@ -142,7 +142,7 @@ def check_case(model, rng):
             requests += engine.submit([prompt], params)
         if engine.scheduler.has_work:
             engine.step()
-            assert engine.num_steps < MAX_STEPS, "the engine goes round in a circle"
+            assert engine.counters.num_steps < MAX_STEPS, "the engine goes round in a circle"
         if rng.random() < 0.1:  # another draft in the middle of the requests
             swap_draft(engine, is_eagle, requests, rng, truth)
         if rng.random() < 0.05:
@@ -187,5 +187,5 @@ def test_a_true_draft_is_accepted_whole(models):
     (output,) = engine.generate([prompt], params)
     assert output.token_ids == truth[(tuple(prompt), 5)]
     assert (output.num_draft_tokens, output.num_accepted_tokens) == (16, 16)
-    assert engine.num_steps == 1 + 4, "a prefill, then five tokens a step"
+    assert engine.counters.num_steps == 1 + 4, "a prefill, then five tokens a step"
     assert engine.stats()["tokens_per_verify_step"] == 5.0

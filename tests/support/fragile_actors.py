@@ -27,8 +27,8 @@ def fragile_engine(deaths: Path) -> type[EngineActor]:
     class FragileEngine(EngineActor):
         def generate(self, prompts, params):
             if _is_first(deaths / "generating"):
-                step, last = self.engine.step, self.engine.num_steps + 2
-                self.engine.step = lambda: _die() if self.engine.num_steps == last else step()
+                step, last = self.engine.step, self.engine.counters.num_steps + 2
+                self.engine.step = lambda: _die() if self.engine.counters.num_steps == last else step()
             return super().generate(prompts, params)
 
         def receive(self, meeting, number, version):

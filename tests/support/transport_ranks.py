@@ -9,7 +9,7 @@ from layouts import local_tensors
 
 from lockstep.engine import Engine, EngineConfig
 from lockstep.engine.models.config import load_model_config
-from lockstep.engine.weights.served_weights import WeightUpdate, new_buffers
+from lockstep.engine.weights.staging import WeightUpdate, new_buffers
 from lockstep.trainer_bridge.transports import messages, transport
 from lockstep.trainer_bridge.transports.distributed import join_group
 from lockstep.trainer_bridge.transports.transport import BucketTransport

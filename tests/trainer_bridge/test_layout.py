@@ -59,7 +59,10 @@ def test_a_rank_holds_its_query_groups_and_its_gates_and_ups():
     model, sizes = model_config(), ParallelSizes(tensor=2, row_parallel_splits=2)
     entries = {entry.megatron: entry for entry in expand(model)}
     # The model that is one rank's half: half of the heads, groups and ffn columns.
-    half = replace(model, num_heads=2, num_kv_heads=2, ffn_hidden_size=model.ffn_hidden_size // 2)
+    layer = model.layers[0]
+    mixer = replace(layer.mixer, num_heads=2, num_kv_heads=2)
+    mlp = replace(layer.mlp, ffn_hidden_size=layer.mlp.ffn_hidden_size // 2)
+    half = replace(model, layers=(replace(layer, mixer=mixer, mlp=mlp),) * model.num_layers)
     half_entries = {entry.megatron: entry for entry in expand(half)}
     for name in ("decoder.layers.3.self_attention.linear_qkv.weight", "decoder.layers.3.mlp.linear_fc1.weight"):
         hf = [torch.randn(shape) for shape in entries[name].hf_shapes]
@@ -90,7 +93,7 @@ def test_layers_are_numbered_from_0_in_each_stage():
         ({"tensor": 2}, {}, "tensor_parallel_size 2 does not divide row_parallel_splits 1"),
         ({"row_parallel_splits": 3}, {}, "row_parallel_splits must be a power of two, got 3"),
         ({"pipeline": 0}, {}, "pipeline_parallel_size must be at least 1, got 0"),
-        ({"tensor": 4, "row_parallel_splits": 4}, {"num_key_value_heads": 2}, "4 does not divide the 2 query groups"),
+        ({"tensor": 4, "row_parallel_splits": 4}, {"num_key_value_heads": 2}, "num_key_value_heads = 2"),
         ({"tensor": 2, "row_parallel_splits": 2}, {"vocab_size": 131}, "2 does not divide the vocabulary of 131"),
         ({"row_parallel_splits": 64}, {}, "row_parallel_splits 64 does not divide intermediate_size = 96"),
         ({"pipeline": 2, "virtual_pipeline": 4}, {}, "= 8 does not divide the 4 layers"),

@@ -7,8 +7,11 @@ import torch
 from models import EXPERTS, FAMILY_NAMES, make_hf_model, named_like_in_files
 
 from lockstep.engine.checkpoints.checkpoint import load_into
+from lockstep.engine.memory.layer_caches import new_layer_caches
 from lockstep.engine.models.config import load_model_config
-from lockstep.engine.models.decoder import AttentionContext, AttentionPart, Decoder, new_layer_caches
+from lockstep.engine.models.decoder import Decoder
+from lockstep.engine.models.layers.context import AttentionContext, AttentionPart
+from lockstep.engine.models.layers.mlp import GatedMLP
 from lockstep.engine.models.names import expand, to_megatron
 from lockstep.engine.weights.dummy_weights import initialize_dummy
 from lockstep.kernels.sampling.log_probs import token_log_probs
@@ -60,7 +63,7 @@ def decoder_logprobs(decoder, sequence, temperature, chunk):
     config = decoder.config
     num_pages = -(-len(sequence) // PAGE_SIZE)
     page_table = torch.arange(num_pages, dtype=torch.int32).flip(0)[None]
-    kv_caches = new_layer_caches(config, num_pages, PAGE_SIZE, torch.float32, "cpu")
+    kv_caches = new_layer_caches(config.caches, num_pages, PAGE_SIZE, torch.float32, "cpu")
     tokens, hidden = torch.tensor(sequence), []
     for start in range(0, len(sequence), chunk):
         positions = torch.arange(start, min(start + chunk, len(sequence)))
@@ -105,9 +108,9 @@ def test_every_kind_of_routing_has_the_decoders_bits(tmp_path):
     """Options that no served family has yet: the trainer's layer and the engine's on the same random weights."""
     make_hf_model(tmp_path, "qwen3_moe", seed=1)
     config = load_model_config(tmp_path)
+    first, *others = config.layers
     moe = replace(
-        config.moe,
-        layers=(1, 2),
+        first.mlp,
         shared_ffn_hidden_size=48,
         scoring="sigmoid",
         has_expert_bias=True,
@@ -118,7 +121,8 @@ def test_every_kind_of_routing_has_the_decoders_bits(tmp_path):
         weight_scale=2.5,
         fp32_logits=True,
     )
-    config = replace(config, moe=moe)
+    dense = replace(first, mlp=GatedMLP(96))
+    config = replace(config, layers=(dense, *(replace(layer, mlp=moe) for layer in others)))
     decoder = Decoder(config, "cpu", torch.float32)
     ranks = MegatronTrainer(TrainerConfig(model=str(tmp_path))).ranks
     model = LockstepGPTModel(config, torch.device("cpu"), torch.float32, ranks)
@@ -200,7 +204,7 @@ def test_what_a_layer_keeps_for_the_backward_pass(tmp_path, recompute):
     make_hf_model(tmp_path, "qwen3", seed=1)
     trainer = MegatronTrainer(TrainerConfig(model=str(tmp_path), recompute=recompute, optimizer="none"))
     config, num_tokens = trainer.model_config, 48  # a multiple of 16: the CPU's matrix product pads to one
-    not_counted = [*trainer.model.parameters(), trainer.model.rope_table]
+    not_counted = [*trainer.model.parameters(), *trainer.model.rope_tables.values()]
     kept = {}
 
     def keep(tensor):
@@ -210,15 +214,16 @@ def test_what_a_layer_keeps_for_the_backward_pass(tmp_path, recompute):
 
     hidden = torch.randn(num_tokens, 1, config.hidden_size, requires_grad=True)
     sequences = PackedSequences.of(
-        torch.arange(num_tokens), torch.tensor([0, num_tokens], dtype=torch.int32), trainer.model.rope_table
+        torch.arange(num_tokens), torch.tensor([0, num_tokens], dtype=torch.int32), trainer.model.rope_tables
     )
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         trainer.model.decoder.layers[1](hidden_states=hidden, attention_mask=None, packed_seq_params=sequences)
     for tensor in not_counted:
         kept.pop(tensor.untyped_storage().data_ptr(), None)
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    layer = config.layers[1]
+    query, key = layer.mixer.query_size, layer.mixer.kv_size
     residuals_and_norms = 4 * config.hidden_size
-    attention = (2 * query + query + config.num_heads) + (2 * key + key)  # before and after rope; out, lse; value
-    mlp = 2 * config.ffn_hidden_size
+    attention = (2 * query + query + layer.mixer.num_heads) + (2 * key + key)  # before and after rope; out, lse; value
+    mlp = 2 * layer.mlp.ffn_hidden_size
     expected = config.hidden_size if recompute else residuals_and_norms + attention + mlp
     assert sum(size for size, _ in kept.values()) == num_tokens * expected

@@ -15,7 +15,7 @@ from transport_ranks import LAYOUTS, arrived, new_update, run_rank, weights_of
 
 from lockstep.engine import Engine, EngineConfig
 from lockstep.engine.models.config import load_model_config
-from lockstep.engine.weights.served_weights import hashes_by_name
+from lockstep.engine.weights.checksums import hashes_by_name
 from lockstep.trainer_bridge.transports.buckets import buckets
 from lockstep.trainer_bridge.transports.cuda_ipc import CudaIpcTransport
 from lockstep.trainer_bridge.transports.disk import DiskTransport

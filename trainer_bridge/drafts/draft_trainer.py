@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from lockstep.engine.checkpoints.checkpoint import CheckpointError, opened_tensors
 from lockstep.engine.files import whole_file
 from lockstep.engine.models.eagle3 import Eagle3Draft
-from lockstep.engine.weights.served_weights import checksum
+from lockstep.engine.weights.checksums import checksum
 from lockstep.kernels.process_state import own_state
 from lockstep.trainer_bridge.drafts.config import DraftTrainerConfig
 from lockstep.trainer_bridge.drafts.draft_batch import DraftBatch, DraftSequence

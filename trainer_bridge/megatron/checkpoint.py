@@ -26,10 +26,10 @@ from lockstep.engine.checkpoints.checkpoint import CheckpointError, opened_tenso
 from lockstep.engine.files import TEMPORARY, flush_to_disk, write_whole
 from lockstep.engine.foreign_files import MissingFileError, has_file, read_json
 from lockstep.engine.models.config import ModelConfig
-from lockstep.engine.models.families.family import shown
+from lockstep.engine.models.families.reading import shown
 from lockstep.engine.models.names import expand
 from lockstep.engine.models.sharding import ParameterShard, Piece, slices
-from lockstep.engine.weights.served_weights import checksum
+from lockstep.engine.weights.checksums import checksum
 from lockstep.trainer_bridge.megatron.optimizer import state_names as optimizer_state_names
 from lockstep.trainer_bridge.weight_plan import plan_transfers, whole
 

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from lockstep.engine.models.config import ModelConfig
+from lockstep.engine.models.layers.shard import Shard
 from lockstep.engine.models.names import expand
-from lockstep.engine.models.sharding import ParameterShard, Shard, check_expert_ranks, parameter_shards, row_widths
+from lockstep.engine.models.sharding import ParameterShard, check_expert_ranks, parameter_shards, row_widths
 from lockstep.engine.ranks.rank_sum import all_gather
 from lockstep.trainer_bridge.config import ParallelSizes
 from lockstep.trainer_bridge.weight_plan import Layout
@@ -50,14 +51,12 @@ def check_sizes(sizes: ParallelSizes, model: ModelConfig) -> None:
     divisions = [
         (sizes.tensor, sizes.row_parallel_splits, "tensor_parallel_size {} does not divide row_parallel_splits {}"),
         (sizes.data, sizes.gradient_splits, "data-parallel size {} does not divide gradient_splits {}"),
-        (sizes.tensor, model.num_heads, "tensor_parallel_size {} does not divide the {} query heads"),
         (sizes.tensor, model.vocab_size, "tensor_parallel_size {} does not divide the vocabulary of {} tokens"),
         (sizes.num_stages, model.num_layers, stages),
     ]
-    if model.mla is None:
-        message = "tensor_parallel_size {} does not divide the {} query groups (kv heads)"
-        divisions.append((sizes.tensor, model.num_kv_heads, message))
-    for name, width in row_widths(model).items():
+    for name, number in sorted({layer.mixer.heads for layer in model.layers}):
+        divisions.append((sizes.tensor, number, f"tensor_parallel_size {{}} does not divide {name} = {{}}"))
+    for name, width in sorted(row_widths(model)):
         divisions.append((sizes.row_parallel_splits, width, f"row_parallel_splits {{}} does not divide {name} = {{}}"))
     for divisor, number, message in divisions:
         if number % divisor:

@@ -9,9 +9,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lockstep.engine.models.config import ModelConfig
+from lockstep.engine.models.layers.linear import PLAIN, LinearFormat
 from lockstep.engine.ranks.rank_sum import gather_columns
 from lockstep.kernels.linear.scalar_head import scalar_head
-from lockstep.kernels.norm_rope.rope import rope_cos_sin, rope_inv_freq
 from lockstep.kernels.sampling.log_probs import VocabularyShard, log_probs
 from lockstep.trainer_bridge.config import ParallelSizes
 from lockstep.trainer_bridge.megatron.layer_spec import PackedSequences, block_spec
@@ -22,17 +22,17 @@ from lockstep.trainer_bridge.megatron.tensor_parallel import sum_gradients, voca
 def transformer_config(
     model: ModelConfig, device: torch.device, dtype: torch.dtype, sizes: ParallelSizes
 ) -> TransformerConfig:
-    """Megatron's configuration of `model`: no dropout, no fusion, no initialization of weights (they are loaded)."""
+    """Megatron's configuration of `model`: no dropout, no fusion, no initialization of weights (they are loaded).
+
+    Heads and widths are each layer's own, see layer_spec; here they are what Megatron's checks let pass.
+    """
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
-        num_attention_heads=model.num_heads,
-        num_query_groups=model.num_kv_heads,
-        kv_channels=model.head_dim,
-        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=sizes.tensor,
+        ffn_hidden_size=sizes.tensor,
         normalization="RMSNorm",
-        layernorm_epsilon=model.rms_norm_eps,
-        qk_layernorm=model.qk_norm,
+        layernorm_epsilon=model.final_norm.eps,
         gated_linear_unit=True,
         activation_func=F.silu,
         # The switch under which Megatron's MLP takes its activation from the layer spec.
@@ -55,8 +55,6 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         cuda_graph_scope=[],
-        # Checkpoints name each layer's tensors, instead of stacking those of all layers: not all layers have the same.
-        hetereogenous_dist_checkpoint=model.moe is not None,
     )
 
 
@@ -91,15 +89,16 @@ class LockstepGPTModel(GPTModel):
         ranks: Ranks,
         chunk: int = 0,
         recompute: bool = False,
+        linear_format: LinearFormat = PLAIN,
     ):
-        """chunk: which of this rank's stages; see ParallelSizes.virtual_pipeline."""
+        """chunk: which of this rank's stages; see ParallelSizes.virtual_pipeline. linear_format: the engine's."""
         sizes, stage = ranks.sizes, ranks.stage(chunk)
         self._head = model.head
         num_layers = model.num_layers // sizes.num_stages
         stage_layers = range(stage * num_layers, (stage + 1) * num_layers)
         super().__init__(
             transformer_config(model, device, dtype, sizes),
-            block_spec(model, recompute, sizes, stage_layers),
+            block_spec(model, recompute, sizes, stage_layers, linear_format),
             vocab_size=model.vocab_size,
             max_sequence_length=model.max_position_embeddings,
             pre_process=stage == 0,
@@ -111,11 +110,7 @@ class LockstepGPTModel(GPTModel):
         self._ranks = ranks
         self._first_token = ranks.tensor.rank * (model.vocab_size // sizes.tensor)
         self._head_parts = math.gcd(model.vocab_size, sizes.row_parallel_splits) // sizes.tensor
-        inv_freq, attention_factor = rope_inv_freq(
-            model.head_dim, model.rope_theta, model.rope_scaling, model.max_position_embeddings
-        )
-        table = rope_cos_sin(inv_freq, attention_factor, model.max_position_embeddings)
-        self.register_buffer("rope_table", table.to(device), persistent=False)
+        self.rope_tables = {name: rope.table(device) for name, rope in model.ropes.items()}
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Gives the last stage a scalar head. Megatron's would copy a tied weight to the last stage's CUDA device; here
@@ -151,7 +146,7 @@ class LockstepGPTModel(GPTModel):
         return self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            packed_seq_params=PackedSequences.of(positions, cu_seqlens, self.rope_table),
+            packed_seq_params=PackedSequences.of(positions, cu_seqlens, self.rope_tables),
         )
 
     def log_probs(

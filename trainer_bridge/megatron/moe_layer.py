@@ -4,37 +4,44 @@ Megatron's own MoELayer moves tokens between ranks through dispatchers and multi
 one calls what the engine calls, so the bits are the engine's. Parameters have the names and the layout of the engine's.
 """
 
-import copy
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from lockstep.engine.models.moe import MoEConfig, routed_experts
-from lockstep.engine.models.sharding import Shard, part_of
+from lockstep.engine.models.layers.linear import LinearFormat
+from lockstep.engine.models.layers.moe import Experts, routed_experts
+from lockstep.engine.models.layers.shard import Shard
 from lockstep.trainer_bridge.megatron.tensor_parallel import join_rows
 
 
 class KernelMoE(MegatronModule):
     """A token's experts, weighted, plus the shared experts' output where there are any.
 
-    moe: the layer's sizes and routing. expert_ranks: see ParallelSizes.expert. shared_experts: the linear layers of the
-    shared experts' MLP.
+    moe: the layer's sizes and routing. expert_ranks: see ParallelSizes.expert. format: of the experts' weights.
+    shared_experts: makes the shared experts' MLP of Megatron's configuration; None where there are none.
 
     A tensor-parallel rank routes all tokens, as every other does. Where it holds some of the experts, it is sent the
     outputs of the others for all tokens, and their gradients: no sum is taken over ranks.
     """
 
-    def __init__(self, config: TransformerConfig, moe: MoEConfig, expert_ranks: int, shared_experts: MLPSubmodules):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        moe: Experts,
+        expert_ranks: int,
+        format: LinearFormat,
+        shared_experts: Callable[[TransformerConfig], torch.nn.Module] | None,
+    ):
         super().__init__(config)
-        group = parallel_state.get_tensor_model_parallel_group()
-        self.moe, self.join_rows = moe, None
+        self.moe, self.format, self.join_rows = moe, format, None
         if expert_ranks > 1:
-            held = part_of(moe.num_experts, Shard(group.rank(), expert_ranks))
+            group = parallel_state.get_tensor_model_parallel_group()
+            held = Shard(group.rank(), expert_ranks).part_of(moe.num_experts)
             self.moe = replace(moe, held_experts=(held.start, held.stop))
             self.join_rows = partial(join_rows, group=group)
         num_experts, ffn, hidden = len(self.moe.held), moe.ffn_hidden_size, config.hidden_size
@@ -42,17 +49,7 @@ class KernelMoE(MegatronModule):
         self.experts = MegatronModule(config)
         self.experts.linear_fc1 = _Weight(config, num_experts, 2 * ffn, hidden)
         self.experts.linear_fc2 = _Weight(config, num_experts, hidden, ffn)
-        self.shared_experts = None
-        if moe.has_shared_experts:
-            # Megatron's MLP reads one of its two sizes from the configuration.
-            shared_config = copy.deepcopy(config)
-            shared_config.ffn_hidden_size = moe.shared_ffn_hidden_size
-            self.shared_experts = MLP(
-                shared_config,
-                shared_experts,
-                ffn_hidden_size=moe.shared_ffn_hidden_size,
-                tp_group=group,
-            )
+        self.shared_experts = shared_experts and shared_experts(config)
 
     def forward(self, hidden: torch.Tensor, padding_mask: None = None) -> tuple[torch.Tensor, None]:
         """[T, 1, H] -> [T, 1, H], and no bias to be added."""
@@ -61,8 +58,8 @@ class KernelMoE(MegatronModule):
             self.moe,
             self.router.weight,
             self.router.expert_bias,
-            self.experts.linear_fc1.weight,
-            self.experts.linear_fc2.weight,
+            self.format.as_served(self.experts.linear_fc1.weight),
+            self.format.as_served(self.experts.linear_fc2.weight),
             self.join_rows,
         ).view(hidden.shape)
         if self.shared_experts is not None:
@@ -79,7 +76,7 @@ class _Weight(MegatronModule):
 
 
 class _Router(_Weight):
-    def __init__(self, config: TransformerConfig, moe: MoEConfig):
+    def __init__(self, config: TransformerConfig, moe: Experts):
         super().__init__(config, moe.num_experts, config.hidden_size)
         self.expert_bias = None
         if moe.has_expert_bias:

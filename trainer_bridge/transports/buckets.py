@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lockstep.engine.models.sharding import slices
-from lockstep.engine.weights.served_weights import WeightUpdate
+from lockstep.engine.weights.staging import WeightUpdate
 from lockstep.kernels.reductions.content_hash import content_hashes, copy_and_hash
 from lockstep.trainer_bridge.weight_plan import Transfer
 

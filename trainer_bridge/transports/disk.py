@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from lockstep.engine.files import flush_to_disk
 from lockstep.engine.models.sharding import slices
-from lockstep.engine.weights.served_weights import WeightUpdate
+from lockstep.engine.weights.staging import WeightUpdate
 from lockstep.kernels.reductions.content_hash import content_hashes
 from lockstep.trainer_bridge.weight_plan import Transfer
 

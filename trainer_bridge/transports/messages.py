@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
-from lockstep.engine.weights.served_weights import WeightUpdate
+from lockstep.engine.weights.staging import WeightUpdate
 from lockstep.trainer_bridge.transports.buckets import ALIGNMENT, Bucket, accept, pack, unpack
 
 _MAGIC = 0x4C6F636B53746570

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from lockstep.engine.weights.served_weights import WeightUpdate
+from lockstep.engine.weights.staging import WeightUpdate
 from lockstep.trainer_bridge.transports.buckets import Bucket, buckets
 from lockstep.trainer_bridge.transports.messages import message_bytes, read, write, write_reason
 from lockstep.trainer_bridge.weight_plan import Transfer

@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lockstep.engine.models.families.family import read_flag, read_number, read_size, unsupported
-from lockstep.engine.models.moe import MoEConfig
+from lockstep.engine.models.families.reading import read_flag, read_number, read_size, unsupported
+from lockstep.engine.models.layers.moe import Experts
 
 
-def parse_moe_v2(raw: Mapping[str, Any]) -> MoEConfig | None:
-    """DeepSeek-V2: a softmax over all experts, whose weights are not normalised; None for a model without experts."""
+def parse_moe_v2(raw: Mapping[str, Any]) -> dict[int, Experts]:
+    """DeepSeek-V2: a softmax over all experts, whose weights are not normalised. By layer."""
     if not (layers := _layers(raw)):
-        return None
+        return {}
     method = raw.get("topk_method")
     if method not in ("greedy", "group_limited_greedy"):
         raise unsupported("topk_method", method, "known are greedy and group_limited_greedy")
@@ -21,18 +21,17 @@ def parse_moe_v2(raw: Mapping[str, Any]) -> MoEConfig | None:
     if read_flag(raw, "mlp_bias"):
         raise unsupported("mlp_bias", True, "experts are computed without biases")
     groups = _groups(raw) if method == "group_limited_greedy" else {}
-    return MoEConfig(layers=layers, **_sizes(raw), **groups)
+    return dict.fromkeys(layers, Experts(**_sizes(raw), **groups))
 
 
-def parse_moe_v3(raw: Mapping[str, Any]) -> MoEConfig | None:
+def parse_moe_v3(raw: Mapping[str, Any]) -> dict[int, Experts]:
     """DeepSeek-V3: sigmoid scores, a bias that takes part in the choice alone, groups by their two best experts."""
     if not (layers := _layers(raw)):
-        return None
+        return {}
     for key, value in (("topk_method", "noaux_tc"), ("scoring_func", "sigmoid")):
         if raw.get(key) not in (None, value):
             raise unsupported(key, raw[key], f"DeepSeek-V3 has {value}")
-    return MoEConfig(
-        layers=layers,
+    experts = Experts(
         scoring="sigmoid",
         has_expert_bias=True,
         group_score="sum_of_top_2",
@@ -40,6 +39,7 @@ def parse_moe_v3(raw: Mapping[str, Any]) -> MoEConfig | None:
         **_sizes(raw),
         **_groups(raw),
     )
+    return dict.fromkeys(layers, experts)
 
 
 def _layers(raw: Mapping[str, Any]) -> tuple[int, ...]:

@@ -4,21 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from lockstep.engine.models.families.deepseek_moe import parse_moe_v2
-from lockstep.engine.models.families.family import Family, read_flag, refuse_flags
-from lockstep.engine.models.families.latent import LATENT_DECODER_TABLE, parse_mla
+from lockstep.engine.models.families.family import Family, ModelParts, refuse_flags
+from lockstep.engine.models.families.latent import latent_decoder
+from lockstep.engine.models.families.reading import read_flag
 
 
-def _parse(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _parse(raw: Mapping[str, Any]) -> ModelParts:
     refuse_flags(raw, "DeepSeek-V2", "sliding_window", "use_sliding_window", "layer_types", "rope_interleave")
-    return {
-        "qkv_bias": False,
-        "proj_bias": False,
-        "mlp_bias": read_flag(raw, "mlp_bias"),
-        "qk_norm": False,
-        "layer_windows": (None,) * raw["num_hidden_layers"],
-        "mla": parse_mla(raw, rope_interleaved=True),
-        "moe": parse_moe_v2(raw),
-    }
+    return latent_decoder(raw, True, parse_moe_v2(raw), mlp_bias=read_flag(raw, "mlp_bias"))
 
 
 FAMILY = Family(
@@ -40,5 +33,4 @@ FAMILY = Family(
         "topk_method": "greedy",
     },
     parse=_parse,
-    table=LATENT_DECODER_TABLE,
 )

@@ -4,22 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from lockstep.engine.models.families.deepseek_moe import parse_moe_v3
-from lockstep.engine.models.families.family import Family, read_flag, refuse_flags
-from lockstep.engine.models.families.latent import LATENT_DECODER_TABLE, parse_mla
+from lockstep.engine.models.families.family import Family, ModelParts, refuse_flags
+from lockstep.engine.models.families.latent import latent_decoder
+from lockstep.engine.models.families.reading import read_flag
 
 
-def _parse(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _parse(raw: Mapping[str, Any]) -> ModelParts:
     refuse_flags(raw, "DeepSeek-V3", "sliding_window", "use_sliding_window", "layer_types", "mlp_bias")
-    return {
-        "qkv_bias": False,
-        "proj_bias": False,
-        "mlp_bias": False,
-        "qk_norm": False,
-        "layer_windows": (None,) * raw["num_hidden_layers"],
-        "mla": parse_mla(raw, rope_interleaved=read_flag(raw, "rope_interleave")),
-        "moe": parse_moe_v3(raw),
-        "num_mtp_layers": raw["num_nextn_predict_layers"] or 0,
-    }
+    interleaved, num_mtp_layers = read_flag(raw, "rope_interleave"), raw["num_nextn_predict_layers"] or 0
+    return latent_decoder(raw, interleaved, parse_moe_v3(raw), num_mtp_layers=num_mtp_layers)
 
 
 FAMILY = Family(
@@ -47,5 +40,4 @@ FAMILY = Family(
         "num_nextn_predict_layers": 1,
     },
     parse=_parse,
-    table=LATENT_DECODER_TABLE,
 )

@@ -3,18 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lockstep.engine.models.families.family import DENSE_DECODER_TABLE, Family, refuse_flags, window_size
+from lockstep.engine.models.families.family import Family, ModelParts, attention_decoder, refuse_flags, window_size
 
 
-def _parse(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _parse(raw: Mapping[str, Any]) -> ModelParts:
     refuse_flags(raw, "Mistral", "attention_bias", "mlp_bias", "layer_types")
-    return {
-        "qkv_bias": False,
-        "proj_bias": False,
-        "mlp_bias": False,
-        "qk_norm": False,
-        "layer_windows": (window_size(raw),) * raw["num_hidden_layers"],
-    }
+    return attention_decoder(raw, [window_size(raw)] * raw["num_hidden_layers"])
 
 
 FAMILY = Family(
@@ -27,5 +21,4 @@ FAMILY = Family(
         "eos_token_id": 2,
     },
     parse=_parse,
-    table=DENSE_DECODER_TABLE,
 )

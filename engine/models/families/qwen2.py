@@ -3,18 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lockstep.engine.models.families.family import DENSE_DECODER_TABLE, Family, qwen_layer_windows, refuse_flags
+from lockstep.engine.models.families.family import (
+    Family,
+    ModelParts,
+    attention_decoder,
+    qwen_layer_windows,
+    refuse_flags,
+)
 
 
-def _parse(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _parse(raw: Mapping[str, Any]) -> ModelParts:
     refuse_flags(raw, "Qwen2", "mlp_bias")
-    return {
-        "qkv_bias": True,
-        "proj_bias": False,
-        "mlp_bias": False,
-        "qk_norm": False,
-        "layer_windows": qwen_layer_windows(raw),
-    }
+    return attention_decoder(raw, qwen_layer_windows(raw), qkv_bias=True)
 
 
 FAMILY = Family(
@@ -27,5 +27,4 @@ FAMILY = Family(
         "max_window_layers": 28,
     },
     parse=_parse,
-    table=DENSE_DECODER_TABLE,
 )

@@ -4,24 +4,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from lockstep.engine.models.families.family import (
-    DENSE_DECODER_TABLE,
     Family,
+    ModelParts,
+    attention_decoder,
     qwen_layer_windows,
-    read_flag,
     refuse_flags,
 )
+from lockstep.engine.models.families.reading import read_flag
 
 
-def _parse(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _parse(raw: Mapping[str, Any]) -> ModelParts:
     refuse_flags(raw, "Qwen3", "mlp_bias")
-    attention_bias = read_flag(raw, "attention_bias")
-    return {
-        "qkv_bias": attention_bias,
-        "proj_bias": attention_bias,
-        "mlp_bias": False,
-        "qk_norm": True,
-        "layer_windows": qwen_layer_windows(raw),
-    }
+    bias = read_flag(raw, "attention_bias")
+    return attention_decoder(raw, qwen_layer_windows(raw), qkv_bias=bias, proj_bias=bias, qk_norm=True)
 
 
 FAMILY = Family(
@@ -35,5 +30,4 @@ FAMILY = Family(
         "max_window_layers": 28,
     },
     parse=_parse,
-    table=DENSE_DECODER_TABLE,
 )

@@ -3,42 +3,28 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lockstep.engine.models.families.family import (
-    DENSE_DECODER_TABLE,
-    Family,
-    read_flag,
-    read_size,
-    refuse_flags,
-    unsupported,
-    window_size,
-    with_experts,
-)
-from lockstep.engine.models.moe import MoEConfig
+from lockstep.engine.models.families.family import Family, ModelParts, attention_decoder, refuse_flags, window_size
+from lockstep.engine.models.families.reading import read_flag, read_size, unsupported
+from lockstep.engine.models.layers.moe import Experts
 
 
-def _parse(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _parse(raw: Mapping[str, Any]) -> ModelParts:
     refuse_flags(raw, "Qwen3-MoE", "mlp_bias", "layer_types", "shared_expert_intermediate_size", "n_shared_experts")
-    attention_bias = read_flag(raw, "attention_bias")
+    bias = read_flag(raw, "attention_bias")
     window = window_size(raw) if read_flag(raw, "use_sliding_window") else None
-    return {
-        "qkv_bias": attention_bias,
-        "proj_bias": attention_bias,
-        "mlp_bias": False,
-        "qk_norm": True,
-        "layer_windows": (window,) * raw["num_hidden_layers"],
-        "moe": _parse_moe(raw),
-    }
+    experts = dict.fromkeys(_expert_layers(raw), _parse_experts(raw))
+    windows = [window] * raw["num_hidden_layers"]
+    return attention_decoder(raw, windows, qkv_bias=bias, proj_bias=bias, qk_norm=True, experts=experts)
 
 
-def _parse_moe(raw: Mapping[str, Any]) -> MoEConfig:
+def _parse_experts(raw: Mapping[str, Any]) -> Experts:
     # transformers 5.17 writes num_local_experts where the published models have num_experts.
     experts_key = "num_local_experts" if raw.get("num_local_experts") is not None else "num_experts"
     num_experts = read_size(raw, experts_key)
     experts_per_token = read_size(raw, "num_experts_per_tok")
     if experts_per_token > num_experts:
         raise unsupported("num_experts_per_tok", experts_per_token, f"there are {num_experts} experts")
-    return MoEConfig(
-        layers=_moe_layers(raw),
+    return Experts(
         num_experts=num_experts,
         experts_per_token=experts_per_token,
         ffn_hidden_size=read_size(raw, "moe_intermediate_size"),
@@ -46,7 +32,7 @@ def _parse_moe(raw: Mapping[str, Any]) -> MoEConfig:
     )
 
 
-def _moe_layers(raw: Mapping[str, Any]) -> tuple[int, ...]:
+def _expert_layers(raw: Mapping[str, Any]) -> tuple[int, ...]:
     every = read_size(raw, "decoder_sparse_step")
     dense = raw.get("mlp_only_layers") or []
     num_layers = raw["num_hidden_layers"]
@@ -68,5 +54,4 @@ FAMILY = Family(
         "num_experts": 128,
     },
     parse=_parse,
-    table=with_experts(DENSE_DECODER_TABLE),
 )

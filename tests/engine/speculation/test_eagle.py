@@ -7,9 +7,11 @@ from models import make_hf_model
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.engine.checkpoints.draft_checkpoint import load_draft, save_draft
+from lockstep.engine.memory.layer_caches import new_layer_caches
 from lockstep.engine.models.config import load_model_config
-from lockstep.engine.models.decoder import AttentionContext, AttentionPart, new_layer_caches
 from lockstep.engine.models.eagle3 import initialize
+from lockstep.engine.models.layers.context import AttentionContext, AttentionPart
+from lockstep.engine.models.layers.latent_attention import LatentAttention
 from lockstep.kernels.attention.attention import attention
 from lockstep.kernels.memory.kv_cache import new_kv_cache
 from lockstep.kernels.norm_rope.qk_norm_rope_store import qk_norm_rope_store
@@ -23,7 +25,11 @@ def make_target_and_draft(tmp_path_factory, family, **sizes):
     path, draft_path = str(tmp_path_factory.mktemp("model")), str(tmp_path_factory.mktemp("draft") / "draft")
     make_hf_model(path, family, seed=3, **sizes)
     config = load_model_config(path)
-    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16} if config.mla else {}
+    heads = (
+        {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+        if isinstance(config.layers[0].mixer, LatentAttention)
+        else {}
+    )
     save_draft(draft_path, make_draft(config, draft_vocab_size=60, seed=4, **heads))
     return path, draft_path
 
@@ -43,7 +49,7 @@ def engine_of(paths, **settings):
 def target_states(model, tokens, aux_layers):
     """aux [T, 3H] of a text, in one pass over pages of its own."""
     length = len(tokens)
-    caches = new_layer_caches(model.config, 7, 16, torch.float32, "cpu")
+    caches = new_layer_caches(model.config.caches, 7, 16, torch.float32, "cpu")
     ends = torch.tensor([0, length], dtype=torch.int32)
     part = AttentionPart(length, PAGES, ends, ends[1:])
     positions = torch.arange(length)
@@ -100,7 +106,7 @@ PREEMPTION = {"num_draft_tokens": 8, "page_size": 4, "kv_cache_tokens": 96, "max
 def test_drafts_are_those_of_the_whole_text(family, sizes, settings, tmp_path_factory):
     engine = engine_of(make_target_and_draft(tmp_path_factory, family, **sizes), **settings)
     engine.speculation.policy.record_drafts = lambda request, num_accepted: None
-    draft, propose, seen = engine.runner.follower.drafter.draft, engine.speculation.drafter.propose, []
+    draft, propose, seen = engine.draft.draft, engine.speculation.drafter.propose, []
 
     def checked(request, num_tokens):
         drafts = propose(request, num_tokens)
@@ -138,13 +144,13 @@ def test_a_swapped_draft_drafts_at_once_and_changes_nothing_else(qwen3_paths):
     output = engine.output(request)
     assert (output.token_ids, output.logprobs) == (want.token_ids, want.logprobs)
     assert engine.stats()["draft_version"] == 3
-    served = engine.runner.follower.drafter.update_targets()
+    served = engine.draft.update_targets()
     assert all(torch.equal(served[name], tensor) for name, tensor in tensors.items())
 
 
 def test_a_bad_update_leaves_the_draft_as_it_was(qwen3_paths):
     engine = engine_of(qwen3_paths, num_draft_tokens=3)
-    served = engine.runner.follower.drafter.update_targets()
+    served = engine.draft.update_targets()
     before = {name: tensor.clone() for name, tensor in served.items()}
     with pytest.raises(ValueError, match=r"lacks 1 tensors, the first is 'fc.weight'"):
         engine.update_draft([(n, torch.zeros_like(t)) for n, t in served.items() if n != "fc.weight"], 1)
@@ -163,7 +169,7 @@ def test_shared_weights_bring_their_embedding_to_the_draft(qwen3_paths):
     engine = engine_of(qwen3_paths, num_draft_tokens=2)
     tensors = {name: tensor.clone() for name, tensor in engine.weight_targets.items()}
     engine.alias_weights(tensors.items(), version=1, num_changes=lambda: 0)
-    embedding = engine.runner.follower.drafter.draft._embedding_weight[0]
+    embedding = engine.draft.draft._embedding_weight[0]
     assert embedding.data_ptr() == tensors["embedding.word_embeddings.weight"].data_ptr()
 
 
@@ -172,7 +178,7 @@ def test_sleep_gives_the_drafts_cache_back_too(qwen3_paths):
     prompt, params = [1, 2, 3], SamplingParams(max_tokens=8)
     first = engine.generate([prompt], params)[0]
     engine.sleep()
-    assert engine.runner.follower.drafter.kv_cache == ()
+    assert engine.draft.kv_cache == ()
     engine.wake()
     assert engine.generate([prompt], params)[0].logprobs == first.logprobs
 
@@ -180,6 +186,6 @@ def test_sleep_gives_the_drafts_cache_back_too(qwen3_paths):
 def test_the_draft_is_loaded_with_the_targets_embedding(qwen3_paths):
     engine = engine_of(qwen3_paths, num_draft_tokens=2)
     loaded = load_draft(qwen3_paths[1], engine.model_config, engine.model.embedding.word_embeddings.weight)
-    draft = engine.runner.follower.drafter.draft
+    draft = engine.draft.draft
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), draft.parameters(), strict=True))
     assert draft._embedding_weight[0].data_ptr() == engine.model.embedding.word_embeddings.weight.data_ptr()

@@ -7,12 +7,13 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from models import make_hf_model
 from user_environments import Echo
 
-from lockstep.engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from lockstep.engine import Engine, EngineConfig, Generator, RequestOutput, SamplingParams
 from lockstep.rollout.config import TokenizerConfig
 from lockstep.rollout.environments.chat_turns import ChatTurns
 from lockstep.rollout.environments.environment import EpisodeLimits, Opening, StepResult
@@ -117,11 +118,16 @@ def test_each_turn_goes_on_from_the_drawn_tokens(model, engine, reference):
                 assert after == []
 
 
-class WholeBatches:
+class WholeBatches(Generator):
     """An engine that only takes whole batches, as those of a cluster do."""
 
     def __init__(self, engine):
-        self.generate = engine.generate
+        self.engine = engine
+
+    def generate(self, prompts, params=None):
+        return self.engine.generate(prompts, params)
+
+    score = stats = shutdown = None
 
 
 def test_scheduling_changes_no_episode(model, engine, reference):
@@ -253,6 +259,64 @@ def test_whatever_an_environment_does_is_the_failure_of_its_episode(tokenizer, m
     assert reason.strip() in str(failure)
     assert episode.finish_reason == "error"
     assert episode.turn_rewards == [0.0] * (method == "step")
+
+
+@pytest.mark.parametrize("max_retries", [0, 2])
+def test_a_turn_without_numbers_is_the_failure_of_its_episode(tokenizer, max_retries):
+    broken = replace(turn([5], "abort"), error="request 7, position 3: no number")
+    (episode,) = new_episodes(tokenizer, count=1, max_retries=max_retries)
+    seeds = []
+    for _ in range(1 + max_retries):
+        assert episode.finish_reason is None
+        episode.next_request()
+        episode.advance(turn([5, 6]))
+        episode.next_request()
+        seeds.append(tuple(episode.turn_seeds))
+        episode.advance(broken)
+    assert len(set(seeds)) == 1
+    assert [str(f) for f in episode.failures] == [
+        "engine failed at turn 1 of p/0: request 7, position 3: no number"
+    ] * (1 + max_retries)
+    assert (episode.finish_reason, episode.turn_rewards) == ("error", [0.0, 0.0])
+    assert episode.transcript.response_ids[:2] == [5, 6]
+
+
+def test_a_request_that_fails_ends_its_episode_alone(model, reference):
+    engine = Engine(EngineConfig(model=model[0], page_size=PAGE, kv_cache_tokens=8192))
+    broken, *others = episodes = new_episodes(model[1])
+    collect, failed = engine.runner.collect, []
+
+    def without_numbers(step):
+        """The first episode's first result is none."""
+        collected = collect(step)
+        hit = [r for r in collected.served if r.seed == derive_turn_seed(0, 0) and not failed]
+        failed.extend(hit)
+        return collected._replace(served=[r for r in collected.served if r not in hit], broken=hit)
+
+    engine.runner.collect = without_numbers
+    play(engine, episodes)
+    assert not engine.scheduler.has_work
+    assert broken.finish_reason == "error"
+    assert "the logits hold no number" in str(broken.failures[0])
+    assert played(others) == played(reference[1:])
+
+
+def test_episodes_go_on_where_an_update_collected_their_results(model, reference):
+    """On a GPU a pass is in flight between two steps: its results come by the update and by no step."""
+    engine = Engine(EngineConfig(model=model[0], page_size=PAGE, kv_cache_tokens=8192))
+    engine.overlaps = True
+    weights = list(engine.weight_targets.items())
+    make_step = engine.step
+
+    def step_and_update():
+        results = make_step()
+        engine.update_weights(weights, engine.weight_version + 1)
+        return results
+
+    engine.step = step_and_update
+    episodes = new_episodes(model[1])
+    play(engine, episodes)
+    assert [e.transcript.response_ids for e in episodes] == [e.transcript.response_ids for e in reference]
 
 
 def test_a_failed_episode_leaves_the_others_alone(model, engine, reference):

@@ -102,14 +102,15 @@ def test_an_honest_program_runs(sandbox):
 
 LIBRARIES = """
 import threading
-import math_verify, networkx, numpy, reasoning_gym, sympy
+import networkx, numpy, reasoning_gym, sympy
+from latex2sympy2_extended import latex2sympy
 x = sympy.symbols('x')
 results = []
 def work(n): results.append(numpy.linalg.norm(numpy.ones((200, 200)) @ numpy.ones((200, 200))) > 0 and n)
 threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
 [thread.start() for thread in threads]; [thread.join() for thread in threads]
 print(sum(results), sympy.integrate(sympy.exp(-x**2), (x, -sympy.oo, sympy.oo)))
-print(math_verify.verify(math_verify.parse('$1/2$'), math_verify.parse('$0.5$')))
+print(latex2sympy('3'))
 data = reasoning_gym.create_dataset('chain_sum', size=1, seed=1)
 print(data.score_answer(data[0]['answer'], data[0]))
 """
@@ -119,7 +120,7 @@ def test_libraries_of_mathematics_run():
     """In the sandbox that this machine uses; the list of calls is the same in both."""
     limits = replace(LIMITS, cpu_time_s=60, memory_bytes=1 << 33, num_threads=64)
     outcome = run_program(LIBRARIES, "", limits)
-    assert (outcome.output.decode(), outcome.failure) == ("28 sqrt(pi)\nTrue\n1.0\n", None)
+    assert (outcome.output.decode(), outcome.failure) == ("28 sqrt(pi)\n3\n1.0\n", None)
 
 
 def test_exit_codes_are_kept(sandbox):

@@ -1,14 +1,77 @@
-"""Whole batches and streams of tokens, of anything that takes requests and makes steps."""
+"""Whole batches, conversations and streams of tokens, of anything that generates."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
+from lockstep.engine.config import EngineConfig
 from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.pooling import ScoreAt, scored_part
 from lockstep.engine.request import Kind, Request, RequestOutput, SamplingParams
+
+
+class Conversation(Protocol):
+    """A text that is continued in turns. finish_reason: why it has ended; None while it goes on."""
+
+    finish_reason: str | None
+
+    def next_request(self) -> tuple[Sequence[int], SamplingParams]:
+        """The prompt of its next turn, and how that is drawn."""
+
+
+C = TypeVar("C", bound=Conversation)
+
+
+class Generator(ABC):
+    """What rollouts and recipes ask of an engine, or of several as one, in this process or in others.
+
+    Not thread-safe: one thread owns it.
+    """
+
+    config: EngineConfig
+    model_config: ModelConfig
+
+    @abstractmethod
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Completes prompts given as token ids; one `SamplingParams` for all, or one per prompt.
+
+        Returns the outputs in the order of the prompts (the `n` samples of a prompt in a row). Raises ValueError that
+        names the prompt and the problem if a request is impossible; nothing is generated then. A request that fails on
+        its way (logits without a number) has an `error` in its output, and the others are as they would be without it;
+        where all of them fail, the first one's error is raised: FloatingPointError for numbers, else RuntimeError.
+        """
+
+    @abstractmethod
+    def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[list[float | None]]:
+        """Log-probs of given tokens: `[None, lp(t1 | t0), lp(t2 | t0 t1), ...]` per sequence; generation's bits.
+
+        Raises as `generate` does, and FloatingPointError that names the first sequence with a log-prob that is none.
+        """
+
+    @abstractmethod
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start, by name. Of several engines, sums, and each one's own under "replicas"."""
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Ends all requests and gives everything back. Later calls raise RuntimeError."""
+
+    def converse(self, conversations: Sequence[C]) -> Iterator[tuple[C, RequestOutput]]:
+        """Each conversation with the output of its turn, turn after turn, until all have ended.
+
+        Before it takes the next pair, the caller writes the output into the conversation. Tokens do not depend on the
+        order. Here, a turn of all conversations that go on is one batch. Raises as `generate` does.
+        """
+        live = [conversation for conversation in conversations if conversation.finish_reason is None]
+        while live:
+            prompts, params = zip(*(conversation.next_request() for conversation in live), strict=True)
+            yield from zip(live, self.generate(prompts, params), strict=True)
+            live = [conversation for conversation in live if conversation.finish_reason is None]
 
 
 @dataclass(frozen=True)
@@ -22,10 +85,8 @@ class TokenEvent:
     finish_reason: str | None
 
 
-class Serving(ABC):
-    """An engine, or several as one. Not thread-safe: one thread owns it."""
-
-    model_config: ModelConfig
+class SteppedGenerator(Generator):
+    """A generator in this process, whose thread makes the steps."""
 
     @abstractmethod
     def prepare(
@@ -55,13 +116,6 @@ class Serving(ABC):
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[RequestOutput]:
-        """Completes prompts given as token ids; one `SamplingParams` for all, or one per prompt.
-
-        Returns the outputs in the order of the prompts (the `n` samples of a prompt in a row). Raises ValueError that
-        names the prompt and the problem if a request is impossible; nothing is generated then. A request that fails on
-        its way (logits without a number) has an `error` in its output, and the others are as they would be without it;
-        where all of them fail, the first one's error is raised: FloatingPointError for numbers, else RuntimeError.
-        """
         requests = self.prepare(prompts, params, "generate")
         # The call ends with its last request, so those that may become the longest start first.
         self.queue(sorted(requests, key=lambda request: -request.params.max_tokens))
@@ -80,10 +134,6 @@ class Serving(ABC):
         return self._stream(self.prepare(prompts, params, "generate"))
 
     def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[list[float | None]]:
-        """Log-probs of given tokens: `[None, lp(t1 | t0), lp(t2 | t0 t1), ...]` per sequence; generation's bits.
-
-        Raises as `generate` does, and FloatingPointError that names the first sequence with a log-prob that is none.
-        """
         params = SamplingParams(max_tokens=1, temperature=temperature)
         requests = self.submit(sequences, params, kind="score")
         self._complete(requests)
@@ -117,6 +167,30 @@ class Serving(ABC):
         requests = self.prepare(prompts, params, kind)
         self.queue(requests)
         return requests
+
+    def converse(self, conversations: Sequence[C]) -> Iterator[tuple[C, RequestOutput]]:
+        """As Generator.converse. A next turn begins as soon as the last has ended: turns of all lengths share steps."""
+        pending: dict[Request, C] = {}
+
+        def submit(batch: Sequence[C]) -> None:
+            prompts, params = zip(*(conversation.next_request() for conversation in batch), strict=True)
+            pending.update(zip(self.submit(prompts, params), batch, strict=True))
+
+        try:
+            if going_on := [conversation for conversation in conversations if conversation.finish_reason is None]:
+                submit(going_on)
+            while pending:
+                self.step()
+                # Not by its results: what the caller does between two turns may end requests as well.
+                ended = [request for request in pending if request.finish_reason is not None]
+                answered = {request: pending.pop(request) for request in ended}
+                for request, conversation in answered.items():
+                    yield conversation, self.output(request)
+                if going_on := [c for c in answered.values() if c.finish_reason is None]:
+                    submit(going_on)
+        finally:
+            for request in pending:
+                self.abort(request)
 
     def _complete(self, requests: Sequence[Request]) -> None:
         try:

@@ -1,0 +1,1 @@
+"""Mathematical answers: found in a response, read as what they mean, compared exactly. Light to import."""
