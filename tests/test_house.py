@@ -54,6 +54,7 @@ COMPLEX_FUNCTIONS = {
     "lockstep.engine.steps.runner.launch",
     "lockstep.recipes.bench.engine_suite._table",
     "lockstep.recipes.cluster.ray_cluster._publish_to",
+    "lockstep.recipes.config_schema._build",
     "lockstep.recipes.planning.first_start.settled",
     "lockstep.recipes.runs.report._plots",
     "lockstep.recipes.runs.report.summary_cards",

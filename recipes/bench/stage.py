@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from lockstep.engine.files import check_writable
 from lockstep.kernels import numerics
 from lockstep.recipes.bench.config import BenchConfig
 
@@ -26,8 +28,14 @@ SUITES = {
 
 
 def run(config: BenchConfig) -> dict[str, Any]:
-    """Runs the config's suite, which writes its results and shows them; returns what its JSON holds."""
+    """Runs the config's suite, which writes its results and shows them; returns what its JSON holds.
+
+    Raises ValueError before the suite where its results could not be written.
+    """
     config = resolved(config)
+    check_writable(Path(config.output), f"output={config.output}")
+    if config.profile:
+        check_writable(Path(config.images), f"images={config.images}")
     return importlib.import_module(SUITES[config.suite]).run(config)
 
 

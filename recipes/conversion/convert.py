@@ -14,6 +14,7 @@ from lockstep.engine.checkpoints import gguf
 from lockstep.engine.checkpoints.checkpoint import check_weights, iterate_weights
 from lockstep.engine.checkpoints.export import save_hf
 from lockstep.engine.checkpoints.pickled_weights import has_pickled_weights, rewrite_pickled_model
+from lockstep.engine.files import check_writable
 from lockstep.engine.models.config import ModelConfig, as_scalar_model, load_model_config, read_config_json
 from lockstep.engine.models.names import expand, format_table
 from lockstep.engine.models.sharding import check_divides, check_expert_ranks
@@ -98,6 +99,7 @@ def _output(config: ConvertConfig) -> str:
         raise ValueError("convert: set output=DIRECTORY (or table=true to print the names, plan=true a weight plan)")
     if Path(config.output).exists():
         raise ValueError(f"convert: {config.output} exists; choose another output")
+    check_writable(Path(config.output), f"output={config.output}")
     return config.output
 
 

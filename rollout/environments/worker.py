@@ -39,8 +39,9 @@ class EpisodeWorker(RolloutWorker):
         config: RolloutConfig,
         seed: int,
         environment: EnvironmentConfig,
+        correct: Reward | None = None,
     ):
-        super().__init__(engine, tokenizer, task, reward, config, seed)
+        super().__init__(engine, tokenizer, task, reward, config, seed, correct)
         self.environment = environment
         self.new_environment = environment.factory()
         self.calls = GuardedCalls(None if environment.own_process else environment.timeout_s)
@@ -144,8 +145,9 @@ def build_worker(
     config: RolloutConfig,
     seed: int,
     environment: EnvironmentConfig,
+    correct: Reward | None = None,
 ) -> RolloutWorker:
     """The worker of episodes, or of single turns, as the environment's config asks."""
     if environment.kind == SINGLE_TURN:
-        return RolloutWorker(engine, tokenizer, task, reward, config, seed)
-    return EpisodeWorker(engine, tokenizer, task, reward, config, seed, environment)
+        return RolloutWorker(engine, tokenizer, task, reward, config, seed, correct)
+    return EpisodeWorker(engine, tokenizer, task, reward, config, seed, environment, correct)

@@ -6,6 +6,7 @@ The names below are imported at their first use: a task's config has no need of 
 from lockstep.lazy_names import lazy_names
 
 _HOMES = {
+    "CORRECT": "mixture",
     "REWARDS": "mixture",
     "Completion": "reward",
     "FailedScore": "failures",

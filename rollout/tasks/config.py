@@ -30,7 +30,8 @@ class TaskConfig:
         ANSWER_INSTRUCTION for a model that is given, nothing for one that was made from nothing, which learns how from
         worked solutions.
     overlong: problems that have no room in the model, or in a micro-batch: "error" names the first, "skip" leaves them
-        out and says how many. See recipes/planning/room.py.
+        out and says how many; of a task of more than 1,000 problems that makes them when they are asked for, the next
+        one stands for each. See recipes/planning/room.py.
     """
 
     kind: str = "reasoning_gym"
