@@ -260,10 +260,8 @@ def _build(annotation: Any, value: Any, key: str) -> Any:
         if value not in arguments:
             raise ValueError(f"{key}: {value!r} is none of {', '.join(map(repr, arguments))}")
         return value
-    if annotation is int:
-        return _whole_number(value, key)
-    if annotation is bool:
-        return _truth(value, key)
+    if annotation in (int, bool):
+        return _truth(value, key) if annotation is bool else _whole_number(value, key)
     if value is None:
         return None
     if _is_section(annotation):

@@ -47,6 +47,10 @@ class RemoteRewards:
         )
 
     @property
+    def actors(self) -> list[Any]:
+        return self._pool.actors
+
+    @property
     def num_replaced(self) -> int:
         return self._pool.num_replaced
 

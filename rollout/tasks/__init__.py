@@ -21,20 +21,21 @@ __all__ = [
     "build_task",
 ]
 
-# The config of a task -> what builds its splits. Its kind, which users write, is a line of TASK_CONFIGS.
-TASKS: dict[type, Callable[[Any], TaskSplits]] = {
-    ReasoningGymConfig: build_reasoning_gym,
-    LocalFilesConfig: build_local_files,
-    GuessNumberTaskConfig: build_guess_number,
+# kind -> (its config, what builds its splits). What a user writes for a kind: tasks/config.py.
+TASKS: dict[str, tuple[type, Callable[[Any], TaskSplits]]] = {
+    "reasoning_gym": (ReasoningGymConfig, build_reasoning_gym),
+    "local_files": (LocalFilesConfig, build_local_files),
+    "guess_number": (GuessNumberTaskConfig, build_guess_number),
 }
 
 
 def build_task(config: Any) -> TaskSplits:
     """The splits that `config` describes; TypeError when it is no task's config."""
-    if type(config) not in TASKS:
-        known = ", ".join(config_class.__name__ for config_class in TASKS)
-        raise TypeError(f"{type(config).__name__} is not a task config; there are: {known}")
-    return TASKS[type(config)](config)
+    for config_class, build in TASKS.values():
+        if isinstance(config, config_class):
+            return build(config)
+    known = ", ".join(config_class.__name__ for config_class, _ in TASKS.values())
+    raise TypeError(f"{type(config).__name__} is not a task config; there are: {known}")
 
 
 def build_own_task(kind: str, options: Mapping[str, Any]) -> TaskSplits:

@@ -10,7 +10,6 @@ import yaml
 from short_runs import Killed, short_config
 
 from lockstep.recipes.cli import main
-from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.config_schema import to_plain
 from lockstep.recipes.evaluation import replay
 from lockstep.recipes.rl import rl, sft
@@ -148,10 +147,14 @@ def test_all_kinds_of_paths_of_a_config_are_inputs(tmp_path):
     config = replace(
         config,
         reward={"judge": {"model": str(tmp_path / "judge")}},
-        algorithm=AlgorithmConfig(teacher_model=str(tmp_path / "teacher"), critic_model=str(tmp_path / "critic")),
+        algorithm=AlgorithmConfig(
+            "my_package.mine", teacher_model=str(tmp_path / "teacher"), critic_model=str(tmp_path / "critic")
+        ),
         trainer=replace(config.trainer, reference_model=str(tmp_path / "reference")),
         draft=replace(config.draft, start=str(tmp_path / "draft")),
-        evaluation_tasks={"a": TaskConfig(local_files=LocalFilesConfig(held_out_files=[str(tmp_path / "held.jsonl")]))},
+        evaluation_tasks={
+            "a": TaskConfig("local_files", local_files=LocalFilesConfig(held_out_files=[str(tmp_path / "held.jsonl")]))
+        },
     )
     inputs = config_inputs(config)
     assert {role: [Path(name).name for name in files] for role, files in inputs.items()} == {
@@ -319,9 +322,8 @@ def test_limits_that_change_no_bit_may_change_on_the_way(tmp_path, monkeypatch):
         config.engine, page_size=8, max_running_requests=3, max_prefill_tokens=16, kv_cache_tokens=2048,
         enable_prefix_cache=False, draft_model="ngram", num_draft_tokens=2,
     )  # fmt: skip
-    cluster = ClusterConfig(stall_timeout_s=77.0)
     trainer = replace(config.trainer, rank_timeout_s=9.0)
-    again = replace(config, engine=engine, cluster=cluster, trainer=trainer, evaluate_every=1)
+    again = replace(config, engine=engine, trainer=trainer, evaluate_every=1)
     assert rl.run(again)["weights_hash"] == undisturbed["weights_hash"]
     assert read_config(config.directory)["engine"]["page_size"] == 8
     with pytest.raises(ValueError, match=r"engine\.max_model_len: None -> 100"):
