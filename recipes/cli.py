@@ -14,9 +14,11 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -183,6 +185,7 @@ def _run_stage(name: str, stage: Stage, arguments: list[str]) -> None:
             run = _resolve(plan or stage.run)
         with _user_errors(full_errors, "(HYDRA_FULL_ERROR=1 shows where)"), compilers_say_so():
             console_log.is_running = True
+            _remove_what_killed_runs_left()
             _LOG.debug("starting lockstep %s", name)
             run(config)
 
@@ -344,6 +347,11 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _resolve(reference: str) -> Any:
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def _remove_what_killed_runs_left() -> None:
+    remove_left = _resolve("lockstep.engine.owned_folder:remove_left")
+    remove_left(Path(tempfile.gettempdir()), _resolve("lockstep.rollout.rewards.isolated_main:remove_tree"))
 
 
 def _print_help(stages: Mapping[str, Stage]) -> None:

@@ -35,6 +35,7 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\\n' }}{% endif %}{% endfor %}"
 )
+MAX_TEMPLATE_CHARACTERS = 2**20  # the largest published ones have some 30,000
 _OWN = (CHAT_TEMPLATE, PLAIN_TEMPLATE, BOS_TEMPLATE + PLAIN_TEMPLATE)
 _DRAWS = re.compile(r"\|\s*random\b|\blipsum\b")
 
@@ -56,6 +57,11 @@ def set_chat_options(tokenizer: Tokenizer, chat: ChatConfig) -> None:
         if not isinstance(template, str):
             raise ValueError(
                 f"a chat template of {tokenizer.name_or_path!r} is a {type(template).__name__}, not a text; "
+                "give another with chat.template=FILE"
+            )
+        if len(template) > MAX_TEMPLATE_CHARACTERS:
+            raise ValueError(
+                f"a chat template of {tokenizer.name_or_path!r} has {len(template):,} characters; "
                 "give another with chat.template=FILE"
             )
         if _DRAWS.search(template):

@@ -19,6 +19,9 @@ class ChatConfig:
     chat_template_kwargs: variables for the template, such as {enable_thinking: false}.
     date: YYYY-MM-DD, what templates that write the day take for today. null: the day of a run's first start, which the
         run's config.yaml keeps, so that a resumed or replayed run reads the same prompts.
+    allow_special_tokens_in_content: what messages and responses say may hold special tokens, written out. By default
+        such texts are plain text (plain_content.py): whoever writes a tool's result or a data file could else end
+        turns and write others.
     without_template: what a tokenizer without a chat template means: "error", or "plain": a conversation is its
         messages' contents, a line each, and the end-of-text token ends an answer. For base models.
     """
@@ -27,6 +30,7 @@ class ChatConfig:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     date: str | None = None
     without_template: Literal["error", "plain"] = "error"
+    allow_special_tokens_in_content: bool = False
 
     def __post_init__(self):
         check_fields(self, "chat")

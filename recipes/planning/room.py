@@ -19,7 +19,7 @@ from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.preferences import Preference
 from lockstep.rollout.tasks import Problem, Task, TaskSplits
 from lockstep.rollout.tasks.views import ChosenProblems, ReplacedProblems
-from lockstep.rollout.tokenizer import encode_response
+from lockstep.rollout.tokenizer import encode_response, render_prompt
 
 if TYPE_CHECKING:
     from lockstep.recipes.evaluation.config import EvalConfig
@@ -52,10 +52,9 @@ class Room:
             return "has no worked solution to learn from; local files name theirs with solution_column", 0
         answer = len(encode_response(tokenizer, problem.solution)) if self.response is None else self.response
         try:
-            text = apply_template(tokenizer, problem.messages)
+            prompt = _num_prompt_tokens(tokenizer, problem, self.tokens - max(answer, self.wanted))
         except ValueError as error:
             return f"cannot be asked: {error}", 0
-        prompt = _num_tokens(tokenizer, text, self.tokens - max(answer, self.wanted))
         if prompt + answer <= self.tokens:
             return None, self.tokens - prompt
         what = "worked solution" if self.response is None else "response"
@@ -199,11 +198,12 @@ def _smaller(*rooms: Room) -> Room:
     return min(rooms, key=lambda room: room.tokens - (room.response or 0))
 
 
-def _num_tokens(tokenizer: Tokenizer, text: str, allowed: int) -> int:
-    """Of the text; 0 where it is so short that they cannot be more than allowed, which need not be counted."""
+def _num_prompt_tokens(tokenizer: Tokenizer, problem: Problem, allowed: int) -> int:
+    """0 where the text is so short that they cannot be more than allowed, which need not be counted."""
+    text = apply_template(tokenizer, problem.messages)
     if len(text.encode()) * _TOKENS_PER_BYTE <= allowed:
         return 0
-    return len(tokenizer.encode(text, add_special_tokens=False))
+    return len(render_prompt(tokenizer, problem.messages))
 
 
 def _say(text: str) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import huggingface_hub
 
-from lockstep.engine.models.config import load_model_config
+from lockstep.engine.models.config import load_model_config, missing_config
 from lockstep.engine.speculation.config import NGRAM
 from lockstep.recipes.cluster.config import check_cluster
 from lockstep.recipes.runs.config import ModelSource
@@ -69,7 +69,7 @@ def check_models(config: RLConfig) -> None:
     }
     for key, path in beside.items():
         if path is not None and hub.parse(path) is None and not (Path(path) / "config.json").is_file():
-            raise ValueError(f"{key}={path} is no model directory: it has no config.json")
+            raise ValueError(f"{key}={path} is no model directory: {missing_config(Path(path))}")
 
 
 def check_algorithm(config: RLConfig) -> None:

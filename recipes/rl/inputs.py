@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from lockstep.engine.models.config import ModelConfig, load_model_config, parse_model_config
+from lockstep.engine.models.config import ModelConfig, load_model_config, missing_config, parse_model_config
 from lockstep.engine.text.chat_template import set_chat_options
 from lockstep.engine.text.config import ChatConfig
 from lockstep.engine.text.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ def sizes_and_tokenizer(source: ModelSource, task: Task, chat: ChatConfig) -> tu
         return parse_model_config(new_config(source.shape, tokenizer).to_dict()), tokenizer
     path = hub.model_directory(source.path, hub.TOKENIZER_AND_CONFIG)
     if not (Path(path) / "config.json").exists():
-        raise ValueError(f"model.path={source.path} is no model directory: it has no config.json")
+        raise ValueError(f"model.path={source.path} is no model directory: {missing_config(Path(path))}")
     return load_model_config(path), load_tokenizer(path, chat)
 
 

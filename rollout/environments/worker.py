@@ -44,8 +44,8 @@ class EpisodeWorker(RolloutWorker):
         super().__init__(engine, tokenizer, task, reward, config, seed, correct)
         self.environment = environment
         self.new_environment = environment.factory()
-        self.calls = GuardedCalls(None if environment.own_process else environment.timeout_s)
-        if environment.own_process:
+        self.calls = GuardedCalls(None if environment.is_apart else environment.timeout_s)
+        if environment.is_apart:
             process = EnvironmentProcess(environment, environment.timeout_s)
             self.new_environment = partial(RemoteEnvironment, process)
         self.episode_failures = FailureLog()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lockstep.rollout.answer_tags import ANSWER_OPEN
+from lockstep.engine.text.answer_tags import ANSWER_OPEN
 from lockstep.rollout.tasks.problem import Problem, Task, TaskSplits, check_index
 
 MOST_REPLACED = 1_000  # problems in a row

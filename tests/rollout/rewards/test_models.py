@@ -61,7 +61,7 @@ def test_a_judge_s_verdict(tokenizer, tmp_path):
 
     def generate(prompts, sampling):
         asked.extend(tokenizer.decode(prompt) for prompt in prompts)
-        return [SimpleNamespace(text=text) for text in texts]
+        return [SimpleNamespace(text=text, error=None) for text in texts]
 
     class Engines(RewardEngines):
         def engine(self, model, options):
