@@ -55,7 +55,6 @@ COMPLEX_FUNCTIONS = {
     "lockstep.recipes.bench.engine_suite._table",
     "lockstep.recipes.cluster.ray_cluster._publish_to",
     "lockstep.recipes.config_schema._build",
-    "lockstep.recipes.planning.first_start.settled",
     "lockstep.recipes.runs.report._plots",
     "lockstep.recipes.runs.report.summary_cards",
     "lockstep.rollout.buffer._grow",
