@@ -6,11 +6,12 @@ import pytest
 import torch
 from models import make_hf_model
 
+from lockstep.rollout.config import TokenizerConfig
 from lockstep.rollout.rewards import Completion, RewardEngines, build_reward
 from lockstep.rollout.rewards.failures import FailedScore
 from lockstep.rollout.rewards.models import JudgeOptions, conversation_ids, fill_in
 from lockstep.rollout.tasks import Problem
-from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer
+from lockstep.rollout.tokenizer import build_tokenizer
 
 PROBLEM = Problem("p", ({"role": "user", "content": "1+1?"},), "2")
 PAD_ID, END_ID = 0, 1
