@@ -171,6 +171,13 @@ def path(name: str, value: Any) -> str:
     return str(value)
 
 
+def text(name: str, value: Any) -> str:
+    """Not empty."""
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise refuse(name, "a text", value)
+    return str(value)
+
+
 def optional(rule: Rule) -> Rule:
     """None stays None."""
     return lambda name, value: None if value is None else rule(name, value)
