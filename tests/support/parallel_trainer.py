@@ -1,6 +1,7 @@
 """What a trainer is seen to do, of which tests compare the bits between layouts. In a module that ranks can import."""
 
 import functools
+from itertools import compress
 
 import torch
 
@@ -45,7 +46,8 @@ def batches(trainer, seed):
     for i, t in enumerate(tokens):
         # Nothing of the last sequences is trained on: one of their micro-batches has nothing to do.
         mask = [False] + [i < 7 and t[j] % 5 != 0 for j in range(1, len(t))]
-        training.append(TrainSequence(t, mask, 1.0 - i / 3, policy[i], reference[i]))
+        old, ref = (list(compress(scores[i], mask)) for scores in (policy, reference))
+        training.append(TrainSequence(t, mask, 1.0 - i / 3, old, ref))
     return pack(training, 48, temperature=0.8)
 
 
