@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,22 @@ def write_whole(target: Path, text: str) -> None:
     """The text as a `whole_file`, in UTF-8."""
     with whole_file(target) as file:
         file.write_text(text, encoding="utf-8")
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Raises ValueError, which begins with `what`, unless files can be written in the folder, or could if it were made.
+
+    A file without a name is made for a moment, where the folder is or would be; nothing stays.
+    """
+    place = next(place for place in (folder, *folder.parents, *folder.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise ValueError(f"{what} cannot be written: {place} is not a directory")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        where = "" if place == folder else f" in {place}"
+        raise ValueError(f"{what} cannot be written{where}: {error.strerror}") from error
 
 
 def flush_to_disk(path: Path) -> None:

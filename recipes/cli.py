@@ -10,10 +10,15 @@ import difflib
 import importlib
 import importlib.metadata
 import logging
+import os
 import re
+import signal
 import sys
+import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -26,7 +31,12 @@ from lockstep.recipes.user_errors import as_user_error
 _LOG = logging.getLogger("lockstep.recipes.cli")  # by its name: this module may run as __main__
 USAGE_ERROR = 2
 INTERRUPTED = 130  # as shells say it: 128 and the signal's number
+TERMINATED = 143
 BROKEN_PIPE = 141
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: of a scheduler or a container that ends the command."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,21 @@ STAGES: Mapping[str, Stage] = {
 
 # What OmegaConf says of a value that stands for a list in a YAML file.
 NOT_A_LIST = re.compile(r"\w+ is not a ListConfig, list or tuple\.?")
+# What else Hydra and OmegaConf say in words of their own, and in ours.
+IN_OUR_WORDS = (
+    (NOT_A_LIST, "one value is not a list: write [VALUE]"),
+    (re.compile(r"field '.*' is not Optional"), "it cannot be null: leave it out"),
+    (
+        re.compile(r"Invalid type assigned: .*"),
+        "it is a section: set its keys, or the whole as {KEY: VALUE}",
+    ),
+    (re.compile(r"Cannot merge DictConfig with ListConfig"), "it is no list: write {NAME: VALUE}"),
+    (
+        re.compile(r"Config group override must be .* Got NoneType"),
+        "task, cluster and recipe cannot be null: leave them out",
+    ),
+)
+SEVERAL_VALUES = re.compile(r"Ambiguous value for argument '([^=]*)=(.*)'")
 
 HELP_TEMPLATE = """\
 lockstep $stage: $summary
@@ -118,10 +143,12 @@ def main(argv: list[str] | None = None, stages: Mapping[str, Stage] = STAGES) ->
 def _choose(arguments: list[str], stages: Mapping[str, Stage]) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         _print_help(stages)
-    elif arguments[0] in ("-V", "--version"):
+    elif {"-V", "--version"} & {arguments[0], *(arguments[1:] if arguments[0] in stages else ())}:
         print(f"lockstep {importlib.metadata.version('lockstep-rl')}")
     elif arguments[0] not in stages:
-        near = difflib.get_close_matches(arguments[0], stages, cutoff=0.5)
+        if arguments[0].startswith("-") or "=" in arguments[0]:
+            _fail(f"{arguments[0]} stands before the stage: lockstep STAGE KEY=VALUE", f"stages: {' '.join(stages)}")
+        near = difflib.get_close_matches(arguments[0].lower(), stages, cutoff=0.5)
         _fail(
             f"unknown stage {arguments[0]!r}",
             near and f"did you mean: {', '.join(near)}",
@@ -130,30 +157,46 @@ def _choose(arguments: list[str], stages: Mapping[str, Stage]) -> None:
     elif {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments):
         _fail("--multirun is not supported: a run directory holds one run, so start one run per setting")
     else:
-        _run_stage(arguments[0], stages[arguments[0]], _flags_first(arguments[1:]))
+        _run_stage(arguments[0], stages[arguments[0]], arguments[1:])
 
 
-def _flags_first(arguments: list[str]) -> list[str]:
-    """Flags and their values, then KEY=VALUE: between two of those, argparse would not know a flag."""
-    arguments = ["dry_run=true" if argument == "--dry-run" else argument for argument in arguments]
-    return sorted(arguments, key=lambda argument: "=" in argument and not argument.startswith("-"))
-
-
-def _run_stage(name: str, stage: Stage, overrides: list[str]) -> None:
+def _run_stage(name: str, stage: Stage, arguments: list[str]) -> None:
     full_errors = launch.full_errors_asked()
-    with ConsoleLog() as console_log:
+    with ConsoleLog() as console_log, _ended_by_sigterm():
         with _user_errors(full_errors):
             launch.check_machine()
             launch.prepare_environment()
             _LOG.debug("importing torch and Megatron-core")
             config_class, run = _resolve(stage.config), _resolve(stage.run)
             _LOG.debug("composing the config")
-            config = _compose(name, stage, config_class, overrides)
+            config = _compose(name, stage, config_class, arguments)
         if config is not None:
             with _user_errors(full_errors, "(HYDRA_FULL_ERROR=1 shows where)"), compilers_say_so():
                 console_log.is_running = True
+                _remove_what_killed_runs_left()
                 _LOG.debug("starting lockstep %s", name)
                 run(config)
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Within it SIGTERM ends the command as Ctrl-C does: what is open is closed. A second one kills."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no other thread may set this
+        return
+    owner = os.getpid()
+
+    def end(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != owner:  # a child that was forked has nothing to close
+            os.kill(os.getpid(), number)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -161,6 +204,8 @@ def _user_errors(full_errors: bool, *details: str) -> Iterator[None]:
     """A user's error is a line and exit code 2; see user_errors. A defect keeps its traceback."""
     try:
         yield
+    except Terminated:
+        _fail("ended by SIGTERM", exit_code=TERMINATED)
     except KeyboardInterrupt:
         _fail("interrupted", exit_code=INTERRUPTED)
     except BrokenPipeError:
@@ -172,7 +217,7 @@ def _user_errors(full_errors: bool, *details: str) -> Iterator[None]:
         _fail(*lines, *details)
 
 
-def _compose(name: str, stage: Stage, config_class: type, overrides: list[str]) -> Any:
+def _compose(name: str, stage: Stage, config_class: type, arguments: list[str]) -> Any:
     """The stage's config, or None where a flag such as --cfg asked Hydra to print instead.
 
     Raises:
@@ -182,7 +227,7 @@ def _compose(name: str, stage: Stage, config_class: type, overrides: list[str]) 
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from lockstep.recipes import config_schema
+    from lockstep.recipes import config_schema, overrides
     from lockstep.recipes.runs import run_config
 
     composed = []
@@ -192,8 +237,9 @@ def _compose(name: str, stage: Stage, config_class: type, overrides: list[str]) 
 
     _register(name, stage, config_schema.mirror(config_class))
     arguments_before = sys.argv
-    overrides = [config_schema.read_override(config_class, override) for override in overrides]
-    sys.argv = [f"lockstep {name}", *overrides]  # hydra.main reads its arguments there
+    arguments = overrides.flags_first(name, arguments, config_class)
+    read = [config_schema.read_override(config_class, argument) for argument in arguments]
+    sys.argv = [f"lockstep {name}", *read]  # hydra.main reads its arguments there
     try:
         with launch.hydra_raises():
             hydra.main(version_base="1.3", config_path="pkg://lockstep.configs", config_name=name)(keep)()
@@ -265,10 +311,18 @@ def _explain(error: Exception, known_keys: list[str]) -> str:
             where = message.partition(":")[0] + ": " if message.startswith("In '") else ""
             if isinstance(cause, ConfigKeyError | ConfigAttributeError):
                 return where + config_schema.unknown_key_message(key, known_keys)
-            reason = NOT_A_LIST.sub("one value is not a list: write [VALUE]", str(cause).partition("\n")[0])
-            return f"{where}{key}: {reason}"
+            return f"{where}{key}: {_in_our_words(str(cause).partition(chr(10))[0])}"
     if isinstance(error, AssertionError):
         return f"a group that is null cannot be set key by key: set it in a YAML file ({message})"
+    if several := SEVERAL_VALUES.match(message):
+        key, values = several.groups()
+        return f"{key}={values} is several values: a list is {key}=[{values}], a text stands in quotes of its own"
+    return _in_our_words(message)
+
+
+def _in_our_words(message: str) -> str:
+    for pattern, words in IN_OUR_WORDS:
+        message = pattern.sub(lambda _, words=words: words, message)
     return message
 
 
@@ -281,6 +335,11 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _resolve(reference: str) -> Any:
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def _remove_what_killed_runs_left() -> None:
+    remove_left = _resolve("lockstep.engine.owned_folder:remove_left")
+    remove_left(Path(tempfile.gettempdir()), _resolve("lockstep.rollout.rewards.isolated_main:remove_tree"))
 
 
 def _print_help(stages: Mapping[str, Stage]) -> None:

@@ -21,6 +21,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from lockstep.engine.config_fields import FieldError
 
+_TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_MOST_NEAR = 6  # keys in an error's advice
 _hints_of = functools.cache(typing.get_type_hints)
 
 # `~` where a path begins in an override: at its start, in a list or in a mapping. Quoted ones are expanded later.
@@ -131,11 +133,22 @@ def _with_home(value: Any) -> Any:
 
 
 def unknown_key_message(key: str, known_keys: Sequence[str]) -> str:
-    """Names the unknown key and the known keys most like it: as a whole, or in their last part."""
-    near = difflib.get_close_matches(key, known_keys, n=3, cutoff=0.75)
+    """Names the unknown key and the known keys most like it."""
+    near = near_keys(key, known_keys)
+    return f"unknown key {key!r}" + (f"\ndid you mean: {', '.join(near)}" if near else "")
+
+
+def near_keys(key: str, known_keys: Sequence[str]) -> list[str]:
+    """The known keys most like it, the likeliest first: as a whole, or in their last part. Case is ignored."""
+    key = key.lower().replace("-", "_") if key[:1] != "-" else key
     last = key.rpartition(".")[2]
-    near += [known for known in known_keys if difflib.get_close_matches(last, [known.rpartition(".")[2]], cutoff=0.75)]
-    return f"unknown key {key!r}" + (f"\ndid you mean: {', '.join(dict.fromkeys(near))}" if near else "")
+    same = [known for known in known_keys if known == key or known.rpartition(".")[2] == last]
+    for cutoff in (0.75, 0.6):
+        near = same + difflib.get_close_matches(key, known_keys, n=3, cutoff=cutoff)
+        near += [k for k in known_keys if difflib.get_close_matches(last, [k.rpartition(".")[2]], cutoff=cutoff)]
+        if near:
+            return list(dict.fromkeys(near))[:_MOST_NEAR]
+    return []
 
 
 def to_plain(value: Any) -> Any:
@@ -154,8 +167,8 @@ def _mirror_type(annotation: Any) -> Any:
         return mirror(annotation)
     if annotation is Path:
         return str
-    if annotation is int:
-        return Any  # OmegaConf would cut 1.5 down to 1; `_build` refuses it
+    if annotation in (int, bool):
+        return Any  # OmegaConf would cut 1.5 down to 1, and take 2 for true; `_build` refuses it
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is None:
         return annotation
@@ -199,6 +212,8 @@ def _build(annotation: Any, value: Any, key: str) -> Any:
         return value
     if annotation is int:
         return _whole_number(value, key)
+    if annotation is bool:
+        return _truth(value, key)
     if value is None:
         return None
     if dataclasses.is_dataclass(annotation):
@@ -231,6 +246,14 @@ def _build(annotation: Any, value: Any, key: str) -> Any:
     if isinstance(value, dict) and len(arguments) == 2:
         return {name: _build(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
     return value
+
+
+def _truth(value: Any, key: str) -> bool:
+    """YAML's older words, in files and in quotes, are read too."""
+    word = str(value).lower()
+    if word not in _TRUTHS:
+        raise ValueError(f"{key} must be true or false, got {value!r}")
+    return _TRUTHS[word]
 
 
 def _whole_number(value: Any, key: str) -> int:

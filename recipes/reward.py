@@ -14,13 +14,14 @@ from lockstep.engine.config_fields import Count, Fraction, InputPath, Size
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.pooling import scored_part
 from lockstep.engine.text.tokenizer import Tokenizer
-from lockstep.recipes.planning.room import pairs_with_room
+from lockstep.recipes.planning.room import pairs_with_room, policy_with_room
 from lockstep.recipes.planning.start_checks import check_stage
 from lockstep.recipes.rl.training_run import START, TrainingRun, TrainingRunConfig, is_due, resumed
 from lockstep.rollout import hub
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.preferences import PairSamplingConfig, Preference, read_pairs, sample_pairs, write_pairs
 from lockstep.rollout.rewards.models import conversation_ids
+from lockstep.rollout.tasks import TaskSplits
 from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.trainer_bridge import MegatronTrainer
 from lockstep.trainer_bridge.algorithms.preference import PreferencePair, bradley_terry_loss, pack_pairs
@@ -56,11 +57,13 @@ def run(config: RewardConfig) -> dict[str, Any]:
         raise ValueError("lockstep reward has no plan to print: --dry-run is for rl and sft")
     config = resumed(config)
     check_stage(config)
+    check_source(config)
     given = given_pairs(config) if config.train_files else None
+    tasks = config.task.build() if given else policy_tasks(config)
     with TrainingRun(config, "reward") as run:
-        model = str(config.model.resolve(run.path / "new_model", config.task.build().train, config.seed))
+        model = str(config.model.resolve(run.path / "new_model", tasks.train, config.seed))
         run.check_made("the new model", run.path / "new_model")
-        train, held_out = given or sampled_pairs(config, run, hub.model_directory(config.policy or model))
+        train, held_out = given or sampled_pairs(config, run, tasks, hub.model_directory(config.policy or model))
         tokenizer, pad_token_id = load_tokenizer(model, config.chat), load_model_config(model).pad_token_id
         train_tokens, held_out_tokens = (
             [tokenized(tokenizer, pair, pad_token_id) for pair in pairs] for pairs in (train, held_out)
@@ -74,7 +77,9 @@ def run(config: RewardConfig) -> dict[str, Any]:
 
         def evaluate_if_due(step: int) -> None:
             if is_due(step, config.evaluate_every, config.steps):
-                run.sinks.record(step, "eval", evaluate_pairs(trainer, held_out_tokens))
+                scores = score_pairs(trainer, held_out_tokens)
+                run.sinks.record(step, "eval", judge_scores(scores))
+                run.sinks.record_samples(step, "eval", pair_rows(held_out, scores, config.wandb.sample_rows))
 
         if trainer.step_count == 0:
             evaluate_if_due(0)
@@ -89,6 +94,31 @@ def run(config: RewardConfig) -> dict[str, Any]:
             evaluate_if_due(step)
             run.checkpoint_if_due(step, trainer=trainer)
         return run.finish(trainer)
+
+
+def check_source(config: RewardConfig) -> None:
+    """Raises ValueError where there is nothing that pairs could come from."""
+    if config.train_files:
+        return
+    if config.held_out_files:
+        raise ValueError("held_out_files are given without train_files: there is nothing to learn from")
+    if config.policy is None and config.model.path is None:
+        raise ValueError(
+            "there are no pairs to learn from, and a model that is made from nothing has no right answers to make them "
+            "of: give train_files=PAIRS.jsonl (lines of prompt, chosen, rejected), or a language model that can do the "
+            "task as model.path=DIR or policy=DIR"
+        )
+
+
+def policy_tasks(config: RewardConfig) -> TaskSplits:
+    """Of which a policy's answers become pairs. Raises ValueError for a problem whose pair could have no room."""
+    tasks = config.task.build()
+    model, tokenizer = config.model.described(tasks.train, config.chat)
+    policy = model
+    if config.policy is not None:
+        path = hub.model_directory(config.policy, hub.TOKENIZER_AND_CONFIG)
+        policy, tokenizer = load_model_config(path), load_tokenizer(path, config.chat)
+    return policy_with_room(config, tasks, model, policy, tokenizer)
 
 
 def given_pairs(config: RewardConfig) -> tuple[list[Preference], list[Preference]]:
@@ -120,17 +150,19 @@ def some_of_each(train: list[Preference], held_out: list[Preference]) -> tuple[l
     return train, held_out
 
 
-def sampled_pairs(config: RewardConfig, run: TrainingRun, policy: str) -> tuple[list[Preference], list[Preference]]:
+def sampled_pairs(
+    config: RewardConfig, run: TrainingRun, tasks: TaskSplits, policy: str
+) -> tuple[list[Preference], list[Preference]]:
     """A policy's right answers against its wrong ones; made once for a run, and found there when it is resumed."""
     files = {name: run.path / f"{name}_pairs.jsonl" for name in ("train", "held_out")}
     if not all(file.exists() for file in files.values()):
-        tasks, tokenizer, sampling = config.task.build(), load_tokenizer(policy, config.chat), config.sampling
+        tokenizer, sampling = load_tokenizer(policy, config.chat), config.sampling
         _LOG.info("sampling answers of the model %s, to make pairs", policy)
         engine = Engine(replace(config.engine, model=policy))
         try:
-            for task, number, file in (
-                (tasks.train, sampling.train_problems, files["train"]),
+            for task, number, file in (  # the fewer first: they show as well whether there are pairs
                 (tasks.held_out, sampling.held_out_problems, files["held_out"]),
+                (tasks.train, sampling.train_problems, files["train"]),
             ):
                 write_pairs(file, sample_pairs(engine, tokenizer, task, number, sampling, config.seed))
         finally:
@@ -162,11 +194,32 @@ def tokenized(tokenizer: Tokenizer, pair: Preference, pad_token_id: int | None) 
     return PreferencePair(*(scored_part(token_ids, pad_token_id) for token_ids in conversations))
 
 
-def evaluate_pairs(trainer: MegatronTrainer, pairs: Sequence[PreferencePair]) -> dict[str, float]:
-    """accuracy: pairs whose better response has the higher score; margin: the scores' mean difference."""
+def score_pairs(trainer: MegatronTrainer, pairs: Sequence[PreferencePair]) -> list[tuple[float, float]]:
+    """Of each pair's better response and of the other."""
     values = trainer.values([sequence for pair in pairs for sequence in pair])
-    margins = [chosen[-1] - rejected[-1] for chosen, rejected in zip(values[::2], values[1::2], strict=True)]
+    return [(chosen[-1], rejected[-1]) for chosen, rejected in zip(values[::2], values[1::2], strict=True)]
+
+
+def judge_scores(scores: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """accuracy: pairs whose better response has the higher score; margin: the scores' mean difference."""
+    margins = [chosen - rejected for chosen, rejected in scores]
     return {
         "accuracy": sum(margin > 0 for margin in margins) / len(margins),
         "margin": sum(margins) / len(margins),
     }
+
+
+def pair_rows(pairs: Sequence[Preference], scores: Sequence[tuple[float, float]], number: int) -> list[dict[str, Any]]:
+    """A table of the first pairs, for sinks."""
+    return [
+        {
+            "data set": "held out",
+            "prompt": "\n".join(message["content"] for message in pair.messages),
+            "chosen": pair.chosen,
+            "rejected": pair.rejected,
+            "chosen score": chosen,
+            "rejected score": rejected,
+            "correct": chosen > rejected,
+        }
+        for pair, (chosen, rejected) in zip(pairs[:number], scores[:number], strict=True)
+    ]

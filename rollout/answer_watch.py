@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from lockstep.rollout.answer_tags import ANSWER_CLOSE, ANSWER_OPEN
+from lockstep.engine.text.answer_tags import ANSWER_CLOSE, ANSWER_OPEN
 from lockstep.rollout.sample import Sample
 from lockstep.rollout.tasks.answers import extract_answer
 

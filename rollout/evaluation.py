@@ -94,15 +94,18 @@ def evaluate(
     config: EvaluationConfig,
     seed: int,
     environment: EnvironmentConfig = EnvironmentConfig(),  # noqa: B008  frozen
+    correct: Reward | None = None,
 ) -> EvalResult:
     """Answers the first `num_problems` problems of a task (all, if it has fewer) and scores them.
+
+    correct: as RolloutWorker takes it.
 
     Raises VerifierError where every verdict fails for the same reason.
     """
     sampling = replace(
         RolloutConfig(), max_tokens=config.max_tokens, temperature=config.temperature, top_p=config.top_p
     )
-    worker = build_worker(engine, tokenizer, task, reward, sampling, seed, environment)
+    worker = build_worker(engine, tokenizer, task, reward, sampling, seed, environment, correct)
     size = config.samples_per_problem
     groups = worker.sample_first(config.num_problems, size, EVALUATION_STEP)
     num_unjudged = worker.failures.take()

@@ -15,11 +15,15 @@ from lockstep.engine.config_fields import MAX_COUNT, Positive, Size, check_field
 from lockstep.engine.files import write_whole
 from lockstep.engine.text.model_output import valid_text
 from lockstep.engine.text.tokenizer import Tokenizer
+from lockstep.rollout.answer_watch import num_unanswered
 from lockstep.rollout.evaluation import EVALUATION_STEP
+from lockstep.rollout.group import Group
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.tasks.chats import Messages, looks_like_chat, read_messages, to_ask
 from lockstep.rollout.tasks.data_files import Row, plain_text, read_rows
 from lockstep.rollout.worker import RolloutConfig, RolloutWorker
+
+TRIED_FIRST = 64  # problems: a policy that gives no pair for any of them gives too few to learn from
 
 
 @dataclass(frozen=True)
@@ -74,21 +78,50 @@ def sample_pairs(
 ) -> list[Preference]:
     """Pairs of the task's first problems, judged by its verifier; the same for the same weights and seed.
 
-    Raises ValueError where no problem has both a right and a wrong answer.
+    Raises ValueError where no problem has both a right and a wrong answer: if that is so of the first TRIED_FIRST, no
+    other is tried.
     """
     rollout = RolloutConfig(max_tokens=config.max_tokens, temperature=config.temperature)
     worker = RolloutWorker(engine, tokenizer, task, lambda completions: [0.0] * len(completions), rollout, seed)
-    groups = worker.sample_first(num_problems, config.samples_per_problem, EVALUATION_STEP)
-    worker.failures.take()
+    pairs: list[Preference] = []
+    number = min(num_problems, len(task))
+    for begin in range(0, number, TRIED_FIRST)[:2]:
+        end = TRIED_FIRST if begin == 0 else number
+        groups = worker.sample_first(min(end, number), config.samples_per_problem, EVALUATION_STEP, begin)
+        worker.failures.take()
+        pairs += _pairs_of(groups)
+        if not pairs:
+            raise ValueError(_why_none(task, groups))
+    return pairs
+
+
+def _pairs_of(groups: Sequence[Group]) -> list[Preference]:
     pairs = []
     for group in groups:
         right = next((sample.text for sample in group.samples if sample.correct), None)
         wrong = next((sample.text for sample in group.samples if not sample.correct), None)
         if right is not None and wrong is not None:
             pairs.append(Preference(group.problem.messages, right, wrong))
-    if not pairs:
-        raise ValueError(f"of {len(groups)} problems of {task.name!r} none got both a right and a wrong answer")
     return pairs
+
+
+def _why_none(task: Task, groups: Sequence[Group]) -> str:
+    samples = [sample for group in groups for sample in group.samples]
+    num_right = sum(sample.correct for sample in samples)
+    text = (
+        f"of {len(groups)} problems of {task.name!r} none got both a right and a wrong answer, which make a pair; "
+        f"{num_right:,} of {len(samples):,} answers are right"
+    )
+    if 2 * num_right > len(samples):
+        return f"{text}. Take a harder task, or a higher sampling.temperature, or give pairs as train_files"
+    if (unanswered := num_unanswered(samples)) == len(samples):
+        text += ", and in none an answer was found"
+    elif unanswered:
+        text += f", and in {unanswered:,} no answer was found"
+    return (
+        f"{text}. Take a policy=DIR that has learned the task (as `lockstep sft` makes it), an easier task, or more "
+        "sampling.max_tokens or sampling.samples_per_problem; or give pairs as train_files"
+    )
 
 
 def _parse(row: Row) -> Preference:

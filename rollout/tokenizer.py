@@ -10,12 +10,13 @@ from tokenizers import Tokenizer as TokenizerBuilder
 from transformers import PreTrainedTokenizerFast
 
 from lockstep.engine.config_fields import Size, check_fields
-from lockstep.engine.text.chat_template import CHAT_TEMPLATE, ChatConfig, apply_template, set_chat_options
+from lockstep.engine.text.answer_tags import ANSWER_CLOSE, ANSWER_OPEN
+from lockstep.engine.text.chat_template import CHAT_TEMPLATE, ChatConfig, set_chat_options
 from lockstep.engine.text.end_of_turn import end_of_turn
 from lockstep.engine.text.model_output import valid_text
+from lockstep.engine.text.plain_content import encode_assistant_text, encode_conversation
 from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.engine.text.tokenizer import load_tokenizer as load_foreign_tokenizer
-from lockstep.rollout.answer_tags import ANSWER_CLOSE, ANSWER_OPEN
 
 PAD = "<|pad|>"
 END = "<|end|>"
@@ -92,12 +93,16 @@ def render_prompt(
 ) -> list[int]:
     """Token ids of the conversation through the tokenizer's chat template, up to where the response begins.
 
-    tools: JSON schemas for the template. Raises ValueError as `apply_template` does.
+    tools: JSON schemas for the template. Special tokens that messages write out are plain text (plain_content.py).
+    Raises ValueError as `apply_template` does.
     """
-    return tokenizer.encode(apply_template(tokenizer, messages, tools), add_special_tokens=False)
+    return encode_conversation(tokenizer, messages, tools)
 
 
 def encode_response(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a whole response as the chat template writes it, the end of turn included."""
+    """Token ids of a whole response as the chat template writes it, the end of turn included.
+
+    Tokens of turns that it writes out are plain text; other special tokens, such as `<think>` may be, stay such.
+    """
     end = end_of_turn(tokenizer)
-    return [*tokenizer.encode(end.before + valid_text(text) + end.after, add_special_tokens=False), end.token_id]
+    return [*encode_assistant_text(tokenizer, valid_text(text), end.before, end.after), end.token_id]

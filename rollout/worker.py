@@ -42,7 +42,10 @@ _RULES: dict[str, Rule] = {"prompts_per_step": Whole(1), "samples_per_prompt": W
 
 
 class RolloutWorker:
-    """Generates and scores groups; the same coordinates always give the same samples for the same weights."""
+    """Generates and scores groups; the same coordinates always give the same samples for the same weights.
+
+    correct: gives 1 where an answer is right; None: the task's verifier, in this process.
+    """
 
     def __init__(
         self,
@@ -52,12 +55,13 @@ class RolloutWorker:
         reward: Reward,
         config: RolloutConfig,
         seed: int,
+        correct: Reward | None = None,
     ):
         self.engine = engine
         self.tokenizer = tokenizer
         self.task = task
         self.reward = reward
-        self.correct = correct_reward(task)
+        self.correct = correct or correct_reward(task)
         self.failures = StepFailures()
         self.config = config
         self.seed = seed
@@ -97,9 +101,9 @@ class RolloutWorker:
         self.score([group for group in groups if group.samples is None and group.has_ended])
         return sum(len(output.token_ids) for output in outputs)
 
-    def sample_first(self, num_problems: int, samples_per_problem: int, step: int) -> list[Group]:
-        """The scored groups of the task's first problems, of all where it has fewer."""
-        indices = range(min(num_problems, len(self.task)))
+    def sample_first(self, num_problems: int, samples_per_problem: int, step: int, begin: int = 0) -> list[Group]:
+        """The scored groups of the task's first problems, of all where it has fewer; those before `begin` left out."""
+        indices = range(begin, min(num_problems, len(self.task)))
         groups = [self.begin(self.task.problem(index), index, step, samples_per_problem) for index in indices]
         self.extend(groups)
         return groups

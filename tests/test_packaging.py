@@ -9,6 +9,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import lockstep
 
@@ -103,3 +105,44 @@ def test_make_never_silences_pip():
     pip_lines = [line for line in lines if "pip install" in line or "pip wheel" in line]
     assert len(pip_lines) >= 5
     assert [line for line in pip_lines if re.search(r"\s(-q+|--quiet)\b", line)] == []
+
+
+def needed_packages(requirements: list[str]) -> set[str]:
+    """Names of what these need here, and of what that needs in turn. What is not installed needs nothing."""
+    found: set[tuple[str, str]] = set()
+    waiting = [(Requirement(text), "") for text in requirements]
+    while waiting:
+        requirement, extra = waiting.pop()
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        for wanted in {(canonicalize_name(requirement.name), name) for name in ("", *requirement.extras)} - found:
+            found.add(wanted)
+            try:
+                texts = importlib.metadata.requires(requirement.name) or []
+            except importlib.metadata.PackageNotFoundError:
+                continue
+            waiting += [(Requirement(text), wanted[1]) for text in texts]
+    return {name for name, _ in found}
+
+
+def test_every_pin_is_of_a_package_that_is_needed():
+    project = PYPROJECT["project"]
+    requirements = [
+        *project["dependencies"],
+        *(text for extra in project["optional-dependencies"].values() for text in extra),
+    ]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
+    pinned = {canonicalize_name(line.partition("==")[0]) for line in lines}
+    needed = needed_packages(requirements)
+    assert sorted(pinned - needed) == []
+    assert {canonicalize_name(Requirement(text).name) for text in requirements} <= pinned
+
+
+def test_at_the_root_of_a_clone_the_packages_are_its_own(tmp_path):
+    """Also where the package is installed from a wheel, which the folder `lockstep` there stands before."""
+    program = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in getattr(f, '__name__', '')]\n"
+        "import lockstep.configs, lockstep.recipes.user_errors as m; print(m.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.stderr) == (str(ROOT / "recipes" / "user_errors.py"), "")

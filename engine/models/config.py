@@ -44,6 +44,7 @@ OTHER_FORMATS = {
     "*.gguf": "GGUF files are not read: take the model's safetensors",
     "params.json": "this is a vendor's own format: take the model's transformers format",
     "adapter_config.json": "this is an adapter: merge it into its model first",
+    "metrics.jsonl": "this is a run: its model is the folder model in it, or lockstep convert makes it of a checkpoint",
     "checkpoint.json": "this is a training checkpoint: lockstep convert makes a model directory of it",
 }
 
@@ -135,10 +136,21 @@ def read_config_json(directory: Path) -> dict[str, Any]:
         what = "it is a file" if directory.exists() else "there is no such directory"
         raise MissingFileError(f"no {CONFIG_FILE} in {directory}: {what}")
     if not has_file(directory, CONFIG_FILE):
-        others = [name for name in OTHER_FORMATS if any(directory.glob(name))]
-        hint = f"; {OTHER_FORMATS[others[0]]}" if others else ""
+        other = other_format(directory)
+        hint = "" if other is None else f"; {other}"
         raise MissingFileError(f"no {CONFIG_FILE} in {directory}: it is no model directory of transformers{hint}")
     return read_json(directory, CONFIG_FILE)
+
+
+def missing_config(directory: Path) -> str:
+    """Why it is no model directory, where it has no config.json."""
+    other = other_format(directory)
+    return f"it has no {CONFIG_FILE}{'' if other is None else f'; {other}'}"
+
+
+def other_format(directory: Path) -> str | None:
+    """What a directory without a config.json is, and what to do, where that is known."""
+    return next((what for name, what in OTHER_FORMATS.items() if any(directory.glob(name))), None)
 
 
 def parse_model_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:

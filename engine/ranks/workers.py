@@ -13,7 +13,6 @@ import shutil
 import signal
 import socket
 import struct
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from lockstep.engine.owned_folder import OwnedFolder
 from lockstep.engine.ranks.rank_group import RankGroup, RankGroupError
 from lockstep.engine.ranks.rank_step import RankStep
 
@@ -91,7 +91,7 @@ class Workers:
         self._device = device
         self._timeout_s = timeout_s
         self._start_deadline = time.monotonic() + start_timeout_s
-        self._directory = tempfile.TemporaryDirectory(prefix="lockstep-ranks-", ignore_cleanup_errors=True)
+        self._directory = OwnedFolder("ranks")
         self._sockets: list[socket.socket] = []
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self.ended_by: str | None = None
@@ -101,7 +101,7 @@ class Workers:
                 own, theirs = socket.socketpair()
                 own.settimeout(timeout_s)
                 self._sockets.append(own)
-                group, meeting = RankGroup(rank, size), (Path(self._directory.name), timeout_s)
+                group, meeting = RankGroup(rank, size), (self._directory.path, timeout_s)
                 process = context.Process(
                     target=_serve,
                     args=(theirs, os.getpid(), torch.get_num_threads(), group, meeting, make_follower, arguments),
@@ -131,7 +131,7 @@ class Workers:
                 raise RankError(f"rank {rank} failed:\n{_text(content)}")
             num_pages = min(num_pages, *_integers(content))
         self._tell(Kind.BEGIN, np.array([num_pages], np.int64))
-        self.group.connect(Path(self._directory.name), self._device, self._timeout_s)
+        self.group.connect(self._directory.path, self._device, self._timeout_s)
         return num_pages
 
     def step(self, step: RankStep) -> None:
@@ -194,7 +194,8 @@ class Workers:
             if process.exitcode is None:
                 process.kill()
                 process.join()
-        self._directory.cleanup()
+        with suppress(OSError):
+            self._directory.close()
 
     def _tell(self, kind: Kind, content: np.ndarray | None = None) -> None:
         for own in self._sockets:

@@ -36,6 +36,7 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\\n' }}{% endif %}{% endfor %}"
 )
+MAX_TEMPLATE_CHARACTERS = 2**20  # the largest published ones have some 30,000
 _OWN = (CHAT_TEMPLATE, PLAIN_TEMPLATE, BOS_TEMPLATE + PLAIN_TEMPLATE)
 _DRAWS = re.compile(r"\|\s*random\b|\blipsum\b")
 _NOT_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
@@ -48,6 +49,9 @@ class ChatConfig:
     chat_template_kwargs: variables for the template, such as {enable_thinking: false}.
     date: YYYY-MM-DD, what templates that write the day take for today. null: the day of a run's first start, which the
         run's config.yaml keeps, so that a resumed or replayed run reads the same prompts.
+    allow_special_tokens_in_content: what messages and responses say may hold special tokens, written out. By default
+        such texts are plain text (plain_content.py): whoever writes a tool's result or a data file could else end
+        turns and write others.
     without_template: what a tokenizer without a chat template means: "error", or "plain": a conversation is its
         messages' contents, a line each, and the end-of-text token ends an answer. For base models.
     """
@@ -56,6 +60,7 @@ class ChatConfig:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     date: str | None = None
     without_template: Literal["error", "plain"] = "error"
+    allow_special_tokens_in_content: bool = False
 
     def __post_init__(self):
         check_fields(self, "chat")
@@ -87,6 +92,11 @@ def set_chat_options(tokenizer: Tokenizer, chat: ChatConfig) -> None:
         if not isinstance(template, str):
             raise ValueError(
                 f"a chat template of {tokenizer.name_or_path!r} is a {type(template).__name__}, not a text; "
+                "give another with chat.template=FILE"
+            )
+        if len(template) > MAX_TEMPLATE_CHARACTERS:
+            raise ValueError(
+                f"a chat template of {tokenizer.name_or_path!r} has {len(template):,} characters; "
                 "give another with chat.template=FILE"
             )
         if _DRAWS.search(template):

@@ -62,9 +62,10 @@ def added_ids(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset((*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids))
 
 
-def split_at_end(tokenizer: Tokenizer, text: str, ends: Iterable[int]) -> tuple[str, int, list[int]] | None:
-    """(white space, the end of turn, the tokens that follow) of text behind a turn; None where it is another text."""
-    ids = tokenizer.encode(text, add_special_tokens=False)
+def split_at_end(
+    tokenizer: Tokenizer, ids: Sequence[int], ends: Iterable[int]
+) -> tuple[str, int, Sequence[int]] | None:
+    """(white space, the end of turn, the tokens that follow) of what stands behind a turn; None where it is another."""
     for place, token in enumerate(ids):
         if token in ends:
             return decode_text(tokenizer, ids[:place], skip_special_tokens=False), token, ids[place + 1 :]
@@ -76,6 +77,7 @@ def split_at_end(tokenizer: Tokenizer, text: str, ends: Iterable[int]) -> tuple[
 @functools.lru_cache(maxsize=8)
 def _end_of_turn(tokenizer: Tokenizer, state: str) -> EndOfTurn:
     named = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
     named += [token for token in _generation_ends(tokenizer.name_or_path) if token < len(tokenizer)]
     before, found = "", None
     if templates(tokenizer):
@@ -84,10 +86,10 @@ def _end_of_turn(tokenizer: Tokenizer, state: str) -> EndOfTurn:
         start, shown, rest = turn.rpartition(MARK)
         if shown and start.startswith(prompt) and not start[len(prompt) :].strip():
             before = start[len(prompt) :]
-        found = split_at_end(tokenizer, rest, added_ids(tokenizer)) if shown else None
+        found = split_at_end(tokenizer, encode(rest), added_ids(tokenizer)) if shown else None
         if found is None:  # GLM's turns end where the next begins: with the token of who speaks next
             longer = apply_template(tokenizer, [_ASKED, _MARKED, _ASKED])
-            found = split_at_end(tokenizer, longer.rpartition(MARK)[2], named) if MARK in longer else None
+            found = split_at_end(tokenizer, encode(longer.rpartition(MARK)[2]), named) if MARK in longer else None
     if found is None and not named:
         raise ValueError(
             f"nothing says where a turn of {tokenizer.name_or_path!r} ends: its chat template writes no special token "

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from lockstep.engine.checkpoints.export import SIDECARS, TOKENIZER_CONFIG
-from lockstep.engine.foreign_files import MissingFileError, has_file, inner_file, read_json
+from lockstep.engine.foreign_files import MissingFileError, has_file, inner_file
+from lockstep.engine.models.config import CONFIG_FILE, load_model_config, other_format
+from lockstep.engine.text.tokenizer_fields import check_fields
+from lockstep.engine.text.tokenizer_probe import check_patterns
 
 MAX_FILE_BYTES = 2**29
+# One of these is there wherever there is a tokenizer.
+_TOKENIZER_FILES = (
+    "*token*.json",
+    "tokenizer.model*",
+    "vocab.*",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "*.tiktoken",
+    "tekken.json",
+)
 # How many characters a tokenizer may make of one before it cuts text into tokens.
 MAX_GROWTH = 64
 
@@ -54,17 +68,29 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     directory = Path(path)
     if not directory.is_dir():
         raise MissingFileError(f"{directory} is no model directory: there is no such directory")
+    if not any(any(directory.glob(name)) for name in _TOKENIZER_FILES):
+        load_model_config(directory)  # which says what else the directory is
+        raise MissingFileError(f"{directory} holds no tokenizer: fetch tokenizer.json and {TOKENIZER_CONFIG}")
     _check_files(directory)
     from transformers import AutoTokenizer  # seconds of imports that users of token ids do without
 
-    try:
+    with _refusals(directory):
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    _check_growth(directory, tokenizer)
+    check_patterns(str(directory), tokenizer)
+    with _refusals(directory):
+        _try_out(tokenizer)
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _refusals(directory: Path) -> Iterator[None]:
+    try:
+        yield
     except BaseException as error:  # of transformers, tokenizers, sentencepiece; Rust's panics are BaseExceptions
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
         raise _refusal(directory, error) from None
-    _check_growth(directory, tokenizer)
-    return tokenizer
 
 
 def _check_files(directory: Path) -> None:
@@ -78,14 +104,23 @@ def _check_files(directory: Path) -> None:
         size = inner_file(file.parent, file.name).stat().st_size
         if size > MAX_FILE_BYTES:
             raise ValueError(f"{file} has {size} bytes: it is not what its name says")
-    if has_file(directory, TOKENIZER_CONFIG):
-        read_json(directory, TOKENIZER_CONFIG)
+    check_fields(directory)
+
+
+def _try_out(tokenizer: Tokenizer) -> None:
+    """What a file says may be refused where it is used first."""
+    ids = tokenizer.encode("a 1", add_special_tokens=False)
+    tokenizer.decode([*ids, *tokenizer.all_special_ids])
+    dict(tokenizer.added_tokens_decoder)
 
 
 def _refusal(directory: Path, error: BaseException) -> ValueError:
-    names = [file.name for file in directory.iterdir() if "token" in file.name or file.name == "config.json"]
-    if not any("token" in name for name in names) and isinstance(error, OSError):
-        return MissingFileError(f"{directory} holds no tokenizer: fetch tokenizer.json and {TOKENIZER_CONFIG}")
+    """What is wrong with the tokenizer, or with what else makes the directory no model's."""
+    if has_file(directory, CONFIG_FILE) or other_format(directory) is not None:
+        try:
+            load_model_config(directory)
+        except ValueError as fault:
+            return fault
     line = " ".join(str(error).split())
     if "trust_remote_code" in line or "custom code" in line:
         line = "it needs Python code of its own, which is not run; use a tokenizer that has a tokenizer.json"

@@ -40,6 +40,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
 
     Raises ValueError for an unknown algorithm.
     """
+    config.refuse("peer", "shape")
     names = config.workloads or list(ALGORITHMS)
     if unknown := [name for name in names if name not in ALGORITHMS]:
         raise ValueError(f"unknown algorithm {unknown[0]!r}; there are: {', '.join(ALGORITHMS)}")

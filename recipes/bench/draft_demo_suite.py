@@ -30,6 +30,7 @@ COLUMNS = [
 
 def run(config: BenchConfig) -> dict[str, Any]:
     """Reads the run directory config.model; without one, makes the demo first. Writes means over fifths of the run."""
+    config.refuse("peer", "workloads", "shape")
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(config.model) if config.model else Path(scratch) / "demo"
         if not config.model:
@@ -38,7 +39,9 @@ def run(config: BenchConfig) -> dict[str, Any]:
     steps = [record for record in records if record["stage"] == "rl"]
     size = max(1, len(steps) // PARTS)
     rows = [_means(steps[at : at + size]) for at in range(0, len(steps), size)]
-    timed = [record for record in records if "draft/speed_up" in record][-1]
+    timed = next((record for record in reversed(records) if "draft/speed_up" in record), None)
+    if timed is None:
+        raise ValueError(f"model={config.model} holds no finished run that trained a draft")
     notes = [
         "Means over steps. The first columns are what the engine's verification made of the served draft, in all "
         "rollouts; the others are of the same held-out samples of each step. 4 drafts per step, temperature 1.",

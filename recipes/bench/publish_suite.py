@@ -43,10 +43,11 @@ PARTS = {"pack_s": "pack", "wire_s": "wire", "unpack_s": "unpack", "copy_s": "fl
 def run(config: BenchConfig) -> dict[str, Any]:
     """Times each way in a process of its own; writes after each. `workloads` picks ways."""
     config.refuse("model", "peer")
+    ways = chosen_ways(config)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         path = write_model_directory(config.model_name, Path(scratch))
-        for way in chosen_ways(config):
+        for way in ways:
             job = Job(way, path, _engine_config(path, config), config)
             rows.append(call_in_own_process(f"publish: {TITLES[way]}", measure, job, config.timeout_s))
             table = _table(config, rows)

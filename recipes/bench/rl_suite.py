@@ -67,6 +67,7 @@ class Trained:
 
 def run(config: BenchConfig) -> dict[str, Any]:
     """Raises ValueError for a peer other than trl, or where TRL is not installed."""
+    config.refuse("workloads", "shape")
     if config.peer not in (None, "trl"):
         raise ValueError(f"bench: suite=rl has one peer, trl, not {config.peer}")
     if config.peer and importlib.util.find_spec("trl") is None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
+from lockstep.engine.files import check_writable
 from lockstep.recipes.bench.config import BenchConfig
 
 SUITES = {
@@ -22,6 +24,12 @@ SUITES = {
 
 
 def run(config: BenchConfig) -> dict[str, Any]:
-    """Runs the config's suite, which writes its results and shows them; returns what its JSON holds."""
+    """Runs the config's suite, which writes its results and shows them; returns what its JSON holds.
+
+    Raises ValueError before the suite where its results could not be written.
+    """
     config = config.resolve()
+    check_writable(Path(config.output), f"output={config.output}")
+    if config.profile:
+        check_writable(Path(config.images), f"images={config.images}")
     return importlib.import_module(SUITES[config.suite]).run(config)

@@ -157,9 +157,13 @@ class RewardActor:
         launch.set_up_process(seed, num_threads)
         self._rewards = LocalRewards()
         self._built: list[Reward] = []
+        self._tasks: dict[int, Task] = {}
 
-    def build(self, terms: Any, task: Task) -> None:
-        self._built.append(self._rewards.build(terms, task))
+    def build(self, terms: Any, number: int, task: Task | None) -> None:
+        """Of the task of this number, which comes once: its rewards share its verifier and what that remembers."""
+        if task is not None:
+            self._tasks[number] = task
+        self._built.append(self._rewards.build(terms, self._tasks[number]))
 
     def score(self, which: int, completions: Sequence[Completion]) -> list[float]:
         """By the reward that was built as number `which`."""

@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 import ray
 
+from lockstep.engine.owned_folder import OwnedFolder
 from lockstep.recipes.cluster.config import ClusterConfig
 
 _LOG = logging.getLogger(__name__)
@@ -50,17 +51,15 @@ class RaySession:
     def __init__(self, config: ClusterConfig):
         self.directory: Path | None = None
         self._is_ours = not ray.is_initialized()
-        self._folder: tempfile.TemporaryDirectory | None = None
+        self._folder: OwnedFolder | None = None
         if not self._is_ours:
             return
         if config.address is not None:
             self._join(config.address)
         else:
             base = tempfile.gettempdir()
-            self._folder = tempfile.TemporaryDirectory(
-                prefix="lockstep-ray-", dir=base if len(base) < _LONGEST_FOLDER else "/tmp", ignore_cleanup_errors=True
-            )
-            self.directory = Path(self._folder.name)
+            self._folder = OwnedFolder("ray", base if len(base) < _LONGEST_FOLDER else "/tmp")
+            self.directory = self._folder.path
             self._start(config.start_timeout_s)
 
     @property
@@ -78,7 +77,8 @@ class RaySession:
         if self._is_ours:
             ray.shutdown()
         if self._folder is not None:
-            self._folder.cleanup()
+            with contextlib.suppress(OSError):
+                self._folder.close()
 
     def abandon(self) -> None:
         """In place of `close`, without a head: Ray's own clean-up would wait for it for a minute, and then end this

@@ -33,7 +33,8 @@ class RemoteRewards:
         self._cluster = cluster
         self._arguments = (seed, num_threads)
         self._start_actor = start
-        self._built: list[tuple[Any, Task]] = []
+        self._built: list[tuple[Any, int]] = []
+        self._tasks: list[Task] = []
         self.actors = [self._start(number) for number in range(cluster.reward_workers)]
 
     def wait_until_ready(self) -> None:
@@ -43,12 +44,13 @@ class RemoteRewards:
     def build(self, terms: Mapping[str, Any] | str, task: Task) -> Reward:
         """As `build_reward`, on every worker; once for the same terms and task. Raises what it raises there."""
         terms = with_absolute_paths(terms)
-        for which, (known_terms, known_task) in enumerate(self._built):
-            if known_task is task and known_terms == terms:
-                return partial(self._score, which)
-        self._call(dict.fromkeys(range(len(self.actors)), ("build", terms, task)))
-        self._built.append((terms, task))
-        return partial(self._score, len(self._built) - 1)
+        number = next((number for number, known in enumerate(self._tasks) if known is task), len(self._tasks))
+        if (terms, number) not in self._built:
+            is_new = number == len(self._tasks)
+            self._call(dict.fromkeys(range(len(self.actors)), ("build", terms, number, task if is_new else None)))
+            self._tasks += [task] if is_new else []
+            self._built.append((terms, number))
+        return partial(self._score, self._built.index((terms, number)))
 
     def _score(self, which: int, completions: Sequence[Completion]) -> list[float]:
         shares = deal(len(completions), len(self.actors))
@@ -86,8 +88,11 @@ class RemoteRewards:
         ray.kill(self.actors[number])
         self.actors[number] = self._start(number)
         self._wait_until_ready(number)
-        for terms, task in self._built:
-            self._start_call(number, ("build", terms, task))  # a worker takes its calls in order
+        sent: set[int] = set()
+        for terms, task_number in self._built:
+            task = None if task_number in sent else self._tasks[task_number]
+            sent.add(task_number)
+            self._start_call(number, ("build", terms, task_number, task))  # a worker takes its calls in order
 
     def _wait_until_ready(self, number: int) -> None:
         timeout = self._cluster.start_timeout_s

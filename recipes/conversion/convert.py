@@ -17,6 +17,7 @@ from lockstep.engine.checkpoints.draft_config import LayerIds, ServingEngine
 from lockstep.engine.checkpoints.export import save_hf
 from lockstep.engine.checkpoints.pickled_weights import has_pickled_weights, rewrite_pickled_model
 from lockstep.engine.config_fields import Size, Text, check_fields
+from lockstep.engine.files import check_writable
 from lockstep.engine.models.config import ModelConfig, as_scalar_model, load_model_config, read_config_json
 from lockstep.engine.models.names import expand, format_table
 from lockstep.engine.models.sharding import check_divides, check_expert_ranks
@@ -141,6 +142,7 @@ def _output(config: ConvertConfig) -> str:
         raise ValueError("convert: set output=DIRECTORY (or table=true to print the names, plan=true a weight plan)")
     if Path(config.output).exists():
         raise ValueError(f"convert: {config.output} exists; choose another output")
+    check_writable(Path(config.output), f"output={config.output}")
     return config.output
 
 

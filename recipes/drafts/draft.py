@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,12 +15,13 @@ import torch
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.engine.checkpoints.draft_checkpoint import load_draft, save_draft
-from lockstep.engine.checkpoints.draft_config import ServingEngine, choose_engine
+from lockstep.engine.checkpoints.draft_config import ServingEngine, choose_engine, load_draft_config
 from lockstep.engine.config_fields import Count, Input, InputPath, Seed, Size, Text, Threads, check_fields
-from lockstep.engine.models.config import ModelConfig
+from lockstep.engine.models.config import ModelConfig, load_model_config
 from lockstep.engine.models.eagle3 import Eagle3Config, Eagle3Draft, initialize
 from lockstep.engine.speculation.speculation import MAX_DRAFT_TOKENS
 from lockstep.engine.steps.capture import Capture, CaptureConfig, CapturedSequence
+from lockstep.engine.text.detokenizer import decode_text
 from lockstep.engine.text.end_of_turn import stop_token_ids
 from lockstep.recipes.drafts.draft_texts import DraftText, read_texts
 from lockstep.recipes.planning.start_checks import check_stage
@@ -93,20 +95,18 @@ def run(config: DraftConfig) -> dict[str, Any]:
     config = resumed(config)
     check_stage(config)
     config = replace(config, engine=replace(config.engine, model=hub.pinned(config.engine.model)))
+    model = hub.model_directory(config.engine.model)
+    held_out, texts = checked_texts(config, model)
     with TrainingRun(config, "draft") as run:
         _LOG.info("loading the model %s", config.engine.model)
-        config = replace(config, engine=replace(config.engine, model=hub.model_directory(config.engine.model)))
+        config = replace(config, engine=replace(config.engine, model=model))
         engine = Engine(config.engine)
-        max_tokens = min(config.max_tokens, engine.max_model_len)
-        texts = read_texts(config.rollouts, config.texts, config.engine.model, max_tokens)
-        held_out, texts = _split(texts, config)
         draft = _starting_draft(config, engine, texts)
-        choose_engine(config.export_for, draft.config.aux_layers, engine.model_config)  # refused now, not at the end
         capture = engine.start_capture(CaptureConfig(draft.config.aux_layers, memory_bytes=2**62))
         trainer = DraftTrainer(config.trainer, draft, engine.model.head_weight)
         run.start(trainer)
         held_out_sequences = with_states(engine, capture, held_out)
-        train(config, run, engine, capture, trainer, texts, held_out_sequences)
+        train(config, run, engine, capture, trainer, texts, held_out, held_out_sequences)
         export, temperature, served_by = _export(run, trainer, held_out_sequences, engine.model_config)
         engine.shutdown()
         run.sinks.record(config.steps, "draft_verified", verified_acceptance(config, export, held_out))
@@ -120,13 +120,17 @@ def train(
     capture: Capture,
     trainer: DraftTrainer,
     texts: Sequence[DraftText],
-    held_out: Sequence[DraftSequence],
+    held_out: Sequence[DraftText],
+    held_out_sequences: Sequence[DraftSequence],
 ) -> None:
     """The loop. Step s learns from the texts whose turn it is; their states are computed for it and then dropped."""
 
     def evaluate_if_due(step: int) -> None:
         if is_due(step, config.evaluate_every, config.steps):
-            run.sinks.record(step, "draft_eval", trainer.unrolled.evaluate(held_out))
+            run.sinks.record(step, "draft_eval", trainer.unrolled.evaluate(held_out_sequences))
+            if config.sinks:
+                rows = text_rows(engine, trainer, held_out, held_out_sequences, config.wandb.sample_rows)
+                run.sinks.record_samples(step, "draft_eval", rows)
 
     order = ProblemOrder(len(texts), config.seed)
     if trainer.step_count == 0:
@@ -143,6 +147,26 @@ def train(
         run.record(step, {**stats, "time/states": prefilled - started, "time/train": ended - prefilled})
         evaluate_if_due(step)
         run.checkpoint_if_due(step, trainer=trainer)
+
+
+def text_rows(
+    engine: Engine,
+    trainer: DraftTrainer,
+    texts: Sequence[DraftText],
+    sequences: Sequence[DraftSequence],
+    number: int,
+) -> list[dict[str, Any]]:
+    """A table of the first texts, each with what is expected of the draft on it, for sinks."""
+    decode = str if engine.tokenizer is None else partial(decode_text, engine.tokenizer, skip_special_tokens=False)
+    return [
+        {
+            "data set": "held out",
+            "prompt": decode(list(text.token_ids[: text.num_prompt])),
+            "response": decode(list(text.token_ids[text.num_prompt :])),
+            **trainer.unrolled.evaluate([sequence]),
+        }
+        for text, sequence in zip(texts[:number], sequences[:number], strict=True)
+    ]
 
 
 def with_states(engine: Engine, capture: Capture, texts: Sequence[DraftText]) -> list[DraftSequence]:
@@ -180,12 +204,28 @@ def new_draft(
     return draft
 
 
+def checked_texts(config: DraftConfig, model: str) -> tuple[list[DraftText], list[DraftText]]:
+    """(held out, to train on). Looks at all that can be refused before the model of that directory is loaded.
+
+    Raises ValueError for texts that are none, and for a draft that cannot start from, or be exported to, what is asked.
+    """
+    target = load_model_config(model)
+    max_tokens = min(config.max_tokens, config.engine.max_model_len or target.max_position_embeddings)
+    texts = read_texts(config.rollouts, config.texts, model, max_tokens)
+    if config.start is None:
+        draft = Eagle3Config.of_target(target, target.vocab_size)
+    elif config.draft_vocab_size is not None:
+        raise ValueError(f"draft: start={config.start} has a vocabulary; draft_vocab_size is that of a new draft")
+    else:
+        draft = load_draft_config(config.start, target, config.engine.draft_layer_ids)
+    choose_engine(config.export_for, draft.aux_layers, target)
+    return _split(texts, config)
+
+
 def _starting_draft(config: DraftConfig, engine: Engine, texts: Sequence[DraftText]) -> Eagle3Draft:
     if config.start is None:
         options = {"norm_aux": config.norm_aux, "norm_output": config.norm_output}
         return new_draft(engine, texts, config.draft_vocab_size, config.seed, **options)
-    if config.draft_vocab_size is not None:
-        raise ValueError(f"draft: start={config.start} has a vocabulary; draft_vocab_size is that of a new draft")
     embedding = engine.model.embedding.word_embeddings.weight
     options = {"head_weight": engine.model.head_weight, "numbers_of": config.engine.draft_layer_ids}
     return load_draft(config.start, engine.model_config, embedding, embedding.dtype, **options)

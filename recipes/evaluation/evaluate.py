@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from lockstep.engine import Engine, EngineConfig
 from lockstep.engine.config_fields import Count, Seed, Text, Threads, check_fields
-from lockstep.engine.files import write_whole
+from lockstep.engine.files import check_writable, write_whole
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.text.chat_template import ChatConfig
 from lockstep.engine.text.detokenizer import decode_text
@@ -31,7 +30,7 @@ from lockstep.rollout import hub
 from lockstep.rollout.answer_watch import warn_unanswered
 from lockstep.rollout.environments import EnvironmentConfig
 from lockstep.rollout.evaluation import EvalResult, EvaluationConfig, evaluate
-from lockstep.rollout.rewards import LocalRewards, check_reward
+from lockstep.rollout.rewards import CORRECT, LocalRewards, check_reward
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.tokenizer import load_tokenizer
 
@@ -111,7 +110,16 @@ def evaluate_tasks(
 ) -> dict[str, EvalResult]:
     """Each task's result, with the reward that its own verifier gives where the reward asks for one."""
     return {
-        name: evaluate(engine, tokenizer, task, rewards.build(reward, task), config, seed, environment)
+        name: evaluate(
+            engine,
+            tokenizer,
+            task,
+            rewards.build(reward, task),
+            config,
+            seed,
+            environment,
+            correct=rewards.build(CORRECT, task),
+        )
         for name, task in tasks.items()
     }
 
@@ -122,11 +130,7 @@ def _check_can_be_written(path: Path) -> None:
         raise ValueError(f"output={path} is a folder; name a file in it")
     if not path.parent.is_dir():
         raise ValueError(f"output={path}: there is no folder {path.parent}")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"output={path} cannot be written: {error.strerror}") from error
+    check_writable(path.parent, f"output={path}")
 
 
 def _print_samples(console: Console, name: str, result: EvalResult, tokenizer: Tokenizer, count: int) -> None:

@@ -17,6 +17,7 @@ from lockstep.recipes.planning.memory import Item, engine_memory, kv_bytes_per_t
 from lockstep.recipes.planning.room import rl_with_room, sft_with_room
 from lockstep.recipes.planning.start_checks import check_rl
 from lockstep.recipes.rl.inputs import ModelSource
+from lockstep.recipes.rl.training_run import check_directory
 from lockstep.rollout.environments import SINGLE_TURN
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.tokenizer import encode_response, render_prompt
@@ -63,10 +64,11 @@ def dry_run(plan: Plan) -> dict[str, Any]:
 
 def rl_plan(config: RLConfig) -> Plan:
     tasks, refused = config.task.build(), []
-    try:
-        check_rl(config)
-    except ValueError as error:
-        refused.append(str(error))
+    for check in (lambda: check_rl(config), lambda: check_directory(config, "rl")):
+        try:
+            check()
+        except ValueError as error:
+            refused.append(str(error))
     further = {name: task.build().held_out for name, task in config.evaluation_tasks.items()}
     try:
         tasks, _ = rl_with_room(config, tasks, further)
@@ -106,6 +108,7 @@ def rl_plan(config: RLConfig) -> Plan:
 
 
 def sft_plan(config: SFTConfig) -> Plan:
+    check_directory(config, "sft")
     tasks = sft_with_room(config, config.task.build())
     model, tokenizer = config.model.described(tasks.train, config.chat)
     prompts = _prompt_lengths(tokenizer, tasks.train)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lockstep.engine.models.config import load_model_config
+import huggingface_hub
+
+from lockstep.engine.models.config import load_model_config, missing_config
 from lockstep.engine.speculation.build import NGRAM
 from lockstep.recipes.cluster.config import check_cluster
 from lockstep.recipes.rl.inputs import ModelSource
@@ -20,6 +23,8 @@ from lockstep.trainer_bridge.algorithms.algorithms import build_algorithm
 if TYPE_CHECKING:
     from lockstep.recipes.rl.rl import RLConfig
     from lockstep.recipes.rl.training_run import TrainingRunConfig
+
+_LOG = logging.getLogger(__name__)
 
 
 def check_rl(config: RLConfig) -> None:
@@ -44,6 +49,13 @@ def check_stage(config: TrainingRunConfig) -> None:
             raise ValueError(f"{key} must not be empty: the run is written to runs_dir/name")
     if config.steps == 0:
         raise ValueError("steps=0: there is nothing to do; steps must be at least 1")
+    repo = getattr(config, "push_to_hub", None)
+    if repo is not None and huggingface_hub.get_token() is None:
+        _LOG.warning(
+            "push_to_hub=%s: nobody is logged in to the hub here (hf auth login, or HF_TOKEN), so the model "
+            "will stay on this machine",
+            repo,
+        )
 
 
 def check_models(config: RLConfig) -> None:
@@ -57,7 +69,7 @@ def check_models(config: RLConfig) -> None:
     }
     for key, path in beside.items():
         if path is not None and hub.parse(path) is None and not (Path(path) / "config.json").is_file():
-            raise ValueError(f"{key}={path} is no model directory: it has no config.json")
+            raise ValueError(f"{key}={path} is no model directory: {missing_config(Path(path))}")
 
 
 def check_algorithm(config: RLConfig) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerFast
 
 from lockstep.engine.config_fields import InputPath, check_fields
-from lockstep.engine.models.config import ModelConfig, load_model_config, parse_model_config
+from lockstep.engine.models.config import ModelConfig, load_model_config, missing_config, parse_model_config
 from lockstep.engine.text.chat_template import ChatConfig, set_chat_options
 from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.recipes.rl.new_model import ModelShape, new_config, new_model
@@ -42,7 +42,8 @@ class TaskConfig:
         ANSWER_INSTRUCTION for a model that is given, nothing for one that was made from nothing, which learns how from
         worked solutions.
     overlong: problems that have no room in the model, or in a micro-batch: "error" names the first, "skip" leaves them
-        out and says how many. See recipes/planning/room.py.
+        out and says how many; of a task of more than 1,000 problems that makes them when they are asked for, the next
+        one stands for each. See recipes/planning/room.py.
     """
 
     kind: str = "reasoning_gym"
@@ -97,7 +98,7 @@ class ModelSource:
             return parse_model_config(new_config(self.shape, tokenizer).to_dict()), tokenizer
         path = hub.model_directory(self.path, hub.TOKENIZER_AND_CONFIG)
         if not (Path(path) / "config.json").exists():
-            raise ValueError(f"model.path={self.path} is no model directory: it has no config.json")
+            raise ValueError(f"model.path={self.path} is no model directory: {missing_config(Path(path))}")
         return load_model_config(path), load_tokenizer(path, chat)
 
     def new_tokenizer(self, task: Task) -> PreTrainedTokenizerFast:

@@ -31,7 +31,7 @@ from lockstep.rollout.buffer import BufferConfig, RolloutBuffer
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.environments.worker import build_worker
 from lockstep.rollout.evaluation import EvaluationConfig
-from lockstep.rollout.rewards import check_reward
+from lockstep.rollout.rewards import CORRECT, check_reward
 from lockstep.rollout.sample import Sample
 from lockstep.rollout.tasks import Task, TaskSplits
 from lockstep.rollout.tokenizer import load_tokenizer
@@ -178,8 +178,10 @@ def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
 def rollout_worker(config: RLConfig, cluster: LocalCluster, task: Task) -> RolloutWorker:
     """What draws and scores a run's samples, and in a replay draws them again."""
     tokenizer = load_tokenizer(cluster.engine.config.model, config.chat)
-    reward = cluster.rewards.build(config.reward, task)
-    return build_worker(cluster.engine, tokenizer, task, reward, config.rollout, config.seed, config.environment)
+    reward, correct = cluster.rewards.build(config.reward, task), cluster.rewards.build(CORRECT, task)
+    return build_worker(
+        cluster.engine, tokenizer, task, reward, config.rollout, config.seed, config.environment, correct
+    )
 
 
 def last_samples(path: Path) -> list[Sample]:

@@ -30,9 +30,10 @@ from lockstep.recipes.runs.run_config import (
     read_config,
     resumed_from_plain,
 )
-from lockstep.recipes.runs.run_directory import RunDirectory, checkpoint_steps, read_metrics
+from lockstep.recipes.runs.run_directory import RunDirectory, check_start, checkpoint_steps, read_metrics
 from lockstep.recipes.runs.run_inputs import RunInputs, config_inputs, files_below, hashes_of
 from lockstep.recipes.runs.run_log import RunLog
+from lockstep.recipes.runs.run_place import Advice
 from lockstep.recipes.runs.sinks import Sinks, WandbConfig, open_sinks
 from lockstep.recipes.runs.trace import Trace
 from lockstep.rollout.evaluation import EvalResult
@@ -41,6 +42,12 @@ from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 _LOG = logging.getLogger(__name__)
 TRACED = ("reward", "loss", "tokens_per_s", "staleness")  # metrics that the timeline draws as curves
 START = "the run's model"  # stands in trainer.model and engine.model until the run knows its model directory
+
+
+LOST_INPUTS = (
+    "%s has no inputs.json, or an empty one: what the run was started from is not known, so files that were changed "
+    "since are not noticed"
+)
 
 
 class CheckpointPart(Protocol):
@@ -127,21 +134,7 @@ class TrainingRun:
         launch.set_up_process(config.seed, config.num_threads)
         self.config = config
         self.stage = stage
-        anew = _anew(config, stage)
-        hint = anew if _is_warmup(config) else f"{_resuming(config, stage)} ; or {anew}"
-        if not config.overwrite and (made := max(checkpoint_steps(config.directory), default=0)) > config.steps:
-            raise ValueError(
-                f"steps={config.steps}: the run in {config.directory} has made {made} steps already; {hint}"
-            )
-        self.directory = RunDirectory(
-            config.directory,
-            as_stored(config),
-            keep_checkpoints=config.keep_checkpoints,
-            overwrite=config.overwrite,
-            inputs=lambda: config_inputs(config),
-            hint=hint,
-            anew=anew,
-        )
+        self.directory = RunDirectory(**_place_of(config, stage), keep_checkpoints=config.keep_checkpoints)
         self.path = self.directory.path
         self._log = RunLog(self.path)
         self._say_what_changed()
@@ -179,6 +172,8 @@ class TrainingRun:
     def _say_what_changed(self) -> None:
         if self.directory.moved_to is not None:
             _LOG.warning("the run that was here is now %s", self.directory.moved_to)
+        if self.directory.lost_inputs:
+            _LOG.warning(LOST_INPUTS, self.path)
         if versions := self.directory.inputs.changed_versions():
             _LOG.warning("not what the run began with: %s; its results may differ", ", ".join(versions))
 
@@ -250,6 +245,26 @@ class TrainingRun:
         return results
 
 
+def check_directory(config: TrainingRunConfig, stage: str) -> None:
+    """Raises ValueError for a directory in which the run could not start, as `TrainingRun` does. Changes nothing."""
+    check_start(**_place_of(config, stage))
+
+
+def _place_of(config: TrainingRunConfig, stage: str) -> dict[str, Any]:
+    """What RunDirectory and check_start take. Raises ValueError for a run that has made more steps already."""
+    anew, resume = _anew(config, stage), _resuming(config, stage)
+    hint = anew if _is_warmup(config) else f"resume that run with: {resume} ; or {anew}"
+    if not config.overwrite and (made := max(checkpoint_steps(config.directory), default=0)) > config.steps:
+        raise ValueError(f"steps={config.steps}: the run in {config.directory} has made {made} steps already; {hint}")
+    return {
+        "path": config.directory,
+        "config": as_stored(config),
+        "overwrite": config.overwrite,
+        "inputs": lambda: config_inputs(config),
+        "advice": Advice(hint, anew, resume),
+    }
+
+
 def as_stored(config: TrainingRunConfig) -> TrainingRunConfig:
     """What config.yaml holds of it: all but its place, since a run may be moved or renamed."""
     return replace(config, runs_dir="", name="", run=None, overwrite=False)
@@ -270,6 +285,8 @@ def has_ended(config: TrainingRunConfig) -> bool:
 def changed_inputs(config: TrainingRunConfig) -> list[str]:
     """A line for each file that the run in the config's directory was started from and that is not what it was."""
     inputs = RunInputs(config.directory)
+    if not inputs.is_known:
+        _LOG.warning(LOST_INPUTS, config.directory)
     roles = inputs.with_recorded(config_inputs(config))
     return [line for role, files in roles.items() for line in inputs.changes(role, files)]
 
@@ -280,7 +297,9 @@ def _is_warmup(config: TrainingRunConfig) -> bool:
 
 
 def _resuming(config: TrainingRunConfig, stage: str) -> str:
-    return f"resume that run with: lockstep {stage} run={shlex.quote(str(config.directory))}"
+    """The command. A stage that another run begins with goes on with that."""
+    stage, directory = ("rl", Path(config.runs_dir)) if _is_warmup(config) else (stage, config.directory)
+    return f"lockstep {stage} run={shlex.quote(str(directory))}"
 
 
 def _anew(config: TrainingRunConfig, stage: str) -> str:

@@ -1,9 +1,15 @@
 """SHA-256 beside what a run writes, in the format of `sha256sum`, so that later changes are detected and named."""
 
+import contextlib
+import gzip
 import hashlib
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 SUFFIX = ".sha256"
+PACKED = ".gz"  # what gzip adds to the name of a file that it takes the place of
 FOLDER_LIST = "SHA256SUMS"
 
 
@@ -13,13 +19,31 @@ def hash_line(content: bytes, name: str) -> str:
 
 
 def check_file(path: Path) -> None:
-    """Raises ValueError that names the file unless its content is that of the hash file beside it."""
-    recorded = path.with_suffix(SUFFIX)
-    for file in (path, recorded):
-        if not file.exists():
-            raise ValueError(f"{file} is missing")
-    if recorded.read_text(encoding="utf-8") != _line(hash_of(path), path.name):
-        raise ValueError(f"{path} was changed after it was written: it does not have the hash in {recorded.name}")
+    """Raises ValueError that names the file unless its content is that of the hash file beside it.
+
+    Either may have been packed by gzip since.
+    """
+    with opened(path.with_suffix(SUFFIX)) as file:
+        recorded = file.read().decode("utf-8", "replace")
+    with opened(path) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if recorded != _line(digest, path.name):
+        name = path.with_suffix(SUFFIX).name
+        raise ValueError(f"{path} was changed after it was written: it does not have the hash in {name}")
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """The file, or, where gzip has packed it, what it was. Raises ValueError that names a missing or damaged one."""
+    packed = path.with_name(path.name + PACKED)
+    if not path.exists() and not packed.exists():
+        others = sorted(other.name for other in path.parent.glob(f"{path.name}.*"))
+        raise ValueError(f"{path} is missing" + (f"; beside it is {others[0]}: unpack that" if others else ""))
+    with open(path, "rb") if path.exists() else gzip.open(packed) as file:
+        try:
+            yield file
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{packed} is damaged: {error}") from error
 
 
 def write_folder_list(folder: Path) -> None:

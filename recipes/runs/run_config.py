@@ -86,9 +86,11 @@ def resumed_from_plain(config_class: type[Config], given: Mapping[str, Any], exp
     given: a whole plain config; what is not its class's default is asked for, and the keys in `explicit` (dotted) are.
     Raises ValueError that names the keys which a resumed run cannot change, or that the stored config is of no use.
     """
+    if not str(given["run"]).strip():
+        raise ValueError("run must not be empty: it names the directory of a run, such as run=runs/NAME")
     directory = Path(given["run"])
     if not (directory / CONFIG_FILE).exists():
-        raise ValueError(f"run={directory}: there is no run to resume (no {CONFIG_FILE})")
+        raise ValueError(f"run={directory}: there is no run to resume (no {CONFIG_FILE}){_runs_near(directory)}")
     stored = completed(config_class, read_config(directory), f"{directory / CONFIG_FILE}")
     asked = _asked(config_class, given, explicit)
     if clash := [key for key in _NOT_WITH_RUN if key in asked]:
@@ -103,6 +105,14 @@ def resumed_from_plain(config_class: type[Config], given: Mapping[str, Any], exp
     place = directory if directory.name not in ("", "..") else directory.resolve()
     config = from_plain(config_class, wanted)
     return replace(config, run=None, runs_dir=str(place.parent), name=place.name)
+
+
+def _runs_near(path: Path) -> str:
+    """Of a path that is no run directory: those that it may stand for."""
+    if (path.parent / CONFIG_FILE).exists():
+        return f"; did you mean run={path.parent}"
+    inside = sorted(str(file.parent) for file in path.glob(f"*/{CONFIG_FILE}"))[:3] if path.is_dir() else []
+    return f"; did you mean run={' or run='.join(inside)}" if inside else ""
 
 
 def merged(plain: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

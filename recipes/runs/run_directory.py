@@ -18,32 +18,141 @@ alone. The directory can be read by its owner alone.
 
 import contextlib
 import dataclasses
-import fcntl
-import itertools
 import json
-import math
 import os
 import re
+import shlex
 import shutil
-import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
 from lockstep.engine.files import TEMPORARY, flush_to_disk, whole_folder, write_whole
 from lockstep.recipes.config_schema import to_plain
 from lockstep.recipes.runs import content_hashes
+from lockstep.recipes.runs.json_lines import fields_of, json_line, read_lines, with_numbers
 from lockstep.recipes.runs.run_config import CONFIG_FILE, MAY_DIFFER, completed, differences, read_config
 from lockstep.recipes.runs.run_inputs import INPUTS_FILE, RunInputs
+from lockstep.recipes.runs.run_place import Advice, check_place, check_unlocked, move_aside, take_lock
 
-LOCK_FILE = "run.lock"
 # What a run makes before its first step, from its config and inputs; but for the runs of stages that it begins with.
 _MADE_FROM_INPUTS = (
     INPUTS_FILE, "new_model", "new_draft", "train_pairs.jsonl", "held_out_pairs.jsonl", "metrics.jsonl", "model",
     "report.html", "trace.json",
 )  # fmt: skip
+
+
+class HeldRun:
+    """What a directory holds, for a config that is to run there: its methods raise ValueError, and change nothing."""
+
+    def __init__(self, path: Path, config: Any, may_differ: Iterable[str], advice: Advice):
+        self.path = path
+        self.inputs = RunInputs(path)
+        self.plain = to_plain(config)
+        self._config = config
+        self._may_differ = tuple(may_differ)
+        self._advice = advice
+
+    @property
+    def has_finished_a_step(self) -> bool:
+        """Whether there is anything that took training to make."""
+        if checkpoint_steps(self.path) or rollout_steps(self.path):
+            return True
+        metrics = self.path / "metrics.jsonl"
+        return metrics.exists() and any(record.get("step", 0) > 0 for record in read_lines(metrics))
+
+    def config_differences(self) -> tuple[Mapping[str, Any], list[str]]:
+        """The config that it was started with, and a line for each key of it that is another now.
+
+        Refused where a step was made with the other config.
+        """
+        file = self.path / CONFIG_FILE
+        if not file.exists():
+            return self.plain, []
+        stored = read_config(self.path)
+        started = self.inputs.config or stored
+        if dataclasses.is_dataclass(self._config):
+            stored, started = (completed(type(self._config), held, str(file)) for held in (stored, started))
+        lines = differences(started, self.plain, self._may_differ)
+        if lines and self.has_finished_a_step:
+            was_edited = not differences(stored, self.plain, self._may_differ)
+            text = f"{self.path} holds a run with another config; {self._advice.hint}"
+            if was_edited:
+                text = f"{file} was changed after the run had begun; put it back, or {self._advice.anew}"
+            raise ValueError("\n".join([text, *lines]))
+        return started, lines
+
+    def input_changes(self, roles: Mapping[str, Mapping[str, str]], made_by_the_run: bool = False) -> list[str]:
+        """A line for each file that is not as it was; refused where a step was made from it, or the run made it."""
+        changes = [line for role, files in roles.items() for line in self.inputs.changes(role, files)]
+        if changes and (made_by_the_run or self.has_finished_a_step):
+            text = f"{self.path} was started from files that are not what they were; put them back, or "
+            raise ValueError("\n".join([text + self._advice.anew, *changes]))
+        return changes
+
+    def check_content(self) -> None:
+        """Of what a resumed run keeps: the newest checkpoint, and the rollouts and metrics up to it."""
+        steps = checkpoint_steps(self.path)
+        for step in _rollout_names(self.path):
+            if steps and step <= steps[-1]:
+                self._check_rollouts(step)
+        if steps:
+            self._check_newest(steps)
+        if (metrics := self.path / "metrics.jsonl").exists():
+            read_lines(metrics)
+
+    def _check_rollouts(self, step: int) -> None:
+        file = rollouts_path(self.path, step)
+        try:
+            content_hashes.check_file(file)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}\nput it back as it was; or go on without the samples of step {step}: "
+                f"mkdir -p {_quoted(self.path / 'damaged')} && mv {_quoted(file.with_suffix(''))}.* "
+                f"{_quoted(self.path / 'damaged')} && {self._advice.resume}"
+            ) from None
+
+    def _check_newest(self, steps: list[int]) -> None:
+        try:
+            content_hashes.check_folder(checkpoint_path(self.path, steps[-1]))
+        except ValueError as error:
+            raise ValueError(f"{error}\n{self._way_back(steps)}") from None
+
+    def _way_back(self, steps: list[int]) -> str:
+        """How to go on from the newest of the other checkpoints that is whole."""
+        for number in range(len(steps) - 2, -1, -1):
+            try:
+                content_hashes.check_folder(checkpoint_path(self.path, steps[number]))
+            except ValueError:
+                continue
+            damaged = [_quoted(checkpoint_path(self.path, step)) for step in steps[number + 1 :]]
+            moves = " && ".join(f"mv {folder} {folder}.damaged" for folder in damaged)
+            whole = f"the checkpoint of step {steps[number]} is whole; to go on from it"
+            return f"{whole}: {moves} && {self._advice.resume}"
+        return f"no other checkpoint is whole: put it back as it was, or {self._advice.anew}"
+
+
+def check_start(
+    path: str | os.PathLike[str],
+    config: Any,
+    *,
+    may_differ: Iterable[str] = MAY_DIFFER,
+    overwrite: bool = False,
+    inputs: Callable[[], Mapping[str, Mapping[str, str]]] = dict,
+    advice: Advice = Advice(),  # noqa: B008  frozen
+) -> None:
+    """Raises ValueError for what RunDirectory would refuse, with the same arguments. Changes nothing."""
+    path = Path(path)
+    check_place(path)
+    check_unlocked(path)
+    if overwrite or not (path / CONFIG_FILE).exists():
+        return
+    held = HeldRun(path, config, may_differ, advice)
+    _, lines = held.config_differences()
+    if not lines and not held.input_changes(held.inputs.with_recorded(inputs())):
+        held.check_content()
 
 
 class RunDirectory:
@@ -60,10 +169,10 @@ class RunDirectory:
         keep_checkpoints: how many of the newest checkpoints stay; 0 keeps all.
         overwrite: a run that is there is moved to `NAME.old-1` (or 2, ...) beside it, whole.
         inputs: gives the hashes of the files that the config names, by config key; see `settle_inputs`.
-        hint: what an error says last: how to go on. anew: the same where the run that is there cannot go on.
+        advice: what an error says last.
     Raises:
         ValueError: another process runs here; or the directory holds something else, or a run with another config, or
-            a rollout file or newest checkpoint that was changed since it was written.
+            files that were changed since they were written; or it cannot be written.
     """
 
     def __init__(
@@ -75,23 +184,24 @@ class RunDirectory:
         keep_checkpoints: int = 2,
         overwrite: bool = False,
         inputs: Callable[[], Mapping[str, Mapping[str, str]]] = dict,
-        hint: str = "resume that, or name another run",
-        anew: str = "name another run",
+        advice: Advice = Advice(),  # noqa: B008  frozen
     ) -> None:
         self.path = Path(path)
         if keep_checkpoints < 0:
             raise ValueError(f"keep_checkpoints must be at least 0 (all), got {keep_checkpoints}")
         self.keep_checkpoints = keep_checkpoints
-        self._hint, self._anew = hint, anew
-        _require_run_or_empty(self.path)
-        self.moved_to = _move_aside(self.path) if overwrite else None
+        check_place(self.path)
+        self.moved_to = move_aside(self.path) if overwrite else None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.mkdir(mode=0o700, exist_ok=True)
-        self._lock = _take_lock(self.path / LOCK_FILE)
+        self._lock = take_lock(self.path)
         try:
-            self.inputs = RunInputs(self.path)
-            self._settle_config(config, tuple(may_differ))
+            self._held = HeldRun(self.path, config, may_differ, advice)
+            self.inputs = self._held.inputs
+            self.lost_inputs = not self.inputs.is_known and self._held.has_finished_a_step
+            self._settle_config()
             self.settle_inputs(self.inputs.with_recorded(inputs()))
+            self._held.check_content()
             for folder in (self.path / "rollouts", self.path / "checkpoints"):
                 folder.mkdir(exist_ok=True)
             self._recover()
@@ -126,19 +236,16 @@ class RunDirectory:
     def checkpoint_path(self, step: int) -> Path:
         return checkpoint_path(self.path, step)
 
-    def rollouts_path(self, step: int) -> Path:
-        return self.path / "rollouts" / f"{_step_name(step)}.jsonl"
-
     def record_metrics(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl. Numbers that JSON lacks are written "NaN", "Infinity", "-Infinity"."""
-        self._metrics.write(_json_line({"step": step, "stage": stage, **metrics}))
+        self._metrics.write(json_line({"step": step, "stage": stage, **metrics}))
         self._metrics.flush()
         os.fsync(self._metrics.fileno())
 
     def write_rollouts(self, step: int, samples: Iterable[Any]) -> Path:
         """Write the step's samples (mappings or dataclass instances), one a line, in place of an earlier file."""
-        target = self.rollouts_path(step)
-        text = "".join(_json_line(_fields(sample)) for sample in samples)
+        target = rollouts_path(self.path, step)
+        text = "".join(json_line(fields_of(sample)) for sample in samples)
         # First the hash: rollouts that are there have theirs.
         write_whole(target.with_suffix(content_hashes.SUFFIX), content_hashes.hash_line(text.encode(), target.name))
         write_whole(target, text)
@@ -164,14 +271,6 @@ class RunDirectory:
         """Record the final weights' SHA-256 (hex). Opening the directory again removes it, until the next end."""
         write_whole(self.path / "weights.sha256", digest + "\n")
 
-    @property
-    def has_finished_a_step(self) -> bool:
-        """Whether there is anything that took training to make."""
-        if checkpoint_steps(self.path) or rollout_steps(self.path):
-            return True
-        metrics = self.path / "metrics.jsonl"
-        return metrics.exists() and any(record.get("step", 0) > 0 for record in _read_lines(metrics))
-
     def settle_inputs(self, roles: Mapping[str, Mapping[str, str]], made_by_the_run: bool = False) -> None:
         """Records the files that the run starts from, or compares them with what was recorded.
 
@@ -179,42 +278,25 @@ class RunDirectory:
         unless they are files that it made itself.
         Raises ValueError that names the files which are not as they were.
         """
-        changes = [line for role, files in roles.items() for line in self.inputs.changes(role, files)]
-        if changes and (made_by_the_run or self.has_finished_a_step):
-            text = f"{self.path} was started from files that are not what they were; put them back, or {self._anew}"
-            raise ValueError("\n".join([text, *changes]))
-        if changes:
-            self._start_again(self._plain_config)
+        if self._held.input_changes(roles, made_by_the_run):
+            self._start_again()
         self.inputs.record(roles)
 
-    def _settle_config(self, config: Any, may_differ: tuple[str, ...]) -> None:
+    def _settle_config(self) -> None:
         """Writes config.yaml; where there is one, refuses a config that differs in other keys than may_differ's."""
-        self._plain_config = plain = to_plain(config)
-        file = self.path / CONFIG_FILE
-        lines, started = [], plain
-        if file.exists():
-            stored = read_config(self.path)
-            started = self.inputs.config or stored
-            if dataclasses.is_dataclass(config):
-                stored, started = (completed(type(config), held, str(file)) for held in (stored, started))
-            lines = differences(started, plain, may_differ)
-            if lines and self.has_finished_a_step:
-                was_edited = not differences(stored, plain, may_differ)
-                text = f"{self.path} holds a run with another config; {self._hint}"
-                if was_edited:
-                    text = f"{file} was changed after the run had begun; put it back, or {self._anew}"
-                raise ValueError("\n".join([text, *lines]))
+        file, plain = self.path / CONFIG_FILE, self._held.plain
+        started, lines = self._held.config_differences()
         if lines:
-            self._start_again(plain)
+            self._start_again()
         elif self.inputs.config is None or not file.exists():
             self.inputs.start(started)
         write_whole(file, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
-    def _start_again(self, plain: Mapping[str, Any]) -> None:
+    def _start_again(self) -> None:
         """Removes what was made from another config or other files. Runs of earlier stages look after themselves."""
         for name in _MADE_FROM_INPUTS:
             _delete(self.path / name)
-        self.inputs.start(plain)
+        self.inputs.start(self._held.plain)
 
     def _recover(self) -> None:
         """Remove what a killed run left unfinished, and what it wrote after its newest checkpoint."""
@@ -225,19 +307,14 @@ class RunDirectory:
         self._point_to_latest()
         self._drop_old_checkpoints()
         last_step = -1 if self.resume_step is None else self.resume_step
-        rollouts = self.path / "rollouts"
-        for suffix in (".jsonl", content_hashes.SUFFIX):
-            for step in _steps(rollouts, suffix):
-                if step > last_step:
-                    (rollouts / f"{_step_name(step)}{suffix}").unlink()
-                else:
-                    content_hashes.check_file(self.rollouts_path(step))
-        if self.resume_checkpoint is not None:
-            content_hashes.check_folder(self.resume_checkpoint)
+        for step, names in _rollout_names(self.path).items():
+            if step > last_step:
+                for name in names:
+                    (self.path / "rollouts" / name).unlink()
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():
-            kept = [record for record in _read_lines(metrics) if record["step"] <= last_step]
-            write_whole(metrics, "".join(_json_line(record) for record in kept))
+            kept = [record for record in read_lines(metrics) if record["step"] <= last_step]
+            write_whole(metrics, "".join(json_line(record) for record in kept))
 
     def _drop_old_checkpoints(self) -> None:
         if self.keep_checkpoints:
@@ -256,20 +333,26 @@ class RunDirectory:
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The records of the run at path, in order; a line that is being written, or was torn by a kill, is left out."""
     file = Path(path) / "metrics.jsonl"
-    return [_with_numbers(record) for record in _read_lines(file)] if file.exists() else []
+    return [with_numbers(record) for record in read_lines(file)] if file.exists() else []
 
 
 def read_rollouts(path: str | os.PathLike[str], step: int) -> list[dict[str, Any]]:
     """The samples of one step of the run at path. Raises ValueError for a file without its content's hash."""
-    file = Path(path) / "rollouts" / f"{_step_name(step)}.jsonl"
+    file = rollouts_path(path, step)
     content_hashes.check_file(file)
-    with open(file, encoding="utf-8") as lines:
+    with content_hashes.opened(file) as lines:
         return [json.loads(line) for line in lines]
 
 
 def rollout_steps(path: str | os.PathLike[str]) -> list[int]:
-    """Steps of the run at path that have rollouts, ascending."""
-    return _steps(Path(path) / "rollouts", ".jsonl")
+    """Steps of the run at path that have rollouts, ascending. They may have been packed by gzip since."""
+    packed = f".jsonl{content_hashes.PACKED}"
+    return sorted({step for suffix in (".jsonl", packed) for step in _steps(Path(path) / "rollouts", suffix)})
+
+
+def rollouts_path(path: str | os.PathLike[str], step: int) -> Path:
+    """File of a step's samples in the run at path."""
+    return Path(path) / "rollouts" / f"{_step_name(step)}.jsonl"
 
 
 def checkpoint_steps(path: str | os.PathLike[str]) -> list[int]:
@@ -289,100 +372,26 @@ def _steps(folder: Path, suffix: str) -> list[int]:
     return [step for step in steps if (folder / f"{_step_name(step)}{suffix}").exists()]
 
 
+def _rollout_names(path: Path) -> dict[int, list[str]]:
+    """By step, ascending: the files of its samples and their hash, packed ones too."""
+    names: dict[int, list[str]] = {}
+    for suffix in (".jsonl", content_hashes.SUFFIX):
+        for ending in (suffix, suffix + content_hashes.PACKED):
+            for step in _steps(path / "rollouts", ending):
+                names.setdefault(step, []).append(_step_name(step) + ending)
+    return dict(sorted(names.items()))
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
 def _step_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def _require_run_or_empty(path: Path) -> None:
-    for place in (path, *path.parents):
-        if place.exists() and not place.is_dir():
-            raise ValueError(f"{path}: {place} is not a directory" if place != path else f"{path} is not a directory")
-    if path.is_dir() and not (path / "config.yaml").exists():
-        # A run that was killed while it began has its lock, and perhaps half a config.
-        own = (LOCK_FILE, INPUTS_FILE)
-        foreign = [name for name in os.listdir(path) if name not in own and not name.startswith(TEMPORARY)]
-        if foreign:
-            raise ValueError(f"{path} is not a run directory: it has no config.yaml but holds {sorted(foreign)[0]}")
-
-
-def _take_lock(path: Path) -> IO[str]:
-    """The open, locked file. The kernel drops a lock with its holder: a dead process's is never in the way."""
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  its closing is the unlocking
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise ValueError(f"{path.parent} is in use by {holder}") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file
-
-
-def _move_aside(path: Path) -> Path | None:
-    """Gives a run that is there another name, and returns that. Raises ValueError where a process is at work in it."""
-    if not (path / CONFIG_FILE).exists():
-        return None
-    with _take_lock(path / LOCK_FILE):
-        number = next(n for n in itertools.count(1) if not path.with_name(f"{path.name}.old-{n}").exists())
-        return path.rename(path.with_name(f"{path.name}.old-{number}"))
-
-
 def _delete(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file that grows by lines, without a torn last one.
-
-    Raises:
-        ValueError: a line other than the last is no JSON object with a step: something else than a kill damaged it.
-    """
-    lines = path.read_bytes().splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-        elif number < len(lines):
-            raise ValueError(f"{path}, line {number} is not a JSON object with a step")
-    return records
-
-
-def _json_line(record: Mapping[str, Any]) -> str:
-    plain = {key: _json_value(value) for key, value in record.items()}
-    return json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _json_value(value: Any) -> Any:
-    if isinstance(value, str | bool | int | None):
-        return value
-    if isinstance(value, float):
-        if math.isfinite(value):
-            return value
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, Mapping):
-        return {str(key): _json_value(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_json_value(item) for item in value]
-    if hasattr(value, "tolist"):  # torch tensors, numpy arrays and scalars
-        return _json_value(value.tolist())
-    return str(value)
-
-
-def _with_numbers(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: float(value) if value in ("NaN", "Infinity", "-Infinity") else value for key, value in record.items()}
-
-
-def _fields(sample: Any) -> Mapping[str, Any]:
-    if dataclasses.is_dataclass(sample):
-        return {field.name: getattr(sample, field.name) for field in dataclasses.fields(sample)}
-    return sample
 
 
 def _remove(folder: Path) -> None:

@@ -52,6 +52,17 @@ class RunInputs:
                 raise ValueError(f"{self.path} was damaged: {error}") from error
             if not isinstance(self._held, dict):
                 raise ValueError(f"{self.path} was damaged: it holds no JSON object")
+            for key in ("config", "versions", "files"):
+                if not isinstance(self._held.get(key, {}), dict):
+                    raise ValueError(f"{self.path} was damaged: its {key!r} is no JSON object")
+            for role, hashes in self._held.get("files", {}).items():
+                if not isinstance(hashes, dict):
+                    raise ValueError(f"{self.path} was damaged: it has no hashes by file for {role!r}")
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is a record of what the run was started from."""
+        return "files" in self._held and self.config is not None
 
     @property
     def config(self) -> Mapping[str, Any] | None:

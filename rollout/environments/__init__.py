@@ -47,7 +47,8 @@ class EnvironmentConfig:
     tool_format: how the model writes tool calls: hermes (Qwen), llama, mistral, deepseek.
     timeout_s: of one call of the environment; null waits for ever, and calls it in the run's own thread.
     own_process: the environments live in another process, which is killed where a call takes longer, and may be ended
-        by them: for code that cannot be interrupted, or not be trusted to return.
+        by them, since code that holds the interpreter's lock cannot be interrupted. null: your own do, and those of
+        ENVIRONMENTS, which are known to return, do not.
     on_error: what becomes of an episode whose environment or tool raises, does not return in time, or returns what it
         may not. "fail": it ends with a reward of 0. "retry": it is played again with the same seed, up to `max_retries`
         times, and then fails. "skip": its group is not trained on, and another one is played in its place (at most
@@ -60,7 +61,7 @@ class EnvironmentConfig:
     max_episode_tokens: Size | None = None
     tool_format: Text = "hermes"
     timeout_s: Seconds | None = 60.0
-    own_process: bool = False
+    own_process: bool | None = None
     on_error: OnError = "fail"
     max_retries: Count = 2
     calculator: CalculatorConfig = field(default_factory=CalculatorConfig)
@@ -72,6 +73,11 @@ class EnvironmentConfig:
             raise ValueError(f"no environment.tool_format {self.tool_format!r}; known: {', '.join(TOOL_CALL_FORMATS)}")
         if self.options and self.kind in (SINGLE_TURN, *ENVIRONMENTS):
             raise ValueError(f"environment.options are for your own environments; kind={self.kind} has its own section")
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the environments live in another process."""
+        return self.kind not in (SINGLE_TURN, *ENVIRONMENTS) if self.own_process is None else self.own_process
 
 
 def environment_factory(config: EnvironmentConfig) -> Callable[[], Environment]:

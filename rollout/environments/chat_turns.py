@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import numbers
+import re
 from collections.abc import Mapping, Sequence
 
-from lockstep.engine.text.chat_template import apply_template
+from lockstep.engine.text.detokenizer import decode_text
 from lockstep.engine.text.end_of_turn import MARK, split_at_end, stop_token_ids
+from lockstep.engine.text.model_output import shown
+from lockstep.engine.text.plain_content import encode_conversation
 from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.rollout.environments.environment import Messages, Opening, TokenIds
 from lockstep.rollout.tokenizer import render_prompt
+
+_ROLE = re.compile(r"[\w-]+")
 
 
 class ChatTurns:
@@ -46,16 +51,17 @@ class ChatTurns:
         while any(mark in str(message) for message in messages):  # what a model wrote may stand in there
             mark += "+"
         turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-        _, _, after = apply_template(self.tokenizer, [*turn, *messages]).rpartition(mark)
-        split = split_at_end(self.tokenizer, after, self._stop_ids)
+        ids = encode_conversation(self.tokenizer, [*turn, *messages], after=mark)
+        split = split_at_end(self.tokenizer, ids, self._stop_ids)
         if split is None:
+            after = decode_text(self.tokenizer, ids[:20], skip_special_tokens=False)[:20]
             raise ValueError(
                 f"the chat template of {self.tokenizer.name_or_path!r} ends an assistant's turn with "
-                f"{after[:20]!r}, which is no special token at which generation stops: turns cannot be told apart"
+                f"{after!r}, which is no special token at which generation stops: turns cannot be told apart"
             )
         if not split[-1]:
             raise ValueError("the chat template renders the observation as nothing")
-        return split[-1]  # without the template's end of turn: the policy's own stop token stands there
+        return list(split[-1])  # without the template's end of turn: the policy's own stop token stands there
 
     def _token_ids(self, content: Messages | TokenIds, what: str) -> list[int] | None:
         """The ids, where the content is such; None for messages."""
@@ -83,4 +89,6 @@ def _checked_messages(messages: Messages) -> Messages:
             calls_alone = name == "content" and value is None and message.get("tool_calls")
             if not isinstance(value, str) and not calls_alone:
                 raise ValueError(f"message {number}: its {name!r} is a {type(value).__name__}, not a text")
+        if not _ROLE.fullmatch(message["role"]):  # templates write it between the characters of a special token
+            raise ValueError(f"message {number}: its 'role' is {shown(repr(message['role']), 40)}, not a name")
     return messages

@@ -38,12 +38,13 @@ class EpisodeWorker(RolloutWorker):
         config: RolloutConfig,
         seed: int,
         environment: EnvironmentConfig,
+        correct: Reward | None = None,
     ):
-        super().__init__(engine, tokenizer, task, reward, config, seed)
+        super().__init__(engine, tokenizer, task, reward, config, seed, correct)
         self.environment = environment
         self.new_environment = environment_factory(environment)
-        self.calls = GuardedCalls(None if environment.own_process else environment.timeout_s)
-        if environment.own_process:
+        self.calls = GuardedCalls(None if environment.is_apart else environment.timeout_s)
+        if environment.is_apart:
             process = EnvironmentProcess(environment, environment.timeout_s)
             self.new_environment = partial(RemoteEnvironment, process)
         self.episode_failures = FailureLog()
@@ -143,8 +144,9 @@ def build_worker(
     config: RolloutConfig,
     seed: int,
     environment: EnvironmentConfig,
+    correct: Reward | None = None,
 ) -> RolloutWorker:
     """The worker of episodes, or of single turns, as the environment's config asks."""
     if environment.kind == SINGLE_TURN:
-        return RolloutWorker(engine, tokenizer, task, reward, config, seed)
-    return EpisodeWorker(engine, tokenizer, task, reward, config, seed, environment)
+        return RolloutWorker(engine, tokenizer, task, reward, config, seed, correct)
+    return EpisodeWorker(engine, tokenizer, task, reward, config, seed, environment, correct)

@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from lockstep.engine.owned_folder import OwnedFolder
 from lockstep.rollout.rewards import bubblewrap, call_filter
 from lockstep.rollout.rewards.bubblewrap import ANY_FILE
 from lockstep.rollout.rewards.isolated_main import landlock_version, remove_tree
@@ -112,10 +112,10 @@ def _run_program(program: str, stdin: str, limits: Limits, sandbox: str, tests: 
         "path": path,
         "wall_time_s": limits.wall_time_s,
     }
-    folder = Path(tempfile.mkdtemp(prefix="lockstep-reward-"))
+    owned = OwnedFolder("reward", remove=remove_tree)
     try:
         # The job's own directory is another one: it shall not read what it is judged by.
-        work, input_path, errors = (folder / name for name in ("work", "stdin", "stderr"))
+        work, input_path, errors = (owned.path / name for name in ("work", "stdin", "stderr"))
         work.mkdir()
         input_path.write_bytes(stdin.encode(errors="surrogatepass"))
         ours, theirs = socket.socketpair()
@@ -131,9 +131,9 @@ def _run_program(program: str, stdin: str, limits: Limits, sandbox: str, tests: 
         return Outcome(output, failure and one_line(failure))
     finally:
         try:
-            remove_tree(folder)
+            owned.close()
         except OSError as error:
-            _LOG.warning("what a judged program wrote is left in %s: %s", folder, error)
+            _LOG.warning("what a judged program wrote is left in %s: %s", owned.path, error)
 
 
 def start(

@@ -51,6 +51,8 @@ REWARDS: dict[str, Kind] = {
     "judge": Kind(models.JudgeOptions, lambda options, task, engines: models.judge_reward(options, engines)),
 }
 
+CORRECT: Mapping[str, float] = {"correct": 1.0}  # what accuracy is
+
 
 def build_reward(terms: Mapping[str, Any] | str, task: Task, engines: RewardEngines | None) -> Reward:
     """The weighted sum of rewards. A term without a verdict on a sample adds 0, and makes the sum a FailedScore.

@@ -10,8 +10,9 @@ from typing import Any
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.engine.pooling import ScoreAt, scored_part
-from lockstep.engine.text.chat_template import ChatConfig, apply_template
+from lockstep.engine.text.chat_template import ChatConfig
 from lockstep.engine.text.end_of_turn import stop_token_ids
+from lockstep.engine.text.plain_content import encode_conversation
 from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.rollout import hub
 from lockstep.rollout.rewards.failures import FailedScore, FailureWarnings
@@ -120,8 +121,7 @@ def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]
     Raises ValueError as `apply_template` does.
     """
     turns = [*messages, {"role": "assistant", "content": response}]
-    text = apply_template(tokenizer, turns, add_generation_prompt=False)
-    return tokenizer.encode(text, add_special_tokens=False)
+    return encode_conversation(tokenizer, turns, add_generation_prompt=False)
 
 
 def reward_model_reward(options: RewardModelOptions, engines: RewardEngines) -> Reward:

@@ -20,6 +20,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol
 
+from lockstep.engine.owned_folder import OwnedFolder, remove_left
 from lockstep.rollout.rewards import isolation
 from lockstep.rollout.rewards.failures import FailureWarnings
 from lockstep.rollout.rewards.isolated_main import remove_tree
@@ -202,7 +203,7 @@ class _Worker:
             self.process.wait(1.0)
         isolation.stop(self.process)
         with contextlib.suppress(OSError):
-            remove_tree(self.folder)
+            self.owned.close()
 
     def _send_rest(self) -> None:
         self._extend_deadline()
@@ -217,7 +218,11 @@ class _Worker:
         self._start()
 
     def _start(self) -> None:
-        self.folder = tempfile.mkdtemp(prefix="lockstep-verifier-")
+        remove_left(Path(tempfile.gettempdir()), remove_tree)
+        self.owned = OwnedFolder("verifier", remove=remove_tree)
+        # Its lock lies beside what the verifier writes to.
+        self.folder = str(self.owned.path / "work")
+        os.mkdir(self.folder)
         self.channel, theirs = Pipe()
         needed = self.verifier.must_confine
         self.process = isolation.start(_MAIN, theirs.fileno(), self.folder, self.verifier.limits, needed=needed)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 
-from lockstep.rollout.answer_tags import ANSWER_CLOSE, ANSWER_OPEN
+from lockstep.engine.text.answer_tags import ANSWER_CLOSE, ANSWER_OPEN
 
 # With an example: a model of 135M parameters (SmolLM2-135M-Instruct, six data sets) then wrote the tags in 3.2% of its
 # responses instead of 0.3%.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lockstep.rollout.answer_tags import ANSWER_OPEN
+from lockstep.engine.text.answer_tags import ANSWER_OPEN
 from lockstep.rollout.tasks.problem import Problem, Task, TaskSplits, check_index
+
+MOST_REPLACED = 1_000  # problems in a row
 
 
 class TaskView:
@@ -52,6 +54,28 @@ class ChosenProblems(TaskView):
     def problem(self, index: int) -> Problem:
         check_index(index, len(self._indices), self._task.name)
         return self._task.problem(self._indices[index])
+
+
+class ReplacedProblems(TaskView):
+    """In place of a problem that `is_kept` refuses stands the next one that it does not, as often as that comes.
+
+    For tasks that make their problems when they are asked for, of which not all can be looked at.
+    """
+
+    def __init__(self, task: Task, is_kept: Callable[[Problem], bool]):
+        super().__init__(task)
+        self._is_kept = is_kept
+
+    def problem(self, index: int) -> Problem:
+        """Raises ValueError where MOST_REPLACED problems in a row are refused."""
+        check_index(index, len(self._task), self._task.name)
+        for number in range(min(MOST_REPLACED, len(self._task))):
+            problem = self._task.problem((index + number) % len(self._task))
+            if self._is_kept(problem):
+                return problem
+        raise ValueError(
+            f"none of {number + 1} problems of task {self._task.name!r} from number {index} on can be taken"
+        )
 
 
 def with_instruction(problem: Problem, instruction: str) -> Problem:

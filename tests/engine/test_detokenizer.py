@@ -91,7 +91,7 @@ STOPS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(data=st.data())
 def test_stop_strings_are_found_where_the_text_of_the_tokens_has_them(byte_level, data):
     """Of any tokens: bytes that are no text, characters in pieces, special tokens."""
@@ -148,14 +148,76 @@ def test_special_tokens_are_seen_but_for_ends_and_padding(byte_level):
         assert streamed(byte_level, ids, (stop,), unseen_ids(byte_level, special, (), (stop,))) == expected
 
 
-def test_byte_fallback(tokenizer):
-    """A piece for some characters, and bytes as <0xNN> for all others, as SentencePiece models have them."""
-    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581stop", "\u2581", "s", "t", "o", "p"]
+# Pieces of a SentencePiece model, and bytes as <0xNN> for all else. A run of bytes that is no text as a whole is shown
+# as one replacement character for each, so a byte may change what was shown of those before it.
+PIECES = ["\u2581stop", "\u2581", "s", "t", "o", "p", "op\u2581", "\u00e9", "\u65e5", "\ufffd", "\n"]
+DECODERS = {
+    "as Llama": lambda: [decoders.Strip(" ", 1, 0)],
+    "as Gemma": lambda: [],
+}
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def byte_fallback(request):
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *PIECES]
     made = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True))
-    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *DECODERS[request.param]()]
     made.decoder = decoders.Sequence(parts)
-    pieces = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
-    euro = [1 + byte for byte in "€".encode()]
-    ids = [names.index("\u2581stop"), *euro, names.index("s"), names.index("\u2581stop"), *euro, *euro]
-    for stop in (("€",), ("€s",), ("s stop€€",), ("stop€",), ("p",), ("\ufffd",), ("nothing",)):
-        assert streamed(pieces, ids, stop) == brute_force(pieces, ids, stop)
+    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", pad_token="<|pad|>", eos_token="<|end|>")
+
+
+def bytes_of(text):
+    """Ids of the byte pieces."""
+    return [1 + byte for byte in text.encode()]
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_stop_strings_at_the_edges_of_byte_pieces(byte_fallback, data):
+    piece = st.integers(257, len(byte_fallback) - 1).map(lambda token: [token])
+    byte = st.sampled_from([0xFF, 0x80, 0xE2, 0x82, 0xAC, 0x73, 0xC3, 0xF0, 0x9F, 0x0A, 0x20]).map(lambda b: [1 + b])
+    text = st.sampled_from(["\u20ac", "\u00e9", "stop", "\U0001f600", "\u20acs", "\u65e5\u672c", "\ufffd", "\u0301"])
+    drawn = data.draw(st.lists(st.one_of(piece, byte, text.map(bytes_of)), max_size=14))
+    ids = [token for part in drawn for token in part]
+    stop = tuple(data.draw(STOPS))
+    unseen = unseen_ids(byte_fallback, special_ids(byte_fallback), (), stop)
+    assert streamed(byte_fallback, ids, stop, unseen) == brute_force(byte_fallback, ids, stop, unseen)
+
+
+@pytest.mark.parametrize("bad", [[0xFF], [0xE2, 0x82], [0x80] * 40])
+def test_bytes_that_undo_what_was_a_text(byte_fallback, bad):
+    """The text of the bytes before changes: what a stop string is looked for in is the text as it is then."""
+    bad, stop_token = [1 + byte for byte in bad], [257]
+    ids = [*bytes_of("\u20ac"), *bad, *stop_token]
+    for stop in (("\u20ac",), ("\ufffd\ufffd\ufffd\ufffd",), ("\ufffd stop",), ("p",), ("\u20acx",)):
+        assert streamed(byte_fallback, ids, stop) == brute_force(byte_fallback, ids, stop)
+
+
+class Counting:
+    """A tokenizer that counts what it decodes."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.backend_tokenizer, self.lengths = tokenizer, tokenizer.backend_tokenizer, []
+
+    def decode(self, token_ids, **options):
+        self.lengths.append(len(token_ids))
+        return self.tokenizer.decode(token_ids, **options)
+
+
+@pytest.mark.parametrize("text", ["\u0e2a\u0e27\u0e31\u0e2a", "\u20ac" * 2000, "\U0001f600" * 1000])
+def test_long_texts_in_byte_pieces_are_not_decoded_again_and_again(byte_fallback, text):
+    counting = Counting(byte_fallback)
+    detokenizer = Detokenizer(counting, ("never",))
+    ids = [*bytes_of(text), 259] * (1 if len(text) > 100 else 50)
+    for token in ids:
+        assert not detokenizer.append(token)
+    assert sum(counting.lengths) < 100 * 64 + 30 * len(ids)
+    assert detokenizer.cut(ids) == byte_fallback.decode(ids)
+
+
+@pytest.mark.parametrize("end", [b"\xff", b"\xe2", "\u20ac".encode()], ids=["broken", "unfinished", "whole"])
+def test_long_runs_of_byte_pieces_are_searched_as_they_are(byte_fallback, end):
+    ids = [257, *bytes_of("\u20ac" * 60 + "x"), *(1 + byte for byte in end), 259, 257]
+    for stop in (("x",), ("stop\ufffd",), ("\ufffd" * 180,), ("\u20acs",), ("\ufffds",), ("x\u20acs",), ("x\ufffd",)):
+        assert streamed(byte_fallback, ids, stop) == brute_force(byte_fallback, ids, stop)

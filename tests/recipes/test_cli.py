@@ -4,8 +4,10 @@ import dataclasses
 import enum
 import logging
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -57,6 +59,12 @@ def run_toy(config: ToyConfig) -> None:
         raise ValueError("steps is [13]; take another")
     if config.steps == 14:
         raise RuntimeError("a defect")
+    if config.steps in (15, 16):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM if config.steps == 15 else signal.SIGINT)
+            time.sleep(60)
+        finally:
+            ran.append("closed")
 
 
 TOY = {"toy": Stage(f"{__name__}:ToyConfig", f"{__name__}:run_toy", "a toy"), "rl": STAGES["rl"]}
@@ -172,6 +180,18 @@ def test_a_stages_value_error_is_a_line_and_a_defect_a_traceback(capsys, monkeyp
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ValueError, match="take another"):
         toy("model=x", "steps=13")
+
+
+@pytest.mark.parametrize(
+    ("steps", "line", "code"), [(15, "error: ended by SIGTERM", 143), (16, "error: interrupted", 130)]
+)
+def test_a_signal_ends_the_command_with_a_line_and_what_is_open_is_closed(capsys, steps, line, code):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as exit_info:
+        toy("model=x", f"steps={steps}")
+    assert (exit_info.value.code, capsys.readouterr().err.splitlines()) == (code, [line])
+    assert ran[1:] == ["closed"]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_help_and_cfg_show_the_config_without_running(capsys):

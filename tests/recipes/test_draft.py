@@ -14,6 +14,7 @@ from lockstep.recipes.drafts.draft import DraftConfig, new_draft
 from lockstep.recipes.drafts.draft_stage import DraftStage, DraftStageConfig
 from lockstep.recipes.drafts.draft_texts import DraftText
 from lockstep.recipes.runs.run_directory import read_metrics
+from lockstep.recipes.runs.sinks import Sinks
 from lockstep.rollout.sample import Sample
 from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer
 from lockstep.trainer_bridge.drafts.draft_trainer import DraftTrainerConfig
@@ -53,8 +54,16 @@ def make_config(tmp_path, path, **changes):
     return replace(config, **changes)
 
 
-def test_a_run_learns_exports_and_resumes_to_the_bit(tmp_path, path):
-    result = draft.run(make_config(tmp_path, path))
+def test_a_run_learns_exports_and_resumes_to_the_bit(tmp_path, path, monkeypatch):
+    tables = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Sinks, "record_samples", lambda self, *table: tables.append(table))
+        result = draft.run(make_config(tmp_path, path, sinks=("tensorboard",)))
+    assert [(step, stage, len(rows)) for step, stage, rows in tables] == [(n, "draft_eval", 3) for n in (0, 3, 6)]
+    row = tables[-1][2][0]
+    assert (row["data set"], row["prompt"]) == ("held out", "")
+    assert set(row["response"].split()) <= {"the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and"}
+    assert 1.0 <= row["tokens_per_step"] <= 4.0
     assert result["tokens_per_step_after"] > result["tokens_per_step_before"]
     assert 1.0 <= result["verified_tokens_per_step"] <= 4.0
     engine = Engine(EngineConfig(model=path))
@@ -74,12 +83,20 @@ def test_a_run_learns_exports_and_resumes_to_the_bit(tmp_path, path):
     [
         ({"texts": None}, "give either rollouts=RUN_DIRECTORY or texts=FILE"),
         ({"texts": "bad.jsonl"}, r'row bad/0 .*line 1\) has neither a column "text"'),
+        ({"texts": "empty.txt"}, "empty.txt has 0 texts to learn from"),
+        ({"texts": "absent.txt"}, "no file absent.txt"),
+        ({"texts": None, "rollouts": "no_run"}, "no_run has 0 texts to learn from"),
+        ({"start": "no_draft", "draft_vocab_size": None}, "no_draft"),
+        ({"start": "no_draft"}, "draft_vocab_size is that of a new draft"),
     ],
 )
-def test_sources_that_do_not_serve_are_refused(changes, message, tmp_path, path, monkeypatch):
+def test_what_does_not_serve_is_refused_before_the_model_is_loaded(changes, message, tmp_path, path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(draft, "Engine", None)
+    monkeypatch.setattr(draft, "TrainingRun", None)
+    (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "bad.jsonl").write_text(json.dumps({"question": 1}) + "\n")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         draft.run(make_config(tmp_path, path, **changes))
 
 

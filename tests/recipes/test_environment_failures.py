@@ -26,7 +26,9 @@ def test_a_run_goes_on_and_its_replay_fails_where_it_did(on_error, tmp_path, mon
     monkeypatch.setattr(user_environments.Unreliable, "calls", itertools.count(1))
     config = replace(
         short_config(tmp_path),
-        environment=EnvironmentConfig(kind="user_environments.Unreliable", on_error=on_error, max_turns=2),
+        environment=EnvironmentConfig(
+            kind="user_environments.Unreliable", on_error=on_error, max_turns=2, own_process=False
+        ),
         buffer=BufferConfig(max_dropped=100),
         warmup=sft.SFTConfig(steps=0),
         steps=2,

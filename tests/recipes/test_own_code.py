@@ -1,6 +1,7 @@
 """A run whose task, environment, algorithm and reward are a user's own files in the working folder."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -42,13 +43,15 @@ def nothing(config, shaping):
     return {}
 """,
     "my_environment.py": """
+import os
 from lockstep.rollout.environments import Opening, StepResult
 
 class Once:
     def __init__(self, greeting):
         self.greeting = greeting
     def reset(self, problem):
-        print(self.greeting, problem.problem_id)
+        with open("opened", "a") as file:  # in another process than the run
+            print(self.greeting, problem.problem_id, os.getpid(), file=file)
         return Opening(problem.messages)
     def step(self, action):
         return StepResult(done=True)
@@ -84,7 +87,10 @@ def test_every_part_may_be_a_file_or_a_dotted_path(own_files, capsys):
     cli.main(["rl", *own.split(), *TINY])
     shown = capsys.readouterr().out
     assert "advantages of 2 groups, margin 0.5" in shown
-    assert "opened numbers/" in shown
+    opened = [line.split() for line in (own_files / "opened").read_text().splitlines()]
+    assert {line[0] for line in opened} == {"opened"}
+    assert all(line[1].startswith("numbers/") for line in opened)
+    assert str(os.getpid()) not in {line[2] for line in opened}
     samples = [json.loads(line) for line in (own_files / "runs/rl/rollouts/step_000001.jsonl").read_text().splitlines()]
     assert {sample["reward"] for sample in samples} == {0.25}
     assert all(sample["problem_id"].startswith("numbers/") for sample in samples)

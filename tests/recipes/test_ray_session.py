@@ -105,7 +105,8 @@ def test_the_folder_of_weight_updates_is_a_run_s_own_and_goes_with_it(tmp_path):
     assert first.path != second.path
     assert first.path.stat().st_mode & 0o077 == 0
     (first.path / "weights-1").mkdir()
-    second._lock.close()  # as at a kill: its folder is left
+    second._owned._closing.detach()
+    second._owned._lock.close()  # as at a kill: its folder is left
     (tmp_path / "shared" / "lockstep-weights-mine").mkdir()
     third = WeightsFolder(tmp_path / "shared")
     assert not second.path.exists()

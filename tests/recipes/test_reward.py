@@ -12,6 +12,8 @@ from lockstep.recipes.rl.inputs import ModelSource
 from lockstep.recipes.rl.new_model import ModelShape
 from lockstep.recipes.rl.training_run import START, TrainingRun
 from lockstep.recipes.runs.run_directory import read_metrics
+from lockstep.recipes.runs.sinks import Sinks
+from lockstep.rollout import preferences
 from lockstep.rollout.preferences import PairSamplingConfig, Preference, read_pairs, sample_pairs, write_pairs
 from lockstep.rollout.rewards.failures import StepFailures
 from lockstep.rollout.rewards.models import conversation_ids
@@ -51,9 +53,18 @@ class Killed(BaseException):
 
 
 def test_it_learns_resumes_and_serves(config, tmp_path, monkeypatch):
-    results = reward.run(config)
+    tables = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Sinks, "record_samples", lambda self, *table: tables.append(table))
+        results = reward.run(config)
     assert results["accuracy_after"] > 0.9 > results["accuracy_before"]
     evaluations = [record for record in read_metrics(tmp_path / "rm") if record["stage"] == "eval"]
+    assert [step for step, _, _ in tables] == [0, 15, 30]
+    assert {(stage, len(rows)) for _, stage, rows in tables} == {("eval", 8)}
+    row = tables[-1][2][0]
+    assert row["correct"] == (row["chosen score"] > row["rejected score"])
+    assert (row["data set"], row["chosen"]) == ("held out", f"<answer>{max(row['prompt'])}</answer>")
+
     assert [record["step"] for record in evaluations] == [0, 15, 30]
     assert evaluations[-1]["margin"] > 0.0
 
@@ -109,6 +120,75 @@ def test_a_policy_s_right_answers_become_pairs_with_its_wrong_ones(monkeypatch):
     answers[0] = right
     with pytest.raises(ValueError, match="of 3 problems of 'letters' none got both"):
         sample_pairs(None, None, Task(), 3, options, 0)
+
+
+@pytest.mark.parametrize(
+    ("right", "text", "error"),
+    [
+        (0, "<answer>1</answer>", r"0 of 128 answers are right\. Take a policy=DIR that has learned the task"),
+        (0, "", "0 of 128 answers are right, and in none an answer was found. Take a policy"),
+        (2, "<answer>1</answer>", r"128 of 128 answers are right\. Take a harder task, or a higher sampling.temp"),
+    ],
+)
+def test_a_policy_that_gives_no_pair_is_not_asked_on(monkeypatch, right, text, error):
+    tried = []
+
+    def sample_first(self, number, samples, step, begin):
+        tried.append(range(begin, number))
+        group = SimpleNamespace(samples=[SimpleNamespace(text=text, correct=n < right) for n in range(samples)])
+        return [group] * len(tried[-1])
+
+    def init(self, *others):
+        self.failures = StepFailures()
+
+    monkeypatch.setattr(RolloutWorker, "__init__", init)
+    monkeypatch.setattr(RolloutWorker, "sample_first", sample_first)
+    options = PairSamplingConfig(samples_per_problem=2)
+    with pytest.raises(ValueError, match=f"of 64 problems of 'sums' none got both .*; {error}"):
+        sample_pairs(None, None, Sized("sums"), 900, options, 0)
+    assert tried == [range(64)]
+
+
+class Sized:
+    def __init__(self, name):
+        self.name = name
+
+    def __len__(self):
+        return 1000
+
+
+def test_the_first_problems_and_the_others_give_the_pairs_of_all(monkeypatch):
+    monkeypatch.setattr(preferences, "TRIED_FIRST", 3)
+    tried = []
+
+    def sample_first(self, number, samples, step, begin):
+        tried.extend(range(begin, number))
+        answers = [SimpleNamespace(text="r", correct=True), SimpleNamespace(text="w", correct=False)]
+        return [SimpleNamespace(problem=SimpleNamespace(messages=(n,)), samples=answers) for n in range(begin, number)]
+
+    def init(self, *others):
+        self.failures = StepFailures()
+
+    monkeypatch.setattr(RolloutWorker, "__init__", init)
+    monkeypatch.setattr(RolloutWorker, "sample_first", sample_first)
+    for number, expected in ((2, 2), (3, 3), (8, 8), (2000, 1000)):
+        tried.clear()
+        pairs = sample_pairs(None, None, Sized("all"), number, PairSamplingConfig(), 0)
+        assert tried == [pair.messages[0] for pair in pairs] == list(range(expected))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({}, "there are no pairs to learn from, and a model that is made from nothing .* train_files=PAIRS.jsonl"),
+        ({"held_out_files": ("x.jsonl",)}, "held_out_files are given without train_files"),
+        ({"policy": "/no/where"}, "/no/where"),
+    ],
+)
+def test_without_anything_to_make_pairs_of_it_ends_before_there_is_a_directory(config, tmp_path, changes, error):
+    with pytest.raises((ValueError, OSError), match=error):
+        reward.run(replace(config, train_files=(), **changes))
+    assert not (tmp_path / "rm").exists()
 
 
 def test_pairs_are_read_as_they_are_written_and_in_the_forms_of_others(tmp_path):

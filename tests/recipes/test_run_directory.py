@@ -18,6 +18,7 @@ from lockstep.recipes.runs.run_directory import (
     read_metrics,
     read_rollouts,
     rollout_steps,
+    rollouts_path,
 )
 
 CONFIG = {
@@ -271,7 +272,7 @@ def test_a_tampered_file_is_named_when_the_run_is_resumed(tmp_path, change, name
 def test_a_tampered_rollout_file_is_named_where_it_is_read(tmp_path):
     with RunDirectory(tmp_path, CONFIG) as run:
         train_to(run, 1)
-        append(run.rollouts_path(1))
+        append(rollouts_path(tmp_path, 1))
         with pytest.raises(ValueError, match=r"step_000001\.jsonl was changed"):
             read_rollouts(tmp_path, 1)
 

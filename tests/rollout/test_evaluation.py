@@ -28,7 +28,7 @@ class Drawn:
 
     failures = StepFailures()
 
-    def sample_first(self, num_problems, size, step):
+    def sample_first(self, num_problems, size, step, begin=0):
         correct = [index < count for count in (0, 1, 4) for index in range(size)]
         first, *others = [replace(SAMPLE, correct=c, reward=2.0 * c) for c in correct]
         mask = (True, False, False, True)

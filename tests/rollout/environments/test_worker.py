@@ -20,7 +20,7 @@ from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer
 from lockstep.rollout.worker import RolloutConfig, RolloutWorker
 from lockstep.trainer_bridge import TrainerConfig
 
-ECHO = EnvironmentConfig(kind="user_environments.Echo", options={"num_turns": 2})
+ECHO = EnvironmentConfig(kind="user_environments.Echo", options={"num_turns": 2}, own_process=False)
 
 
 class EndsOften(EpisodeWorker):
@@ -177,7 +177,9 @@ def test_all_episodes_failing_alike_end_the_run(parts, method):
 def test_an_evaluation_counts_failures_as_wrong(parts, monkeypatch):
     _, tokenizer, task, engine = parts
     monkeypatch.setattr(user_environments, "Sometimes", Sometimes, raising=False)
-    environment = EnvironmentConfig(kind="user_environments.Sometimes", options={"failing": [1]}, on_error="skip")
+    environment = EnvironmentConfig(
+        kind="user_environments.Sometimes", options={"failing": [1]}, on_error="skip", own_process=False
+    )
     config = EvaluationConfig(num_problems=3, samples_per_problem=2, max_tokens=2, temperature=1.0)
     result = evaluate(engine, tokenizer, task, length_reward, config, 0, environment)
     assert result.metrics()["environment_failures"] == 2
@@ -195,6 +197,22 @@ def test_a_process_of_their_own_changes_no_episode(parts):
     )
     assert here == there
     assert all(len(sample.turn_rewards) == 2 for group in here for sample in group)
+
+
+def test_environments_of_the_users_own_cannot_hang_the_run(parts):
+    """By default: code that holds the interpreter's lock for ever costs its episodes, and no more."""
+    _, tokenizer, task, engine = parts
+    config = EnvironmentConfig(kind="user_environments.Hostile", options={"deed": "compute"}, timeout_s=1.0)
+    assert config.is_apart
+    rollout = RolloutConfig(prompts_per_step=1, samples_per_prompt=1, max_tokens=6)
+    with pytest.raises(
+        ValueError, match=r"all episodes fail alike, 2 of 2.*Hostile.step failed .*no answer within 1 s"
+    ):
+        play_step(EndsAtOnce(engine, tokenizer, task, length_reward, rollout, 7, config))
+    for kind in ("calculator", "guess_number", "single_turn"):
+        assert not EnvironmentConfig(kind=kind).is_apart
+        assert EnvironmentConfig(kind=kind, own_process=True).is_apart
+    assert not EnvironmentConfig(kind="mine.py:One", own_process=False).is_apart
 
 
 def test_a_length_is_of_what_the_policy_wrote(parts):

@@ -245,3 +245,77 @@ def test_an_unknown_sandbox_is_refused():
 def test_limits_that_no_kernel_takes_are_refused(name, value):
     with pytest.raises(ValueError, match=rf"limits.{name} must be "):
         Limits(**{name: value})
+
+
+@pytest.mark.parametrize("asked", ["bubblewrap", "landlock"])
+def test_a_limit_insists_on_one_sandbox(asked, monkeypatch):
+    other = {"bubblewrap": "landlock", "landlock": "bubblewrap"}[asked]
+    monkeypatch.setattr(isolation, "why_not", lambda name: "broken" if name == asked else "")
+    assert isolation._resolved("auto") == other
+    with pytest.raises(IsolationError, match=rf"cannot isolate a process \({asked}: broken\)"):
+        run_program("print(1)", "", Limits(sandbox=asked))
+    monkeypatch.setattr(isolation, "why_not", lambda name: "broken" if name == other else "")
+    assert isolation._resolved(asked) == asked
+
+
+def test_without_libseccomp_it_is_the_same_and_said(sandbox, monkeypatch):
+    monkeypatch.setattr(isolation.call_filter, "pyseccomp", None)
+    isolation.call_filter.filter_of.cache_clear()
+    try:
+        program = "import socket\ntry: socket.socket()\nexcept PermissionError: print('refused')"
+        assert run_program(program, "", Limits(sandbox=sandbox)).output == b"refused\n"
+        assert "(without libseccomp)" in isolation.protection(Limits(sandbox=sandbox))
+    finally:
+        isolation.call_filter.filter_of.cache_clear()
+
+
+LOCKS = """
+import fcntl
+with open({path!r}, {mode!r}) as file:
+    for name, lock in (("lockf", fcntl.lockf), ("flock", fcntl.flock)):
+        try:
+            lock(file, {kind} | fcntl.LOCK_NB)
+            found[name] = "locked"
+        except PermissionError:
+            found[name] = "refused"
+"""
+
+
+def test_only_a_program_locks_files(sandbox, tmp_path):
+    program = "found = {}" + LOCKS.format(path="own", mode="w", kind="fcntl.LOCK_EX") + "print(sorted(found.items()))"
+    done = run_program(program, "", Limits(sandbox=sandbox))
+    assert done.output == b"[('flock', 'locked'), ('lockf', 'locked')]\n"
+    (tmp_path / "yours").touch()
+    body = LOCKS.format(path=str(tmp_path / "yours"), mode="r", kind="fcntl.LOCK_SH").replace("\n", "\n    ")
+    (tmp_path / "judge.py").write_text(
+        f"def judge(problem, response):\n    found = {{}}{body}\n"
+        "    return float(found == {'lockf': 'refused', 'flock': 'refused'})\n"
+    )
+    verifier = Verifier("judge", f"{tmp_path}/judge.py:judge", limits=Limits(sandbox=sandbox))
+    pool = VerifierPool(verifier)
+    try:
+        assert pool.verify([(Problem("p/0", ({"role": "user", "content": "?"},), "1"), "x")]) == [1.0]
+    finally:
+        pool.close()
+
+
+def test_files_without_a_name_are_bounded_by_their_number_and_size(sandbox):
+    program = """
+import errno, os, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+opened, sizes = [], []
+try:
+    while True:
+        opened.append(os.open("f", os.O_CREAT | os.O_RDWR))
+        os.unlink("f")
+        try:
+            for _ in range(3):
+                os.write(opened[-1], bytes(4096))
+        except OSError as error:
+            assert error.errno == errno.EFBIG
+        sizes.append(os.fstat(opened[-1]).st_size)
+except OSError as error:
+    print(errno.errorcode[error.errno], len(opened) < 64, max(sizes))
+"""
+    done = run_program(program, "", Limits(sandbox=sandbox, file_bytes=8192))
+    assert done.output == b"EMFILE True 8192\n", done
