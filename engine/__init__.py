@@ -1,9 +1,19 @@
-"""The inference engine. See docs/design.md for the promises; `Engine` is the public class."""
+"""The inference engine. See docs/design.md for the promises; `Engine` is the public class.
 
-from lockstep.engine.config import EngineConfig
-from lockstep.engine.engine import Engine
-from lockstep.engine.generator import Generator, TokenEvent
-from lockstep.engine.replicated_engine import ReplicatedEngine
-from lockstep.engine.request import RequestOutput, SamplingParams
+The names below are imported at their first use: a config need not wait for torch.
+"""
 
-__all__ = ["Engine", "EngineConfig", "Generator", "ReplicatedEngine", "RequestOutput", "SamplingParams", "TokenEvent"]
+import lockstep.kernels  # noqa: F401  it sets the mode of MKL, which must come before the first matrix product
+from lockstep.lazy_names import lazy_names
+
+_HOMES = {
+    "Engine": "engine",
+    "EngineConfig": "config",
+    "Generator": "generator",
+    "ReplicatedEngine": "replicated_engine",
+    "RequestOutput": "request",
+    "SamplingParams": "request",
+    "TokenEvent": "generator",
+}
+__all__ = list(_HOMES)
+__getattr__ = lazy_names(__name__, _HOMES)

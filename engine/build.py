@@ -14,7 +14,6 @@ from lockstep.engine.models.names import expand, head_matrix_shapes
 from lockstep.engine.models.sharding import check_divides, check_expert_ranks, parameter_shards, product_shapes
 from lockstep.engine.ranks.rank_group import RankGroup
 from lockstep.engine.scheduling.scheduler import SchedulerConfig
-from lockstep.engine.speculation.build import has_draft_model
 from lockstep.engine.weights.dummy_weights import initialize_dummy
 from lockstep.kernels import numerics
 
@@ -93,7 +92,7 @@ def scheduler_config(config: EngineConfig, model_config: ModelConfig) -> Schedul
         page_size=config.page_size or PAGE_SIZE[torch.device(config.device).type],
         max_model_len=longest,
         enable_prefix_cache=config.enable_prefix_cache,
-        num_chain_tokens=config.num_draft_tokens if has_draft_model(config) else 0,
+        num_chain_tokens=config.num_draft_tokens if config.has_draft_model else 0,
     )
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -21,7 +23,6 @@ from numbers import Real as RealNumber
 from typing import Any
 
 import numpy as np
-import torch
 
 Rule = Callable[[str, Any], Any]
 
@@ -47,9 +48,22 @@ def shown(value: Any) -> str:
 
 def plain(value: Any) -> Any:
     """The number that a scalar of numpy or torch holds; any other value as it is."""
-    if isinstance(value, np.generic | np.ndarray | torch.Tensor) and value.ndim == 0 and not _is_meta(value):
-        return value.item()
-    return value
+    is_scalar = isinstance(value, np.generic) or (is_array(value) and value.ndim == 0 and not _is_meta(value))
+    return value.item() if is_scalar else value
+
+
+def is_array(value: Any) -> bool:
+    """Of numpy or torch."""
+    return isinstance(value, np.ndarray | _of_torch("Tensor"))
+
+
+def _of_torch(name: str) -> type:
+    """A class of torch: one without instances where torch is not imported, which configs need not wait for."""
+    return getattr(sys.modules.get("torch"), name, _Nothing)
+
+
+class _Nothing:
+    pass
 
 
 def is_whole(value: Any) -> bool:
@@ -163,25 +177,27 @@ def dtype_name(known: tuple[str, ...]) -> Rule:
     """A torch dtype of these, by its name or itself."""
     choice = Choice(known)
     return lambda name, value: choice(
-        name, str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        name, str(value).removeprefix("torch.") if isinstance(value, _of_torch("dtype")) else value
     )
+
+
+# torch keeps the number in 8 bits, and takes a larger one for another.
+_DEVICE = re.compile(r"(cpu|cuda)(:(0|[1-9][0-9]?|1[01][0-9]|12[0-7]))?")
 
 
 def device_name(name: str, value: Any) -> str:
     """ "cpu" or "cuda", which a number may follow ("cuda:1"), or such a torch.device."""
-    text = str(value) if isinstance(value, torch.device) else value
-    try:
-        known = isinstance(text, str) and torch.device(text).type in ("cpu", "cuda")
-    except RuntimeError:
-        known = False
-    if not known:
+    text = str(value) if isinstance(value, _of_torch("device")) else value
+    if not isinstance(text, str) or _DEVICE.fullmatch(text) is None:
         raise refuse(name, '"cpu", "cuda" or "cuda:NUMBER"', value)
     return text
 
 
 def check_device_is_there(name: str, device: str) -> None:
     """Raises ValueError for a GPU that torch cannot use here."""
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    import torch  # here and not above: a config is checked without it
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
         built = "has no GPU that torch can use" if torch.version.cuda else "has a torch that was built without CUDA"
         raise ValueError(f'{name} is {device!r}, but this machine {built}: take "cpu" with dtype "float32"')
 
@@ -239,12 +255,10 @@ def list_of_sequences(name: str, value: Any) -> list[Any]:
 
 def _whole_numbers(value: Any) -> list[int] | None:
     """The numbers of a sequence, array or tensor; None where it is none, or where one of them is not whole."""
-    if isinstance(value, np.ndarray | torch.Tensor):
-        if value.ndim != 1 or _is_meta(value):
+    if type(value) is not list:
+        if not _is_sequence(value):
             return None
-        value = value.tolist()
-    elif not _is_sequence(value):
-        return None
+        value = value.tolist() if is_array(value) else value
     if set(map(type, value)) <= {int}:
         return list(value)
     numbers = list(map(plain, value))
@@ -252,7 +266,7 @@ def _whole_numbers(value: Any) -> list[int] | None:
 
 
 def _is_sequence(value: Any) -> bool:
-    if isinstance(value, np.ndarray | torch.Tensor):
+    if is_array(value):
         return value.ndim == 1 and not _is_meta(value)
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
 
@@ -262,4 +276,4 @@ def _sortable(values: AbstractSet) -> bool:
 
 
 def _is_meta(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_meta
+    return getattr(value, "is_meta", False)

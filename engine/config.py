@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
-from lockstep.engine.checkpoints.draft_config import LayerIds
 from lockstep.engine.checks import (
     SECONDS,
     Choice,
@@ -21,8 +20,7 @@ from lockstep.engine.checks import (
     power_of_two,
 )
 from lockstep.engine.config_fields import InputPath
-from lockstep.engine.speculation.build import check_speculation
-from lockstep.engine.speculation.speculation import MAX_DRAFT_TOKENS
+from lockstep.engine.speculation.config import MAX_DRAFT_TOKENS, NGRAM, LayerIds
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,21 @@ class EngineConfig:
         conform(self, _RULES)
         if self.device.startswith("cpu") and self.dtype != "float32":
             raise ValueError(f"on the CPU the row contract holds in float32 only, got dtype={self.dtype!r}")
-        check_speculation(self)
+        self._check_speculation()
+
+    def _check_speculation(self) -> None:
+        if (self.draft_model is None) != (self.num_draft_tokens == 0):
+            raise ValueError(
+                f"EngineConfig: a draft_model needs num_draft_tokens, and the other way round, got "
+                f"{self.draft_model!r} and {self.num_draft_tokens}"
+            )
+        if self.tp_size > 1 and self.has_draft_model:
+            raise ValueError(f'EngineConfig.tp_size={self.tp_size} speculates with draft_model="{NGRAM}" only')
+
+    @property
+    def has_draft_model(self) -> bool:
+        """Whether a model drafts, and not a rule."""
+        return self.draft_model not in (None, NGRAM)
 
 
 _RULES: dict[str, Rule] = {

@@ -41,7 +41,11 @@ class Terminated(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Stage:
-    """`config` and `run` are "module:name", looked up when the stage is chosen: help must not wait for torch."""
+    """`config` and `run` are "module:name".
+
+    The config's module is imported when the stage is chosen, and must not import torch: help and a misspelt key do not
+    wait for it. That of `run` is imported when there is a config to run.
+    """
 
     config: str
     run: str
@@ -51,41 +55,41 @@ class Stage:
 
 STAGES: Mapping[str, Stage] = {
     "sft": Stage(
-        "lockstep.recipes.rl.sft:SFTConfig",
+        "lockstep.recipes.rl.config:SFTConfig",
         "lockstep.recipes.rl.sft:run",
         "supervised fine-tuning",
         resumes=True,
     ),
     "rl": Stage(
-        "lockstep.recipes.rl.rl:RLConfig",
+        "lockstep.recipes.rl.config:RLConfig",
         "lockstep.recipes.rl.rl:run",
         "reinforcement learning from rewards",
         resumes=True,
     ),
     "reward": Stage(
-        "lockstep.recipes.reward:RewardConfig",
+        "lockstep.recipes.rl.config:RewardConfig",
         "lockstep.recipes.reward:run",
         "a reward model from preference pairs",
         resumes=True,
     ),
     "draft": Stage(
-        "lockstep.recipes.drafts.draft:DraftConfig",
+        "lockstep.recipes.drafts.config:DraftConfig",
         "lockstep.recipes.drafts.draft:run",
         "an EAGLE-3 draft for a model, offline",
         resumes=True,
     ),
     "eval": Stage(
-        "lockstep.recipes.evaluation.evaluate:EvalConfig",
+        "lockstep.recipes.evaluation.config:EvalConfig",
         "lockstep.recipes.evaluation.evaluate:run",
         "accuracy on held-out tasks",
     ),
     "replay": Stage(
-        "lockstep.recipes.evaluation.replay:ReplayConfig",
+        "lockstep.recipes.evaluation.config:ReplayConfig",
         "lockstep.recipes.evaluation.replay:main",
         "stored rollouts again, compared by bit",
     ),
     "convert": Stage(
-        "lockstep.recipes.conversion.convert:ConvertConfig",
+        "lockstep.recipes.conversion.config:ConvertConfig",
         "lockstep.recipes.conversion.convert:run",
         "checkpoint to HF format",
     ),
@@ -94,6 +98,12 @@ STAGES: Mapping[str, Stage] = {
         "lockstep.recipes.bench.stage:run",
         "speed of engine, trainer, kernels",
     ),
+}
+
+# What `--dry-run` imports in the place of a stage's `run`: a plan needs neither Megatron-core nor an engine.
+PLANS: Mapping[str, str] = {
+    "lockstep.recipes.rl.sft:run": "lockstep.recipes.planning.plan:plan_sft",
+    "lockstep.recipes.rl.rl:run": "lockstep.recipes.planning.plan:plan_rl",
 }
 
 # What OmegaConf says of a value that stands for a list in a YAML file.
@@ -165,17 +175,19 @@ def _run_stage(name: str, stage: Stage, arguments: list[str]) -> None:
     with ConsoleLog() as console_log, _ended_by_sigterm():
         with _user_errors(full_errors):
             launch.check_machine()
-            launch.prepare_environment()
-            _LOG.debug("importing torch and Megatron-core")
-            config_class, run = _resolve(stage.config), _resolve(stage.run)
             _LOG.debug("composing the config")
-            config = _compose(name, stage, config_class, arguments)
-        if config is not None:
-            with _user_errors(full_errors, "(HYDRA_FULL_ERROR=1 shows where)"), compilers_say_so():
-                console_log.is_running = True
-                _remove_what_killed_runs_left()
-                _LOG.debug("starting lockstep %s", name)
-                run(config)
+            config = _compose(name, stage, _resolve(stage.config), arguments)
+            if config is None:
+                return
+            launch.prepare_environment()
+            plan = PLANS.get(stage.run) if getattr(config, "dry_run", False) else None
+            _LOG.debug("importing what plans a run" if plan else "importing torch and Megatron-core")
+            run = _resolve(plan or stage.run)
+        with _user_errors(full_errors, "(HYDRA_FULL_ERROR=1 shows where)"), compilers_say_so():
+            console_log.is_running = True
+            _remove_what_killed_runs_left()
+            _LOG.debug("starting lockstep %s", name)
+            run(config)
 
 
 @contextlib.contextmanager

@@ -19,25 +19,61 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from lockstep.engine.choices import OneOf
 from lockstep.engine.config_fields import FieldError
 
 _TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _MOST_NEAR = 6  # keys in an error's advice
-_hints_of = functools.cache(typing.get_type_hints)
+
+
+@functools.cache
+def _hints_of(config_class: type | OneOf) -> dict[str, Any]:
+    """The types of its options, without annotations; what is one of several configs has the OneOf that says which."""
+    if isinstance(config_class, OneOf):
+        return {name: hint for each in reversed(config_class.all_classes()) for name, hint in _hints_of(each).items()}
+    plain = typing.get_type_hints(config_class)
+    annotated = typing.get_type_hints(config_class, include_extras=True)
+    options = [field.name for field in dataclasses.fields(config_class) if field.init]
+    return {name: _choice_in(annotated[name]) or plain[name] for name in options}
+
+
+def _choice_in(annotation: Any) -> Any:
+    """The OneOf of Annotated[..., OneOf], or dict[..., OneOf] of a dict of such; None where there is none."""
+    if get_origin(annotation) is dict:
+        inner = _choice_in(get_args(annotation)[1])
+        return inner and dict[get_args(annotation)[0], inner]
+    return next((extra for extra in getattr(annotation, "__metadata__", ()) if isinstance(extra, OneOf)), None)
+
+
+def _is_section(annotation: Any) -> bool:
+    return dataclasses.is_dataclass(annotation) or isinstance(annotation, OneOf)
+
+
+def _options_of(config_class: type | OneOf) -> dict[str, dataclasses.Field]:
+    """Of a OneOf, those of all its classes."""
+    if isinstance(config_class, OneOf):
+        return {
+            name: field for each in reversed(config_class.all_classes()) for name, field in _options_of(each).items()
+        }
+    return {field.name: field for field in dataclasses.fields(config_class) if field.init}
+
 
 # `~` where a path begins in an override: at its start, in a list or in a mapping. Quoted ones are expanded later.
 _HOME = re.compile(r"(?:(?<=^)|(?<=[\[,{:\s]))~(?=/|$|[,\]}])")
 
 
 @functools.cache
-def mirror(config_class: type) -> type:
-    """A mutable dataclass with config_class's keys and defaults, in types that OmegaConf accepts; nested ones too."""
+def mirror(config_class: type | OneOf) -> type:
+    """A mutable dataclass with config_class's keys and defaults, in types that OmegaConf accepts; nested ones too.
+
+    That of a OneOf has the options of all its classes.
+    """
     hints = _hints_of(config_class)
     fields = []
-    for field in dataclasses.fields(config_class):
-        if not field.init:
-            continue
-        if field.default is not dataclasses.MISSING:
+    for field in _options_of(config_class).values():
+        if isinstance(choice := hints[field.name], OneOf):
+            default = dataclasses.field(default_factory=functools.partial(_mirror_choice, choice, field))
+        elif field.default is not dataclasses.MISSING:
             default = dataclasses.field(default_factory=functools.partial(_mirror_value, field.default))
         elif field.default_factory is not dataclasses.MISSING:
             default = dataclasses.field(default_factory=functools.partial(_mirror_factory, field.default_factory))
@@ -46,19 +82,28 @@ def mirror(config_class: type) -> type:
         else:
             default = dataclasses.field(default=MISSING)
         fields.append((field.name, _mirror_type(hints[field.name]), default))
-    return dataclasses.make_dataclass(config_class.__name__, fields, kw_only=True)
+    name = config_class.base.__name__ if isinstance(config_class, OneOf) else config_class.__name__
+    return dataclasses.make_dataclass(name, fields, kw_only=True)
 
 
-def keys(config_class: type, prefix: str = "") -> Iterator[str]:
+def _mirror_choice(choice: OneOf, field: dataclasses.Field) -> Any:
+    """The default of a field that is one of several configs."""
+    default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+    return _mirror_value(default, choice)
+
+
+def keys(config_class: type | OneOf, prefix: str = "") -> Iterator[str]:
     """Every dotted key that config_class can be given, nested dataclasses included."""
-    hints = _hints_of(config_class)
-    for field in dataclasses.fields(config_class):
-        if not field.init:
-            continue
-        yield prefix + field.name
-        for arm in (hints[field.name], *get_args(hints[field.name])):
-            if dataclasses.is_dataclass(arm) and get_origin(hints[field.name]) in (None, Union, UnionType):
-                yield from keys(arm, f"{prefix}{field.name}.")
+    for name, hint in _hints_of(config_class).items():
+        yield prefix + name
+        for arm in (hint, *get_args(hint)):
+            if _is_section(arm) and get_origin(hint) in (None, Union, UnionType):
+                yield from keys(arm, f"{prefix}{name}.")
+
+
+def choices(config_class: type) -> dict[str, OneOf]:
+    """Its own options that are one of several configs."""
+    return {name: hint for name, hint in _hints_of(config_class).items() if isinstance(hint, OneOf)}
 
 
 def build(config_class: type, config: DictConfig) -> Any:
@@ -111,8 +156,8 @@ def annotation_of(config_class: type, key: str) -> Any:
     """The type of a dotted key; None where there is no such key among the dataclasses."""
     annotation: Any = config_class
     for name in key.split("."):
-        arms = [arm for arm in (annotation, *get_args(annotation)) if dataclasses.is_dataclass(arm)]
-        annotation = typing.get_type_hints(arms[0]).get(name) if arms else None
+        arms = [arm for arm in (annotation, *get_args(annotation)) if _is_section(arm)]
+        annotation = _hints_of(arms[0]).get(name) if arms else None
     return annotation
 
 
@@ -163,7 +208,7 @@ def to_plain(value: Any) -> Any:
 
 
 def _mirror_type(annotation: Any) -> Any:
-    if dataclasses.is_dataclass(annotation):
+    if _is_section(annotation):
         return mirror(annotation)
     if annotation is Path:
         return str
@@ -181,10 +226,15 @@ def _mirror_type(annotation: Any) -> Any:
     return plain[arguments]
 
 
-def _mirror_value(value: Any) -> Any:
+def _mirror_value(value: Any, choice: OneOf | None = None) -> Any:
+    """choice: which the value, a config, is one of."""
     if dataclasses.is_dataclass(value):
-        names = [field.name for field in dataclasses.fields(value) if field.init]
-        return mirror(type(value))(**{name: _mirror_value(getattr(value, name)) for name in names})
+        hints = _hints_of(type(value))
+        values = {
+            name: _mirror_value(getattr(value, name), hint if isinstance(hint, OneOf) else None)
+            for name, hint in hints.items()
+        }
+        return mirror(choice or type(value))(**values)
     if isinstance(value, Mapping):
         return {key: _mirror_value(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -210,32 +260,39 @@ def _build(annotation: Any, value: Any, key: str) -> Any:
         if value not in arguments:
             raise ValueError(f"{key}: {value!r} is none of {', '.join(map(repr, arguments))}")
         return value
-    if annotation is int:
-        return _whole_number(value, key)
-    if annotation is bool:
-        return _truth(value, key)
+    if annotation in (int, bool):
+        return _truth(value, key) if annotation is bool else _whole_number(value, key)
     if value is None:
         return None
-    if dataclasses.is_dataclass(annotation):
-        hints = _hints_of(annotation)
-        prefix = f"{key}." if key else ""
-        for name in value.keys() - hints.keys():
-            raise ValueError(unknown_key_message(prefix + name, [prefix + known for known in hints]))
-        values = {name: _build(hints[name], item, prefix + name) for name, item in value.items()}
-        try:
-            return annotation(**values)
-        except FieldError as error:
-            raise ValueError(f"{prefix}{error.field} {error.problem}") from error
-        except ValueError as error:  # of a check that knows the class alone
-            owner, message = f"{annotation.__name__}.", str(error)
-            raise ValueError(prefix + message.removeprefix(owner) if message.startswith(owner) else message) from error
+    if _is_section(annotation):
+        return _build_section(annotation, value, f"{key}." if key else "")
     if annotation is Path:
         return Path(value)
     if origin in (Union, UnionType):
         arms = [arm for arm in arguments if arm is not NoneType]
-        if value is None and NoneType in arguments:
-            return None
         return _build(arms[0], value, key) if len(arms) == 1 else value
+    if isinstance(value, dict) and len(arguments) == 2:
+        return {name: _build(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
+    return _build_sequence(annotation, value, key)
+
+
+def _build_section(section: type | OneOf, value: Mapping[str, Any], prefix: str) -> Any:
+    hints = _hints_of(section)
+    for name in value.keys() - hints.keys():
+        raise ValueError(unknown_key_message(prefix + name, [prefix + known for known in hints]))
+    values = {name: _build(hints[name], item, prefix + name) for name, item in value.items()}
+    try:
+        return section.make(values) if isinstance(section, OneOf) else section(**values)
+    except FieldError as error:
+        raise ValueError(f"{prefix}{error.field} {error.problem}") from error
+    except ValueError as error:  # of a check that knows the class alone
+        owner, message = f"{section.section if isinstance(section, OneOf) else section.__name__}.", str(error)
+        raise ValueError(prefix + message.removeprefix(owner) if message.startswith(owner) else message) from error
+
+
+def _build_sequence(annotation: Any, value: Any, key: str) -> Any:
+    """Of a tuple, list or sequence; a value of any other type is what it is."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation is tuple or origin is tuple:
         arms = arguments if arguments and ... not in arguments else arguments[:1] * len(value) or (Any,) * len(value)
         if len(arms) != len(value):
@@ -243,8 +300,6 @@ def _build(annotation: Any, value: Any, key: str) -> Any:
         return tuple(_build(arm, item, f"{key}[{i}]") for i, (arm, item) in enumerate(zip(arms, value, strict=True)))
     if origin in (list, Sequence):
         return [_build(arguments[0], item, f"{key}[{i}]") for i, item in enumerate(value)]
-    if isinstance(value, dict) and len(arguments) == 2:
-        return {name: _build(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
     return value
 
 

@@ -6,20 +6,22 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-from lockstep.engine import Engine, EngineConfig
-from lockstep.engine.config_fields import Count, Fraction, InputPath, Size
+from lockstep.engine import Engine
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.pooling import scored_part
 from lockstep.engine.text.tokenizer import Tokenizer
+from lockstep.recipes.planning.first_start import resumed
 from lockstep.recipes.planning.room import pairs_with_room, policy_with_room
 from lockstep.recipes.planning.start_checks import check_stage
-from lockstep.recipes.rl.training_run import START, TrainingRun, TrainingRunConfig, is_due, resumed
+from lockstep.recipes.rl.config import RewardConfig
+from lockstep.recipes.rl.inputs import sizes_and_tokenizer, starting_directory
+from lockstep.recipes.rl.training_run import TrainingRun, is_due
 from lockstep.rollout import hub
 from lockstep.rollout.order import ProblemOrder
-from lockstep.rollout.preferences import PairSamplingConfig, Preference, read_pairs, sample_pairs, write_pairs
+from lockstep.rollout.preferences import Preference, read_pairs, sample_pairs, write_pairs
 from lockstep.rollout.rewards.models import conversation_ids
 from lockstep.rollout.tasks import TaskSplits
 from lockstep.rollout.tokenizer import load_tokenizer
@@ -27,28 +29,6 @@ from lockstep.trainer_bridge import MegatronTrainer
 from lockstep.trainer_bridge.algorithms.preference import PreferencePair, bradley_terry_loss, pack_pairs
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RewardConfig(TrainingRunConfig):
-    """train_files, held_out_files: JSONL of {"prompt", "chosen", "rejected"}.
-    held_out_fraction: without held_out_files, this share of the pairs, taken from the end.
-    policy: without files, the HF directory of a language model whose answers to the task become pairs, its right ones
-        against its wrong ones; they are kept in the run. null: `model`.
-    sampling, engine: of these answers; the engine's `model` is filled in by the run.
-    pairs_per_step: pairs in one update. evaluate_every: steps between looks at the held-out pairs; 0: none.
-    """
-
-    name: str = "reward"
-    train_files: tuple[InputPath, ...] = ()
-    held_out_files: tuple[InputPath, ...] = ()
-    held_out_fraction: Fraction = 0.1
-    policy: InputPath | None = None
-    sampling: PairSamplingConfig = field(default_factory=PairSamplingConfig)
-    engine: EngineConfig = field(default_factory=lambda: EngineConfig(model=START))
-    pairs_per_step: Size = 32
-    evaluate_every: Count = 20
-    steps: Size = 100
 
 
 def run(config: RewardConfig) -> dict[str, Any]:
@@ -61,7 +41,7 @@ def run(config: RewardConfig) -> dict[str, Any]:
     given = given_pairs(config) if config.train_files else None
     tasks = config.task.build() if given else policy_tasks(config)
     with TrainingRun(config, "reward") as run:
-        model = str(config.model.resolve(run.path / "new_model", tasks.train, config.seed))
+        model = str(starting_directory(config.model, run.path / "new_model", tasks.train, config.seed))
         run.check_made("the new model", run.path / "new_model")
         train, held_out = given or sampled_pairs(config, run, tasks, hub.model_directory(config.policy or model))
         tokenizer, pad_token_id = load_tokenizer(model, config.chat), load_model_config(model).pad_token_id
@@ -89,7 +69,7 @@ def run(config: RewardConfig) -> dict[str, Any]:
             pairs = [train_tokens[order[first + i]] for i in range(config.pairs_per_step)]
             stats = trainer.step(pack_pairs(pairs, config.trainer.max_tokens_per_micro_batch), bradley_terry_loss)
             seconds = time.perf_counter() - started
-            stats["learning_rate"], stats["train_accuracy"] = stats.pop("lr"), stats.pop("accuracy")
+            stats["train_accuracy"] = stats.pop("accuracy")
             run.record(step, {**stats, "tokens_per_s": stats["tokens"] / seconds, "time/train": seconds})
             evaluate_if_due(step)
             run.checkpoint_if_due(step, trainer=trainer)
@@ -113,7 +93,7 @@ def check_source(config: RewardConfig) -> None:
 def policy_tasks(config: RewardConfig) -> TaskSplits:
     """Of which a policy's answers become pairs. Raises ValueError for a problem whose pair could have no room."""
     tasks = config.task.build()
-    model, tokenizer = config.model.described(tasks.train, config.chat)
+    model, tokenizer = sizes_and_tokenizer(config.model, tasks.train, config.chat)
     policy = model
     if config.policy is not None:
         path = hub.model_directory(config.policy, hub.TOKENIZER_AND_CONFIG)
@@ -123,7 +103,7 @@ def policy_tasks(config: RewardConfig) -> TaskSplits:
 
 def given_pairs(config: RewardConfig) -> tuple[list[Preference], list[Preference]]:
     """The pairs of the files, to learn from and held out. Raises ValueError if either are none, or one has no room."""
-    model, tokenizer = config.model.described(config.task.build().train, config.chat)
+    model, tokenizer = sizes_and_tokenizer(config.model, config.task.build().train, config.chat)
     budget = config.trainer.max_tokens_per_micro_batch
 
     def why_not(pair: Preference) -> str | None:

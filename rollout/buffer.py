@@ -10,13 +10,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
-from annotated_types import Interval
-
-from lockstep.engine.config_fields import Count, Size, check_fields
+from lockstep.rollout.config import BufferConfig
 from lockstep.rollout.group import Group
 from lockstep.rollout.sample import Sample
 from lockstep.rollout.worker import RolloutWorker
@@ -24,37 +20,6 @@ from lockstep.rollout.worker import RolloutWorker
 
 class StalenessError(AssertionError):
     """A group was about to be trained on with tokens of weights that are too old, or too new to be true."""
-
-
-@dataclass(frozen=True)
-class BufferConfig:
-    """How far generation may run ahead of training.
-
-    max_staleness: step s trains on tokens of the weight versions s - 1 - max_staleness to s - 1. 0 is synchronous:
-        generate, then train. With 1 or more the engine generates for later steps while the trainer makes this one.
-    segment_tokens: by how much a response grows while one step is made; null: to its end. An unfinished response goes
-        on under the next version, so it has tokens of several. About the longest response / max_staleness is a start.
-    unfinished: what an update does to a response that has not ended. "recompute": its prefix is computed anew under the
-        new weights, and it goes on; "abort": it begins again, so that every response is of one version.
-    over_sampling: groups begun for each one that a step trains on. Above 1, a step does not wait for the slowest, and
-        has spare ones where groups are dropped; what is too old for the next step is thrown away.
-    max_dropped: groups that may be dropped for one step, in multiples of prompts_per_step, before that is an error: by
-        the algorithm, and because of environments that failed. Others are generated in their place.
-    """
-
-    max_staleness: Count = 0
-    segment_tokens: Size | None = None
-    unfinished: Literal["recompute", "abort"] = "recompute"
-    over_sampling: Annotated[float, Interval(ge=1, le=1000)] = 1.0
-    max_dropped: Count = 20
-
-    def __post_init__(self):
-        if self.unfinished == "keep":
-            raise ValueError(
-                'buffer.unfinished="keep": KV of several weight versions can be rebuilt neither after a kill nor by '
-                'a replay; "recompute" goes on with the same tokens and the KV of the new weights'
-            )
-        check_fields(self, "buffer")
 
 
 class RolloutBuffer:

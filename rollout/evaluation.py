@@ -6,47 +6,19 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
-
-from annotated_types import Interval
 
 from lockstep.engine import Generator
-from lockstep.engine.config_fields import NotNegative, Size, check_fields
 from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.rollout.answer_watch import num_unanswered
+from lockstep.rollout.config import EvaluationConfig, RolloutConfig
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.environments.failures import FAILED
 from lockstep.rollout.environments.worker import build_worker
 from lockstep.rollout.rewards import Reward
 from lockstep.rollout.sample import Sample, digest
 from lockstep.rollout.tasks import Task
-from lockstep.rollout.worker import RolloutConfig
 
 EVALUATION_STEP = -1  # the `step` coordinate of evaluation samples, so that their seeds meet no training seed
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """What is evaluated. Temperature 0 decodes greedily; above it, accuracy is the mean over the samples (mean@k).
-
-    pass_at: the k of pass@k, the chance that one of k samples of a problem is right; from 1 to samples_per_problem.
-    """
-
-    num_problems: Size = 128
-    samples_per_problem: Size = 1
-    max_tokens: Size = 256
-    temperature: NotNegative = 0.0
-    top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
-    pass_at: tuple[Size, ...] = ()
-
-    def __post_init__(self):
-        check_fields(self, "evaluation")
-        for k in self.pass_at:
-            if k > self.samples_per_problem:
-                raise ValueError(
-                    f"evaluation.pass_at: pass@{k} needs evaluation.samples_per_problem >= {k}, "
-                    f"got {self.samples_per_problem}"
-                )
 
 
 @dataclass(frozen=True)

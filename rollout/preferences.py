@@ -6,22 +6,19 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
-
-from annotated_types import Interval
 
 from lockstep.engine import Generator
-from lockstep.engine.config_fields import MAX_COUNT, Positive, Size, check_fields
 from lockstep.engine.files import write_whole
 from lockstep.engine.text.model_output import valid_text
 from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.rollout.answer_watch import num_unanswered
+from lockstep.rollout.config import PairSamplingConfig, RolloutConfig
 from lockstep.rollout.evaluation import EVALUATION_STEP
 from lockstep.rollout.group import Group
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.tasks.chats import Messages, looks_like_chat, read_messages, to_ask
 from lockstep.rollout.tasks.data_files import Row, plain_text, read_rows
-from lockstep.rollout.worker import RolloutConfig, RolloutWorker
+from lockstep.rollout.worker import RolloutWorker
 
 TRIED_FIRST = 64  # problems: a policy that gives no pair for any of them gives too few to learn from
 
@@ -34,20 +31,6 @@ class Preference:
     chosen: str
     rejected: str
     where: str = field(default="", compare=False)
-
-
-@dataclass(frozen=True)
-class PairSamplingConfig:
-    """How a policy's answers become pairs: of each problem with a right and a wrong answer, the first of each."""
-
-    train_problems: Size = 1000
-    held_out_problems: Size = 200
-    samples_per_problem: Annotated[int, Interval(ge=2, le=MAX_COUNT)] = 8
-    max_tokens: Size = 256
-    temperature: Positive = 1.0
-
-    def __post_init__(self):
-        check_fields(self)
 
 
 def read_pairs(files: Sequence[str]) -> list[Preference]:

@@ -1,7 +1,6 @@
 """A tokenizer made from nothing for small models, and what rollouts ask of any tokenizer."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +8,15 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as TokenizerBuilder
 from transformers import PreTrainedTokenizerFast
 
-from lockstep.engine.config_fields import Size, check_fields
 from lockstep.engine.text.answer_tags import ANSWER_CLOSE, ANSWER_OPEN
-from lockstep.engine.text.chat_template import CHAT_TEMPLATE, ChatConfig, set_chat_options
+from lockstep.engine.text.chat_template import CHAT_TEMPLATE, set_chat_options
+from lockstep.engine.text.config import ChatConfig
 from lockstep.engine.text.end_of_turn import end_of_turn
 from lockstep.engine.text.model_output import valid_text
 from lockstep.engine.text.plain_content import encode_assistant_text, encode_conversation
 from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.engine.text.tokenizer import load_tokenizer as load_foreign_tokenizer
+from lockstep.rollout.config import TokenizerConfig
 
 PAD = "<|pad|>"
 END = "<|end|>"
@@ -25,17 +25,6 @@ ROLES = ("system", "user", "assistant")
 # Digits stand alone, so that a number is its digits whatever the training text was; an operator takes the spaces
 # around it, so that `4 + 3` is three tokens. Byte-level BPE works inside the other pieces: words, punctuation, space.
 _PIECES = Regex(r"\p{N}| ?[-+*/=%^<>()] ?| ?\p{L}+| ?[^\s\p{L}\p{N}]|\s+(?!\S)|\s+")
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """vocab_size: upper bound, at least 256 bytes + 7 special tokens; training stops early on little text."""
-
-    vocab_size: Size = 384
-    max_length: Size = 4096
-
-    def __post_init__(self):
-        check_fields(self)
 
 
 def build_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> PreTrainedTokenizerFast:

@@ -3,42 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from lockstep.engine import Generator, SamplingParams
-from lockstep.engine.checks import Rule, Whole, conform
 from lockstep.engine.models.config import load_model_config
-from lockstep.engine.request import SAMPLING_RULES
 from lockstep.engine.text.end_of_turn import response_text, stop_token_ids
 from lockstep.engine.text.tokenizer import Tokenizer
+from lockstep.rollout.config import RolloutConfig
 from lockstep.rollout.group import Group, Response
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.rewards import Completion, Reward, StepFailures, correct_reward
 from lockstep.rollout.sample import derive_seed
 from lockstep.rollout.tasks import Problem, Task
 from lockstep.rollout.tokenizer import render_prompt
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    """How responses are drawn. The sampling fields mean what they mean in `SamplingParams`."""
-
-    prompts_per_step: int = 16
-    samples_per_prompt: int = 8
-    max_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    min_p: float = 0.0
-
-    def __post_init__(self):
-        conform(self, _RULES)
-
-
-# The sampling fields are what `SamplingParams` makes of them: a trainer computes with the same temperature.
-_RULES: dict[str, Rule] = {"prompts_per_step": Whole(1), "samples_per_prompt": Whole(1)} | {
-    name: SAMPLING_RULES[name] for name in ("max_tokens", "temperature", "top_p", "top_k", "min_p")
-}
 
 
 class RolloutWorker:

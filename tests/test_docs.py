@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from lockstep.recipes import cli, config_schema
-from lockstep.recipes.drafts.draft import DraftConfig
-from lockstep.recipes.rl.training_run import TrainingRunConfig
+from lockstep.recipes.drafts.config import DraftConfig
+from lockstep.recipes.runs.config import TrainingRunConfig
 from lockstep.recipes.runs.run_directory import MAY_DIFFER
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -37,7 +37,7 @@ def _faults(node: ast.AST, layer: str, allowed: set[str]) -> Iterator[str]:
         top, *rest = name.split(".")
         if top in MAY_IMPORT and top != "tests":
             yield f"imports {top}, not lockstep.{top}"
-        elif top == "lockstep" and rest and rest[0] not in (layer, "__version__", *allowed):
+        elif top == "lockstep" and rest and rest[0] not in (layer, "__version__", "lazy_names", *allowed):
             yield f"{layer} imports lockstep.{rest[0]}"
 
 

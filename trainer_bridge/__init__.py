@@ -4,19 +4,15 @@ The names below are imported at their first use: an engine's process, which take
 need of Megatron-core and its seconds of importing.
 """
 
-import importlib
+import lockstep.kernels  # noqa: F401  it sets the mode of MKL, which must come before the first matrix product
+from lockstep.lazy_names import lazy_names
 
 _HOMES = {
     "MegatronTrainer": "trainer",
-    "TrainerConfig": "trainer",
+    "TrainerConfig": "config",
     "initialize_megatron": "megatron.megatron_setup",
     "publish": "transports.in_process",
     "share_weights": "transports.in_process",
 }
 __all__ = list(_HOMES)
-
-
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy_names(__name__, _HOMES)

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,22 +13,10 @@ import torch.distributed as dist
 from lockstep.engine.checkpoints.checkpoint import check_weights, iterate_weights
 from lockstep.engine.checkpoints.export import save_hf
 from lockstep.engine.checks import (
-    SECONDS,
-    Choice,
-    Rule,
-    Whole,
     check_device_is_there,
-    conform,
-    device_name,
-    dtype_name,
-    flag,
     list_of_sequences,
-    optional,
-    path,
-    power_of_two,
     sequence_ids,
 )
-from lockstep.engine.config_fields import InputPath
 from lockstep.engine.models.config import Head, ModelConfig, as_scalar_model, load_model_config, read_config_json
 from lockstep.engine.models.layers.linear import format_named
 from lockstep.engine.models.names import head_matrix_shapes
@@ -39,107 +27,25 @@ from lockstep.engine.weights.dummy_weights import fill_dummy
 from lockstep.kernels import numerics
 from lockstep.kernels.process_state import own_state
 from lockstep.trainer_bridge.algorithms.losses import Loss
+from lockstep.trainer_bridge.config import TrainerConfig
 from lockstep.trainer_bridge.megatron.checkpoint import CheckpointFiles, named_shard, save_checkpoint
 from lockstep.trainer_bridge.megatron.grad_norm import gradient_norm
-from lockstep.trainer_bridge.megatron.layout import LocalParameter, local_layout, local_parts, whole_tensors
+from lockstep.trainer_bridge.megatron.layout import (
+    LocalParameter,
+    check_sizes,
+    local_layout,
+    local_parts,
+    shard_of,
+    whole_tensors,
+)
 from lockstep.trainer_bridge.megatron.megatron_setup import initialize_megatron
 from lockstep.trainer_bridge.megatron.model import LockstepGPTModel
-from lockstep.trainer_bridge.megatron.optimizer import AdamWConfig, MasterAdamW, NoOptimizer
+from lockstep.trainer_bridge.megatron.optimizer import MasterAdamW, NoOptimizer
 from lockstep.trainer_bridge.megatron.packing import PackedBatch, deal, first_fit, sequence_layout
-from lockstep.trainer_bridge.megatron.parallel import ParallelSizes, Ranks, exchange
+from lockstep.trainer_bridge.megatron.parallel import Ranks, exchange
 from lockstep.trainer_bridge.megatron.passes import MicroBatch, ScoringPasses, TrainingPasses, fold_stats, to_floats
 
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
-
-
-@dataclass(frozen=True)
-class TrainerConfig(AdamWConfig):
-    """What is trained, and how.
-
-    model: an HF directory (config.json, safetensors).
-    device, dtype: "cpu" with "float32", or "cuda" with "bfloat16" (with fp32 master weights) or "float32".
-    head: "lm"; or "scalar", for a critic or a reward model: `values` and no log-probabilities. A language model's
-        directory then gives all but the head, which starts as zeros.
-    load_format: "auto" reads the directory's weights; "dummy" makes random ones from `seed`.
-    reference_model: HF directory of the KL penalty's reference; None is `model`. Read when first asked for.
-    optimizer: "adamw"; or "none", which keeps no optimizer state: `step` computes losses and gradients and changes
-        nothing, `save` and `load` refuse.
-    max_tokens_per_micro_batch: tokens of one forward pass in `logprobs`, and what callers give to `pack`.
-    recompute: keep each layer's input only, and compute its activations again in the backward pass.
-    expert_parallel_size: of a model with experts: tensor_parallel_size, and those ranks share out the experts of each
-        layer, whole; or 1, and each holds all of them. It changes no bit.
-    tensor_parallel_size, pipeline_parallel_size, virtual_pipeline_parallel_size: over how many ranks a layer's matrices
-        and the layers are spread, and the model chunks of a rank. The ranks of the world that are left over are data
-        parallel: they share out the micro-batches, and the optimizer's state.
-    row_parallel_splits, gradient_splits: orders of summation, see ParallelSizes. They change the bits of log-probs and
-        of gradients; the numbers of ranks, which must divide them, change none. The engine's row_parallel_splits must
-        be the same.
-    linear_format: the engine's, whose weights the forward pass multiplies with; the trained ones stay whole.
-    rank_timeout_s: how long a rank waits for another before it raises.
-    """
-
-    model: InputPath
-    device: str = "cpu"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    head: Head = "lm"
-    load_format: Literal["auto", "dummy"] = "auto"
-    seed: int = 0
-    reference_model: InputPath | None = None
-    optimizer: Literal["adamw", "none"] = "adamw"
-    max_tokens_per_micro_batch: int = 8192
-    recompute: bool = False
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
-    virtual_pipeline_parallel_size: int = 1
-    expert_parallel_size: int = 1
-    row_parallel_splits: int = 1
-    linear_format: str = "plain"
-    gradient_splits: int = 1
-    rank_timeout_s: float = 600.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        conform(self, _RULES)
-        if self.device.startswith("cpu") and self.dtype != "float32":
-            raise ValueError(f"on the CPU the trainer equals the engine in float32 only, got dtype={self.dtype!r}")
-        self.parallel_sizes(num_ranks=self.tensor_parallel_size * self.pipeline_parallel_size)
-
-    def parallel_sizes(self, num_ranks: int) -> ParallelSizes:
-        """In a world of so many ranks."""
-        return ParallelSizes(
-            tensor=self.tensor_parallel_size,
-            pipeline=self.pipeline_parallel_size,
-            virtual_pipeline=self.virtual_pipeline_parallel_size,
-            data=num_ranks // max(1, self.tensor_parallel_size * self.pipeline_parallel_size),
-            expert=self.expert_parallel_size,
-            row_parallel_splits=self.row_parallel_splits,
-            gradient_splits=self.gradient_splits,
-        )
-
-
-_RULES: dict[str, Rule] = {
-    "model": path,
-    "device": device_name,
-    "dtype": dtype_name(("float32", "bfloat16")),
-    "head": Choice(get_args(Head)),
-    "load_format": Choice(("auto", "dummy")),
-    "seed": Whole(0),
-    "reference_model": optional(path),
-    "optimizer": Choice(("adamw", "none")),
-    "max_tokens_per_micro_batch": Whole(1),
-    "recompute": flag,
-    "row_parallel_splits": power_of_two,
-    "gradient_splits": power_of_two,
-    "rank_timeout_s": SECONDS,
-} | dict.fromkeys(
-    (
-        "tensor_parallel_size",
-        "pipeline_parallel_size",
-        "virtual_pipeline_parallel_size",
-        "expert_parallel_size",
-    ),
-    Whole(1),
-)
 
 
 class MegatronTrainer:
@@ -166,7 +72,7 @@ class MegatronTrainer:
         numerics.set_up(self.device)
         sizes = self.ranks.sizes
         linear_format = format_named(config.linear_format, "TrainerConfig.linear_format", sizes.tensor)
-        shapes = product_shapes(self.model_config, sizes.shard(self.ranks.tensor.rank), sizes.row_parallel_splits)
+        shapes = product_shapes(self.model_config, shard_of(sizes, self.ranks.tensor.rank), sizes.row_parallel_splits)
         numerics.check_row_contract(self.device, self.dtype, shapes, head_matrix_shapes(self.model_config))
         if config.head == "scalar":
             numerics.check_row_contract(self.device, torch.float32, {(1, self.model_config.hidden_size)})
@@ -212,7 +118,7 @@ class MegatronTrainer:
         c = self.config
         initialize_megatron(self.device, c.tensor_parallel_size, c.pipeline_parallel_size, c.rank_timeout_s)
         sizes = c.parallel_sizes(dist.get_world_size())
-        sizes.check(self.model_config)
+        check_sizes(sizes, self.model_config)
         return Ranks.of_this_process(sizes)
 
     def _build_optimizer(self, chunk: LockstepGPTModel) -> MasterAdamW | NoOptimizer:
@@ -345,8 +251,8 @@ class MegatronTrainer:
     def step(self, batches: Sequence[PackedBatch], loss: Loss) -> dict[str, float]:
         """One update from all micro-batches of a step (see packing.pack).
 
-        Returns loss, grad_norm (before clipping), lr, tokens (forward), trained_tokens, entropy, and the stats of
-        `loss`: weighted means, or maxima where the name ends in `_max`.
+        Returns loss, grad_norm (before clipping), learning_rate, tokens (forward), trained_tokens, entropy, and the
+        stats of `loss`: weighted means, or maxima where the name ends in `_max`.
         Raises FloatingPointError that names the step for a non-finite loss or gradient. On any error the weights and
         the optimizer are as before.
         """
@@ -374,14 +280,14 @@ class MegatronTrainer:
                 chunk.zero_grad()
                 optimizer.zero_grad()
             raise
-        lr = self.config.learning_rate_at(self.step_count)
+        learning_rate = self.config.learning_rate_at(self.step_count)
         self.num_weight_changes += 1
         for optimizer in self.optimizers:
-            optimizer.step(lr, self.config.max_grad_norm, stats["grad_norm"])
+            optimizer.step(learning_rate, self.config.max_grad_norm, stats["grad_norm"])
         self._refresh_tied_copy()
         self.step_count += 1
         tokens = sum(len(batch.token_ids) for batch in batches)
-        return {**stats, "lr": lr, "tokens": tokens, "trained_tokens": trained_tokens}
+        return {**stats, "learning_rate": learning_rate, "tokens": tokens, "trained_tokens": trained_tokens}
 
     def _backward(self, batches: Sequence[PackedBatch], loss: Loss) -> list[dict[str, float]]:
         """Sums the gradients of this rank's share of the batches, each of which has a trained token.

@@ -17,19 +17,14 @@ import torch
 from safetensors.torch import save_file
 
 from lockstep.engine.checkpoints.checkpoint import PICKLED_WEIGHTS, SINGLE_FILE, CheckpointError, TensorFiles
-from lockstep.engine.checkpoints.draft_config import (
-    LayerIds,
-    ServingEngine,
-    choose_engine,
-    config_json,
-    load_draft_config,
-)
+from lockstep.engine.checkpoints.draft_config import choose_engine, config_json, load_draft_config
 from lockstep.engine.checkpoints.pickled_weights import has_pickled_weights, read_pickled_weights
 from lockstep.engine.files import whole_folder
 from lockstep.engine.models.config import CONFIG_FILE, ModelConfig
 from lockstep.engine.models.eagle3 import Eagle3Config, Eagle3Draft, expand
 from lockstep.engine.models.families.reading import printable
 from lockstep.engine.models.names import to_hf, to_megatron
+from lockstep.engine.speculation.config import LayerIds, ServingEngine
 
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 # Copies of the target's weights that training tools leave in a file, and the rotary frequencies.

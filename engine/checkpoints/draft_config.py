@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
@@ -21,9 +21,7 @@ from lockstep.engine.foreign_files import read_json
 from lockstep.engine.models.config import CONFIG_FILE, ModelConfig, UnsupportedModelError, parse_model_config
 from lockstep.engine.models.eagle3 import NUM_AUX, Eagle3Config, default_aux_layers
 from lockstep.engine.models.families.reading import shown
-
-ServingEngine = Literal["sglang", "vllm"]
-LayerIds = Literal["auto", "sglang", "vllm"]
+from lockstep.engine.speculation.config import LayerIds, ServingEngine
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 # Names of other layouts for the same model.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from lockstep.engine.checkpoints.draft_checkpoint import load_draft
 from lockstep.engine.checkpoints.draft_config import load_draft_config
+from lockstep.engine.config import EngineConfig
 from lockstep.engine.models.decoder import Decoder
 from lockstep.engine.models.eagle3 import Eagle3Draft, initialize
 from lockstep.engine.scheduling.scheduler import SchedulerConfig
@@ -17,30 +16,10 @@ from lockstep.engine.speculation.ngram import NgramDrafter
 from lockstep.engine.speculation.policy import PolicyConfig, SpeculationPolicy
 from lockstep.engine.speculation.speculation import NoSpeculation, Speculation
 
-if TYPE_CHECKING:
-    from lockstep.engine.config import EngineConfig
-
-NGRAM = "ngram"
-
-
-def check_speculation(config: EngineConfig) -> None:
-    """Raises ValueError that names the option which does not fit."""
-    if (config.draft_model is None) != (config.num_draft_tokens == 0):
-        raise ValueError(
-            f"EngineConfig: a draft_model needs num_draft_tokens, and the other way round, got {config.draft_model!r} "
-            f"and {config.num_draft_tokens}"
-        )
-    if config.tp_size > 1 and has_draft_model(config):
-        raise ValueError(f'EngineConfig.tp_size={config.tp_size} speculates with draft_model="{NGRAM}" only')
-
-
-def has_draft_model(config: EngineConfig) -> bool:
-    return config.draft_model not in (None, NGRAM)
-
 
 def load_draft_model(config: EngineConfig, model: Decoder) -> Eagle3Draft | None:
     """The EAGLE-3 model of the config, with the target's dtype, on its device; None where there is none."""
-    if not has_draft_model(config):
+    if not config.has_draft_model:
         return None
     dtype, embedding = getattr(torch, config.dtype), model.embedding.word_embeddings.weight
     if config.load_format != "dummy":

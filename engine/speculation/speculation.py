@@ -10,8 +10,6 @@ from lockstep.engine.speculation.drafter import Drafter
 from lockstep.engine.speculation.policy import SpeculationPolicy
 from lockstep.engine.speculation.verification import Verified
 
-MAX_DRAFT_TOKENS = 8
-
 
 class Speculation:
     """Between the engine's step, a drafter and the policy. num_tokens: drafts per request and step, at most.

@@ -5,14 +5,13 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jinja2
 
-from lockstep.engine.config_fields import InputPath, check_fields
 from lockstep.engine.text.chat_renderer import shared_renderer
+from lockstep.engine.text.config import ChatConfig
 from lockstep.engine.text.model_output import printable, valid_text
 from lockstep.engine.text.tokenizer import Tokenizer
 
@@ -39,40 +38,6 @@ PLAIN_TEMPLATE = (
 MAX_TEMPLATE_CHARACTERS = 2**20  # the largest published ones have some 30,000
 _OWN = (CHAT_TEMPLATE, PLAIN_TEMPLATE, BOS_TEMPLATE + PLAIN_TEMPLATE)
 _DRAWS = re.compile(r"\|\s*random\b|\blipsum\b")
-_NOT_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
-
-
-@dataclass(frozen=True)
-class ChatConfig:
-    """template: a file with a Jinja chat template, in place of the tokenizer's own.
-
-    chat_template_kwargs: variables for the template, such as {enable_thinking: false}.
-    date: YYYY-MM-DD, what templates that write the day take for today. null: the day of a run's first start, which the
-        run's config.yaml keeps, so that a resumed or replayed run reads the same prompts.
-    allow_special_tokens_in_content: what messages and responses say may hold special tokens, written out. By default
-        such texts are plain text (plain_content.py): whoever writes a tool's result or a data file could else end
-        turns and write others.
-    without_template: what a tokenizer without a chat template means: "error", or "plain": a conversation is its
-        messages' contents, a line each, and the end-of-text token ends an answer. For base models.
-    """
-
-    template: InputPath | None = None
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    date: str | None = None
-    without_template: Literal["error", "plain"] = "error"
-    allow_special_tokens_in_content: bool = False
-
-    def __post_init__(self):
-        check_fields(self, "chat")
-        if self.date is not None:
-            try:
-                datetime.date.fromisoformat(self.date)
-            except ValueError:
-                raise ValueError(f"chat.date must be a day as YYYY-MM-DD, got {self.date!r}") from None
-        for name in self.chat_template_kwargs:
-            if name in _NOT_VARIABLES:
-                other = "use chat.date" if name == "strftime_now" else "it is given by the run"
-                raise ValueError(f"chat.chat_template_kwargs: {name!r} cannot be set, {other}")
 
 
 def set_chat_options(tokenizer: Tokenizer, chat: ChatConfig) -> None:

@@ -14,11 +14,12 @@ from omegaconf import OmegaConf
 from lockstep.recipes import config_schema
 from lockstep.recipes.bench.config import BenchConfig
 from lockstep.recipes.bench.results import Column, Table, progress, show, write_results
-from lockstep.recipes.drafts.draft_stage import DraftStageConfig
+from lockstep.recipes.drafts.config import DraftStageConfig
 from lockstep.recipes.rl import rl
-from lockstep.recipes.rl.inputs import ModelSource
+from lockstep.recipes.runs.config import ModelSource
 from lockstep.recipes.runs.run_directory import read_metrics
-from lockstep.trainer_bridge.algorithms.algorithms import ALGORITHMS, AlgorithmConfig
+from lockstep.trainer_bridge.algorithms.algorithms import ALGORITHMS
+from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig
 
 STEPS = 3  # at scale 1
 EVALUATED_PROBLEMS = 100

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-
 from lockstep.engine.config_fields import Fraction, Positive, Seconds, Size, Text, check_fields
-from lockstep.kernels import numerics
 from lockstep.recipes.bench.shapes import SHAPES
 
 Suite = Literal[
@@ -67,13 +64,6 @@ class BenchConfig:
             raise ValueError(f"bench: unknown shape {self.shape!r}; known: {', '.join(SHAPES)}")
         if self.shape is not None and self.model is not None:
             raise ValueError("bench: give a shape (random weights) or a model (a directory), not both")
-
-    def resolve(self) -> BenchConfig:
-        """The config with its suite and device chosen. Raises ValueError for a GPU that is not there."""
-        has_gpu = torch.cuda.is_available()
-        device = self.device or ("cuda" if has_gpu and self.suite != "cpu" else "cpu")
-        numerics.usable_device(device)
-        return replace(self, device=device, suite=self.suite or ("engine" if device == "cuda" else "cpu"))
 
     def refuse(self, *fields: str) -> None:
         """Raises ValueError that names the one that is given, of fields that the suite does not take."""

@@ -39,7 +39,7 @@ OTHER = "other"
 
 
 @dataclass(frozen=True)
-class Job:
+class ProfileJob:
     model: str
     config: BenchConfig
 
@@ -53,7 +53,7 @@ class Span:
     end_us: float
 
 
-def run(job: Job) -> Table:
+def run(job: ProfileJob) -> Table:
     """Traces decoding at batch 64. Writes images/decode_timeline.png; returns the shares as a table."""
     engine = Engine(engine_config(job.model, job.config))
     requests = draw(WORKLOAD, engine.model_config.vocab_size, 0)

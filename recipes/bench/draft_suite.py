@@ -19,9 +19,10 @@ from lockstep.recipes.bench.own_process import call_in_own_process
 from lockstep.recipes.bench.results import Column, Table, progress, show, write_results
 from lockstep.recipes.bench.shapes import write_model_directory
 from lockstep.recipes.bench.timing import seconds_per_step
+from lockstep.trainer_bridge.drafts.config import DraftTrainerConfig
 from lockstep.trainer_bridge.drafts.draft_batch import DraftSequence
 from lockstep.trainer_bridge.drafts.draft_loss import LOSSES
-from lockstep.trainer_bridge.drafts.draft_trainer import DraftTrainer, DraftTrainerConfig
+from lockstep.trainer_bridge.drafts.draft_trainer import DraftTrainer
 
 NUM_SEQUENCES, SEQUENCE_TOKENS = 4, 2048
 MICRO_BATCH_TOKENS = 4096
@@ -29,7 +30,7 @@ DRAFT_VOCAB = 32000
 
 
 @dataclass(frozen=True)
-class Job:
+class DraftJob:
     """One loss's steps."""
 
     model: str
@@ -46,7 +47,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         path = write_model_directory(config.shape or DEFAULT_SHAPE[config.device], Path(scratch) / "target")
         for loss in LOSSES:
-            job = Job(path, loss, lengths, config)
+            job = DraftJob(path, loss, lengths, config)
             rows.append(call_in_own_process(f"draft training, {loss}", measure, job, config.timeout_s))
             table = _table(config, rows, lengths)
             result = write_results(config, "draft", [table])
@@ -54,7 +55,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
     return result
 
 
-def measure(job: Job) -> dict[str, Any]:
+def measure(job: DraftJob) -> dict[str, Any]:
     """A row of the table."""
     config, target = job.config, load_model_config(job.model)
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)

@@ -39,7 +39,7 @@ RECORDED = {
 
 
 @dataclass(frozen=True)
-class Job:
+class EngineJob:
     """What the process of one candidate is told."""
 
     candidate: str
@@ -58,20 +58,22 @@ def run(config: BenchConfig) -> dict[str, Any]:
         engine_config(path, config)  # refuses bad settings before minutes of work
         for candidate, how in engines.items():
             rates[candidate] = call_in_own_process(
-                f"bench of {candidate}", serve, Job(candidate, path, config), config.timeout_s, how.environment
+                f"bench of {candidate}", serve, EngineJob(candidate, path, config), config.timeout_s, how.environment
             )
             tables = [_table(config, workloads, rates)]
             result = write_results(config, name, tables)
         if config.profile:
             tables.append(
-                call_in_own_process("profile", decode_profile.run, decode_profile.Job(path, config), config.timeout_s)
+                call_in_own_process(
+                    "profile", decode_profile.run, decode_profile.ProfileJob(path, config), config.timeout_s
+                )
             )
             result = write_results(config, name, tables)
     show(tables)
     return result
 
 
-def serve(job: Job) -> dict[str, list[float]]:
+def serve(job: EngineJob) -> dict[str, list[float]]:
     """Tokens per second of each workload and repeat on one candidate."""
     config = job.config
     vocab_size = load_model_config(job.model).vocab_size

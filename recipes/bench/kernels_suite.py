@@ -49,7 +49,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Job:
+class KernelJob:
     model: str
     config: BenchConfig
 
@@ -58,14 +58,14 @@ def run(config: BenchConfig) -> dict[str, Any]:
     """Times every case and writes the table."""
     config.refuse("peer", "workloads")
     with tempfile.TemporaryDirectory() as scratch:
-        job = Job(model_directory(config, Path(scratch)), config)
+        job = KernelJob(model_directory(config, Path(scratch)), config)
         table = call_in_own_process("kernels", measure, job, config.timeout_s)
     show([table])
     return write_results(config, f"kernels_{Path(config.model_name).name}", [table])
 
 
 @torch.inference_mode()
-def measure(job: Job) -> Table:
+def measure(job: KernelJob) -> Table:
     config, device = job.config, job.config.device
     numerics.set_up(device)
     model, dtype = load_model_config(job.model), getattr(torch, config.dtype)

@@ -20,7 +20,7 @@ from lockstep.kernels.reductions.content_hash import copy_and_hash, copy_and_ver
 from lockstep.recipes.bench.candidates import engine_config
 from lockstep.recipes.bench.config import BenchConfig
 from lockstep.recipes.bench.own_process import call_in_own_process
-from lockstep.recipes.bench.publish_ways import WAYS, Job, Pair, open_pair
+from lockstep.recipes.bench.publish_ways import WAYS, Pair, PublishJob, open_pair
 from lockstep.recipes.bench.results import Column, Table, progress, show, write_results
 from lockstep.recipes.bench.shapes import write_model_directory
 
@@ -48,7 +48,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         path = write_model_directory(config.model_name, Path(scratch))
         for way in ways:
-            job = Job(way, path, _engine_config(path, config), config)
+            job = PublishJob(way, path, _engine_config(path, config), config)
             rows.append(call_in_own_process(f"publish: {TITLES[way]}", measure, job, config.timeout_s))
             table = _table(config, rows)
             result = write_results(config, f"publish_{config.model_name}", [table])
@@ -69,7 +69,7 @@ def chosen_ways(config: BenchConfig) -> list[str]:
     return config.workloads
 
 
-def measure(job: Job) -> dict[str, Any]:
+def measure(job: PublishJob) -> dict[str, Any]:
     """A row of the table: medians of updates of an idle engine, and of one with requests running."""
     with open_pair(job) as pair:
         idle, loaded = [], []

@@ -32,7 +32,7 @@ Meanwhile = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class Job:
+class PublishJob:
     """One way on one model directory. The engine starts with other weights than the trainer's."""
 
     way: str
@@ -55,12 +55,12 @@ class Pair:
     expected: str
 
 
-def open_pair(job: Job) -> AbstractContextManager[Pair]:
+def open_pair(job: PublishJob) -> AbstractContextManager[Pair]:
     return WAYS[job.way](job)
 
 
 @contextmanager
-def _same_process(job: Job, shared: bool) -> Iterator[Pair]:
+def _same_process(job: PublishJob, shared: bool) -> Iterator[Pair]:
     trainer, engine = _trainer(job, job.config.device), Engine(job.engine)
     if shared:
         share_weights(trainer, engine, 1)
@@ -76,7 +76,7 @@ def _same_process(job: Job, shared: bool) -> Iterator[Pair]:
 
 
 @contextmanager
-def _two_processes(job: Job, kind: type[BucketTransport], trainer_device: str) -> Iterator[Pair]:
+def _two_processes(job: PublishJob, kind: type[BucketTransport], trainer_device: str) -> Iterator[Pair]:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=_send_when_asked, args=(job, kind, trainer_device, store.port), daemon=True)
@@ -116,7 +116,7 @@ class _Receiver:
             return self._transport.receive(update)
 
 
-def _send_when_asked(job: Job, kind: type[BucketTransport], device: str, port: int) -> None:
+def _send_when_asked(job: PublishJob, kind: type[BucketTransport], device: str, port: int) -> None:
     """The trainer's process; it is ended by its parent."""
     if device.startswith("cuda"):
         torch.cuda.set_device(torch.device(device).index or 0)
@@ -133,7 +133,7 @@ def _send_when_asked(job: Job, kind: type[BucketTransport], device: str, port: i
         version += 1
 
 
-def _transport(job: Job, kind: type[BucketTransport], rank: int, device: torch.device, store) -> BucketTransport:
+def _transport(job: PublishJob, kind: type[BucketTransport], rank: int, device: torch.device, store) -> BucketTransport:
     model = load_model_config(job.model)
     layout = engine_layout(model)
     plan = plan_transfers(layout, layout)
@@ -143,7 +143,7 @@ def _transport(job: Job, kind: type[BucketTransport], rank: int, device: torch.d
     return kind(plan, ((0,), (1,)), sizes, device, group, timeout_s=_TIMEOUT_S)
 
 
-def _trainer(job: Job, device: str) -> MegatronTrainer:
+def _trainer(job: PublishJob, device: str) -> MegatronTrainer:
     config = job.config
     return MegatronTrainer(
         TrainerConfig(model=job.model, device=device, dtype=config.dtype, load_format="dummy", optimizer="none")
@@ -160,19 +160,19 @@ def _wait_for(store: dist.Store, key: str, process) -> None:
             raise TimeoutError(f"the trainer's process was not {key} within {_START_TIMEOUT_S:g} s")
 
 
-def _copy(job: Job) -> AbstractContextManager[Pair]:
+def _copy(job: PublishJob) -> AbstractContextManager[Pair]:
     return _same_process(job, shared=False)
 
 
-def _alias(job: Job) -> AbstractContextManager[Pair]:
+def _alias(job: PublishJob) -> AbstractContextManager[Pair]:
     return _same_process(job, shared=True)
 
 
-def _cuda_ipc(job: Job) -> AbstractContextManager[Pair]:
+def _cuda_ipc(job: PublishJob) -> AbstractContextManager[Pair]:
     return _two_processes(job, CudaIpcTransport, job.config.device)
 
 
-def _distributed(job: Job) -> AbstractContextManager[Pair]:
+def _distributed(job: PublishJob) -> AbstractContextManager[Pair]:
     return _two_processes(job, DistributedTransport, "cuda:1" if job.config.device == "cuda" else "cpu")
 
 

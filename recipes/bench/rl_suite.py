@@ -29,7 +29,7 @@ from lockstep.recipes.bench.own_process import call_in_own_process
 from lockstep.recipes.bench.results import Column, Table, progress, show, write_results
 from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.rl import rl
-from lockstep.recipes.rl.inputs import ModelSource
+from lockstep.recipes.runs.config import ModelSource
 from lockstep.recipes.runs.run_directory import read_metrics
 from lockstep.rollout.evaluation import evaluate
 from lockstep.rollout.order import ProblemOrder

@@ -70,7 +70,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Job:
+class SpeculationJob:
     """What the process of the engines is told. drafts: the directory of the draft model's config."""
 
     model: str
@@ -84,14 +84,14 @@ def run(config: BenchConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         model = model_directory(config, Path(scratch))
         drafts = _write_draft_directory(model, Path(scratch) / "draft", config)
-        runs = call_in_own_process("speculation", serve, Job(model, drafts, config), config.timeout_s)
+        runs = call_in_own_process("speculation", serve, SpeculationJob(model, drafts, config), config.timeout_s)
     table = _table(config, runs)
     result = write_results(config, f"speculation_{Path(config.model_name).name}", [table])
     show([table])
     return result
 
 
-def serve(job: Job) -> dict[str, list[Run]]:
+def serve(job: SpeculationJob) -> dict[str, list[Run]]:
     """The runs of each way to decode, after a warm-up."""
     runs = {PLAIN: _runs(job, PLAIN, None)}
     expected = runs[PLAIN][0]
@@ -103,7 +103,7 @@ def serve(job: Job) -> dict[str, list[Run]]:
     return runs
 
 
-def _runs(job: Job, way: str, true_tokens: list[int] | None) -> list[Run]:
+def _runs(job: SpeculationJob, way: str, true_tokens: list[int] | None) -> list[Run]:
     """true_tokens: of the output, where it is to be drafted."""
     config = job.config
     engine = Engine(_engine_config(job, way))
@@ -138,7 +138,7 @@ def _timed(engine: Engine, prompt: list[int], params: SamplingParams) -> Run:
     return Run(output.token_ids, output.logprobs, num_tokens, seconds, engine.counters.num_steps - first_step)
 
 
-def _engine_config(job: Job, way: str) -> EngineConfig:
+def _engine_config(job: SpeculationJob, way: str) -> EngineConfig:
     """The benchmark's settings for one way to decode; drafts are never switched off."""
     # Room for the one request: three engines are made in turn, and the memory of one may not be free at once.
     tokens = 8 * (_scaled(job.config, PROMPT_TOKENS) + _scaled(job.config, OUTPUT_TOKENS))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lockstep.engine.files import check_writable
+from lockstep.kernels import numerics
 from lockstep.recipes.bench.config import BenchConfig
 
 SUITES = {
@@ -28,8 +32,16 @@ def run(config: BenchConfig) -> dict[str, Any]:
 
     Raises ValueError before the suite where its results could not be written.
     """
-    config = config.resolve()
+    config = resolved(config)
     check_writable(Path(config.output), f"output={config.output}")
     if config.profile:
         check_writable(Path(config.images), f"images={config.images}")
     return importlib.import_module(SUITES[config.suite]).run(config)
+
+
+def resolved(config: BenchConfig) -> BenchConfig:
+    """The config with its suite and device chosen. Raises ValueError for a GPU that is not there."""
+    has_gpu = torch.cuda.is_available()
+    device = config.device or ("cuda" if has_gpu and config.suite != "cpu" else "cpu")
+    numerics.usable_device(device)
+    return replace(config, device=device, suite=config.suite or ("engine" if device == "cuda" else "cpu"))

@@ -28,7 +28,7 @@ SHAPES_ON_GPU = ("qwen3-0.6b", "qwen3-1.7b", "qwen3-8b")
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainerJob:
     """One model's steps."""
 
     shape: str
@@ -50,7 +50,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
             path = write_model_directory(shape, Path(scratch) / shape)
             optimizer = "none" if shape in WITHOUT_OPTIMIZER else "adamw"
             for recompute in (False, True):
-                job = Job(shape, path, optimizer, recompute, lengths, config)
+                job = TrainerJob(shape, path, optimizer, recompute, lengths, config)
                 rows.append(call_in_own_process(f"training {shape}, {recompute=}", measure, job, config.timeout_s))
             table = _table(config, rows, lengths)
             result = write_results(config, "trainer", [table])
@@ -58,7 +58,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
     return result
 
 
-def measure(job: Job) -> dict[str, Any]:
+def measure(job: TrainerJob) -> dict[str, Any]:
     """A row of the table; where memory runs out, a row that says so."""
     row: dict[str, Any] = {
         "shape": job.shape,
@@ -86,7 +86,7 @@ def measure(job: Job) -> dict[str, Any]:
     return row
 
 
-def _step_seconds(job: Job) -> tuple[float, int]:
+def _step_seconds(job: TrainerJob) -> tuple[float, int]:
     """(median seconds of a step after a warm-up, most bytes that torch held on the GPU)."""
     config = job.config
     trainer = MegatronTrainer(

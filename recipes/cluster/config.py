@@ -3,21 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from lockstep.engine import EngineConfig
+from lockstep.engine.choices import OneOf
 from lockstep.engine.config_fields import Count, NotNegative, Seconds, Size, Text, check_fields
 from lockstep.trainer_bridge import TrainerConfig
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """The same run, with the same results, on other processes and machines.
+    """The same run, with the same results, on other processes and machines. ClusterConfig(kind="ray", ...) is a
+    RayClusterConfig.
 
     kind: "local", one engine and the trainer in this process; or "ray", each an actor of a Ray cluster.
+    """
 
-    The rest is for "ray":
-    address: of a running cluster ("auto": the one this machine belongs to); null starts one on this machine.
+    kind: Literal["local", "ray"] = "local"
+
+    # Of a cluster that is this process.
+    num_engines: ClassVar[int] = 1
+    trainer_ranks: ClassVar[int] = 1
+    address: ClassVar[str | None] = None
+
+    def __new__(cls, *arguments: Any, **options: Any) -> ClusterConfig:
+        return CLUSTER_CONFIGS.new(cls, arguments, options)
+
+    def __post_init__(self):
+        check_fields(self, "cluster")
+
+
+@dataclass(frozen=True)
+class LocalClusterConfig(ClusterConfig):
+    """No options."""
+
+
+@dataclass(frozen=True)
+class RayClusterConfig(ClusterConfig):
+    """address: of a running cluster ("auto": the one this machine belongs to); null starts one on this machine.
     num_engines: the requests of a step are spread over so many engines.
     trainer_ranks: processes of the trainer; what trainer.tensor_parallel_size and pipeline_parallel_size leave over
         are data parallel.
@@ -36,7 +59,6 @@ class ClusterConfig:
     max_replacements: engines that may be replaced in a run, and reward workers.
     """
 
-    kind: Literal["local", "ray"] = "local"
     address: Text | None = None
     num_engines: Size = 1
     trainer_ranks: Size = 1
@@ -59,16 +81,9 @@ class ClusterConfig:
     max_replacements: Count = 10
 
     def __post_init__(self):
-        check_fields(self, "cluster")
-        if self.kind == "local" and self.num_engines != 1:
-            raise ValueError(f"cluster.num_engines={self.num_engines} needs cluster.kind=ray (cluster=ray)")
+        super().__post_init__()
         if self.transport == "disk" and self.transport_directory is None:
             raise ValueError("cluster.transport=disk needs cluster.transport_directory, which all machines share")
-        if self.kind == "local" and self.trainer_ranks != 1:
-            raise ValueError(f"cluster.trainer_ranks={self.trainer_ranks} needs cluster.kind=ray (cluster=ray)")
-        for name in ("reward_workers", "teacher_engines"):
-            if self.kind == "local" and getattr(self, name):
-                raise ValueError(f"cluster.{name}={getattr(self, name)} needs cluster.kind=ray (cluster=ray)")
         if self.colocate and self.trainer_ranks > self.num_engines:
             raise ValueError(
                 f"cluster.colocate puts rank r of the trainer beside engine r: trainer_ranks={self.trainer_ranks} is "
@@ -99,7 +114,17 @@ class ClusterConfig:
         return max(self.num_engines, 1 + self.trainer_bundles()[-1])
 
 
-def check_cluster(config: ClusterConfig, trainer: TrainerConfig, engine: EngineConfig) -> None:
+CLUSTER_CONFIGS = OneOf(
+    ClusterConfig,
+    "cluster",
+    "kind",
+    {"local": LocalClusterConfig, "ray": RayClusterConfig},
+    unknown="no cluster.kind",
+)
+AnyCluster = Annotated[ClusterConfig, CLUSTER_CONFIGS]
+
+
+def check_cluster(config: RayClusterConfig, trainer: TrainerConfig, engine: EngineConfig) -> None:
     """Raises ValueError for a trainer or an engine that a Ray cluster of this config cannot hold."""
     model_ranks = trainer.tensor_parallel_size * trainer.pipeline_parallel_size
     if config.trainer_ranks % model_ranks:

@@ -7,7 +7,6 @@ coordinates. Every wait has a deadline.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from lockstep.engine.counters import summed_stats
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.request import one_per_prompt
 from lockstep.engine.spread import spread
+from lockstep.recipes.cluster.actor_pool import ActorPool
 from lockstep.recipes.cluster.actors import EngineActor
 from lockstep.recipes.cluster.config import ClusterConfig
 
@@ -48,21 +48,39 @@ class RemoteEngines(Generator):
     ):
         """bundles: the reservation of each engine. bring_up_to_date: gives a new engine the weights that the others
         serve, if those are not the model's own. title: what errors call an engine."""
+
+        def start_engine(number: int) -> Any:
+            groups = {"health": 1, "peers": 1}
+            sizes = (bundles[number], cluster.engine_cpus, cluster.engine_gpus)
+            return start(EngineActor, *sizes, concurrency_groups=groups).remote(config, seed, num_threads)
+
         self.config = config
         self.model_config = load_model_config(config.model)
         self.num_replaced = 0
         self._cluster = cluster
-        self._arguments = (config, seed, num_threads)
-        self._start_actor = start
-        self._bundles = bundles
         self._title = title
         self._bring_up_to_date = bring_up_to_date
         self._asleep = False
-        self.actors = [self._start(number) for number in range(len(bundles))]
+        self._pool = ActorPool(
+            len(bundles),
+            start_engine,
+            lambda actor: _health(actor, "identity"),
+            cluster,
+            title=title,
+            needs=f"{cluster.engine_cpus} CPUs and {cluster.engine_gpus} GPUs",
+            failure=EngineFailedError,
+        )
+
+    @property
+    def actors(self) -> list[Any]:
+        return self._pool.actors
+
+    @property
+    def num_replaced(self) -> int:
+        return self._pool.num_replaced
 
     def wait_until_ready(self) -> None:
-        for number, actor in enumerate(self.actors):
-            self._wait_until_ready(number, actor)
+        self._pool.wait_until_ready()
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -116,53 +134,20 @@ class RemoteEngines(Generator):
         return True
 
     def replace(self, number: int, reason: Exception) -> None:
-        """Ends the engine and starts another in its place, at the first model's weights."""
-        self.num_replaced += 1
-        if self.num_replaced > self._cluster.max_replacements:
-            raise EngineFailedError(
-                f"{self._title} {number} failed, and max_replacements are spent: {reason}"
-            ) from reason
-        print(f"{self._title} {number} is replaced: {reason}", file=sys.stderr, flush=True)
-        ray.kill(self.actors[number])
-        self.actors[number] = self._start(number)
-        self._wait_until_ready(number, self.actors[number])
+        """Starts another engine in its place, at the first model's weights."""
+        self._pool.replace(number, reason)
 
     def shutdown(self) -> None:
-        for actor in self.actors:
-            ray.kill(actor)
+        self._pool.close()
 
     def _shares(self, prompts: Sequence[Sequence[int]], costs: Sequence[int]) -> list[list[int]]:
         """Indices of the requests for each engine."""
         places = spread([tuple(prompt) for prompt in prompts], costs, [0] * len(self.actors))
         return [[i for i, place in enumerate(places) if place == number] for number in range(len(self.actors))]
 
-    def _start(self, number: int) -> Any:
-        options = self._start_actor(
-            EngineActor,
-            self._bundles[number],
-            self._cluster.engine_cpus,
-            self._cluster.engine_gpus,
-            concurrency_groups={"health": 1, "peers": 1},
-        )
-        return options.remote(*self._arguments)
-
-    def _wait_until_ready(self, number: int, actor: Any) -> None:
-        timeout = self._cluster.start_timeout_s
-        try:
-            ray.get(_health(actor, "identity"), timeout=timeout)
-        except GetTimeoutError as error:
-            raise EngineFailedError(
-                f"{self._title} {number} was not ready within start_timeout_s={timeout}; does the cluster have "
-                f"{self._cluster.engine_cpus} CPUs and {self._cluster.engine_gpus} GPUs for it?"
-            ) from error
-        except RayTaskError as error:
-            raise error.as_instanceof_cause() from error
-        except RayActorError as error:
-            raise EngineFailedError(f"{self._title} {number} could not start: {error}") from error
-
     def _run(self, calls: dict[int, tuple]) -> dict[int, Any]:
         """The results of a call per engine. A failed engine is replaced and does its call again."""
-        pending = {self._call(number, call): number for number, call in calls.items()}
+        pending = {self._pool.call(number, *call): number for number, call in calls.items()}
         seen = {number: (-1, time.monotonic()) for number in calls}
         results: dict[int, Any] = {}
         while pending:
@@ -183,13 +168,9 @@ class RemoteEngines(Generator):
             for number, error in failed.items():
                 self.replace(number, error)
                 self._bring_up_to_date([number])
-                pending[self._call(number, calls[number])] = number
+                pending[self._pool.call(number, *calls[number])] = number
                 seen[number] = (-1, time.monotonic())
         return results
-
-    def _call(self, number: int, call: tuple) -> Any:
-        name, *arguments = call
-        return getattr(self.actors[number], name).remote(*arguments)
 
     def _hung(self, number: int, seen: dict[int, tuple[int, float]]) -> Exception | None:
         """An error if the engine has made no step for too long; asked no more often than it matters."""

@@ -9,8 +9,8 @@ import torch
 
 from lockstep.engine.checkpoints.checkpoint import iterate_weights
 from lockstep.engine.checkpoints.draft_checkpoint import load_draft, save_draft
-from lockstep.engine.checkpoints.draft_config import LayerIds, ServingEngine
 from lockstep.engine.models.config import load_model_config
+from lockstep.engine.speculation.config import LayerIds, ServingEngine
 
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.console import Console
 
 from lockstep.engine.files import write_whole
-from lockstep.engine.text.chat_template import ChatConfig, templates
+from lockstep.engine.text.chat_template import templates
+from lockstep.engine.text.config import ChatConfig
 from lockstep.engine.text.end_of_turn import end_of_turn
 from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.rollout.tokenizer import load_tokenizer

@@ -6,88 +6,35 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 
-from lockstep.engine import Engine, EngineConfig, SamplingParams
+from lockstep.engine import Engine, SamplingParams
 from lockstep.engine.checkpoints.draft_checkpoint import load_draft, save_draft
-from lockstep.engine.checkpoints.draft_config import ServingEngine, choose_engine, load_draft_config
-from lockstep.engine.config_fields import Count, Input, InputPath, Seed, Size, Text, Threads, check_fields
+from lockstep.engine.checkpoints.draft_config import choose_engine, load_draft_config
 from lockstep.engine.models.config import ModelConfig, load_model_config
 from lockstep.engine.models.eagle3 import Eagle3Config, Eagle3Draft, initialize
-from lockstep.engine.speculation.speculation import MAX_DRAFT_TOKENS
+from lockstep.engine.speculation.config import MAX_DRAFT_TOKENS
 from lockstep.engine.steps.capture import Capture, CaptureConfig, CapturedSequence
 from lockstep.engine.text.detokenizer import decode_text
 from lockstep.engine.text.end_of_turn import stop_token_ids
+from lockstep.recipes.drafts.config import USUAL_DRAFT_VOCAB, DraftConfig
 from lockstep.recipes.drafts.draft_texts import DraftText, read_texts
+from lockstep.recipes.planning.first_start import resumed
 from lockstep.recipes.planning.start_checks import check_stage
-from lockstep.recipes.rl.training_run import TrainingRun, is_due, resumed
+from lockstep.recipes.rl.training_run import TrainingRun, is_due
 from lockstep.recipes.runs.report import write_report
 from lockstep.recipes.runs.run_directory import read_metrics
-from lockstep.recipes.runs.sinks import WandbConfig
 from lockstep.rollout import hub
 from lockstep.rollout.order import ProblemOrder
 from lockstep.trainer_bridge.drafts.draft_batch import DraftSequence
-from lockstep.trainer_bridge.drafts.draft_trainer import DraftTrainer, DraftTrainerConfig, frequent_tokens
+from lockstep.trainer_bridge.drafts.draft_trainer import DraftTrainer, frequent_tokens
 
 _LOG = logging.getLogger(__name__)
-
-USUAL_DRAFT_VOCAB = 32000
-
-
-@dataclass(frozen=True)
-class DraftConfig:
-    """name, run, runs_dir, seed, num_threads, steps, checkpoint_every, keep_checkpoints, sinks, wandb, overwrite: as in
-        the other stages.
-
-    engine: serves the target, engine.model; the hidden states are recomputed through it.
-    rollouts: a run directory whose samples are learned; or texts: a file, see recipes/drafts/draft_texts.py.
-    max_tokens: texts are cut to so many.
-    start: a draft directory to go on from (its layer ids: engine.draft_layer_ids). None: a new draft, with the most
-        frequent tokens of the texts.
-    export_for: "sglang" or "vllm", which number the target's layers differently: one directory cannot serve both. None:
-        SGLang where it can read such a draft, else vLLM; the summary says which.
-    draft_vocab_size: of a new draft; None is the usual 32000, or the target's whole vocabulary where that is smaller.
-    norm_aux, norm_output: of a new draft, see Eagle3Config.
-    sequences_per_step: texts in an update. held_out: texts kept back for evaluation, every evaluate_every steps (0:
-        there is none).
-    """
-
-    engine: EngineConfig
-    name: str = "draft"
-    run: Text | None = None
-    runs_dir: str = "runs"
-    seed: Seed = 0
-    num_threads: Threads | None = 2
-    rollouts: Annotated[str, Input("rollouts")] | None = None
-    texts: InputPath | None = None
-    max_tokens: Size = 4096
-    start: InputPath | None = None
-    export_for: ServingEngine | None = None
-    draft_vocab_size: Size | None = None
-    norm_aux: bool = False
-    norm_output: bool = False
-    trainer: DraftTrainerConfig = field(default_factory=DraftTrainerConfig)
-    steps: Size = 1000
-    sequences_per_step: Size = 16
-    held_out: Size = 32
-    evaluate_every: Count = 50
-    checkpoint_every: Count = 100
-    keep_checkpoints: Count = 2
-    sinks: tuple[str, ...] = ()
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-    overwrite: bool = False
-
-    def __post_init__(self):
-        check_fields(self)
-
-    @property
-    def directory(self) -> Path:
-        return Path(self.run) if self.run is not None else Path(self.runs_dir) / self.name
 
 
 def run(config: DraftConfig) -> dict[str, Any]:

@@ -12,78 +12,30 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
 import torch
-from annotated_types import Interval
 from safetensors.torch import save_file
 
 from lockstep.engine import Engine
 from lockstep.engine.checkpoints.checkpoint import CheckpointError, opened_tensors
 from lockstep.engine.checkpoints.draft_checkpoint import load_draft, save_draft
-from lockstep.engine.checkpoints.draft_config import ServingEngine, choose_engine
-from lockstep.engine.config_fields import MAX_COUNT, Count, InputPath, Positive, Size, check_fields
+from lockstep.engine.checkpoints.draft_config import choose_engine
 from lockstep.engine.models.eagle3 import Eagle3Draft
-from lockstep.engine.speculation.speculation import MAX_DRAFT_TOKENS
 from lockstep.engine.steps.capture import CaptureConfig
+from lockstep.recipes.drafts.config import DraftStageConfig
 from lockstep.recipes.drafts.draft import draft_sequence
 from lockstep.recipes.drafts.draft_judge import HeldOut, ngram_tokens_per_step, tokens_per_step
 from lockstep.recipes.drafts.draft_speed import decode_speed
 from lockstep.rollout.sample import Sample
 from lockstep.trainer_bridge import MegatronTrainer
 from lockstep.trainer_bridge.drafts.draft_batch import DraftSequence
-from lockstep.trainer_bridge.drafts.draft_trainer import DraftTrainer, DraftTrainerConfig
+from lockstep.trainer_bridge.drafts.draft_trainer import DraftTrainer
 from lockstep.trainer_bridge.drafts.unrolled_draft import UnrolledDraft
 
 # Gives an engine new draft weights, in place and with a version: Engine.update_draft.
 Publish = Callable[[Iterable[tuple[str, torch.Tensor]], int], None]
-
-
-@dataclass(frozen=True)
-class DraftStageConfig:
-    """train_every: steps of the loop between trainings; 0: there is no draft.
-    start: a draft directory. None: a new draft is made, and untrained.
-    export_for: the engine that the final directory is for, "sglang" or "vllm"; see DraftConfig.
-    draft_vocab_size: of a new draft; None is the usual 32000, or the target's whole vocabulary where that is smaller.
-    num_draft_tokens: that the engine drafts per request and step.
-    sequences_per_update: captured samples in an update. passes: over the captured samples in a training.
-    capture_every: one sample of so many is captured, by its seed.
-    held_out_every: one captured sample of so many is not trained on, and judges whether a draft is published.
-    freeze_at: the first draft published at this step or later is kept as the frozen one, which the learned one is
-        compared with on each step's held-out samples.
-    speed_samples: samples of the last step that are drawn again at the end, with drafts and without, and timed.
-    memory_gb: of captured states in host memory; beyond it the oldest are dropped.
-    trainer: its temperature is that of the rollouts.
-    """
-
-    train_every: Count = 0
-    start: InputPath | None = None
-    export_for: ServingEngine | None = None
-    draft_vocab_size: Size | None = None
-    num_draft_tokens: Size = 4
-    sequences_per_update: Size = 16
-    passes: Size = 1
-    capture_every: Size = 1
-    held_out_every: Annotated[int, Interval(ge=2, le=MAX_COUNT)] = 8
-    freeze_at: Size = 1
-    speed_samples: Size = 16
-    memory_gb: Positive = 4.0
-    trainer: DraftTrainerConfig = field(default_factory=DraftTrainerConfig)
-
-    def __post_init__(self):
-        check_fields(self)
-        longest = min(MAX_DRAFT_TOKENS, self.trainer.num_steps)
-        if not 1 <= self.num_draft_tokens <= longest:
-            raise ValueError(
-                f"DraftStageConfig.num_draft_tokens must be 1 to {longest} (at most trainer.num_steps), got "
-                f"{self.num_draft_tokens}"
-            )
-
-    @property
-    def is_on(self) -> bool:
-        return self.train_every > 0
 
 
 class NoDraftStage:

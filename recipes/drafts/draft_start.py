@@ -12,15 +12,15 @@ from lockstep.engine import EngineConfig
 from lockstep.engine.checkpoints.draft_checkpoint import save_draft
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.models.eagle3 import Eagle3Config, Eagle3Draft, initialize
-from lockstep.engine.text.chat_template import ChatConfig
+from lockstep.engine.text.config import ChatConfig
 from lockstep.engine.text.tokenizer import Tokenizer
-from lockstep.recipes.drafts.draft import USUAL_DRAFT_VOCAB
+from lockstep.recipes.drafts.config import USUAL_DRAFT_VOCAB
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.tokenizer import encode_response, load_tokenizer, render_prompt
 from lockstep.trainer_bridge.drafts.draft_trainer import frequent_tokens
 
 if TYPE_CHECKING:
-    from lockstep.recipes.drafts.draft_stage import DraftStageConfig
+    from lockstep.recipes.drafts.config import DraftStageConfig
 
 COUNTED_PROBLEMS = 1000
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,54 +13,27 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lockstep.engine import Engine, EngineConfig
-from lockstep.engine.config_fields import Count, Seed, Text, Threads, check_fields
+from lockstep.engine import Engine
 from lockstep.engine.files import check_writable, write_whole
 from lockstep.engine.models.config import load_model_config
-from lockstep.engine.text.chat_template import ChatConfig
 from lockstep.engine.text.detokenizer import decode_text
 from lockstep.engine.text.model_output import printable
 from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.recipes import launch
+from lockstep.recipes.evaluation.config import EvalConfig
 from lockstep.recipes.planning.first_start import made_from_nothing, settled_for_model, settled_task
 from lockstep.recipes.planning.room import eval_with_room
-from lockstep.recipes.rl.inputs import TaskConfig
 from lockstep.recipes.runs.metrics import format_value, title_of
 from lockstep.rollout import hub
 from lockstep.rollout.answer_watch import warn_unanswered
+from lockstep.rollout.config import EvaluationConfig
 from lockstep.rollout.environments import EnvironmentConfig
-from lockstep.rollout.evaluation import EvalResult, EvaluationConfig, evaluate
+from lockstep.rollout.evaluation import EvalResult, evaluate
 from lockstep.rollout.rewards import CORRECT, LocalRewards, check_reward
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.tokenizer import load_tokenizer
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """engine.model is the directory to evaluate, or the hub's org/name@revision.
-
-    reward: empty is the task's own verifier.
-    chat: how conversations become text; without any option, as in the run that made the model, with its date.
-    tasks: data sets by name, each like `task`; without any, `task` alone. show: responses to print of each.
-    output: a JSON file for the results.
-    """
-
-    engine: EngineConfig
-    task: TaskConfig = field(default_factory=TaskConfig)
-    tasks: dict[str, TaskConfig] = field(default_factory=dict)
-    chat: ChatConfig = field(default_factory=ChatConfig)
-    reward: Any = field(default_factory=dict)
-    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    seed: Seed = 0
-    num_threads: Threads | None = None
-    show: Count = 3
-    output: Text | None = None
-
-    def __post_init__(self):
-        check_fields(self)
 
 
 def run(config: EvalConfig) -> dict[str, dict[str, Any]]:

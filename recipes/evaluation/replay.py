@@ -11,33 +11,19 @@ from typing import Any
 
 from rich.console import Console
 
-from lockstep.engine.config_fields import Text, check_fields
 from lockstep.recipes import launch
-from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.cluster.local import LocalCluster
 from lockstep.recipes.cluster.open_cluster import open_cluster
+from lockstep.recipes.evaluation.config import ReplayConfig
+from lockstep.recipes.planning.first_start import resumed
 from lockstep.recipes.rl import rl
 from lockstep.recipes.rl.learner import Learner
-from lockstep.recipes.rl.training_run import changed_inputs, resumed
+from lockstep.recipes.rl.training_run import changed_inputs
 from lockstep.recipes.runs import content_hashes
 from lockstep.recipes.runs.run_directory import checkpoint_path, checkpoint_steps, read_rollouts, rollout_steps
 from lockstep.rollout.environments.worker import EpisodeWorker
 from lockstep.rollout.group import Response
 from lockstep.rollout.sample import FOR_READERS, Sample
-
-
-@dataclass(frozen=True)
-class ReplayConfig:
-    """run: the directory of an RL run; it is only read. step: a number, or "all", which also makes the final weights
-    again. cluster: where trainer and engine live now; another than the run's changes nothing.
-    """
-
-    run: Text
-    step: Text = "all"
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-
-    def __post_init__(self):
-        check_fields(self)
 
 
 @dataclass(frozen=True, order=True)
@@ -140,7 +126,7 @@ class Replay:
                 content_hashes.check_folder(checkpoint_path(self.path, nearest))
                 trainer.load(checkpoint_path(self.path, nearest) / "trainer")
                 self.learner.load(checkpoint_path(self.path, nearest) / "learner")
-        while (made := self.config.steps_made(trainer)) < version:
+        while (made := self.config.steps_made(trainer.step_count)) < version:
             self.learner.step(self.groups(made + 1))
         if version > self.served:
             self.cluster.publish(version=version)
@@ -183,7 +169,7 @@ class Replay:
     def compare_weights(self, stored: str) -> None:
         replayed = self.cluster.trainer.weights_hash()
         if stored != replayed:
-            last = self.config.steps_made(self.cluster.trainer)
+            last = self.config.steps_made(self.cluster.trainer.step_count)
             self.differences.append(Difference(last + 1, -1, -1, -1, "final weights_hash", stored, replayed))
 
     def report(self, steps: Sequence[int]) -> dict[str, Any]:

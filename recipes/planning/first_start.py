@@ -11,17 +11,17 @@ import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
-from lockstep.engine.text.chat_template import ChatConfig
-from lockstep.recipes.rl.inputs import AUTO, TaskConfig
+from lockstep.engine.text.config import ChatConfig
+from lockstep.recipes.config_schema import to_plain
+from lockstep.recipes.runs.config import TrainingRunConfig
+from lockstep.recipes.runs.run_config import resumed_from_plain
 from lockstep.rollout import hub
 from lockstep.rollout.tasks.answers import ANSWER_INSTRUCTION
-
-if TYPE_CHECKING:
-    from lockstep.recipes.rl.training_run import TrainingRunConfig
+from lockstep.rollout.tasks.config import AUTO, LocalFileProblems, TaskConfig
 
 # Keys of models that may be of the hub.
 _MODELS = (
@@ -34,7 +34,18 @@ _MODELS = (
 )
 _FOLLOWED_RUNS = 8  # from a run's model to the run that it began with, and on
 
-Config = TypeVar("Config", bound="TrainingRunConfig")
+Config = TypeVar("Config", bound=TrainingRunConfig)
+
+
+def resumed(config: Config) -> Config:
+    """The config to run. With `run` set it is the one stored there, changed by what else is given; with what the run
+    settles at its first start.
+
+    Raises ValueError for a directory without a run, and as `run_config.resumed_from_plain` does.
+    """
+    if config.run is not None:
+        config = resumed_from_plain(type(config), to_plain(config))
+    return settled(config) if isinstance(config, TrainingRunConfig) else config
 
 
 def settled(config: Config) -> Config:
@@ -70,6 +81,8 @@ def settled_task(task: TaskConfig, is_new: bool, stored: Mapping[str, Any] | Non
     if task.answer_instruction == AUTO:
         instruction = stored.get("answer_instruction", None if is_new or stored else ANSWER_INSTRUCTION)
         task = replace(task, answer_instruction=instruction)
+    if not isinstance(task, LocalFileProblems):
+        return task
     files = task.local_files
     for key in ("train_files", "held_out_files"):
         names = getattr(files, key)

@@ -16,7 +16,7 @@ from lockstep.engine.models.layers.shard import Shard
 from lockstep.engine.models.names import expand
 from lockstep.engine.models.sharding import parameter_shards, shard_config
 from lockstep.trainer_bridge import TrainerConfig
-from lockstep.trainer_bridge.megatron.layout import local_layout
+from lockstep.trainer_bridge.megatron.layout import check_sizes, local_layout
 
 OPTIMIZER, ACTIVATIONS = "optimizer", "activations"  # names of items
 
@@ -42,7 +42,7 @@ def trainer_memory(
     most_tokens: that an update has, where these are fewer than a micro-batch takes.
     """
     sizes = config.parallel_sizes(num_ranks)
-    sizes.check(model)
+    check_sizes(sizes, model)
     layouts = [local_layout(model, sizes, rank) for rank in range(num_ranks)]
     held = max(sum(prod(parameter.shard.local_shape) for parameter in layout) for layout in layouts)
     size = getattr(torch, config.dtype).itemsize

@@ -12,21 +12,23 @@ from rich.table import Table
 
 from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.text.tokenizer import Tokenizer
+from lockstep.recipes.planning.first_start import resumed
 from lockstep.recipes.planning.fit import Fit, gpu_fit, host_fit, size
 from lockstep.recipes.planning.memory import Item, engine_memory, kv_bytes_per_token, num_parameters, trainer_memory
 from lockstep.recipes.planning.room import rl_with_room, sft_with_room
-from lockstep.recipes.planning.start_checks import check_rl
-from lockstep.recipes.rl.inputs import ModelSource
+from lockstep.recipes.planning.start_checks import check_rl, check_stage
+from lockstep.recipes.rl.inputs import sizes_and_tokenizer
 from lockstep.recipes.rl.training_run import check_directory
+from lockstep.recipes.runs.config import ModelSource
 from lockstep.rollout.environments import SINGLE_TURN
+from lockstep.rollout.rewards import check_reward
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.tokenizer import encode_response, render_prompt
 from lockstep.trainer_bridge.algorithms.algorithms import build_algorithm
 
 if TYPE_CHECKING:
-    from lockstep.recipes.rl.rl import RLConfig
-    from lockstep.recipes.rl.sft import SFTConfig
-    from lockstep.recipes.rl.training_run import TrainingRunConfig
+    from lockstep.recipes.rl.config import RLConfig, SFTConfig
+    from lockstep.recipes.runs.config import TrainingRunConfig
 
 LOOKED_AT = 64  # problems whose prompts are measured
 
@@ -40,6 +42,20 @@ class Plan:
     title: str
     sections: dict[str, list[Row]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+
+
+def plan_rl(config: RLConfig) -> dict[str, Any]:
+    """`lockstep rl --dry-run`. Raises as `dry_run`, and ValueError for what a run would refuse."""
+    config = resumed(config)
+    check_reward(config.reward)
+    return dry_run(rl_plan(config))
+
+
+def plan_sft(config: SFTConfig) -> dict[str, Any]:
+    """As `plan_rl`."""
+    config = resumed(config)
+    check_stage(config)
+    return dry_run(sft_plan(config))
 
 
 def dry_run(plan: Plan) -> dict[str, Any]:
@@ -74,7 +90,7 @@ def rl_plan(config: RLConfig) -> Plan:
         tasks, _ = rl_with_room(config, tasks, further)
     except ValueError as error:
         refused.append(str(error))
-    model, tokenizer = config.model.described(tasks.train, config.chat)
+    model, tokenizer = sizes_and_tokenizer(config.model, tasks.train, config.chat)
     prompts = _prompt_lengths(tokenizer, tasks.train)
     plan = Plan(f"lockstep rl: {config.directory}")
     plan.sections["Model"] = _model_rows(config.model, model)
@@ -110,7 +126,7 @@ def rl_plan(config: RLConfig) -> Plan:
 def sft_plan(config: SFTConfig) -> Plan:
     check_directory(config, "sft")
     tasks = sft_with_room(config, config.task.build())
-    model, tokenizer = config.model.described(tasks.train, config.chat)
+    model, tokenizer = sizes_and_tokenizer(config.model, tasks.train, config.chat)
     prompts = _prompt_lengths(tokenizer, tasks.train)
     solutions = [tasks.train.problem(index).solution for index in range(min(LOOKED_AT, len(tasks.train)))]
     lengths = [n + len(encode_response(tokenizer, text)) for n, text in zip(prompts, solutions, strict=True)]

@@ -14,6 +14,7 @@ from lockstep.engine import EngineConfig
 from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.text.chat_template import apply_template
 from lockstep.engine.text.tokenizer import Tokenizer
+from lockstep.recipes.rl.inputs import sizes_and_tokenizer
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.preferences import Preference
 from lockstep.rollout.tasks import Problem, Task, TaskSplits
@@ -21,11 +22,9 @@ from lockstep.rollout.tasks.views import ChosenProblems, ReplacedProblems
 from lockstep.rollout.tokenizer import encode_response, render_prompt
 
 if TYPE_CHECKING:
-    from lockstep.recipes.evaluation.evaluate import EvalConfig
-    from lockstep.recipes.reward import RewardConfig
-    from lockstep.recipes.rl.inputs import TaskConfig
-    from lockstep.recipes.rl.rl import RLConfig
-    from lockstep.recipes.rl.sft import SFTConfig
+    from lockstep.recipes.evaluation.config import EvalConfig
+    from lockstep.recipes.rl.config import RewardConfig, RLConfig, SFTConfig
+    from lockstep.rollout.tasks.config import TaskConfig
 
 LOOKED_AT = 64  # first problems that are looked at, of a task that makes them when they are asked for
 MOST_LOOKED_AT = 1_000  # tasks of so many problems, and data files of any number, are looked at whole
@@ -108,7 +107,7 @@ def with_room(task: Task, config: TaskConfig, room: Room, tokenizer: Tokenizer, 
 
 def sft_with_room(config: SFTConfig, tasks: TaskSplits) -> TaskSplits:
     """Examples that the trainer can take. Raises as `with_room` does, and for a path without a model."""
-    model, tokenizer = config.model.described(tasks.train, config.chat)
+    model, tokenizer = sizes_and_tokenizer(config.model, tasks.train, config.chat)
     room = _smaller(
         Room(model.max_position_embeddings, "the model", None),
         Room(config.trainer.max_tokens_per_micro_batch, "trainer.max_tokens_per_micro_batch", None),
@@ -120,7 +119,7 @@ def rl_with_room(config: RLConfig, tasks: TaskSplits, further: dict[str, Task]) 
     """Prompts that leave room for a token at least, in the model and in a micro-batch: of the training problems, and of
     those that are evaluated. further: the held-out problems of other tasks. Raises as `sft_with_room` does.
     """
-    model, tokenizer = config.model.described(tasks.train, config.chat)
+    model, tokenizer = sizes_and_tokenizer(config.model, tasks.train, config.chat)
     asked = learned = _asked(config.engine, config.environment, model, "rollout.max_tokens", config.rollout.max_tokens)
     evaluated = replace(asked, wanted=config.evaluation.max_tokens, wanted_key="evaluation.max_tokens")
     budget = config.trainer.max_tokens_per_micro_batch

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 import huggingface_hub
 
 from lockstep.engine.models.config import load_model_config, missing_config
-from lockstep.engine.speculation.build import NGRAM
+from lockstep.engine.speculation.config import NGRAM
 from lockstep.recipes.cluster.config import check_cluster
-from lockstep.recipes.rl.inputs import ModelSource
+from lockstep.recipes.runs.config import ModelSource
 from lockstep.recipes.runs.sinks import check_sinks
 from lockstep.rollout import hub
-from lockstep.rollout.environments import ENVIRONMENTS, SINGLE_TURN, environment_factory
+from lockstep.rollout.environments import SINGLE_TURN
 from lockstep.rollout.tokenizer import load_tokenizer
 from lockstep.trainer_bridge.algorithms.algorithms import build_algorithm
 
 if TYPE_CHECKING:
-    from lockstep.recipes.rl.rl import RLConfig
-    from lockstep.recipes.rl.training_run import TrainingRunConfig
+    from lockstep.recipes.rl.config import RLConfig
+    from lockstep.recipes.runs.config import TrainingRunConfig
 
 _LOG = logging.getLogger(__name__)
 
@@ -37,8 +37,8 @@ def check_rl(config: RLConfig) -> None:
         check_cluster(config.cluster, config.trainer, config.engine)
         if importlib.util.find_spec("ray") is None:
             raise ValueError("cluster=ray needs the package ray: pip install 'lockstep-rl[ray]'")
-    if config.environment.kind not in (SINGLE_TURN, *ENVIRONMENTS):
-        environment_factory(config.environment)
+    if config.environment.kind != SINGLE_TURN:
+        config.environment.factory()
 
 
 def check_stage(config: TrainingRunConfig) -> None:
@@ -61,8 +61,8 @@ def check_stage(config: TrainingRunConfig) -> None:
 def check_models(config: RLConfig) -> None:
     """Raises ValueError for a model beside the run's own that is not there."""
     beside = {
-        "algorithm.critic_model": config.algorithm.critic_model,
-        "algorithm.teacher_model": config.algorithm.teacher_model,
+        "algorithm.critic_model": getattr(config.algorithm, "critic_model", None),
+        "algorithm.teacher_model": getattr(config.algorithm, "teacher_model", None),
         "trainer.reference_model": config.trainer.reference_model,
         "engine.draft_model": None if config.engine.draft_model == NGRAM else config.engine.draft_model,
         "draft.start": config.draft.start,
@@ -116,7 +116,7 @@ def model_positions(source: ModelSource) -> int | None:
 
 def check_teacher(config: RLConfig, model: Path) -> None:
     """Raises ValueError for a teacher that has another vocabulary than the model that the run starts from."""
-    teacher = config.algorithm.teacher_model
+    teacher = getattr(config.algorithm, "teacher_model", None)
     if (
         teacher is not None
         and load_tokenizer(hub.model_directory(teacher)).get_vocab() != load_tokenizer(model).get_vocab()

@@ -30,7 +30,7 @@ from lockstep.trainer_bridge.megatron.packing import PackedBatch
 
 if TYPE_CHECKING:
     from lockstep.recipes.cluster.local import LocalCluster
-    from lockstep.recipes.rl.rl import RLConfig
+    from lockstep.recipes.rl.config import RLConfig
 
 
 class Learner:
@@ -65,7 +65,7 @@ class Learner:
 
     def step(self, groups: Grouped[Sample]) -> dict[str, float]:
         """The updates of a step. Returns the trainer's stats, see `_of_updates`; the critic's begin with `critic_`."""
-        version = self.config.steps_made(self.trainer)
+        version = self.config.steps_made(self.trainer.step_count)
         responses = self._scored(groups, version)
         advantages = self.algorithm.advantages(responses)
         policy = policy_batches(self.algorithm, groups, responses, advantages, version, self._shape)
@@ -156,7 +156,7 @@ def _of_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
         values = [update[name] for update in updates]
         if name in ("tokens", "trained_tokens"):
             stats[name] = sum(values)
-        elif name == "lr":
+        elif name == "learning_rate":
             stats[name] = values[-1]
         else:
             stats[name] = max(values) if name.endswith("_max") else sum(values) / len(values)

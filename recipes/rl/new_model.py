@@ -2,43 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
-from annotated_types import Interval
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from lockstep.engine.config_fields import NotNegative, Size, check_fields
 from lockstep.engine.files import whole_folder
-
-# Wider or deeper than any model: what is beyond would only run out of memory.
-Width = Annotated[int, Interval(ge=1, le=2**24)]
-Layers = Annotated[int, Interval(ge=1, le=4096)]
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The shape of a new Qwen3 model. `vocab_size` None takes the tokenizer's."""
-
-    num_layers: Layers = 4
-    hidden_size: Width = 128
-    num_heads: Width = 4
-    num_kv_heads: Width = 2
-    head_dim: Width = 32
-    ffn_hidden_size: Width = 384
-    vocab_size: Width | None = None
-    max_position_embeddings: Size = 512
-    tie_word_embeddings: bool = True
-    initializer_range: NotNegative = 0.02
-
-    def __post_init__(self):
-        check_fields(self)
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"ModelShape.num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"ModelShape.head_dim must be even, since positions turn its halves, got {self.head_dim}")
+from lockstep.recipes.runs.config import ModelShape
 
 
 def new_model(path: Path, shape: ModelShape, seed: int, tokenizer: PreTrainedTokenizerFast | None = None) -> None:

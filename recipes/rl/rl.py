@@ -4,124 +4,52 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lockstep.engine import EngineConfig
-from lockstep.engine.config_fields import Count, Size
-from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.cluster.local import LocalCluster
 from lockstep.recipes.cluster.open_cluster import open_cluster
-from lockstep.recipes.drafts.draft_stage import DraftStage, DraftStageConfig, NoDraftStage, open_draft_stage
+from lockstep.recipes.drafts.draft_stage import DraftStage, NoDraftStage, open_draft_stage
 from lockstep.recipes.drafts.draft_start import with_draft
 from lockstep.recipes.evaluation.evaluate import evaluate_tasks
-from lockstep.recipes.planning.plan import dry_run, rl_plan
+from lockstep.recipes.planning.first_start import resumed
+from lockstep.recipes.planning.plan import plan_rl
 from lockstep.recipes.planning.room import rl_with_room
 from lockstep.recipes.planning.start_checks import check_rl, check_teacher
 from lockstep.recipes.rl import sft
-from lockstep.recipes.rl.inputs import TaskConfig
+from lockstep.recipes.rl.config import RLConfig
+from lockstep.recipes.rl.inputs import starting_directory
 from lockstep.recipes.rl.learner import Learner
 from lockstep.recipes.rl.step_clock import StepClock
-from lockstep.recipes.rl.training_run import START, TrainingRun, TrainingRunConfig, has_ended, is_due, resumed
+from lockstep.recipes.rl.training_run import TrainingRun, has_ended, is_due
 from lockstep.recipes.runs.run_directory import read_rollouts, rollout_steps
 from lockstep.rollout.answer_watch import AnswerWatch
-from lockstep.rollout.buffer import BufferConfig, RolloutBuffer
-from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
+from lockstep.rollout.buffer import RolloutBuffer
+from lockstep.rollout.environments import SINGLE_TURN
 from lockstep.rollout.environments.worker import build_worker
-from lockstep.rollout.evaluation import EvaluationConfig
 from lockstep.rollout.rewards import CORRECT, check_reward
 from lockstep.rollout.sample import Sample
 from lockstep.rollout.tasks import Task, TaskSplits
 from lockstep.rollout.tokenizer import load_tokenizer
-from lockstep.rollout.worker import RolloutConfig, RolloutWorker
-from lockstep.trainer_bridge import MegatronTrainer
-from lockstep.trainer_bridge.algorithms.algorithms import AlgorithmConfig
+from lockstep.rollout.worker import RolloutWorker
 
 _LOG = logging.getLogger(__name__)
 
 WARMUP = "sft"  # the folder of the warm-up's run in the run directory
 
 
-@dataclass(frozen=True)
-class RLConfig(TrainingRunConfig):
-    """warmup: a supervised stage to start from, if its `steps` are not 0; its model, task and seed are this run's.
-    reward: weights or options by name, see rollout/rewards/mixture.py, or one function's path; empty is the task's own
-        verifier.
-    environment: what answers the model between its turns; by default nothing does, and a response is one turn.
-    evaluation_tasks: further data sets to evaluate on, by name, each like `task`.
-    buffer: max_staleness=0 generates, then trains; with more, generation runs ahead. See rollout/buffer.py.
-    evaluate_every: steps between held-out evaluations, and one before the first and after the last; 0: there are none.
-    engine: its `model` is filled in by the run.
-    cluster: where trainer and engines live; cluster=ray takes configs/cluster/ray.yaml.
-    draft: a draft model that learns from the rollouts and speeds them up, see drafts/draft_stage.py; off by default,
-        and without effect where `without_draft_where_none_can_learn` says why.
-    """
-
-    name: str = "rl"
-    warmup: sft.SFTConfig = field(default_factory=lambda: sft.SFTConfig(steps=0))
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
-    buffer: BufferConfig = field(default_factory=BufferConfig)
-    reward: Any = field(default_factory=dict)
-    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    engine: EngineConfig = field(default_factory=lambda: EngineConfig(model=START))
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    evaluation_tasks: dict[str, TaskConfig] = field(default_factory=dict)
-    evaluate_every: Count = 20
-    steps: Size = 100
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    draft: DraftStageConfig = field(default_factory=DraftStageConfig)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.rollout.temperature == 0.0:
-            raise ValueError(
-                "rollout.temperature=0: all samples of a prompt would be one; RL needs a temperature above 0"
-            )
-        if self.draft.is_on and self.engine.draft_model is not None:
-            raise ValueError(
-                f"engine.draft_model={self.engine.draft_model} does not go with a draft that learns during the run "
-                f"(draft.train_every={self.draft.train_every}): give it as draft.start, or set draft.train_every=0"
-            )
-
-        if self.algorithm.teacher_model is not None and self.cluster.kind == "ray" and not self.cluster.teacher_engines:
-            raise ValueError("a teacher needs engines of its own on a Ray cluster: set cluster.teacher_engines=1")
-        if self.algorithm.mini_batches > self.rollout.prompts_per_step:
-            raise ValueError(
-                f"algorithm.mini_batches={self.algorithm.mini_batches} is more than a step has groups: "
-                f"rollout.prompts_per_step={self.rollout.prompts_per_step}"
-            )
-
-    def steps_made(self, trainer: MegatronTrainer) -> int:
-        """By the run whose trainer this is, which counts updates."""
-        return trainer.step_count // self.algorithm.updates_per_step
-
-    def without_draft_where_none_can_learn(self) -> RLConfig:
-        """Drafts change no result, so a run that cannot train one goes without, and says so."""
-        reasons = {
-            f"cluster.kind={self.cluster.kind}": self.cluster.kind != "local",
-            f"environment.kind={self.environment.kind}": self.environment.kind != SINGLE_TURN,
-            f"buffer.max_staleness={self.buffer.max_staleness}": self.buffer.max_staleness > 0,
-        }
-        reason = next((name for name, is_set in reasons.items() if is_set), None)
-        if reason is None or not self.draft.is_on:
-            return self
-        _LOG.info("no draft is trained: that does not go with %s", reason)
-        return replace(self, draft=replace(self.draft, train_every=0))
-
-
 def run(config: RLConfig) -> dict[str, Any]:
     """Trains until `config.steps` updates are made; see `train` for a step."""
+    if config.dry_run:
+        return plan_rl(config)
     config = resumed(config)
     check_reward(config.reward)
-    if config.dry_run:
-        return dry_run(rl_plan(config))
     check_rl(config)
     tasks, further = tasks_of(config)
     with TrainingRun(config, "rl") as run:
-        config = config.without_draft_where_none_can_learn()
+        config = without_draft_where_none_can_learn(config)
         start = starting_model(config, tasks)
         run.check_made("the new model", run.path / "new_model")
         if start.is_relative_to(run.path / WARMUP):
@@ -135,7 +63,7 @@ def run(config: RLConfig) -> dict[str, Any]:
         run.check_made("the new draft", run.path / "new_draft")
         with open_cluster(config.cluster, trainer, engine, config.seed, config.num_threads) as cluster:
             run.start(cluster.trainer)
-            if version := config.steps_made(cluster.trainer):
+            if version := config.steps_made(cluster.trainer.step_count):
                 cluster.publish(version)
             with Learner(config, cluster, start) as learner:
                 draft = open_draft_stage(draft_config, cluster.engine, config.rollout.temperature)
@@ -145,6 +73,20 @@ def run(config: RLConfig) -> dict[str, Any]:
                     run.sinks.record(config.steps, "draft", timed)
             warmup = run.path / WARMUP
             return run.finish(cluster.trainer, earlier_runs=[warmup] if warmup.exists() else [])
+
+
+def without_draft_where_none_can_learn(config: RLConfig) -> RLConfig:
+    """Drafts change no result, so a run that cannot train one goes without, and says so."""
+    reasons = {
+        f"cluster.kind={config.cluster.kind}": config.cluster.kind != "local",
+        f"environment.kind={config.environment.kind}": config.environment.kind != SINGLE_TURN,
+        f"buffer.max_staleness={config.buffer.max_staleness}": config.buffer.max_staleness > 0,
+    }
+    reason = next((name for name, is_set in reasons.items() if is_set), None)
+    if reason is None or not config.draft.is_on:
+        return config
+    _LOG.info("no draft is trained: that does not go with %s", reason)
+    return replace(config, draft=replace(config.draft, train_every=0))
 
 
 def tasks_of(config: RLConfig) -> tuple[TaskSplits, dict[str, Task]]:
@@ -157,7 +99,7 @@ def starting_model(config: RLConfig, tasks: TaskSplits) -> Path:
     """The model that RL starts from: the warm-up's result (made now if it is not there yet), or the given one."""
     new_model = config.directory / "new_model"
     if config.warmup.steps == 0:
-        return config.model.resolve(new_model, tasks.train, config.seed)
+        return starting_directory(config.model, new_model, tasks.train, config.seed)
     warmup = replace(
         config.warmup,
         name=WARMUP,
@@ -221,7 +163,7 @@ def train(
                 )
             run.record_evaluation(step, results, worker.tokenizer.decode)
 
-    steps_made = config.steps_made(trainer)
+    steps_made = config.steps_made(trainer.step_count)
     if steps_made == 0:
         evaluate_if_due(0)
     for step in range(steps_made + 1, config.steps + 1):
@@ -263,8 +205,7 @@ def step_metrics(
         "staleness_max": max(ages),
         "dropped_groups": buffer.num_dropped,
         "too_old_groups": buffer.num_too_old,
-        "learning_rate": stats["lr"],
-        **{name: value for name, value in stats.items() if name != "lr"},
+        **stats,
         "tokens_per_s": buffer.num_tokens / clock.rollout_s,
         **{f"time/{name}": seconds for name, seconds in clock.times().items()},
     }

@@ -5,44 +5,36 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from lockstep.engine.config_fields import Size
 from lockstep.engine.text.tokenizer import Tokenizer
-from lockstep.recipes.planning.plan import dry_run, sft_plan
+from lockstep.recipes.planning.first_start import resumed
+from lockstep.recipes.planning.plan import plan_sft
 from lockstep.recipes.planning.room import sft_with_room
 from lockstep.recipes.planning.start_checks import check_stage
-from lockstep.recipes.rl.training_run import TrainingRun, TrainingRunConfig, resumed
+from lockstep.recipes.rl.config import SFTConfig
+from lockstep.recipes.rl.inputs import starting_directory
+from lockstep.recipes.rl.training_run import TrainingRun
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.tasks import Problem, Task
 from lockstep.rollout.tokenizer import encode_response, load_tokenizer, render_prompt
 from lockstep.trainer_bridge import MegatronTrainer
-from lockstep.trainer_bridge.algorithms.aggregation import Aggregation
 from lockstep.trainer_bridge.algorithms.losses import sft_loss
 from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
 
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class SFTConfig(TrainingRunConfig):
-    """examples_per_step: worked solutions in one update. aggregation: how their tokens' losses become one."""
-
-    name: str = "sft"
-    examples_per_step: Size = 32
-    aggregation: Aggregation = "token_mean"
-
-
 def run(config: SFTConfig) -> dict[str, Any]:
     """Trains until `config.steps` updates are made, and exports the model to the run's `model/`."""
+    if config.dry_run:
+        return plan_sft(config)
     config = resumed(config)
     check_stage(config)
-    if config.dry_run:
-        return dry_run(sft_plan(config))
     tasks = sft_with_room(config, config.task.build())
     with TrainingRun(config, "sft") as run:
-        model = config.model.resolve(run.path / "new_model", tasks.train, config.seed)
+        model = starting_directory(config.model, run.path / "new_model", tasks.train, config.seed)
         run.check_made("the new model", run.path / "new_model")
         tokenizer = load_tokenizer(model, config.chat)
         _LOG.info("loading the model %s into the trainer", model)
@@ -57,7 +49,6 @@ def run(config: SFTConfig) -> dict[str, Any]:
             with run.trace.span("train", step=step):
                 stats = trainer.step(batches, sft_loss)
             seconds = time.perf_counter() - started
-            stats["learning_rate"] = stats.pop("lr")
             run.record(step, {**stats, "tokens_per_s": stats["tokens"] / seconds, "time/train": seconds})
             run.checkpoint_if_due(step, trainer=trainer)
         return run.finish(trainer)

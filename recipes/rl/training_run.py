@@ -8,18 +8,16 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from lockstep.engine.config_fields import Count, Seed, Text, Threads, check_fields
-from lockstep.engine.text.chat_template import ChatConfig
 from lockstep.kernels import numerics
 from lockstep.recipes import launch
 from lockstep.recipes.config_schema import to_plain
 from lockstep.recipes.conversion.export import complete_export, push
 from lockstep.recipes.planning.first_start import settled
-from lockstep.recipes.rl.inputs import ModelSource, TaskConfig
+from lockstep.recipes.runs.config import TrainingRunConfig
 from lockstep.recipes.runs.live import LiveView
 from lockstep.recipes.runs.report import write_report
 from lockstep.recipes.runs.run_config import (
@@ -28,20 +26,20 @@ from lockstep.recipes.runs.run_config import (
     completed,
     differences,
     read_config,
-    resumed_from_plain,
 )
 from lockstep.recipes.runs.run_directory import RunDirectory, check_start, checkpoint_steps, read_metrics
 from lockstep.recipes.runs.run_inputs import RunInputs, config_inputs, files_below, hashes_of
 from lockstep.recipes.runs.run_log import RunLog
 from lockstep.recipes.runs.run_place import Advice
-from lockstep.recipes.runs.sinks import Sinks, WandbConfig, open_sinks
+from lockstep.recipes.runs.sinks import Sinks, open_sinks
 from lockstep.recipes.runs.trace import Trace
 from lockstep.rollout.evaluation import EvalResult
-from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
+
+if TYPE_CHECKING:
+    from lockstep.trainer_bridge import MegatronTrainer
 
 _LOG = logging.getLogger(__name__)
 TRACED = ("reward", "loss", "tokens_per_s", "staleness")  # metrics that the timeline draws as curves
-START = "the run's model"  # stands in trainer.model and engine.model until the run knows its model directory
 
 
 LOST_INPUTS = (
@@ -58,62 +56,7 @@ class CheckpointPart(Protocol):
     def load(self, path: Path) -> Any: ...
 
 
-@dataclass(frozen=True)
-class TrainingRunConfig:
-    """What all training stages take.
-
-    name: the run is written to `runs_dir`/`name`; where that holds an unfinished run of this config, it goes on.
-    run: a run directory to resume with the config that it holds. What else is given must be a key that may change on
-        the way, see run_config.MAY_DIFFER.
-    overwrite: where the directory holds a run, that is moved aside (to NAME.old-1), and a new one starts.
-    num_threads: CPU threads; null takes the machine's. Part of the config, since gradients' last bits depend on it.
-    chat: how conversations become text, see engine/text/chat_template.py.
-    trainer: its `model` is filled in by the run.
-    checkpoint_every: steps between checkpoints, one more is made at the last step; 0: that one only.
-    keep_checkpoints: so many of the newest stay; 0: all.
-    push_to_hub: org/name on the hub, a private repository to which the model goes at the end; made if it is not there.
-    sinks: beside metrics.jsonl: "wandb", "tensorboard". wandb: of the first, see recipes/runs/sinks.py.
-    dry_run: print the plan, with its arithmetic of memory and batches, and start nothing (also --dry-run).
-    """
-
-    name: str = "run"
-    run: Text | None = None
-    runs_dir: str = "runs"
-    seed: Seed = 0
-    num_threads: Threads | None = 2
-    model: ModelSource = field(default_factory=ModelSource)
-    task: TaskConfig = field(default_factory=TaskConfig)
-    chat: ChatConfig = field(default_factory=ChatConfig)
-    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(model=START))
-    steps: Count = 100
-    checkpoint_every: Count = 20
-    keep_checkpoints: Count = 2
-    push_to_hub: Text | None = None
-    sinks: tuple[str, ...] = ()
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-    dry_run: bool = False
-    overwrite: bool = False
-
-    def __post_init__(self):
-        check_fields(self)
-
-    @property
-    def directory(self) -> Path:
-        return Path(self.run) if self.run is not None else Path(self.runs_dir) / self.name
-
-
 Config = TypeVar("Config", bound=TrainingRunConfig)
-
-
-def resumed(config: Config) -> Config:
-    """The config to run. With `run` set it is the one stored there, changed by what else is given; with what the run
-    settles at its first start.
-
-    Raises ValueError for a directory without a run, and as `run_config.resumed_from_plain` does.
-    """
-    if config.run is not None:
-        config = resumed_from_plain(type(config), to_plain(config))
-    return settled(config) if isinstance(config, TrainingRunConfig) else config
 
 
 def devices_here(config: Any) -> list[str]:

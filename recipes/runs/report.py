@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lockstep.engine.files import write_whole
-from lockstep.engine.speculation.speculation import MAX_DRAFT_TOKENS
+from lockstep.engine.speculation.config import MAX_DRAFT_TOKENS
 from lockstep.recipes.runs.metrics import METRICS, TIME_PREFIX, format_value, in_order, known_name, title_of
 from lockstep.recipes.runs.report_page import PAGE
 from lockstep.recipes.runs.run_directory import read_config, read_metrics, read_rollouts, rollout_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -95,7 +96,7 @@ def resumed_from_plain(config_class: type[Config], given: Mapping[str, Any], exp
     asked = _asked(config_class, given, explicit)
     if clash := [key for key in _NOT_WITH_RUN if key in asked]:
         raise ValueError(f"{clash[0]}={asked[clash[0]]!r} does not go with run={directory}, which names the run")
-    wanted = merged(stored, asked)
+    wanted = _without_other_choices(config_class, merged(stored, asked), asked)
     if lines := differences(stored, wanted, MAY_DIFFER):
         text = "\n".join(lines)
         raise ValueError(
@@ -105,6 +106,21 @@ def resumed_from_plain(config_class: type[Config], given: Mapping[str, Any], exp
     place = directory if directory.name not in ("", "..") else directory.resolve()
     config = from_plain(config_class, wanted)
     return replace(config, run=None, runs_dir=str(place.parent), name=place.name)
+
+
+def _without_other_choices(
+    config_class: type, wanted: Mapping[str, Any], asked: Mapping[str, Any]
+) -> dict[str, Any]:  # fmt: skip
+    """Where another choice is asked for, such as cluster.kind, without what is stored for the one before."""
+    result = dict(wanted)
+    for section, choice in config_schema.choices(config_class).items():
+        name = asked.get(f"{section}.{choice.key}")
+        if name in choice.classes:
+            own = {field.name for field in dataclasses.fields(choice.classes[name])}
+            result[section] = {
+                key: value for key, value in result[section].items() if key in own or f"{section}.{key}" in asked
+            }
+    return result
 
 
 def _runs_near(path: Path) -> str:

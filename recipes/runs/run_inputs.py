@@ -135,7 +135,7 @@ def config_inputs(config: Any) -> dict[str, dict[str, str]]:
         value = getattr(config, section, None)
         roles[key] = _files_of_texts(getattr(value, name, None) if name else value)
     for name, task in (getattr(config, "evaluation_tasks", None) or {}).items():
-        roles[f"evaluation_tasks.{name}"] = _files_of_texts([task.kind, task.options])
+        roles[f"evaluation_tasks.{name}"] = _files_of_texts([task.kind, getattr(task, "options", None)])
     return hashes_of(roles)
 
 

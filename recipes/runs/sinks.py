@@ -5,13 +5,12 @@ import logging
 import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lockstep.engine.config_fields import Count, check_fields
 from lockstep.engine.files import write_whole
 from lockstep.recipes import launch
 from lockstep.recipes.config_schema import to_plain
+from lockstep.recipes.runs.config import WandbConfig
 from lockstep.recipes.runs.run_directory import RunDirectory
 
 _LOG = logging.getLogger(__name__)
@@ -19,27 +18,6 @@ _LOG = logging.getLogger(__name__)
 _REFUSED = re.compile(r"[/\\#?%:;,']+")
 _LONGEST = 128
 WANDB_ID_FILE = "wandb_id"
-
-
-@dataclass(frozen=True)
-class WandbConfig:
-    """Of the sink "wandb". Characters that W&B refuses become "-", and names are cut to the 128 that it takes.
-
-    project, entity, group: where the run is listed; null: the user's own entity, no group.
-    name: that people see; null: the run directory's.
-    id: by which W&B knows the run; null: a new one, kept in the run directory's `wandb_id` for when the run is resumed.
-    sample_rows: of each data set at each evaluation, in the table `eval/samples`; 0: no table.
-    """
-
-    project: str = "lockstep"
-    entity: str | None = None
-    group: str | None = None
-    name: str | None = None
-    id: str | None = None
-    sample_rows: Count = 8
-
-    def __post_init__(self):
-        check_fields(self, "wandb")
 
 
 class Sink(Protocol):

@@ -68,7 +68,7 @@ class Environment(Protocol):
 
 
 @dataclass(frozen=True)
-class Limits:
+class EpisodeLimits:
     """max_turns: turns of the policy. max_tokens: of a turn. max_episode_tokens: of an episode, its prompt included."""
 
     max_turns: int

@@ -9,7 +9,7 @@ from typing import Any
 from lockstep.engine import Generator, RequestOutput, SamplingParams
 from lockstep.engine.text.detokenizer import decode_text
 from lockstep.rollout.environments.chat_turns import ChatTurns
-from lockstep.rollout.environments.environment import Action, Environment, Limits, Transcript, checked_result
+from lockstep.rollout.environments.environment import Action, Environment, EpisodeLimits, Transcript, checked_result
 from lockstep.rollout.environments.failures import FAILED, EpisodeFailure
 from lockstep.rollout.environments.tool_calls import ToolCall
 from lockstep.rollout.guarded import CallFailed, GuardedCalls
@@ -36,7 +36,7 @@ class Episode:
         new_environment: Callable[[], Environment],
         problem: Problem,
         chat: ChatTurns,
-        limits: Limits,
+        limits: EpisodeLimits,
         sampling: SamplingParams,
         find_tool_calls: Callable[[str], list[ToolCall]],
         calls: GuardedCalls,

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from lockstep.rollout.environments import EnvironmentConfig, environment_factory
+from lockstep.rollout.environments import EnvironmentConfig
 from lockstep.rollout.environments.environment import Action, Environment, Opening, StepResult, checked_result
 from lockstep.rollout.guarded import CallFailed, failure_of
 from lockstep.rollout.tasks import Problem
@@ -122,7 +122,7 @@ def serve(channel: Connection) -> None:
         config, timeout_s = pickle.loads(channel.recv_bytes())
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which then closes the channel
         try:
-            factory, error = environment_factory(config), None
+            factory, error = config.factory(), None
         except ValueError as refused:
             factory, error = None, str(refused)
         channel.send_bytes(json.dumps({"error": error}).encode())

@@ -7,9 +7,10 @@ from functools import partial
 
 from lockstep.engine import Generator
 from lockstep.engine.text.tokenizer import Tokenizer
-from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig, environment_factory
+from lockstep.rollout.config import RolloutConfig
+from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.environments.chat_turns import ChatTurns
-from lockstep.rollout.environments.environment import Limits
+from lockstep.rollout.environments.environment import EpisodeLimits
 from lockstep.rollout.environments.episode import Episode, play
 from lockstep.rollout.environments.failures import FAILED, FailureLog
 from lockstep.rollout.environments.own_process import EnvironmentProcess, RemoteEnvironment
@@ -19,7 +20,7 @@ from lockstep.rollout.guarded import GuardedCalls
 from lockstep.rollout.rewards import Completion, Reward
 from lockstep.rollout.sample import Sample
 from lockstep.rollout.tasks import Task
-from lockstep.rollout.worker import RolloutConfig, RolloutWorker
+from lockstep.rollout.worker import RolloutWorker
 
 
 class EpisodeWorker(RolloutWorker):
@@ -42,7 +43,7 @@ class EpisodeWorker(RolloutWorker):
     ):
         super().__init__(engine, tokenizer, task, reward, config, seed, correct)
         self.environment = environment
-        self.new_environment = environment_factory(environment)
+        self.new_environment = environment.factory()
         self.calls = GuardedCalls(None if environment.is_apart else environment.timeout_s)
         if environment.is_apart:
             process = EnvironmentProcess(environment, environment.timeout_s)
@@ -50,7 +51,7 @@ class EpisodeWorker(RolloutWorker):
         self.episode_failures = FailureLog()
         self.find_tool_calls = TOOL_CALL_FORMATS[environment.tool_format]
         self.chat = ChatTurns(tokenizer, self.vocab_size)
-        self.limits = Limits(
+        self.limits = EpisodeLimits(
             max_turns=environment.max_turns,
             max_tokens=config.max_tokens,
             max_episode_tokens=min(environment.max_episode_tokens or self.max_model_len, self.max_model_len),

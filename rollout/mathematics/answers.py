@@ -16,7 +16,7 @@ class Words:
 
 
 @dataclass(frozen=True)
-class Choice:
+class LetterChoice:
     """A letter of multiple choice, as it was written."""
 
     letter: str
@@ -119,4 +119,6 @@ class Digits:
     base: int
 
 
-Answer = Words | Choice | Value | Several | Ordered | Named | Region | Relation | Grid | Ratio | Moment | Day | Digits
+Answer = (
+    Words | LetterChoice | Value | Several | Ordered | Named | Region | Relation | Grid | Ratio | Moment | Day | Digits
+)

@@ -7,8 +7,8 @@ import sympy
 
 from lockstep.rollout.mathematics.answers import (
     Answer,
-    Choice,
     Grid,
+    LetterChoice,
     Moment,
     Named,
     Ordered,
@@ -45,7 +45,7 @@ def same(wanted: Answer, given: Answer, ignore_units: bool = False) -> bool:
         if isinstance(left, Ratio) and isinstance(right, Value):
             number = None if right.unit or right.calculation else _rational(right.expression)
             return number is not None and left.value == number
-        if isinstance(left, Choice) and isinstance(right, Value):
+        if isinstance(left, LetterChoice) and isinstance(right, Value):
             return right.expression.is_Symbol and str(right.expression) == left.letter and not right.unit
     if type(wanted) is not type(given):
         return False
@@ -214,7 +214,7 @@ def _rational(expression: sympy.Expr) -> Fraction | None:
 
 
 _SAME_KIND = {
-    Choice: lambda wanted, given, equal: wanted.letter.casefold() == given.letter.casefold(),
+    LetterChoice: lambda wanted, given, equal: wanted.letter.casefold() == given.letter.casefold(),
     Named: _same_names,
     Several: _same_several,
     Ordered: _same_ordered,

@@ -4,7 +4,7 @@
 
 import re
 
-from lockstep.rollout.answer_tags import ANSWER_CLOSE, ANSWER_OPEN
+from lockstep.engine.text.answer_tags import ANSWER_CLOSE, ANSWER_OPEN
 
 LONGEST = 2000  # characters of an answer; the last ones of a response without tags and boxes
 _BOXED_WORD = re.compile(r"\\boxed\s+([^\s$\\{}]+)")

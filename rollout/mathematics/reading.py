@@ -8,8 +8,8 @@ import sympy
 
 from lockstep.rollout.mathematics.answers import (
     Answer,
-    Choice,
     Grid,
+    LetterChoice,
     Named,
     Ordered,
     Region,
@@ -112,11 +112,11 @@ def _choice(text: str) -> Answer | None:
     if found := _CHOICE.fullmatch(text):
         letter = found[1] or found[2]
         if letter.isupper() or (letter in "abcdefghij" and (found[2] or len(text) > 2 or text.endswith(")"))):
-            return Choice(letter)
+            return LetterChoice(letter)
         return None
     found = _LABELLED.fullmatch(text)
     if found and not _ANY_LABEL.search(found[3]) and not re.match(r"[,+*/^=-]|\\|or\b|and\b", found[3]):
-        return Choice(found[1] or found[2])
+        return LetterChoice(found[1] or found[2])
     return None
 
 

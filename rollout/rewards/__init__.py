@@ -1,22 +1,23 @@
-"""Rewards as stages: rules, verifiers in isolated processes, reward models, judges, and their weighted sum."""
+"""Rewards as stages: rules, verifiers in isolated processes, reward models, judges, and their weighted sum.
 
-from lockstep.rollout.rewards.failures import FailedScore, StepFailures, VerifierError
-from lockstep.rollout.rewards.mixture import CORRECT, REWARDS, LocalRewards, build_reward, check_reward
-from lockstep.rollout.rewards.models import RewardEngines
-from lockstep.rollout.rewards.reward import Completion, Reward
-from lockstep.rollout.rewards.rules import correct_reward
+The names below are imported at their first use: a task's config has no need of reward models.
+"""
 
-__all__ = [
-    "CORRECT",
-    "REWARDS",
-    "Completion",
-    "FailedScore",
-    "LocalRewards",
-    "Reward",
-    "RewardEngines",
-    "StepFailures",
-    "VerifierError",
-    "build_reward",
-    "check_reward",
-    "correct_reward",
-]
+from lockstep.lazy_names import lazy_names
+
+_HOMES = {
+    "CORRECT": "mixture",
+    "REWARDS": "mixture",
+    "Completion": "reward",
+    "FailedScore": "failures",
+    "LocalRewards": "mixture",
+    "Reward": "reward",
+    "RewardEngines": "models",
+    "StepFailures": "failures",
+    "VerifierError": "failures",
+    "build_reward": "mixture",
+    "check_reward": "mixture",
+    "correct_reward": "rules",
+}
+__all__ = list(_HOMES)
+__getattr__ = lazy_names(__name__, _HOMES)

@@ -21,34 +21,34 @@ from lockstep.rollout.tasks.problem import BatchTask, Task
 
 
 @dataclass(frozen=True)
-class Kind:
+class RewardKind:
     """options: a reward's config; build: what makes it for a task."""
 
     options: type
     build: Callable[[Any, Task, RewardEngines], Reward]
 
 
-REWARDS: dict[str, Kind] = {
-    "task": Kind(rules.NoOptions, lambda options, task, engines: rules.task_reward(task)),
-    "correct": Kind(rules.NoOptions, lambda options, task, engines: rules.correct_reward(task)),
-    "exact_match": Kind(rules.NoOptions, lambda options, task, engines: each(rules.exact_match)),
-    "format": Kind(rules.NoOptions, lambda options, task, engines: each(rules.answer_format)),
-    "regex": Kind(
+REWARDS: dict[str, RewardKind] = {
+    "task": RewardKind(rules.NoOptions, lambda options, task, engines: rules.task_reward(task)),
+    "correct": RewardKind(rules.NoOptions, lambda options, task, engines: rules.correct_reward(task)),
+    "exact_match": RewardKind(rules.NoOptions, lambda options, task, engines: each(rules.exact_match)),
+    "format": RewardKind(rules.NoOptions, lambda options, task, engines: each(rules.answer_format)),
+    "regex": RewardKind(
         text_rewards.RegexOptions, lambda options, task, engines: text_rewards.regex_reward(options, engines)
     ),
-    "json_schema": Kind(
+    "json_schema": RewardKind(
         text_rewards.JsonSchemaOptions, lambda options, task, engines: text_rewards.json_schema_reward(options, engines)
     ),
-    "length": Kind(rules.LengthOptions, lambda options, task, engines: rules.length_reward(options)),
-    "math": Kind(functions.MathOptions, lambda options, task, engines: functions.math_reward(options, engines)),
-    "code": Kind(code.CodeOptions, lambda options, task, engines: code.code_reward(options)),
-    "function": Kind(
+    "length": RewardKind(rules.LengthOptions, lambda options, task, engines: rules.length_reward(options)),
+    "math": RewardKind(functions.MathOptions, lambda options, task, engines: functions.math_reward(options, engines)),
+    "code": RewardKind(code.CodeOptions, lambda options, task, engines: code.code_reward(options)),
+    "function": RewardKind(
         functions.FunctionOptions, lambda options, task, engines: functions.function_reward(options, engines)
     ),
-    "reward_model": Kind(
+    "reward_model": RewardKind(
         models.RewardModelOptions, lambda options, task, engines: models.reward_model_reward(options, engines)
     ),
-    "judge": Kind(models.JudgeOptions, lambda options, task, engines: models.judge_reward(options, engines)),
+    "judge": RewardKind(models.JudgeOptions, lambda options, task, engines: models.judge_reward(options, engines)),
 }
 
 CORRECT: Mapping[str, float] = {"correct": 1.0}  # what accuracy is

@@ -10,7 +10,7 @@ from typing import Any
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.engine.pooling import ScoreAt, scored_part
-from lockstep.engine.text.chat_template import ChatConfig
+from lockstep.engine.text.config import ChatConfig
 from lockstep.engine.text.end_of_turn import stop_token_ids
 from lockstep.engine.text.plain_content import encode_conversation
 from lockstep.engine.text.tokenizer import Tokenizer

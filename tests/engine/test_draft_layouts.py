@@ -14,7 +14,7 @@ from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.engine.checkpoints.draft_checkpoint import load_draft, save_draft
 from lockstep.engine.checkpoints.draft_config import choose_engine, config_json, layer_ids, load_draft_config
 from lockstep.engine.models.config import load_model_config, parse_model_config
-from lockstep.recipes.conversion.convert import ConvertConfig
+from lockstep.recipes.conversion.config import ConvertConfig
 from lockstep.recipes.conversion.convert import run as convert
 
 LAYERS = 8

@@ -7,7 +7,8 @@ import torch
 from models import make_hf_model
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
-from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer
+from lockstep.rollout.config import TokenizerConfig
+from lockstep.rollout.tokenizer import build_tokenizer
 
 VOCAB = 320
 

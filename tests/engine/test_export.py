@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 from lockstep.engine.checkpoints.checkpoint import extra_tensors
 from lockstep.engine.checkpoints.export import SIDECARS
 from lockstep.engine.models.config import load_model_config
-from lockstep.recipes.conversion.convert import ConvertConfig
+from lockstep.recipes.conversion.config import ConvertConfig
 from lockstep.recipes.conversion.convert import run as convert
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 

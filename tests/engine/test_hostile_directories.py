@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lockstep.engine import Engine, EngineConfig
 from lockstep.engine.text.tokenizer import load_tokenizer
-from lockstep.recipes.conversion.convert import ConvertConfig
+from lockstep.recipes.conversion.config import ConvertConfig
 from lockstep.recipes.conversion.convert import run as convert
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 

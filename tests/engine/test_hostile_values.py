@@ -16,7 +16,7 @@ from models import make_hf_model
 from lockstep.engine import Engine, EngineConfig, ReplicatedEngine, SamplingParams
 from lockstep.engine.request import MIN_TEMPERATURE, SAMPLING_RULES
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig, publish
-from lockstep.trainer_bridge.drafts.draft_trainer import DraftTrainerConfig
+from lockstep.trainer_bridge.drafts.config import DraftTrainerConfig
 from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
 
 VOCAB = 131

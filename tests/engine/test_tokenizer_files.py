@@ -9,10 +9,12 @@ from models import make_hf_model
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 from lockstep.engine.text import tokenizer_probe
-from lockstep.engine.text.chat_template import MAX_TEMPLATE_CHARACTERS, ChatConfig, set_chat_options
+from lockstep.engine.text.chat_template import MAX_TEMPLATE_CHARACTERS, set_chat_options
+from lockstep.engine.text.config import ChatConfig
 from lockstep.engine.text.end_of_turn import end_of_turn
 from lockstep.engine.text.tokenizer import load_tokenizer
-from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer, render_prompt
+from lockstep.rollout.config import TokenizerConfig
+from lockstep.rollout.tokenizer import build_tokenizer, render_prompt
 
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 WRONG = (

@@ -8,9 +8,10 @@ from lockstep.engine.models.config import load_model_config
 from lockstep.engine.models.eagle3 import Eagle3Config, Eagle3Draft, default_aux_layers, initialize
 from lockstep.engine.steps.capture import CaptureConfig
 from lockstep.kernels.attention.chain_attention import chain_attention, chain_attention_reference
+from lockstep.trainer_bridge.drafts.config import DraftTrainerConfig
 from lockstep.trainer_bridge.drafts.draft_batch import DraftSequence
 from lockstep.trainer_bridge.drafts.draft_loss import LOSSES
-from lockstep.trainer_bridge.drafts.draft_trainer import DraftTrainer, DraftTrainerConfig
+from lockstep.trainer_bridge.drafts.draft_trainer import DraftTrainer
 
 pytestmark = pytest.mark.gpu
 

@@ -9,7 +9,7 @@ from gpu_setup import Setup
 
 from lockstep.engine import EngineConfig, SamplingParams
 from lockstep.recipes.bench.config import BenchConfig
-from lockstep.recipes.bench.publish_ways import Job, open_pair
+from lockstep.recipes.bench.publish_ways import PublishJob, open_pair
 
 pytestmark = pytest.mark.gpu
 
@@ -26,7 +26,7 @@ def test_an_update_from_another_process(setup: Setup, way):
     other = EngineConfig(
         model=setup.path, device=setup.device, dtype=setup.dtype, load_format="dummy", seed=1, **settings
     )
-    job = Job(way, setup.path, other, BenchConfig(suite="publish", device=setup.device, shape=setup.shape))
+    job = PublishJob(way, setup.path, other, BenchConfig(suite="publish", device=setup.device, shape=setup.shape))
     with open_pair(job) as pair:
         assert output_differences(expected, pair.engine.generate(prompts, params)), "the test lost its point"
         requests = pair.engine.submit(prompts, SamplingParams(max_tokens=440, ignore_eos=True, seed=5))

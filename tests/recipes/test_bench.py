@@ -18,10 +18,10 @@ from lockstep.recipes.bench.engine_suite import RECORDED, tokens_per_second
 from lockstep.recipes.bench.flops import attention_pairs, forward_flops, matmul_parameters, training_flops
 from lockstep.recipes.bench.kernels_suite import Sizes, cases
 from lockstep.recipes.bench.publish_suite import _engine_config, _timed, measure
-from lockstep.recipes.bench.publish_ways import Job, Pair
+from lockstep.recipes.bench.publish_ways import Pair, PublishJob
 from lockstep.recipes.bench.results import Column, Table
 from lockstep.recipes.bench.shapes import write_model_directory
-from lockstep.recipes.bench.stage import run
+from lockstep.recipes.bench.stage import resolved, run
 from lockstep.recipes.bench.workloads import CPU_WORKLOADS, ENGINE_WORKLOADS, Workload, chosen, draw, output_lengths
 
 
@@ -72,15 +72,15 @@ def test_workloads_have_the_documented_sizes():
 def test_impossible_settings_are_named(settings, message, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match=message):
-        BenchConfig(**settings).resolve()
+        resolved(BenchConfig(**settings))
 
 
 def test_the_suite_follows_the_machine(monkeypatch):
     for has_gpu, suite, device in ((False, "cpu", "cpu"), (True, "engine", "cuda")):
         monkeypatch.setattr("torch.cuda.is_available", lambda answer=has_gpu: answer)
         monkeypatch.setattr("torch.version.cuda", "13.0" if has_gpu else None)
-        resolved = BenchConfig().resolve()
-        assert (resolved.suite, resolved.device) == (suite, device)
+        config = resolved(BenchConfig())
+        assert (config.suite, config.device) == (suite, device)
 
 
 def test_a_missing_peer_says_how_to_install_it(monkeypatch):
@@ -246,9 +246,9 @@ def test_the_profile_without_a_gpu(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(decode_profile, "WARM_UP_STEPS", 2)
     monkeypatch.setattr(decode_profile, "TRACED_STEPS", 3)
     monkeypatch.setattr(decode_profile, "WORKLOAD", Workload("decode", 3, 1, 8, 20))
-    config = BenchConfig(suite="engine", **tiny).resolve()
+    config = resolved(BenchConfig(suite="engine", **tiny))
     model = write_model_directory("small", tmp_path / "model")
-    rows = decode_profile.run(decode_profile.Job(model, config)).rows
+    rows = decode_profile.run(decode_profile.ProfileJob(model, config)).rows
     assert [row["what"] for row in rows] == ["GPU idle", "a step, traced", "a step, untraced"]
     assert rows[-1]["us"] > 0
 
@@ -291,9 +291,9 @@ def test_the_publish_suite(tiny, tmp_path):
 
 
 def test_updates_in_one_process(tiny, tmp_path):
-    config = BenchConfig(suite="publish", **tiny).resolve()
+    config = resolved(BenchConfig(suite="publish", **tiny))
     model = write_model_directory("small", tmp_path / "model")
-    copy, alias = (measure(Job(way, model, _engine_config(model, config), config)) for way in ("copy", "alias"))
+    copy, alias = (measure(PublishJob(way, model, _engine_config(model, config), config)) for way in ("copy", "alias"))
     for row in (copy, alias):
         assert row["gigabytes"] == pytest.approx(0.0034, abs=1e-4)
         assert row["pause_ms"] == pytest.approx(max(0.0, row["gap_ms"] - row["step_ms"]))

@@ -14,17 +14,16 @@ from short_runs import Killed, without_times
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.rl import rl
-from lockstep.recipes.rl.inputs import ModelSource, TaskConfig
+from lockstep.recipes.rl.inputs import starting_directory
 from lockstep.recipes.rl.learner import Learner
-from lockstep.recipes.rl.new_model import ModelShape
-from lockstep.recipes.rl.training_run import START
+from lockstep.recipes.runs.config import START, ModelShape, ModelSource
 from lockstep.recipes.runs.run_directory import read_metrics
-from lockstep.rollout.evaluation import EvaluationConfig
+from lockstep.rollout.config import EvaluationConfig, RolloutConfig
 from lockstep.rollout.rewards import Completion, LocalRewards
 from lockstep.rollout.tasks import ReasoningGymConfig
-from lockstep.rollout.worker import RolloutConfig
+from lockstep.rollout.tasks.config import TaskConfig
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
-from lockstep.trainer_bridge.algorithms.algorithms import AlgorithmConfig
+from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig
 from lockstep.trainer_bridge.algorithms.losses import sft_loss
 from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
 
@@ -202,7 +201,7 @@ def test_a_critic_beside_a_trainer_of_two_ranks_gives_the_run_of_one_process(tmp
     learn = Learner.step
 
     def die_at_step_2(learner, groups):
-        if learner.config.steps_made(learner.trainer) == 1:
+        if learner.config.steps_made(learner.trainer.step_count) == 1:
             raise Killed
         return learn(learner, groups)
 
@@ -215,7 +214,7 @@ def test_a_critic_beside_a_trainer_of_two_ranks_gives_the_run_of_one_process(tmp
 
 def test_a_teacher_as_an_actor_gives_the_run_of_one_process(tmp_path):
     config = rl_config(tmp_path, ClusterConfig())
-    teacher = str(config.model.resolve(tmp_path / "teacher", config.task.build().train, seed=7))
+    teacher = str(starting_directory(config.model, tmp_path / "teacher", config.task.build().train, seed=7))
     options = {"algorithm": AlgorithmConfig(name="distillation", teacher_model=teacher), "reward": {}}
     assert_same_training(*local_and_remote(tmp_path, options, replace(CONFIG, num_engines=1, teacher_engines=2)))
     with pytest.raises(ValueError, match=r"set cluster\.teacher_engines=1"):

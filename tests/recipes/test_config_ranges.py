@@ -13,8 +13,8 @@ from lockstep.engine import EngineConfig
 from lockstep.engine.config_fields import numeric_ranges
 from lockstep.recipes import config_schema, launch
 from lockstep.recipes.cli import STAGES, main
-from lockstep.rollout.worker import RolloutConfig
-from lockstep.trainer_bridge.megatron.optimizer import AdamWConfig
+from lockstep.rollout.config import RolloutConfig
+from lockstep.trainer_bridge.config import AdamWConfig
 
 # What 0 and -1 mean where they are allowed. A key that is not here refuses both.
 ZERO = {
@@ -91,12 +91,17 @@ def plain_defaults(stage: str) -> tuple[type, dict]:
     return config_class, OmegaConf.to_container(OmegaConf.merge(node, required))
 
 
-def numbers(config_class: type, prefix: str = "") -> dict[str, tuple[type, str]]:
-    """Dotted key -> (the config that has it, its field)."""
-    found = {prefix + name: (config_class, name) for name in numeric_ranges(config_class)}
+def numbers(config_class: type, prefix: str = "", chosen: tuple = ()) -> dict[str, tuple[type, str, tuple]]:
+    """Dotted key -> (the config that has it, its field, the keys and values of the choices that have it)."""
+    found = {prefix + name: (config_class, name, chosen) for name in numeric_ranges(config_class)}
+    choices = config_schema.choices(config_class)
     for name, hint in typing.get_type_hints(config_class).items():
-        if dataclasses.is_dataclass(hint):
-            found |= numbers(hint, f"{prefix}{name}.")
+        if name in choices:
+            for kind, of_kind in choices[name].classes.items():
+                is_chosen = (*chosen, (f"{prefix}{name}.{choices[name].key}", kind))
+                found = numbers(of_kind, f"{prefix}{name}.", is_chosen) | found
+        elif dataclasses.is_dataclass(hint):
+            found |= numbers(hint, f"{prefix}{name}.", chosen)
     return found
 
 
@@ -111,9 +116,10 @@ def zero_has_a_meaning(key: str) -> bool:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_number_has_a_range_and_what_is_outside_is_refused_by_its_key(stage):
-    config_class, plain = plain_defaults(stage)
+    config_class, all_defaults = plain_defaults(stage)
     keys, known = numbers(config_class), set()
-    for key, (owner, name) in keys.items():
+    for key, (owner, name, chosen) in keys.items():
+        plain = functools.reduce(lambda plain, choice: with_value(plain, *choice), chosen, all_defaults)
         has_rules = issubclass(owner, HAVE_RULES)
         assert has_rules or numeric_ranges(owner)[name] is not None, f"{key} says no range"
         is_list, zero = isinstance(plain_value(plain, key), list), zero_has_a_meaning(key)

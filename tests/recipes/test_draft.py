@@ -10,14 +10,16 @@ from models import make_hf_model
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.engine.checkpoints.draft_checkpoint import load_draft, save_draft
 from lockstep.recipes.drafts import draft
-from lockstep.recipes.drafts.draft import DraftConfig, new_draft
-from lockstep.recipes.drafts.draft_stage import DraftStage, DraftStageConfig
+from lockstep.recipes.drafts.config import DraftConfig, DraftStageConfig
+from lockstep.recipes.drafts.draft import new_draft
+from lockstep.recipes.drafts.draft_stage import DraftStage
 from lockstep.recipes.drafts.draft_texts import DraftText
 from lockstep.recipes.runs.run_directory import read_metrics
 from lockstep.recipes.runs.sinks import Sinks
+from lockstep.rollout.config import TokenizerConfig
 from lockstep.rollout.sample import Sample
-from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer
-from lockstep.trainer_bridge.drafts.draft_trainer import DraftTrainerConfig
+from lockstep.rollout.tokenizer import build_tokenizer
+from lockstep.trainer_bridge.drafts.config import DraftTrainerConfig
 
 TRAINER = DraftTrainerConfig(num_steps=3, learning_rate=3e-3, loss="acceptance")
 

@@ -9,7 +9,8 @@ from lockstep.engine.steps.capture import CaptureConfig
 from lockstep.recipes.drafts.draft import draft_sequence, new_draft
 from lockstep.recipes.drafts.draft_judge import HeldOut, ngram_tokens_per_step, tokens_per_step
 from lockstep.recipes.drafts.draft_texts import DraftText
-from lockstep.trainer_bridge.drafts.draft_trainer import DraftTrainer, DraftTrainerConfig
+from lockstep.trainer_bridge.drafts.config import DraftTrainerConfig
+from lockstep.trainer_bridge.drafts.draft_trainer import DraftTrainer
 from lockstep.trainer_bridge.drafts.unrolled_draft import UnrolledDraft
 
 NUM_DRAFT_TOKENS = 3

@@ -9,7 +9,7 @@ from lockstep.recipes.evaluation import replay
 from lockstep.recipes.rl import rl
 from lockstep.recipes.runs.run_directory import read_metrics, read_rollouts
 from lockstep.rollout.buffer import RolloutBuffer
-from lockstep.trainer_bridge.algorithms.algorithms import AlgorithmConfig
+from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig
 
 
 def config(runs_dir) -> rl.RLConfig:

@@ -10,7 +10,7 @@ from short_runs import short_config
 from lockstep.recipes.evaluation import replay
 from lockstep.recipes.rl import rl, sft
 from lockstep.recipes.runs.run_directory import read_metrics, read_rollouts
-from lockstep.rollout.buffer import BufferConfig
+from lockstep.rollout.config import BufferConfig
 from lockstep.rollout.environments import EnvironmentConfig
 from lockstep.rollout.environments.worker import EpisodeWorker
 

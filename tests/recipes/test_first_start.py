@@ -11,22 +11,24 @@ from huggingface_hub import constants
 from models import make_hf_model
 
 from lockstep.engine import EngineConfig
-from lockstep.engine.text.chat_template import ChatConfig
+from lockstep.engine.text.config import ChatConfig
 from lockstep.recipes import reward
 from lockstep.recipes.config_schema import to_plain
 from lockstep.recipes.conversion.export import complete_export, push
 from lockstep.recipes.evaluation import evaluate, replay
 from lockstep.recipes.planning import first_start
+from lockstep.recipes.planning.first_start import resumed
 from lockstep.recipes.planning.room import rl_with_room, sft_with_room
 from lockstep.recipes.rl import rl, sft
-from lockstep.recipes.rl.inputs import ModelSource, TaskConfig
-from lockstep.recipes.rl.training_run import START, resumed
+from lockstep.recipes.rl.inputs import sizes_and_tokenizer, starting_directory
+from lockstep.recipes.runs.config import START, ModelSource
 from lockstep.recipes.runs.run_directory import read_rollouts
-from lockstep.rollout.evaluation import EvaluationConfig
+from lockstep.rollout.config import EvaluationConfig, RolloutConfig
 from lockstep.rollout.tasks import LocalFilesConfig, ReasoningGymConfig, TaskSplits
 from lockstep.rollout.tasks.answers import ANSWER_INSTRUCTION
+from lockstep.rollout.tasks.config import TaskConfig
 from lockstep.rollout.tokenizer import load_tokenizer, render_prompt
-from lockstep.rollout.worker import RolloutConfig, RolloutWorker
+from lockstep.rollout.worker import RolloutWorker
 
 GCD = ReasoningGymConfig(dataset="gcd", train_size=20, held_out_size=4)
 
@@ -153,8 +155,8 @@ def test_hub_commits_are_kept(tmp_path, monkeypatch, model):
     first = resumed(given)
     assert first.model.path == f"org/name@{COMMIT}"
     assert first.reward == {"judge": {"model": f"org/name@{COMMIT}", "date": first.chat.date}, "format": 0.1}
-    assert first.model.resolve(tmp_path / "none", None, 0) == home / "snapshots" / COMMIT
-    sizes, tokenizer = first.model.described(None, ChatConfig())
+    assert starting_directory(first.model, tmp_path / "none", None, 0) == home / "snapshots" / COMMIT
+    sizes, tokenizer = sizes_and_tokenizer(first.model, None, ChatConfig())
     assert (sizes.family, tokenizer.chat_template) == ("llama", SHAPES["llama 3"].template)
     keep(first)
     (home / "refs" / "main").write_text("d" * 40)  # the hub has moved on

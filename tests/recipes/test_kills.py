@@ -11,7 +11,7 @@ import short_runs
 
 from lockstep.recipes.rl import rl
 from lockstep.recipes.runs.run_directory import checkpoint_steps
-from lockstep.rollout.buffer import BufferConfig
+from lockstep.rollout.config import BufferConfig
 
 DEADLINE_S = 240
 # Children are forked from a process that has imported everything and started no threads.

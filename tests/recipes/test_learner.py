@@ -7,16 +7,17 @@ import pytest
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.recipes.cluster.local import LocalCluster
 from lockstep.recipes.rl import rl
-from lockstep.recipes.rl.inputs import ModelSource, TaskConfig
+from lockstep.recipes.rl.inputs import starting_directory
 from lockstep.recipes.rl.learner import Learner
-from lockstep.recipes.rl.new_model import ModelShape
 from lockstep.recipes.rl.training_batches import BatchShape, policy_batches, scored_responses
-from lockstep.recipes.rl.training_run import START
+from lockstep.recipes.runs.config import START, ModelShape, ModelSource
+from lockstep.rollout.config import RolloutConfig
 from lockstep.rollout.sample import Sample
 from lockstep.rollout.tasks import ReasoningGymConfig
-from lockstep.rollout.worker import RolloutConfig
+from lockstep.rollout.tasks.config import TaskConfig
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
-from lockstep.trainer_bridge.algorithms.algorithms import AlgorithmConfig, build_algorithm
+from lockstep.trainer_bridge.algorithms.algorithms import build_algorithm
+from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig
 from lockstep.trainer_bridge.algorithms.responses import RewardShaping, token_rewards
 from lockstep.trainer_bridge.algorithms.returns import whitened
 from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
@@ -52,7 +53,7 @@ def sample(response_ids, logprobs, reward, versions=None, prompt_ids=(5, 6), fin
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "start"
-    return str(CONFIG.model.resolve(path, CONFIG.task.build().train, CONFIG.seed))
+    return str(starting_directory(CONFIG.model, path, CONFIG.task.build().train, CONFIG.seed))
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +231,7 @@ def test_each_mini_batch_of_each_epoch_is_an_update(model, groups, options, lag)
     expected = [by_hand.step(batches, algorithm.loss) for batches in updates * 2]
     assert one.trainer.weights_hash() == by_hand.weights_hash()
     assert one.trainer.step_count == 4
-    assert one.config.steps_made(one.trainer) == 1
+    assert one.config.steps_made(one.trainer.step_count) == 1
     assert stats["logprob_diff_max"] == expected[0]["logprob_diff_max"] == 0.0
     shifts = [update["policy_shift_max" if lag else "logprob_diff_max"] for update in expected]
     assert stats["policy_shift_max"] == max(shifts) > 0.0

@@ -5,10 +5,10 @@ import pytest
 from lockstep.recipes import cli, config_schema
 from lockstep.recipes.bench.config import BenchConfig
 from lockstep.recipes.cli import STAGES
-from lockstep.recipes.drafts.draft import DraftConfig
-from lockstep.recipes.evaluation.evaluate import EvalConfig
+from lockstep.recipes.drafts.config import DraftConfig
+from lockstep.recipes.evaluation.config import EvalConfig
 from lockstep.recipes.overrides import flags_first
-from lockstep.recipes.rl.rl import RLConfig
+from lockstep.recipes.rl.config import RLConfig
 
 CONFIGS = {"rl": RLConfig, "eval": EvalConfig, "draft": DraftConfig, "bench": BenchConfig}
 HYDRA = "options are Hydra overrides, KEY=VALUE: "

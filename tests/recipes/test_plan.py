@@ -10,15 +10,14 @@ from lockstep.engine import EngineConfig
 from lockstep.recipes import cli
 from lockstep.recipes.planning.plan import rl_plan
 from lockstep.recipes.rl import rl, sft
-from lockstep.recipes.rl.inputs import ModelSource, TaskConfig
-from lockstep.recipes.rl.new_model import ModelShape
-from lockstep.recipes.rl.training_run import START
+from lockstep.recipes.runs.config import START, ModelShape, ModelSource
+from lockstep.rollout.config import RolloutConfig, TokenizerConfig
 from lockstep.rollout.environments import EnvironmentConfig
 from lockstep.rollout.tasks import GuessNumberTaskConfig
-from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer
-from lockstep.rollout.worker import RolloutConfig
+from lockstep.rollout.tasks.config import TaskConfig
+from lockstep.rollout.tokenizer import build_tokenizer
 from lockstep.trainer_bridge import TrainerConfig
-from lockstep.trainer_bridge.algorithms.algorithms import AlgorithmConfig
+from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path.stem for path in (ROOT / "configs" / "recipe").glob("*.yaml"))

@@ -14,11 +14,12 @@ from lockstep.recipes.cluster.actors import RewardActor  # noqa: E402
 from lockstep.recipes.cluster.config import ClusterConfig  # noqa: E402
 from lockstep.recipes.cluster.remote_rewards import RemoteRewards  # noqa: E402
 from lockstep.recipes.rl import rl  # noqa: E402
+from lockstep.rollout.config import TokenizerConfig  # noqa: E402
 from lockstep.rollout.rewards import Completion, LocalRewards  # noqa: E402
 from lockstep.rollout.rewards.verifiers import VerifierPool  # noqa: E402
 from lockstep.rollout.tasks import ReasoningGymConfig  # noqa: E402
 from lockstep.rollout.tasks.reasoning_gym_task import build_reasoning_gym  # noqa: E402
-from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer  # noqa: E402
+from lockstep.rollout.tokenizer import build_tokenizer  # noqa: E402
 
 CLUSTER = ClusterConfig(kind="ray", reward_workers=2)
 

@@ -14,7 +14,7 @@ from lockstep.recipes.evaluation import replay
 from lockstep.recipes.rl import rl
 from lockstep.recipes.runs.run_directory import checkpoint_steps, read_metrics, read_rollouts
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
-from lockstep.trainer_bridge.algorithms.algorithms import AlgorithmConfig
+from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig
 
 
 @pytest.fixture(scope="module")

@@ -10,18 +10,19 @@ import yaml
 from short_runs import Killed, short_config
 
 from lockstep.recipes.cli import main
-from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.config_schema import to_plain
 from lockstep.recipes.evaluation import replay
 from lockstep.recipes.rl import rl, sft
-from lockstep.recipes.rl.inputs import ModelSource, TaskConfig
+from lockstep.recipes.rl.inputs import starting_directory
 from lockstep.recipes.rl.training_run import TrainingRun
 from lockstep.recipes.runs import run_config
+from lockstep.recipes.runs.config import ModelSource
 from lockstep.recipes.runs.run_config import MAY_DIFFER
 from lockstep.recipes.runs.run_directory import checkpoint_steps, read_config
 from lockstep.recipes.runs.run_inputs import config_inputs, python_files
 from lockstep.rollout.tasks import LocalFilesConfig
-from lockstep.trainer_bridge.algorithms.algorithms import AlgorithmConfig
+from lockstep.rollout.tasks.config import TaskConfig
+from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig
 
 REWARD = "from helper import weight\n\ndef score(problem, response):\n    return weight() * len(response)\n"
 HELPER = "def weight():\n    return 0.01\n"
@@ -31,7 +32,7 @@ HELPER = "def weight():\n    return 0.01\n"
 def base_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     config = short_config(folder)
-    return config.model.resolve(folder / "model", config.task.build().train, seed=3)
+    return starting_directory(config.model, folder / "model", config.task.build().train, seed=3)
 
 
 @pytest.fixture
@@ -146,10 +147,14 @@ def test_all_kinds_of_paths_of_a_config_are_inputs(tmp_path):
     config = replace(
         config,
         reward={"judge": {"model": str(tmp_path / "judge")}},
-        algorithm=AlgorithmConfig(teacher_model=str(tmp_path / "teacher"), critic_model=str(tmp_path / "critic")),
+        algorithm=AlgorithmConfig(
+            "my_package.mine", teacher_model=str(tmp_path / "teacher"), critic_model=str(tmp_path / "critic")
+        ),
         trainer=replace(config.trainer, reference_model=str(tmp_path / "reference")),
         draft=replace(config.draft, start=str(tmp_path / "draft")),
-        evaluation_tasks={"a": TaskConfig(local_files=LocalFilesConfig(held_out_files=[str(tmp_path / "held.jsonl")]))},
+        evaluation_tasks={
+            "a": TaskConfig("local_files", local_files=LocalFilesConfig(held_out_files=[str(tmp_path / "held.jsonl")]))
+        },
     )
     inputs = config_inputs(config)
     assert {role: [Path(name).name for name in files] for role, files in inputs.items()} == {
@@ -317,9 +322,8 @@ def test_limits_that_change_no_bit_may_change_on_the_way(tmp_path, monkeypatch):
         config.engine, page_size=8, max_running_requests=3, max_prefill_tokens=16, kv_cache_tokens=2048,
         enable_prefix_cache=False, draft_model="ngram", num_draft_tokens=2,
     )  # fmt: skip
-    cluster = ClusterConfig(stall_timeout_s=77.0)
     trainer = replace(config.trainer, rank_timeout_s=9.0)
-    again = replace(config, engine=engine, cluster=cluster, trainer=trainer, evaluate_every=1)
+    again = replace(config, engine=engine, trainer=trainer, evaluate_every=1)
     assert rl.run(again)["weights_hash"] == undisturbed["weights_hash"]
     assert read_config(config.directory)["engine"]["page_size"] == 8
     with pytest.raises(ValueError, match=r"engine\.max_model_len: None -> 100"):

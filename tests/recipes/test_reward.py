@@ -8,16 +8,16 @@ import pytest
 
 from lockstep.engine import Engine, EngineConfig
 from lockstep.recipes import reward
-from lockstep.recipes.rl.inputs import ModelSource
-from lockstep.recipes.rl.new_model import ModelShape
-from lockstep.recipes.rl.training_run import START, TrainingRun
+from lockstep.recipes.rl.training_run import TrainingRun
+from lockstep.recipes.runs.config import START, ModelShape, ModelSource
 from lockstep.recipes.runs.run_directory import read_metrics
 from lockstep.recipes.runs.sinks import Sinks
 from lockstep.rollout import preferences
-from lockstep.rollout.preferences import PairSamplingConfig, Preference, read_pairs, sample_pairs, write_pairs
+from lockstep.rollout.config import PairSamplingConfig, TokenizerConfig
+from lockstep.rollout.preferences import Preference, read_pairs, sample_pairs, write_pairs
 from lockstep.rollout.rewards.failures import StepFailures
 from lockstep.rollout.rewards.models import conversation_ids
-from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer, load_tokenizer
+from lockstep.rollout.tokenizer import build_tokenizer, load_tokenizer
 from lockstep.rollout.worker import RolloutWorker
 from lockstep.trainer_bridge import TrainerConfig
 from lockstep.trainer_bridge.algorithms.preference import PreferencePair

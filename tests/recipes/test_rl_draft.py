@@ -7,12 +7,13 @@ import pytest
 from short_runs import STEPS, Killed, short_config, without_times
 
 from lockstep.recipes.cluster.config import ClusterConfig
-from lockstep.recipes.drafts.draft_stage import DraftStage, DraftStageConfig
+from lockstep.recipes.drafts.config import DraftStageConfig
+from lockstep.recipes.drafts.draft_stage import DraftStage
 from lockstep.recipes.evaluation import replay
 from lockstep.recipes.rl import rl, sft
 from lockstep.recipes.runs.run_directory import read_metrics, rollout_steps
-from lockstep.rollout.buffer import BufferConfig
-from lockstep.trainer_bridge.drafts.draft_trainer import DraftTrainerConfig
+from lockstep.rollout.config import BufferConfig
+from lockstep.trainer_bridge.drafts.config import DraftTrainerConfig
 
 STAGE = DraftStageConfig(
     train_every=1,
@@ -95,6 +96,6 @@ def test_a_killed_run_goes_on_with_the_drafts_of_its_checkpoint(drafted, tmp_pat
 )
 def test_a_run_that_cannot_train_a_draft_goes_without_and_says_so(changes, name, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    config = config_of(tmp_path, **changes).without_draft_where_none_can_learn()
+    config = rl.without_draft_where_none_can_learn(config_of(tmp_path, **changes))
     assert not config.draft.is_on
     assert f"does not go with {name}" in caplog.text

@@ -8,18 +8,17 @@ from models import make_hf_model
 
 from lockstep.engine import EngineConfig
 from lockstep.engine.models.config import load_model_config
-from lockstep.recipes.evaluation.evaluate import EvalConfig
+from lockstep.recipes.evaluation.config import EvalConfig
 from lockstep.recipes.planning.room import eval_with_room, rl_with_room, sft_with_room
-from lockstep.recipes.reward import RewardConfig, policy_tasks
+from lockstep.recipes.reward import policy_tasks
 from lockstep.recipes.rl import rl, sft
-from lockstep.recipes.rl.inputs import ModelSource
-from lockstep.rollout.evaluation import EvaluationConfig
-from lockstep.rollout.preferences import PairSamplingConfig
+from lockstep.recipes.rl.config import RewardConfig
+from lockstep.recipes.runs.config import ModelSource
+from lockstep.rollout.config import EvaluationConfig, PairSamplingConfig, RolloutConfig, TokenizerConfig
 from lockstep.rollout.tasks import Problem, TaskSplits
 from lockstep.rollout.tasks.problem import check_index
 from lockstep.rollout.tasks.views import ReplacedProblems
-from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer, load_tokenizer
-from lockstep.rollout.worker import RolloutConfig
+from lockstep.rollout.tokenizer import build_tokenizer, load_tokenizer
 
 LONG = 4000
 

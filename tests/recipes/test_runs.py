@@ -21,8 +21,8 @@ from lockstep.recipes.evaluation import evaluate
 from lockstep.recipes.rl import rl, sft
 from lockstep.recipes.rl.training_run import TrainingRun
 from lockstep.recipes.runs.run_directory import checkpoint_steps, read_metrics, rollout_steps
-from lockstep.rollout.evaluation import EvaluationConfig
-from lockstep.trainer_bridge.algorithms.algorithms import AlgorithmConfig
+from lockstep.rollout.config import EvaluationConfig
+from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lockstep.recipes.runs import live, sinks
+from lockstep.recipes.runs.config import WandbConfig
 from lockstep.recipes.runs.live import LiveView, sparkline
 from lockstep.recipes.runs.metrics import METRICS
 from lockstep.recipes.runs.run_directory import RunDirectory, read_metrics
-from lockstep.recipes.runs.sinks import WandbConfig, open_sinks
+from lockstep.recipes.runs.sinks import open_sinks
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 
 from lockstep.recipes import cli
 from lockstep.recipes.planning.start_checks import check_stage
-from lockstep.recipes.rl.sft import SFTConfig
+from lockstep.recipes.rl.config import SFTConfig
 from lockstep.recipes.runs.run_directory import (
     RunDirectory,
     check_start,

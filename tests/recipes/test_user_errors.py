@@ -15,7 +15,7 @@ import transformers
 from lockstep.engine.models.config import load_model_config
 from lockstep.kernels import numerics
 from lockstep.recipes import cli, config_schema, launch, user_errors
-from lockstep.recipes.rl.rl import RLConfig
+from lockstep.recipes.rl.config import RLConfig
 from lockstep.recipes.runs.run_directory import RunDirectory
 
 SHAPE = ("num_layers=1", "hidden_size=32", "head_dim=16", "ffn_hidden_size=32", "max_position_embeddings=128")

@@ -7,9 +7,9 @@ from short_runs import short_config
 
 from lockstep.recipes import cli
 from lockstep.recipes.rl import rl, sft
-from lockstep.recipes.rl.inputs import TaskConfig
 from lockstep.recipes.runs.run_directory import read_metrics
 from lockstep.rollout.rewards import VerifierError
+from lockstep.rollout.tasks.config import TaskConfig
 
 FILE = """
 import sys

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from lockstep.engine import RequestOutput
-from lockstep.rollout.buffer import BufferConfig, RolloutBuffer, StalenessError
+from lockstep.rollout.buffer import RolloutBuffer, StalenessError
+from lockstep.rollout.config import BufferConfig, RolloutConfig
 from lockstep.rollout.group import Group, Response
 from lockstep.rollout.tasks import Problem
-from lockstep.rollout.worker import RolloutConfig
 
 PROMPTS, SAMPLES, LONGEST = 3, 2, 20
 

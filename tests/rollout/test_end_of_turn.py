@@ -6,10 +6,12 @@ import json
 import pytest
 from chat_shapes import CHATML, GLM, SHAPES, Shape, tokenizer_of
 
-from lockstep.engine.text.chat_template import ChatConfig, apply_template, set_chat_options
+from lockstep.engine.text.chat_template import apply_template, set_chat_options
+from lockstep.engine.text.config import ChatConfig
 from lockstep.engine.text.end_of_turn import end_of_turn, response_text, stop_token_ids
+from lockstep.rollout.config import TokenizerConfig
 from lockstep.rollout.environments.chat_turns import ChatTurns
-from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer, encode_response, load_tokenizer, render_prompt
+from lockstep.rollout.tokenizer import build_tokenizer, encode_response, load_tokenizer, render_prompt
 
 USER = {"role": "user", "content": "U"}
 ANSWER = {"role": "assistant", "content": "A"}

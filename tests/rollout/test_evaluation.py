@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from lockstep.rollout import evaluation
-from lockstep.rollout.evaluation import EvaluationConfig, evaluate, pass_at_k
+from lockstep.rollout.config import EvaluationConfig
+from lockstep.rollout.evaluation import evaluate, pass_at_k
 from lockstep.rollout.rewards import StepFailures
 from lockstep.rollout.sample import Sample
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lockstep.engine.text.model_output import fenced_blocks, parse_json, printable, shown, valid_text
 from lockstep.recipes.runs.report import write_report
 from lockstep.recipes.runs.run_directory import RunDirectory, read_rollouts
+from lockstep.rollout.config import TokenizerConfig
 from lockstep.rollout.environments.calculator import CalculatorConfig, build_calculator, calculate
 from lockstep.rollout.environments.chat_turns import ChatTurns
 from lockstep.rollout.environments.environment import Action
@@ -23,7 +24,7 @@ from lockstep.rollout.rewards.models import conversation_ids, fill_in
 from lockstep.rollout.rewards.rules import answer_format, exact_match
 from lockstep.rollout.tasks import Problem
 from lockstep.rollout.tasks.answers import extract_answer
-from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer, encode_response, render_prompt
+from lockstep.rollout.tokenizer import build_tokenizer, encode_response, render_prompt
 
 N = 60_000  # enough that quadratic work takes minutes
 BOUND_S = 10.0  # of this process's own time

@@ -10,13 +10,15 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from lockstep.engine.text.chat_template import ChatConfig, apply_template, set_chat_options
+from lockstep.engine.text.chat_template import apply_template, set_chat_options
+from lockstep.engine.text.config import ChatConfig
 from lockstep.engine.text.detokenizer import special_ids
 from lockstep.engine.text.plain_content import encode_conversation, unused_mark
+from lockstep.rollout.config import TokenizerConfig
 from lockstep.rollout.environments.chat_turns import ChatTurns
 from lockstep.rollout.environments.environment import Opening
 from lockstep.rollout.rewards.models import conversation_ids
-from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer, encode_response, render_prompt
+from lockstep.rollout.tokenizer import build_tokenizer, encode_response, render_prompt
 from tests.support.chat_shapes import CHATML, SHAPES, tokenizer_of
 
 JSON_TOOLS = (

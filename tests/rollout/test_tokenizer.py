@@ -9,14 +9,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from lockstep.engine.text.detokenizer import decode_text
+from lockstep.rollout.config import TokenizerConfig
 from lockstep.rollout.tasks import ReasoningGymConfig, build_task
-from lockstep.rollout.tokenizer import (
-    TokenizerConfig,
-    build_tokenizer,
-    encode_response,
-    load_tokenizer,
-    render_prompt,
-)
+from lockstep.rollout.tokenizer import build_tokenizer, encode_response, load_tokenizer, render_prompt
 
 
 def training_text() -> list[str]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer
+from lockstep.rollout.config import TokenizerConfig
+from lockstep.rollout.tokenizer import build_tokenizer
 
 BAR = "\uff5c"  # DeepSeek's special tokens are written with a wide vertical line
 

@@ -9,14 +9,11 @@ from pathlib import Path
 
 from lockstep.engine import EngineConfig
 from lockstep.recipes.rl import rl, sft
-from lockstep.recipes.rl.inputs import ModelSource, TaskConfig
-from lockstep.recipes.rl.new_model import ModelShape
-from lockstep.recipes.rl.training_run import START
+from lockstep.recipes.runs.config import START, ModelShape, ModelSource
 from lockstep.recipes.runs.run_directory import read_metrics, rollout_steps
-from lockstep.rollout.buffer import BufferConfig
-from lockstep.rollout.evaluation import EvaluationConfig
+from lockstep.rollout.config import BufferConfig, EvaluationConfig, RolloutConfig
 from lockstep.rollout.tasks import ReasoningGymConfig
-from lockstep.rollout.worker import RolloutConfig
+from lockstep.rollout.tasks.config import TaskConfig
 from lockstep.trainer_bridge import TrainerConfig
 
 STEPS = 4

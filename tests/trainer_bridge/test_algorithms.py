@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lockstep.trainer_bridge.algorithms.algorithm_config import next_entropy_coefficient
-from lockstep.trainer_bridge.algorithms.algorithms import ALGORITHMS, AlgorithmConfig, build_algorithm
+from lockstep.trainer_bridge.algorithms.algorithms import ALGORITHMS, build_algorithm
+from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig
 from lockstep.trainer_bridge.algorithms.responses import ScoredResponse
 from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lockstep.engine.checkpoints.checkpoint import CheckpointError
 from lockstep.engine.models.sharding import ParameterShard, Piece
-from lockstep.recipes.conversion.convert import ConvertConfig
+from lockstep.recipes.conversion.config import ConvertConfig
 from lockstep.recipes.conversion.convert import run as convert
 from lockstep.recipes.runs import content_hashes
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from lockstep.engine.checkpoints.checkpoint import CheckpointError
 from lockstep.engine.checkpoints.draft_checkpoint import save_draft
 from lockstep.trainer_bridge.drafts import unrolled_draft
+from lockstep.trainer_bridge.drafts.config import DraftTrainerConfig
 from lockstep.trainer_bridge.drafts.draft_batch import DraftSequence
-from lockstep.trainer_bridge.drafts.draft_trainer import DraftTrainer, DraftTrainerConfig, frequent_tokens
+from lockstep.trainer_bridge.drafts.draft_trainer import DraftTrainer, frequent_tokens
 
 TARGET = target_config(hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=48)
 TEMPERATURE = 0.7

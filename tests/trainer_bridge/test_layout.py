@@ -10,8 +10,8 @@ from models import EXPERTS, tiny_config
 from lockstep.engine.models.config import parse_model_config
 from lockstep.engine.models.names import expand, to_megatron
 from lockstep.engine.models.sharding import slices
-from lockstep.trainer_bridge.megatron.layout import local_layout, local_parts, trainer_layout
-from lockstep.trainer_bridge.megatron.parallel import ParallelSizes
+from lockstep.trainer_bridge.config import ParallelSizes
+from lockstep.trainer_bridge.megatron.layout import check_sizes, local_layout, local_parts, trainer_layout
 from lockstep.trainer_bridge.weight_plan import engine_layout, plan_transfers
 
 
@@ -120,7 +120,7 @@ def test_layers_are_numbered_from_0_in_each_stage():
 )
 def test_impossible_sizes_are_named(sizes, options, message):
     with pytest.raises(ValueError, match=message):
-        ParallelSizes(**sizes).check(model_config(**options))
+        check_sizes(ParallelSizes(**sizes), model_config(**options))
 
 
 TRAINERS = {

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lockstep.trainer_bridge.algorithms.algorithms import AlgorithmConfig, build_algorithm
+from lockstep.trainer_bridge.algorithms.algorithms import build_algorithm
+from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig
 from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
 
 pytest.importorskip("accelerate")

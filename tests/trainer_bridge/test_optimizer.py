@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from lockstep.trainer_bridge.config import AdamWConfig
 from lockstep.trainer_bridge.megatron.grad_norm import gradient_norm
-from lockstep.trainer_bridge.megatron.optimizer import AdamWConfig, GradientSums, MasterAdamW
+from lockstep.trainer_bridge.megatron.optimizer import GradientSums, MasterAdamW
 
 
 def rates(schedule, steps, warmup_steps=0, total_steps=None):

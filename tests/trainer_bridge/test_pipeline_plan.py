@@ -2,7 +2,7 @@
 
 import pytest
 
-from lockstep.trainer_bridge.megatron.pipeline import Action, make_plan
+from lockstep.trainer_bridge.megatron.pipeline import StageAction, make_plan
 
 SIZES = [(1, 1, 3), (2, 1, 1), (2, 1, 5), (4, 1, 8), (4, 1, 2), (2, 2, 4), (2, 2, 5), (2, 3, 1), (4, 2, 7), (3, 2, 6)]
 
@@ -22,16 +22,19 @@ def test_everything_once_after_what_it_needs(num_ranks, chunks, num_micro_batche
                 time_of[action] = time
     kinds = ("forward",) if forward_only else ("forward", "backward")
     assert set(time_of) == {
-        Action(kind, stage, m) for kind in kinds for stage in range(last + 1) for m in range(num_micro_batches)
+        StageAction(kind, stage, m) for kind in kinds for stage in range(last + 1) for m in range(num_micro_batches)
     }
     for action, time in time_of.items():
         kind, stage, m = action.kind, action.stage, action.micro_batch
         if kind == "forward" and stage > 0:
-            assert time_of[Action("forward", stage - 1, m)] < time
+            assert time_of[StageAction("forward", stage - 1, m)] < time
         if kind == "backward":
-            assert time_of[Action("forward", stage, m) if stage == last else Action("backward", stage + 1, m)] < time
+            assert (
+                time_of[StageAction("forward", stage, m) if stage == last else StageAction("backward", stage + 1, m)]
+                < time
+            )
         if m > 0:
-            assert time_of[Action(kind, stage, m - 1)] < time
+            assert time_of[StageAction(kind, stage, m - 1)] < time
 
 
 @pytest.mark.parametrize(("num_ranks", "num_micro_batches"), [(2, 8), (4, 12)])

@@ -56,7 +56,7 @@ def test_a_step_on_policy(model_dir):
     assert (stats["ratio"], stats["clip_fraction"]) == (pytest.approx(1.0, abs=1e-6), 0.0)
     # On policy, and with the reference being the first model, nothing is left to rounding.
     assert (stats["logprob_diff_max"], stats["reference_kl"]) == (0.0, 0.0)
-    assert stats["lr"] == 1e-2
+    assert stats["learning_rate"] == 1e-2
     assert stats["grad_norm"] > 0
     assert stats["entropy"] > 0
     assert stats["tokens"] == sum(map(len, sequences()))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from lockstep.engine import user_code
-from lockstep.trainer_bridge.algorithms.algorithm_config import Advantages, Algorithm, AlgorithmConfig
+from lockstep.trainer_bridge.algorithms.algorithm_config import Advantages, Algorithm
+from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig, DistillationConfig, OwnAlgorithmConfig
 from lockstep.trainer_bridge.algorithms.group_algorithms import (
     cispo,
     dapo,
@@ -35,44 +36,30 @@ ALGORITHMS: dict[str, Callable[[AlgorithmConfig, RewardShaping], Algorithm]] = {
 }
 
 
-# Options that only some algorithms have.
-_OPTIONS_OF = {
-    "divide_by_std": ("grpo", "dr_grpo", "dapo", "gspo", "cispo"),
-    "gamma": ("ppo", "reinforce_pp"),
-    "gae_lambda": ("ppo",),
-    "value_clip": ("ppo",),
-    "critic_learning_rate": ("ppo",),
-    "critic_model": ("ppo",),
-    "teacher_model": ("distillation",),
-}
 _WITHOUT_REWARDS = ("distillation", "sft")
 
 
 def build_algorithm(config: AlgorithmConfig, max_response_tokens: int) -> Algorithm:
     """max_response_tokens: the longest response that sampling allows; of an episode, the longest turn.
 
-    Raises ValueError for an unknown name, or options that the algorithm does not have; and for an algorithm of the
-    user's own as `user_code.load_object` does, or where it gives no Algorithm.
+    Raises ValueError for options that do not go together; and for an algorithm of the user's own as
+    `user_code.load_object` does, or where it gives no Algorithm.
     """
     if (config.overlong_tokens or 0) > max_response_tokens:
         raise ValueError(f"algorithm.overlong_tokens={config.overlong_tokens} of {max_response_tokens} allowed tokens")
     shaping = RewardShaping(max_tokens=max_response_tokens)
-    if config.name in ALGORITHMS:
+    if isinstance(config, OwnAlgorithmConfig):
+        algorithm = _own_algorithm(config, shaping)
+    else:
         algorithm = ALGORITHMS[config.name](config, shaping)
         _check_options(config, algorithm)
-    else:
-        algorithm = _own_algorithm(config, shaping)
     if config.mask_truncated:
         return replace(algorithm, advantages=functools.partial(_without_truncated, algorithm.advantages))
     return algorithm
 
 
-def _own_algorithm(config: AlgorithmConfig, shaping: RewardShaping) -> Algorithm:
+def _own_algorithm(config: OwnAlgorithmConfig, shaping: RewardShaping) -> Algorithm:
     """Of the user's own function, which may use any of the options."""
-    if not user_code.is_path(config.name):
-        raise ValueError(
-            user_code.unknown_name("unknown algorithm", config.name, ALGORITHMS, f", or {user_code.FORMS}")
-        )
     function = user_code.load_object(config.name, "algorithm")
     user_code.check_options(function, 2, config.options, f"the algorithm {config.name!r}")
     algorithm = function(config, shaping, **config.options)
@@ -92,15 +79,7 @@ def _without_truncated(
 
 def _check_options(given: AlgorithmConfig, algorithm: Algorithm) -> None:
     name = given.name
-    if given.options:
-        raise ValueError(f"algorithm.options are for an algorithm of your own; {name} has the other keys of algorithm")
-    for field in fields(given):
-        having = _OPTIONS_OF.get(field.name, (name,))
-        if name not in having and getattr(given, field.name) != field.default:
-            raise ValueError(
-                f"algorithm.{field.name}: algorithm {name} has no {field.name}; it is an option of: {', '.join(having)}"
-            )
     if name in _WITHOUT_REWARDS and (algorithm.config.kl_in == "reward" or algorithm.config.overlong_tokens):
         raise ValueError(f"algorithm {name} reads no rewards: kl_in=reward and overlong_tokens are not for it")
-    if algorithm.needs_teacher and given.teacher_model is None:
+    if isinstance(given, DistillationConfig) and given.teacher_model is None:
         raise ValueError(f"algorithm {name} needs a teacher: set algorithm.teacher_model to a model directory")

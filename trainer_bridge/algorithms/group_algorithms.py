@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lockstep.trainer_bridge.algorithms.advantages import grpo_advantages, leave_one_out_advantages
-from lockstep.trainer_bridge.algorithms.algorithm_config import Algorithm, AlgorithmConfig, loss_of, with_usual_options
+from lockstep.trainer_bridge.algorithms.algorithm_config import Algorithm, loss_of, with_usual_options
+from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig
 from lockstep.trainer_bridge.algorithms.responses import Grouped, RewardShaping, ScoredResponse, token_rewards
 from lockstep.trainer_bridge.algorithms.returns import whitened
 from lockstep.trainer_bridge.algorithms.surrogates import (

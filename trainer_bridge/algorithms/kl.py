@@ -7,11 +7,9 @@ of k2 is the gradient of KL(policy || other), that of k3 the gradient of KL(othe
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
-
-KlEstimator = Literal["k1", "k2", "k3"]
 
 
 def k1(difference: Any) -> Any:

@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 import torch
 
-from lockstep.trainer_bridge.algorithms.kl import KL_ESTIMATORS, KlEstimator
-from lockstep.trainer_bridge.algorithms.off_policy import OffPolicy, importance_weights, proximal_logprobs
+from lockstep.trainer_bridge.algorithms.config import KlEstimator, OffPolicy
+from lockstep.trainer_bridge.algorithms.kl import KL_ESTIMATORS
+from lockstep.trainer_bridge.algorithms.off_policy import importance_weights, proximal_logprobs
 from lockstep.trainer_bridge.algorithms.surrogates import Surrogate, clipped
 from lockstep.trainer_bridge.megatron.packing import PackedBatch
 

@@ -13,14 +13,11 @@ Sources: the decoupled objective, Hilton et al. 2021 (arXiv 2110.00641), for lan
 bounded bias instead of an unbounded variance.
 """
 
-from typing import Literal
-
 import torch
 
+from lockstep.trainer_bridge.algorithms.config import OffPolicy
 from lockstep.trainer_bridge.algorithms.surrogates import sequence_sums
 from lockstep.trainer_bridge.megatron.packing import PackedBatch
-
-OffPolicy = Literal["none", "token", "sequence"]
 
 
 def proximal_logprobs(logprobs: torch.Tensor, batch: PackedBatch) -> torch.Tensor:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from lockstep.trainer_bridge.algorithms.kl import KL_ESTIMATORS, KlEstimator
+from lockstep.trainer_bridge.algorithms.config import KlEstimator
+from lockstep.trainer_bridge.algorithms.kl import KL_ESTIMATORS
 
 T = TypeVar("T")
 Grouped = Sequence[Sequence[T]]  # by group (the samples of one prompt), then by sample

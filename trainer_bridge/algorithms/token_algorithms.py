@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import functools
 
-from lockstep.trainer_bridge.algorithms.algorithm_config import (
-    Algorithm,
-    AlgorithmConfig,
-    Critic,
-    loss_of,
-    with_usual_options,
-)
+from lockstep.trainer_bridge.algorithms.algorithm_config import Algorithm, Critic, loss_of, with_usual_options
+from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig
 from lockstep.trainer_bridge.algorithms.losses import value_loss
 from lockstep.trainer_bridge.algorithms.responses import Grouped, RewardShaping, ScoredResponse, token_rewards
 from lockstep.trainer_bridge.algorithms.returns import discounted_returns, generalized_advantages, whitened

@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lockstep.trainer_bridge.drafts.config import DraftLoss
+
 # (log p of the draft's tokens [N, V], log q [N, V]) -> loss [N]. p sums to 1 only with the tokens that the draft lacks.
 RowLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -46,4 +48,4 @@ def acceptance_loss(log_p: Tensor, log_q: Tensor) -> Tensor:
     return -log_acceptance(log_p, log_q)
 
 
-LOSSES: dict[str, RowLoss] = {"soft_cross_entropy": soft_cross_entropy, "acceptance": acceptance_loss}
+LOSSES: dict[DraftLoss, RowLoss] = {"soft_cross_entropy": soft_cross_entropy, "acceptance": acceptance_loss}

@@ -2,59 +2,23 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 from lockstep.engine.checkpoints.checkpoint import CheckpointError, opened_tensors
-from lockstep.engine.checks import FP32_MAX, Choice, Real, Rule, Whole, conform
 from lockstep.engine.files import whole_file
 from lockstep.engine.models.eagle3 import Eagle3Draft
-from lockstep.engine.request import MIN_TEMPERATURE
 from lockstep.engine.weights.checksums import checksum
 from lockstep.kernels.process_state import own_state
+from lockstep.trainer_bridge.drafts.config import DraftTrainerConfig
 from lockstep.trainer_bridge.drafts.draft_batch import DraftBatch, DraftSequence
 from lockstep.trainer_bridge.drafts.draft_loss import LOSSES
 from lockstep.trainer_bridge.drafts.unrolled_draft import Targets, UnrolledDraft, row_chunks
 from lockstep.trainer_bridge.megatron.grad_norm import gradient_norm
-from lockstep.trainer_bridge.megatron.optimizer import AdamWConfig, MasterAdamW
-
-
-@dataclass(frozen=True, kw_only=True)
-class DraftTrainerConfig(AdamWConfig):
-    """How a draft is trained.
-
-    num_steps: unrolled steps, the length of the chains that it learns to draft.
-    step_decay: step i counts step_decay^i.
-    loss: "soft_cross_entropy" (EAGLE-3's), or "acceptance", -log of the probability that a draft token is accepted.
-    temperature: that the target is sampled with.
-    max_tokens_per_micro_batch: tokens of one forward pass.
-    """
-
-    num_steps: int = 7
-    step_decay: float = 0.8
-    loss: Literal["soft_cross_entropy", "acceptance"] = "soft_cross_entropy"
-    temperature: float = 1.0
-    learning_rate: float = 1e-4
-    max_grad_norm: float | None = 0.5
-    max_tokens_per_micro_batch: int = 8192
-
-    def __post_init__(self):
-        super().__post_init__()
-        conform(self, _RULES)
-
-
-_RULES: dict[str, Rule] = {
-    "num_steps": Whole(1),
-    "max_tokens_per_micro_batch": Whole(1),
-    "temperature": Real(MIN_TEMPERATURE, FP32_MAX, f"a finite number of at least {MIN_TEMPERATURE:.2g}"),
-    "step_decay": Real(0.0, expected="a finite number > 0", open_low=True, fp32=True),
-    "loss": Choice(tuple(LOSSES)),
-}
+from lockstep.trainer_bridge.megatron.optimizer import MasterAdamW
 
 
 class DraftTrainer:
@@ -78,9 +42,9 @@ class DraftTrainer:
         """One update. The loss of an unrolled step is the mean over its trained tokens; rows whose likeliest token the
         draft lacks count there as 0.
 
-        Returns loss, loss_first (of step 0), grad_norm, lr, covered (the share of trained tokens that the draft can
-        draft), tokens, trained_tokens. Raises ValueError if nothing can be trained, and FloatingPointError for a
-        non-finite loss or gradient; the weights are as before then.
+        Returns loss, loss_first (of step 0), grad_norm, learning_rate, covered (the share of trained tokens that the
+        draft can draft), tokens, trained_tokens. Raises ValueError if nothing can be trained, and FloatingPointError
+        for a non-finite loss or gradient; the weights are as before then.
         """
         with own_state(self.device, learns=True):
             return self._step(sequences)
@@ -111,14 +75,14 @@ class DraftTrainer:
         except BaseException:
             self.optimizer.zero_grad()
             raise
-        lr = self.config.learning_rate_at(self.step_count)
-        self.optimizer.step(lr, self.config.max_grad_norm, grad_norm)
+        learning_rate = self.config.learning_rate_at(self.step_count)
+        self.optimizer.step(learning_rate, self.config.max_grad_norm, grad_norm)
         self.step_count += 1
         return {
             "loss": loss,
             "loss_first": float(losses[0]),
             "grad_norm": grad_norm,
-            "lr": lr,
+            "learning_rate": learning_rate,
             "covered": float(covered) / counts[0],
             "tokens": sum(len(batch.positions) for batch in batches),
             "trained_tokens": counts[0],

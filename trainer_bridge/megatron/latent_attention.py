@@ -41,7 +41,7 @@ class WholeLinear(torch.nn.Module):
         return linear(x, self.format.as_served(self.weight))
 
 
-class LatentSelfAttention(MegatronModule):
+class MegatronLatentAttention(MegatronModule):
     """Stands in the place of Megatron's MLASelfAttention, with its parameters' names and layout.
 
     All heads attend to the latent, as in the engine (`kernels.latent.latent_projection`): keys and values per head,

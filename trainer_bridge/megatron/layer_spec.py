@@ -39,9 +39,9 @@ from lockstep.kernels.linear.row_parallel_linear import row_parallel_linear
 from lockstep.kernels.linear.silu_mul_linear import silu_mul_linear
 from lockstep.kernels.norm_rope.rms_norm import rms_norm
 from lockstep.kernels.norm_rope.rope import apply_rope
-from lockstep.trainer_bridge.megatron.latent_attention import LatentSelfAttention, LatentSelfAttentionSubmodules
+from lockstep.trainer_bridge.config import ParallelSizes
+from lockstep.trainer_bridge.megatron.latent_attention import LatentSelfAttentionSubmodules, MegatronLatentAttention
 from lockstep.trainer_bridge.megatron.moe_layer import KernelMoE
-from lockstep.trainer_bridge.megatron.parallel import ParallelSizes
 from lockstep.trainer_bridge.megatron.tensor_parallel import (
     column_parallel_linear,
     shared_by_parts,
@@ -292,7 +292,7 @@ def _latent_attention(mixer: LatentAttention, numerics: Numerics) -> ModuleSpec:
         norm=KernelRMSNorm,
     )
     params = {"mixer": mixer, "splits": splits, "format": numerics.format}
-    return ModuleSpec(LatentSelfAttention, params=params, submodules=submodules)
+    return ModuleSpec(MegatronLatentAttention, params=params, submodules=submodules)
 
 
 def _gated_mlp(mlp: GatedMLP, numerics: Numerics) -> type:

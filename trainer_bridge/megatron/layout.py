@@ -1,17 +1,24 @@
 """Which part of which parameter each rank of a trainer holds, and whole parameters put together from the parts."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from lockstep.engine.models.config import ModelConfig
+from lockstep.engine.models.layers.shard import Shard
 from lockstep.engine.models.names import expand
-from lockstep.engine.models.sharding import ParameterShard, parameter_shards
+from lockstep.engine.models.sharding import ParameterShard, check_expert_ranks, parameter_shards, row_widths
 from lockstep.engine.ranks.rank_sum import all_gather
-from lockstep.trainer_bridge.megatron.parallel import ParallelSizes, Ranks
+from lockstep.trainer_bridge.config import ParallelSizes
 from lockstep.trainer_bridge.weight_plan import Layout
+
+if TYPE_CHECKING:
+    from lockstep.trainer_bridge.megatron.parallel import Ranks
 
 _LAYERS = "decoder.layers."
 
@@ -33,6 +40,30 @@ class LocalParameter:
         return self.shard.name
 
 
+def shard_of(sizes: ParallelSizes, tensor_rank: int) -> Shard:
+    """What a tensor-parallel rank holds."""
+    return Shard(tensor_rank, sizes.tensor, sizes.expert)
+
+
+def check_sizes(sizes: ParallelSizes, model: ModelConfig) -> None:
+    """Raises ValueError that names a size that the model does not allow, and what it does not divide."""
+    stages = "pipeline_parallel_size * virtual_pipeline_parallel_size = {} does not divide the {} layers"
+    divisions = [
+        (sizes.tensor, sizes.row_parallel_splits, "tensor_parallel_size {} does not divide row_parallel_splits {}"),
+        (sizes.data, sizes.gradient_splits, "data-parallel size {} does not divide gradient_splits {}"),
+        (sizes.tensor, model.vocab_size, "tensor_parallel_size {} does not divide the vocabulary of {} tokens"),
+        (sizes.num_stages, model.num_layers, stages),
+    ]
+    for name, number in sorted({layer.mixer.heads for layer in model.layers}):
+        divisions.append((sizes.tensor, number, f"tensor_parallel_size {{}} does not divide {name} = {{}}"))
+    for name, width in sorted(row_widths(model)):
+        divisions.append((sizes.row_parallel_splits, width, f"row_parallel_splits {{}} does not divide {name} = {{}}"))
+    for divisor, number, message in divisions:
+        if number % divisor:
+            raise ValueError(message.format(divisor, number))
+    check_expert_ranks(model, "expert_parallel_size", sizes.expert, "tensor_parallel_size", sizes.tensor)
+
+
 def local_layout(model: ModelConfig, sizes: ParallelSizes, rank: int) -> list[LocalParameter]:
     """What the rank number `rank` of a trainer of these sizes holds, in the order of `names.expand`.
 
@@ -41,7 +72,7 @@ def local_layout(model: ModelConfig, sizes: ParallelSizes, rank: int) -> list[Lo
     """
     tensor_rank, _, pipeline_rank = sizes.coordinates(rank)
     held = []
-    for shard in parameter_shards(model, sizes.shard(tensor_rank)):
+    for shard in parameter_shards(model, shard_of(sizes, tensor_rank)):
         stage = _stage(shard.name, model, sizes)
         if stage % sizes.pipeline == pipeline_rank:
             first_layer = stage * (model.num_layers // sizes.num_stages)
@@ -51,7 +82,7 @@ def local_layout(model: ModelConfig, sizes: ParallelSizes, rank: int) -> list[Lo
 
 def trainer_layout(model: ModelConfig, sizes: ParallelSizes) -> Layout:
     """What every rank of a trainer of these sizes holds, for a weight plan. Raises ValueError for impossible sizes."""
-    sizes.check(model)
+    check_sizes(sizes, model)
     return {
         rank: [held.shard for held in local_layout(model, sizes, rank)]
         for rank in range(sizes.tensor * sizes.data * sizes.pipeline)
@@ -89,7 +120,7 @@ def whole_tensors(
     sizes = ranks.sizes
     fp32 = {entry.megatron for entry in expand(model) if entry.fp32}
     own = {parameter.name: parameter for parameter in local_layout(model, sizes, dist.get_rank())}
-    for shards in zip(*(parameter_shards(model, sizes.shard(rank)) for rank in range(sizes.tensor)), strict=True):
+    for shards in zip(*(parameter_shards(model, shard_of(sizes, rank)) for rank in range(sizes.tensor)), strict=True):
         name, shape = shards[0].name, shards[0].whole_shape
         if name in own:
             whole = _gather(local(own[name]), shards, ranks)

@@ -13,8 +13,9 @@ from lockstep.engine.models.layers.linear import PLAIN, LinearFormat
 from lockstep.engine.ranks.rank_sum import gather_columns
 from lockstep.kernels.linear.scalar_head import scalar_head
 from lockstep.kernels.sampling.log_probs import VocabularyShard, log_probs
+from lockstep.trainer_bridge.config import ParallelSizes
 from lockstep.trainer_bridge.megatron.layer_spec import PackedSequences, block_spec
-from lockstep.trainer_bridge.megatron.parallel import ParallelSizes, Ranks
+from lockstep.trainer_bridge.megatron.parallel import Ranks
 from lockstep.trainer_bridge.megatron.tensor_parallel import sum_gradients, vocabulary_parallel_embedding
 
 

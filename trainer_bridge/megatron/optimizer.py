@@ -5,72 +5,15 @@ library's choice. Here each data-parallel rank keeps an equal piece of every par
 gradients of that piece, adds them in a fixed order, and sends its updated piece to all.
 """
 
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
 
-from lockstep.engine.checks import Choice, Real, Rule, Whole, conform
 from lockstep.engine.ranks.rank_sum import all_gather
 from lockstep.kernels.linear.row_parallel_linear import tree_sum
-from lockstep.trainer_bridge.megatron.parallel import ALONE, RankGroup
-
-LrSchedule = Literal["constant", "linear", "cosine"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdamWConfig:
-    """The options of every optimizer, which the config of a trainer inherits. Raises ValueError that names the field.
-
-    lr_schedule: after warmup_steps, constant at learning_rate, or falling to min_learning_rate at step total_steps.
-    max_grad_norm: gradients of a larger 2-norm are scaled down to it; None leaves them.
-    """
-
-    learning_rate: float = 1e-6
-    min_learning_rate: float = 0.0
-    lr_schedule: LrSchedule = "constant"
-    warmup_steps: int = 0
-    total_steps: int | None = None
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float | None = 1.0
-
-    def __post_init__(self):
-        conform(self, _RULES)
-        name = type(self).__name__
-        if self.lr_schedule != "constant" and self.total_steps is None:
-            raise ValueError(f"{name}.lr_schedule={self.lr_schedule!r} needs total_steps")
-
-    def learning_rate_at(self, step: int) -> float:
-        """The rate of the update number `step`, from 0.
-
-        Rises linearly to learning_rate at step warmup_steps - 1, then stays (constant) or falls to min_learning_rate at
-        step total_steps (linear, or half a cosine) and stays there.
-        """
-        peak, minimum = self.learning_rate, self.min_learning_rate
-        if step < self.warmup_steps:
-            return peak * (step + 1) / self.warmup_steps
-        if self.lr_schedule == "constant":
-            return peak
-        progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
-        remaining = 1.0 - progress if self.lr_schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-        return minimum + (peak - minimum) * remaining
-
-
-_RULES: dict[str, Rule] = {
-    **dict.fromkeys(("learning_rate", "min_learning_rate", "weight_decay"), Real(0.0, expected="a finite number >= 0")),
-    "lr_schedule": Choice(get_args(LrSchedule)),
-    "warmup_steps": Whole(0),
-    "total_steps": Whole(0, none=True),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), Real(0.0, 1.0, "in [0, 1)", open_high=True)),
-    "adam_epsilon": Real(0.0, expected="a finite number > 0", open_low=True),
-    "max_grad_norm": Real(0.0, expected="a finite number > 0, or None for no clipping", open_low=True, none=True),
-}
+from lockstep.trainer_bridge.config import AdamWConfig
+from lockstep.trainer_bridge.megatron.parallel import ALONE, RankAxis
 
 
 def state_names(dtype: torch.dtype) -> tuple[str, ...]:
@@ -141,7 +84,7 @@ class MasterAdamW:
     data: with more than one rank, `masters` and the moments are this rank's piece of each parameter, as a vector.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], config: AdamWConfig, data: RankGroup = ALONE):
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], config: AdamWConfig, data: RankAxis = ALONE):
         self.parameters = list(parameters)
         self.gradients = GradientSums(self.parameters)
         self._data = data
@@ -173,14 +116,14 @@ class MasterAdamW:
             master.grad = total if self._data.group is None else self._sum_of_own_piece(total)
 
     @torch.no_grad()
-    def step(self, lr: float, max_grad_norm: float | None, grad_norm: float) -> None:
+    def step(self, learning_rate: float, max_grad_norm: float | None, grad_norm: float) -> None:
         """Clips to max_grad_norm, updates the weights on all data-parallel ranks, and drops the gradients."""
         if max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(
                 self.masters, max_grad_norm, torch.tensor(grad_norm, dtype=torch.float32, device="cpu")
             )
         for group in self._adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = learning_rate
         self._adamw.step()
         if self._data.group is None:
             copies = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
@@ -278,5 +221,5 @@ class NoOptimizer:
     def reduce_gradients(self) -> None:
         pass
 
-    def step(self, lr: float, max_grad_norm: float | None, grad_norm: float) -> None:
+    def step(self, learning_rate: float, max_grad_norm: float | None, grad_norm: float) -> None:
         pass

@@ -57,7 +57,7 @@ class _Passes:
     def chunk_of(self, stage: int) -> int:
         return stage // self.ranks.sizes.pipeline
 
-    def _empty(self, message: pipeline.Message) -> torch.Tensor:
+    def _empty(self, message: pipeline.StageMessage) -> torch.Tensor:
         config = self.chunks[0].config
         if message.kind == "head_gradient":
             return torch.empty_like(self.chunks[0].embedding.word_embeddings.weight, requires_grad=False)

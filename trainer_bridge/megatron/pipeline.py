@@ -14,11 +14,11 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 
-from lockstep.trainer_bridge.megatron.parallel import RankGroup
+from lockstep.trainer_bridge.megatron.parallel import RankAxis
 
 
 @dataclass(frozen=True)
-class Action:
+class StageAction:
     """One pass of one stage of the model over one micro-batch."""
 
     kind: Literal["forward", "backward"]
@@ -26,7 +26,7 @@ class Action:
     micro_batch: int
 
 
-class Message(NamedTuple):
+class StageMessage(NamedTuple):
     """What the stage `to` is sent for a micro-batch: hidden states, their gradient, or the tied head's gradient."""
 
     kind: Literal["hidden", "gradient", "head_gradient"]
@@ -51,7 +51,7 @@ class Stages(Protocol):
 
 def make_plan(
     num_ranks: int, chunks_per_rank: int, num_micro_batches: int, forward_only: bool = False
-) -> list[list[Action | None]]:
+) -> list[list[StageAction | None]]:
     """plan[t][rank]: what each rank does at time t, if all actions took equally long. Stage s is on rank s % num_ranks.
 
     A rank prefers a backward pass that is ready. Before its first one it makes as many forward passes as Megatron's
@@ -62,24 +62,24 @@ def make_plan(
     last = num_stages - 1
     forwards = [_forward_order(rank, num_ranks, chunks_per_rank, num_micro_batches) for rank in range(num_ranks)]
     limits = [_most_in_flight(rank, num_ranks, chunks_per_rank) for rank in range(num_ranks)]
-    done: set[Action] = set()
+    done: set[StageAction] = set()
     in_flight = [0] * num_ranks
     next_backward = [0] * num_stages
-    plan: list[list[Action | None]] = []
+    plan: list[list[StageAction | None]] = []
 
-    def ready_backward(rank: int) -> Action | None:
+    def ready_backward(rank: int) -> StageAction | None:
         for stage in range(last - (last - rank) % num_ranks, -1, -num_ranks):
             m = next_backward[stage]
-            needed = Action("forward", stage, m) if stage == last else Action("backward", stage + 1, m)
+            needed = StageAction("forward", stage, m) if stage == last else StageAction("backward", stage + 1, m)
             if m < num_micro_batches and needed in done:
-                return Action("backward", stage, m)
+                return StageAction("backward", stage, m)
         return None
 
-    def ready_forward(rank: int) -> Action | None:
+    def ready_forward(rank: int) -> StageAction | None:
         if not forwards[rank]:
             return None
         action = forwards[rank][0]
-        before = Action("forward", action.stage - 1, action.micro_batch)
+        before = StageAction("forward", action.stage - 1, action.micro_batch)
         return action if action.stage == 0 or before in done else None
 
     total = num_stages * num_micro_batches * (1 if forward_only else 2)
@@ -104,9 +104,9 @@ def make_plan(
     return plan
 
 
-def _forward_order(rank: int, num_ranks: int, chunks_per_rank: int, num_micro_batches: int) -> list[Action]:
+def _forward_order(rank: int, num_ranks: int, chunks_per_rank: int, num_micro_batches: int) -> list[StageAction]:
     return [
-        Action("forward", chunk * num_ranks + rank, micro_batch)
+        StageAction("forward", chunk * num_ranks + rank, micro_batch)
         for first in range(0, num_micro_batches, num_ranks)
         for chunk in range(chunks_per_rank)
         for micro_batch in range(first, min(first + num_ranks, num_micro_batches))
@@ -120,11 +120,11 @@ def _most_in_flight(rank: int, num_ranks: int, chunks_per_rank: int) -> int:
 
 
 def run(
-    plan: Sequence[Sequence[Action | None]],
+    plan: Sequence[Sequence[StageAction | None]],
     num_stages: int,
-    ranks: RankGroup,
+    ranks: RankAxis,
     stages: Stages,
-    empty: Callable[[Message], torch.Tensor],
+    empty: Callable[[StageMessage], torch.Tensor],
     tied_head: bool,
 ) -> None:
     """Does this rank's part of the plan.
@@ -133,30 +133,32 @@ def run(
     the last stage share a weight, so the last one's gradient of it goes to the first.
     Each send and receive waits at most the group's timeout.
     """
-    received: dict[Message, tuple[torch.Tensor, list[dist.Work]]] = {}
+    received: dict[StageMessage, tuple[torch.Tensor, list[dist.Work]]] = {}
     sent: list[tuple[torch.Tensor, list[dist.Work]]] = []
 
-    def take(kind: str, action: Action, expected: bool) -> torch.Tensor | None:
+    def take(kind: str, action: StageAction, expected: bool) -> torch.Tensor | None:
         if not expected:
             return None
-        tensor, works = received.pop(Message(kind, action.stage, action.micro_batch))
+        tensor, works = received.pop(StageMessage(kind, action.stage, action.micro_batch))
         for work in works:
             work.wait()
         return tensor
 
     for slot in plan:
-        outgoing: dict[Message, torch.Tensor] = {}
+        outgoing: dict[StageMessage, torch.Tensor] = {}
         action = slot[ranks.rank]
         if action is not None:
             stage, m = action.stage, action.micro_batch
             if action.kind == "forward":
                 hidden = take("hidden", action, stage > 0)
-                outgoing[Message("hidden", stage + 1, m)] = stages.forward(stage, m, hidden)
+                outgoing[StageMessage("hidden", stage + 1, m)] = stages.forward(stage, m, hidden)
             else:
                 gradient = take("gradient", action, stage < num_stages - 1)
                 head_gradient = take("head_gradient", action, stage == 0 and tied_head)
                 results = stages.backward(stage, m, gradient, head_gradient)
-                outgoing[Message("gradient", stage - 1, m)], outgoing[Message("head_gradient", 0, m)] = results
+                outgoing[StageMessage("gradient", stage - 1, m)], outgoing[StageMessage("head_gradient", 0, m)] = (
+                    results
+                )
         for sender, message in _messages(slot, num_stages, tied_head):
             receiver = message.to % ranks.size
             if sender == ranks.rank:
@@ -170,18 +172,20 @@ def run(
             work.wait()
 
 
-def _messages(slot: Sequence[Action | None], num_stages: int, tied_head: bool) -> Iterator[tuple[int, Message]]:
+def _messages(
+    slot: Sequence[StageAction | None], num_stages: int, tied_head: bool
+) -> Iterator[tuple[int, StageMessage]]:
     """(sending rank, message) of all that a slot's actions give, in the same order on all ranks."""
     for rank, action in enumerate(slot):
         if action is None:
             continue
         if action.kind == "forward" and action.stage < num_stages - 1:
-            yield rank, Message("hidden", action.stage + 1, action.micro_batch)
+            yield rank, StageMessage("hidden", action.stage + 1, action.micro_batch)
         if action.kind == "backward" and action.stage > 0:
-            yield rank, Message("gradient", action.stage - 1, action.micro_batch)
+            yield rank, StageMessage("gradient", action.stage - 1, action.micro_batch)
             if tied_head and action.stage == num_stages - 1:
-                yield rank, Message("head_gradient", 0, action.micro_batch)
+                yield rank, StageMessage("head_gradient", 0, action.micro_batch)
 
 
-def _exchange(operation: Callable, tensor: torch.Tensor, peer: int, ranks: RankGroup) -> list[dist.Work]:
+def _exchange(operation: Callable, tensor: torch.Tensor, peer: int, ranks: RankAxis) -> list[dist.Work]:
     return dist.batch_isend_irecv([dist.P2POp(operation, tensor, ranks.global_rank(peer), ranks.group)])

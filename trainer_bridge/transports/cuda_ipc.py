@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lockstep.trainer_bridge.transports.transport import BucketTransport, Handover, Message
+from lockstep.trainer_bridge.transports.transport import BucketMessage, BucketTransport, Handover
 
 _OFFER_BYTES = 4096
 _OFFER, _WRITTEN, _READ = 0, 1, 2  # tags
@@ -53,10 +53,10 @@ class CudaIpcTransport(BucketTransport):
             )
         return [_opened(handle, self._device) for handle in offer["handles"]]
 
-    def _buffer(self, message: Message) -> torch.Tensor:
+    def _buffer(self, message: BucketMessage) -> torch.Tensor:
         return self._buffers[message.peer][message.number % 2]
 
-    def _start_send(self, message: Message, content: torch.Tensor) -> Handover:
+    def _start_send(self, message: BucketMessage, content: torch.Tensor) -> Handover:
         number = torch.tensor([message.number], dtype=torch.int64, device="cpu")
         return _Handed(
             number,
@@ -64,12 +64,12 @@ class CudaIpcTransport(BucketTransport):
             self._group.recv([torch.empty_like(number)], message.peer, _READ),
         )
 
-    def _start_receive(self, message: Message, content: torch.Tensor) -> Handover:
+    def _start_receive(self, message: BucketMessage, content: torch.Tensor) -> Handover:
         return self._group.recv(
             [torch.tensor([message.number], dtype=torch.int64, device="cpu")], message.peer, _WRITTEN
         )
 
-    def _end_receive(self, message: Message) -> None:
+    def _end_receive(self, message: BucketMessage) -> None:
         sent = self._group.send([torch.tensor([message.number], dtype=torch.int64, device="cpu")], message.peer, _READ)
         self._wait(sent, f"rank {message.peer} to hear that {message.part.transfers[0].name} has arrived")
 

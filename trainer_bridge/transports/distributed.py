@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lockstep.trainer_bridge.transports.transport import BucketTransport, Handover, Message
+from lockstep.trainer_bridge.transports.transport import BucketMessage, BucketTransport, Handover
 
 _POLL_S = 2e-5
 
@@ -24,13 +24,13 @@ class DistributedTransport(BucketTransport):
     def _open(self, size: int) -> None:
         self._buffers = [torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(2)] if size else []
 
-    def _buffer(self, message: Message) -> torch.Tensor:
+    def _buffer(self, message: BucketMessage) -> torch.Tensor:
         return self._buffers[message.turn % 2]
 
-    def _start_send(self, message: Message, content: torch.Tensor) -> Handover:
+    def _start_send(self, message: BucketMessage, content: torch.Tensor) -> Handover:
         return self._watched(self._group.send([content], message.peer, 0))
 
-    def _start_receive(self, message: Message, content: torch.Tensor) -> Handover:
+    def _start_receive(self, message: BucketMessage, content: torch.Tensor) -> Handover:
         return self._watched(self._group.recv([content], message.peer, 0))
 
     def _watched(self, work: dist.Work) -> Handover:

@@ -34,7 +34,7 @@ class Handover(Protocol):
     def wait(self, timeout: timedelta) -> Any: ...
 
 
-class Message:
+class BucketMessage:
     """A bucket under way. turn: its number among all messages of this rank; number: among those of its pair of ranks.
 
     peer: the group's rank at the other end.
@@ -85,18 +85,18 @@ class BucketTransport(ABC):
         """Makes buffers of so many bytes ready."""
 
     @abstractmethod
-    def _buffer(self, message: Message) -> torch.Tensor:
+    def _buffer(self, message: BucketMessage) -> torch.Tensor:
         """Where the message is written to, or will be: free once the message two turns before has been waited for."""
 
     @abstractmethod
-    def _start_send(self, message: Message, content: torch.Tensor) -> Handover:
+    def _start_send(self, message: BucketMessage, content: torch.Tensor) -> Handover:
         """Sends what was written. Waiting for the result means that the buffer is free."""
 
     @abstractmethod
-    def _start_receive(self, message: Message, content: torch.Tensor) -> Handover:
+    def _start_receive(self, message: BucketMessage, content: torch.Tensor) -> Handover:
         """Waiting for the result means that the content is there."""
 
-    def _end_receive(self, message: Message) -> None:  # noqa: B027
+    def _end_receive(self, message: BucketMessage) -> None:  # noqa: B027
         """The content has been read."""
 
     def send(self, tensors: Mapping[str, torch.Tensor], version: int) -> dict[str, float]:
@@ -108,7 +108,7 @@ class BucketTransport(ABC):
         self._check_usable()
         pack_s = wait_s = 0.0
         failure: ValueError | None = None
-        pending: list[tuple[Message, Handover]] = []
+        pending: list[tuple[BucketMessage, Handover]] = []
         for message in self._sends:
             if len(pending) == 2:
                 wait_s += self._wait_sent(*pending.pop(0))
@@ -163,14 +163,14 @@ class BucketTransport(ABC):
         if self._broken is not None:
             raise RuntimeError(f"this transport broke while waiting for {self._broken}: make a new group and transport")
 
-    def _content(self, message: Message) -> torch.Tensor:
+    def _content(self, message: BucketMessage) -> torch.Tensor:
         return self._buffer(message)[: message_bytes(message.part)]
 
-    def _post(self, message: Message) -> tuple[torch.Tensor, Handover]:
+    def _post(self, message: BucketMessage) -> tuple[torch.Tensor, Handover]:
         content = self._content(message)
         return content, self._start_receive(message, content)
 
-    def _wait_sent(self, message: Message, sent: Handover) -> float:
+    def _wait_sent(self, message: BucketMessage, sent: Handover) -> float:
         return self._wait(sent, f"weights to rank {message.peer}")
 
     def _wait(self, handover: Handover, what: str) -> float:
@@ -184,6 +184,6 @@ class BucketTransport(ABC):
         return time.perf_counter() - started
 
 
-def _messages(parts_by_peer: Sequence[tuple[int, Sequence[Bucket]]]) -> list[Message]:
+def _messages(parts_by_peer: Sequence[tuple[int, Sequence[Bucket]]]) -> list[BucketMessage]:
     pairs = [(peer, number, part) for peer, parts in parts_by_peer for number, part in enumerate(parts)]
-    return [Message(turn, *pair) for turn, pair in enumerate(pairs)]
+    return [BucketMessage(turn, *pair) for turn, pair in enumerate(pairs)]

@@ -2,9 +2,10 @@
 
 import pytest
 
+from lockstep.rollout.config import TokenizerConfig
 from lockstep.rollout.environments.chat_turns import ChatTurns
 from lockstep.rollout.environments.environment import Opening
-from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer, encode_response, render_prompt
+from lockstep.rollout.tokenizer import build_tokenizer, encode_response, render_prompt
 
 # As Qwen writes turns and tool results, with our special tokens: a newline after each turn, results in a user's turn.
 QWEN_STYLE = (

@@ -14,15 +14,16 @@ from models import make_hf_model
 from user_environments import Echo
 
 from lockstep.engine import Engine, EngineConfig, Generator, RequestOutput, SamplingParams
+from lockstep.rollout.config import TokenizerConfig
 from lockstep.rollout.environments.chat_turns import ChatTurns
-from lockstep.rollout.environments.environment import Limits, Opening, StepResult
+from lockstep.rollout.environments.environment import EpisodeLimits, Opening, StepResult
 from lockstep.rollout.environments.episode import Episode, play
 from lockstep.rollout.guarded import CallFailed, GuardedCalls
 from lockstep.rollout.sample import derive_turn_seed
 from lockstep.rollout.tasks import Problem
-from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer
+from lockstep.rollout.tokenizer import build_tokenizer
 
-LIMITS = Limits(max_turns=3, max_tokens=20, max_episode_tokens=160)
+LIMITS = EpisodeLimits(max_turns=3, max_tokens=20, max_episode_tokens=160)
 PAGE = 4
 # A random model seldom draws the end token: any of these ends a turn as well.
 STOP = tuple(range(60))
@@ -154,9 +155,9 @@ def test_a_turn_reuses_the_pages_of_the_turns_before(model):
 @pytest.mark.parametrize(
     ("limits", "reason"),
     [
-        (Limits(2, 20, 160), "max_turns"),
-        (Limits(3, 1, 160), "length"),
-        (Limits(9, 20, 40), "length"),
+        (EpisodeLimits(2, 20, 160), "max_turns"),
+        (EpisodeLimits(3, 1, 160), "length"),
+        (EpisodeLimits(9, 20, 40), "length"),
     ],
 )
 def test_episodes_end_where_their_room_ends(model, engine, limits, reason):

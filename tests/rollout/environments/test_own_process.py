@@ -7,14 +7,15 @@ import pytest
 from user_environments import Echo
 
 from lockstep.engine import RequestOutput, SamplingParams
+from lockstep.rollout.config import TokenizerConfig
 from lockstep.rollout.environments import EnvironmentConfig
 from lockstep.rollout.environments.chat_turns import ChatTurns
-from lockstep.rollout.environments.environment import Limits
+from lockstep.rollout.environments.environment import EpisodeLimits
 from lockstep.rollout.environments.episode import Episode
 from lockstep.rollout.environments.own_process import EnvironmentProcess, RemoteEnvironment
 from lockstep.rollout.guarded import GuardedCalls
 from lockstep.rollout.tasks import Problem
-from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer
+from lockstep.rollout.tokenizer import build_tokenizer
 
 PROBLEM = Problem("p/0", ({"role": "user", "content": "?"},), "7", {"any": (1, 2)})
 
@@ -50,7 +51,9 @@ def is_alive(pid: int) -> bool:
 
 
 def new_episode(chat, environment) -> Episode:
-    return Episode(environment, PROBLEM, chat, Limits(9, 20, 500), SamplingParams(), lambda _: [], GuardedCalls(None))
+    return Episode(
+        environment, PROBLEM, chat, EpisodeLimits(9, 20, 500), SamplingParams(), lambda _: [], GuardedCalls(None)
+    )
 
 
 def play_turns(episode: Episode, count: int) -> None:

@@ -8,16 +8,17 @@ from models import make_hf_model
 
 from lockstep.engine import Engine, EngineConfig
 from lockstep.recipes.cluster.local import LocalCluster
+from lockstep.recipes.rl.config import RLConfig
 from lockstep.recipes.rl.learner import Learner
-from lockstep.recipes.rl.rl import RLConfig
-from lockstep.rollout.environments import EnvironmentConfig, Opening, StepResult, environment_factory
+from lockstep.rollout.config import EvaluationConfig, RolloutConfig, TokenizerConfig
+from lockstep.rollout.environments import EnvironmentConfig, Opening, StepResult
 from lockstep.rollout.environments.worker import EpisodeWorker, build_worker
-from lockstep.rollout.evaluation import EvaluationConfig, evaluate
+from lockstep.rollout.evaluation import evaluate
 from lockstep.rollout.rewards.rules import LengthOptions
 from lockstep.rollout.rewards.rules import length_reward as length_reward_of
 from lockstep.rollout.tasks import ReasoningGymConfig, build_task
-from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer
-from lockstep.rollout.worker import RolloutConfig, RolloutWorker
+from lockstep.rollout.tokenizer import build_tokenizer
+from lockstep.rollout.worker import RolloutWorker
 from lockstep.trainer_bridge import TrainerConfig
 
 ECHO = EnvironmentConfig(kind="user_environments.Echo", options={"num_turns": 2}, own_process=False)
@@ -246,4 +247,4 @@ def test_a_length_is_of_what_the_policy_wrote(parts):
 )
 def test_what_cannot_be_is_refused_by_name(change, error):
     with pytest.raises(ValueError, match=error):
-        environment_factory(EnvironmentConfig(**change))
+        EnvironmentConfig(**change).factory()

@@ -6,11 +6,12 @@ import pytest
 import torch
 from models import make_hf_model
 
+from lockstep.rollout.config import TokenizerConfig
 from lockstep.rollout.rewards import Completion, RewardEngines, build_reward
 from lockstep.rollout.rewards.failures import FailedScore
 from lockstep.rollout.rewards.models import JudgeOptions, conversation_ids, fill_in
 from lockstep.rollout.tasks import Problem
-from lockstep.rollout.tokenizer import TokenizerConfig, build_tokenizer
+from lockstep.rollout.tokenizer import build_tokenizer
 
 PROBLEM = Problem("p", ({"role": "user", "content": "1+1?"},), "2")
 PAD_ID, END_ID = 0, 1
@@ -60,7 +61,7 @@ def test_a_judge_s_verdict(tokenizer, tmp_path):
 
     def generate(prompts, sampling):
         asked.extend(tokenizer.decode(prompt) for prompt in prompts)
-        return [SimpleNamespace(text=text) for text in texts]
+        return [SimpleNamespace(text=text, error=None) for text in texts]
 
     class Engines(RewardEngines):
         def engine(self, model, options):
