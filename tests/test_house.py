@@ -40,7 +40,6 @@ LONG_FILES = {
     "lockstep.engine.engine",
     "lockstep.engine.scheduling.scheduler",
     "lockstep.engine.steps.runner",
-    "lockstep.trainer_bridge.trainer",
 }
 LONG_FUNCTIONS = {"lockstep.recipes.bench.rl_suite._train_with_trl"}
 COMPLEX_FUNCTIONS = {
