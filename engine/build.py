@@ -14,6 +14,7 @@ from lockstep.engine.models.names import expand, head_matrix_shapes
 from lockstep.engine.models.sharding import check_divides, check_expert_ranks, parameter_shards, product_shapes
 from lockstep.engine.ranks.rank_group import RankGroup
 from lockstep.engine.scheduling.scheduler import SchedulerConfig
+from lockstep.engine.steps.runner import RunnerConfig
 from lockstep.engine.weights.dummy_weights import initialize_dummy
 from lockstep.kernels import numerics
 
@@ -118,3 +119,18 @@ def num_kv_pages(
         return int(torch.cuda.mem_get_info(device)[0] * config.memory_fraction) // page_bytes
     useful = config.max_running_requests * -(-sizes.max_model_len // page_size)
     return max(1, min(useful, CPU_KV_CACHE_BYTES // page_bytes))
+
+
+def runner_config(config: EngineConfig, sizes: SchedulerConfig, num_pages: int, device: torch.device) -> RunnerConfig:
+    """What every rank's runner has in common, and its device."""
+    return RunnerConfig(
+        max_running_requests=sizes.max_running_requests,
+        max_model_len=sizes.max_model_len,
+        page_size=sizes.page_size,
+        num_pages=num_pages,
+        num_draft_tokens=config.num_draft_tokens,
+        device=device,
+        dtype=getattr(torch, config.dtype),
+        cuda_graphs=config.cuda_graphs,
+        group_prefixes=config.group_prefixes,
+    )

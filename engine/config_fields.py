@@ -140,20 +140,22 @@ def _checked(hint: Any, value: Any, where: str, markers: Sequence[Any] = ()) -> 
         if value is None and NoneType in arguments:
             return None
         return _checked(arms[0], value, where, markers) if len(arms) == 1 else value
-    if origin is Literal:
-        if value not in arguments or isinstance(value, bool):
-            raise _WrongValueError(where, f"must be one of {', '.join(map(str, arguments))}, got {value!r}")
-        return value
+    if origin is Literal and (value not in arguments or isinstance(value, bool)):
+        raise _WrongValueError(where, f"must be one of {', '.join(map(str, arguments))}, got {value!r}")
     if origin in (tuple, list, Sequence) and arguments:
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            raise _WrongValueError(where, f"must be a list, got {value!r}")
-        items = [_checked(arguments[0], item, f"{where}[{i}]", markers) for i, item in enumerate(value)]
-        return value if all(a is b for a, b in zip(items, value, strict=True)) else type(value)(items)
+        return _checked_items(arguments[0], value, where, markers)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(min(max(value, -(10**300)), 10**300))  # an int that no float holds is out of range in any case
     if hint in (int, float, str, bool):
         _check_plain(hint, value, where, markers)
     return value
+
+
+def _checked_items(hint: Any, value: Any, where: str, markers: Sequence[Any]) -> Any:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise _WrongValueError(where, f"must be a list, got {value!r}")
+    items = [_checked(hint, item, f"{where}[{i}]", markers) for i, item in enumerate(value)]
+    return value if all(a is b for a, b in zip(items, value, strict=True)) else type(value)(items)
 
 
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}

@@ -10,12 +10,8 @@ def end_reason(request: Request) -> FinishReason | None:
 
     A reward ends its request too, but later: see Engine._end_rewarded.
     """
-    if request.kind == "generate":
-        return _generation_end(request)
-    return "stop" if request.kind == "score" and len(request.logprobs) == len(request.tokens) - 1 else None
-
-
-def _generation_end(request: Request) -> FinishReason | None:
+    if request.kind != "generate":
+        return "stop" if request.kind == "score" and len(request.logprobs) == len(request.tokens) - 1 else None
     tokens, reason = request.tokens, None
     for index in range(request.num_judged, len(tokens)):
         token = tokens[index]
@@ -28,8 +24,3 @@ def _generation_end(request: Request) -> FinishReason | None:
             break
     request.num_judged = len(tokens)
     return reason
-
-
-def failure_of(request: Request, error: Exception) -> RuntimeError:
-    """An error that is one request's own: a tokenizer's, say."""
-    return RuntimeError(f"request {request.request_id}: {type(error).__name__}: {error}")

@@ -10,15 +10,15 @@ import torch
 from lockstep.engine.checks import Choice, check_device_is_there
 from lockstep.engine.config import EngineConfig
 from lockstep.engine.counters import Counters
-from lockstep.engine.endings import end_reason, failure_of
+from lockstep.engine.endings import end_reason
 from lockstep.engine.generator import SteppedGenerator
 from lockstep.engine.intake import check_is_request, check_is_served, check_not_queued, checked_version, new_requests
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.parts import build_parts
 from lockstep.engine.ranks.workers import RankError
-from lockstep.engine.request import Kind, Request, RequestOutput, SamplingParams, no_number, output_of
+from lockstep.engine.request import Kind, Request, RequestOutput, SamplingParams, failure_of, no_number, output_of
 from lockstep.engine.steps.capture import Capture, CaptureConfig, NoCapture, check_capture
-from lockstep.engine.steps.runner import LaunchedStep
+from lockstep.engine.steps.results import LaunchedStep
 from lockstep.engine.text.request_text import RequestText, find_tokenizer
 from lockstep.engine.text.tokenizer import Tokenizer
 from lockstep.engine.weights.aliased_weights import AliasedWeights
@@ -37,18 +37,15 @@ class Engine(SteppedGenerator):
     def __init__(self, config: EngineConfig):
         check_device_is_there("EngineConfig.device", config.device)
         self.num_threads = torch.get_num_threads()  # with which the row contract is seen to be kept
-        with own_state(torch.device(config.device), builds=True):
-            self._build(config)
-
-    def _build(self, config: EngineConfig) -> None:
         self.config = config
-        self.model_config = load_model_config(config.model)
-        self.tokenizer = find_tokenizer(config.model)
-        parts = build_parts(config, self.model_config)
+        with own_state(torch.device(config.device), builds=True):
+            self.model_config = load_model_config(config.model)
+            self.tokenizer = find_tokenizer(config.model)
+            parts = build_parts(config, self.model_config)
         self.workers = parts.workers
         self.model = parts.model
         self.weights = parts.weights
-        self.pool, self.cache = parts.pool, parts.cache
+        self.memory = parts.memory
         self.scheduler = parts.scheduler
         self.runner = parts.runner
         self.draft = parts.draft
@@ -57,7 +54,7 @@ class Engine(SteppedGenerator):
         self.overlaps = config.overlap and self.runner.device.type == "cuda"
         self.in_flight: LaunchedStep | None = None
         self.late_results: list[Request] = []  # of a pass that was collected between two steps
-        self.editing: list[Request] = []  # requests whose draws depend on their earlier tokens: they do not overlap
+        self.editing: list[Request] = []  # their draws depend on their earlier tokens, so they do not overlap
         self.counters = Counters()
         self.state: Literal["awake", "asleep", "shut down"] = "awake"
 
@@ -83,7 +80,6 @@ class Engine(SteppedGenerator):
 
     @property
     def weight_targets(self) -> Mapping[str, torch.Tensor]:
-        """The tensors that the model reads, by name; of several ranks, this one's."""
         return self.weights.targets
 
     # One step at a time ----------------------------------------------------------------------------------------------
@@ -96,28 +92,27 @@ class Engine(SteppedGenerator):
     ) -> list[Request]:
         """Requests that wait for `queue`. Raises as `generate` does; a bad prompt leaves nothing behind."""
         self._check_awake()
-        first_id = self.counters.num_requests
-        requests = new_requests(prompts, params, kind, self.model_config.vocab_size, first_id, self._check)
-        self.counters.num_requests += len(requests)
+        vocab_size, counters = self.model_config.vocab_size, self.counters
+        requests = new_requests(prompts, params, kind, vocab_size, counters.num_requests, self._check)
+        counters.num_requests += len(requests)
         return requests
 
     def queue(self, requests: Sequence[Request]) -> None:
         """Adds requests of `prepare`, of this engine or of another of the same config.
 
-        Raises ValueError, and adds none, for one that was queued already, here or there.
+        Raises ValueError, and adds none, for one that was queued already, here or there, or whose id is in use here.
         """
         self._check_awake()
         check_not_queued(requests)
         for request in requests:
-            self.scheduler.check_new(request)
+            end_of_sequence = () if request.params.ignore_eos else self.model_config.eos_token_ids
+            request.stop_ids = frozenset((*request.params.stop_token_ids, *end_of_sequence))
+            request.detokenizer = self.text.detokenizer(request)
+        self.scheduler.add(requests)
         for request in requests:
             self.capture.choose(request)
             if request.params.edits_logits:
                 self.editing.append(request)
-            end_of_sequence = () if request.params.ignore_eos else self.model_config.eos_token_ids
-            request.stop_ids = frozenset((*request.params.stop_token_ids, *end_of_sequence))
-            request.detokenizer = self.text.detokenizer(request)
-            self.scheduler.add(request)
 
     def step(self) -> list[Request]:
         """One forward pass over the running requests; returns those that were given a token, scores or a reward, and
@@ -160,7 +155,7 @@ class Engine(SteppedGenerator):
     def abort(self, request: Request) -> None:
         """Ends a request now; what it has generated stays in its output. Does nothing if it has ended already."""
         check_is_request("abort", request)
-        if request.finish_reason is None and self.scheduler.holds(request):
+        if request.finish_reason is None and self.scheduler.has(request):
             self.scheduler.finish(request, "abort")
 
     def output(self, request: Request) -> RequestOutput:
@@ -168,23 +163,14 @@ class Engine(SteppedGenerator):
         check_is_request("output", request)
         if request.finish_reason is None:
             raise ValueError(f"request {request.request_id} has not ended")
-        return output_of(request, self._text_of(request))
-
-    def _text_of(self, request: Request) -> str | None:
-        """None too where the tokenizer fails: that is the request's error then."""
-        try:
-            return self.text.of(request)
-        except Exception as error:
-            request.failure = request.failure or failure_of(request, error)
-            return None
+        return output_of(request, self.text.of(request))
 
     # Hidden states ---------------------------------------------------------------------------------------------------
 
     def start_capture(self, config: CaptureConfig) -> Capture:
-        """Keeps hidden states of requests that are queued from now on; `Capture.take` gives them. See engine.capture.
+        """Keeps hidden states of requests that are queued from now on; `Capture.take` gives them.
 
-        Raises ValueError for layers that the model does not have and with tp_size over 1, and RuntimeError while
-        requests are at work.
+        Raises ValueError as `check_capture`, and RuntimeError while requests are at work.
         """
         self._check_running()
         self._check_idle("start_capture")
@@ -210,7 +196,7 @@ class Engine(SteppedGenerator):
     def update_weights(
         self, named_tensors: NamedTensors, version: int, inflight: str = "keep", partial: bool = False
     ) -> UpdateReport:
-        """Replaces weights in place, between two steps: all of them, or none.
+        """Replaces weights in place, between two steps: all that the update brings, or none.
 
         named_tensors: Megatron names, shapes and dtypes, in any order. version: larger than the version now served.
         inflight, for requests that are running: "keep" goes on over the KV that they have (their outputs record the
@@ -255,10 +241,8 @@ class Engine(SteppedGenerator):
         contiguous or on another device.
         """
         version = self._check_update(version, "keep")
-        if self.config.tp_size > 1:
-            raise NotImplementedError(
-                f"Engine.alias_weights takes tp_size=1, and this engine has {self.config.tp_size} ranks"
-            )
+        if (ranks := self.config.tp_size) > 1:
+            raise NotImplementedError(f"Engine.alias_weights takes tp_size=1, and this engine has {ranks} ranks")
         shared = AliasedWeights(named_tensors, self.weights.targets, num_changes)
         self._settle()
         shared.begin(version)
@@ -318,7 +302,7 @@ class Engine(SteppedGenerator):
         self._settle()
         if self.state == "awake":
             self.state = "asleep"
-            self.cache.reset()
+            self.memory.reset()
             with self.workers.watched():
                 self.workers.sleep()
             self.runner.free_kv_cache()
@@ -338,9 +322,9 @@ class Engine(SteppedGenerator):
         """Counters since the engine started. `cache_hit_rate`: share of prompt tokens that were found in the cache."""
         return {
             **self.scheduler.stats(),
+            **self.memory.stats(),
             "weight_version": self.weight_version,
             **self.counters.stats(),
-            "free_pages": self.pool.num_free,
             **self.capture.stats(),
             **self.speculation.stats(),
         }
@@ -351,7 +335,7 @@ class Engine(SteppedGenerator):
             self.state = "shut down"
             self.scheduler.abort_all()
             if self.workers.ended_by is None:
-                self._drain()
+                self._settle()
             self.workers.shutdown()
             self.weights.release()
             del self.runner, self.model, self.draft
@@ -373,14 +357,9 @@ class Engine(SteppedGenerator):
 
     def _settle(self) -> None:
         """Collects the pass in flight, between two steps; the next step returns what it gave."""
-        self.late_results += self._drain()
-
-    def _drain(self) -> list[Request]:
-        """Collects the pass in flight, if there is one."""
         due, self.in_flight = self.in_flight, None
-        results = self._collect(due)
-        self._end_rewarded(results)
-        return results
+        self._end_rewarded(results := self._collect(due))
+        self.late_results += results
 
     def _collect(self, launched: LaunchedStep | None) -> list[Request]:
         if launched is None:
@@ -407,8 +386,7 @@ class Engine(SteppedGenerator):
             self.speculation.finished(request)
 
     def _end_rewarded(self, results: Sequence[Request]) -> None:
-        """Ends requests whose reward has come: after the commit of the batch that it came from, so that their pages
-        are in the cache for others with their prefix."""
+        """Ends those whose reward has come: once their batch is committed, and its pages cached for others."""
         if self.model_config.head == "scalar":
             for request in results:
                 if request.finish_reason is None:

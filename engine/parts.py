@@ -7,10 +7,16 @@ from functools import partial
 
 import torch
 
-from lockstep.engine.build import build_model, check_parallel, num_kv_pages, rank_device, scheduler_config
+from lockstep.engine.build import (
+    build_model,
+    check_parallel,
+    num_kv_pages,
+    rank_device,
+    runner_config,
+    scheduler_config,
+)
 from lockstep.engine.config import EngineConfig
-from lockstep.engine.memory.page_pool import PagePool
-from lockstep.engine.memory.radix_cache import RadixCache
+from lockstep.engine.memory.kv_memory import KVMemory
 from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.models.decoder import Decoder
 from lockstep.engine.models.layers.linear import encode, encoded
@@ -34,8 +40,7 @@ class EngineParts:
     workers: Workers | NoWorkers
     model: Decoder
     weights: ServedWeights
-    pool: PagePool
-    cache: RadixCache
+    memory: KVMemory
     scheduler: Scheduler
     runner: Runner
     draft: EagleDrafter | NoDraftModel
@@ -57,28 +62,16 @@ def build_parts(config: EngineConfig, model_config: ModelConfig) -> EngineParts:
     except BaseException:
         workers.shutdown()
         raise
-    pool = PagePool(num_pages)
-    cache = RadixCache(pool, sizes.page_size)
+    memory = KVMemory(num_pages, sizes.page_size, sizes.enable_prefix_cache)
     eagle = new_eagle(config, draft, sizes, num_pages)
     new_runner = Runner if config.tp_size == 1 else partial(LeadingRunner, workers)
-    runner = new_runner(
-        model,
-        sizes,
-        num_pages,
-        device,
-        getattr(torch, config.dtype),
-        config.cuda_graphs,
-        config.group_prefixes,
-        drafter=eagle,
-        num_draft_tokens=config.num_draft_tokens,
-    )
+    runner = new_runner(model, runner_config(config, sizes, num_pages, device), eagle)
     return EngineParts(
         workers=workers,
         model=model,
         weights=_new_weights(config, model_config, model, workers, device),
-        pool=pool,
-        cache=cache,
-        scheduler=Scheduler(sizes, pool, cache),
+        memory=memory,
+        scheduler=Scheduler(sizes, memory),
         runner=runner,
         draft=eagle or NoDraftModel(config.draft_model),
         speculation=new_speculation(config, eagle, model_config.vocab_size),

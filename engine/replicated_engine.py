@@ -33,6 +33,7 @@ class ReplicatedEngine(SteppedGenerator):
         self.config = config
         self.engines: list[Engine] = []
         self._replica_of: dict[Request, int] = {}  # of requests that have not ended
+        self._late_results: list[Request] = []  # of a step that raised
         try:
             for replica in range(num_replicas):
                 device = _device(config, replica)
@@ -54,7 +55,9 @@ class ReplicatedEngine(SteppedGenerator):
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         kind: Kind = "generate",
     ) -> list[Request]:
-        return self.engines[0].prepare(prompts, params, kind)
+        # What fits the smallest KV cache fits all: on GPUs, its size is what memory each had free.
+        smallest = min(self.engines, key=lambda engine: engine.memory.num_pages)
+        return smallest.prepare(prompts, params, kind)
 
     def queue(self, requests: Sequence[Request]) -> None:
         """Gives requests to replicas, by the tokens that each of them has to come. Raises as Engine.queue does."""
@@ -65,20 +68,21 @@ class ReplicatedEngine(SteppedGenerator):
             to_come[replica] += _tokens_to_come(request)
         prompts = [tuple(request.prompt_ids) for request in requests]
         replicas = spread(prompts, [_tokens_to_come(request) for request in requests], to_come)
-        for request, replica in zip(requests, replicas, strict=True):
-            self.engines[replica].scheduler.check_new(request)
-        self._replica_of |= dict(zip(requests, replicas, strict=True))
-        for replica, engine in enumerate(self.engines):
-            engine.queue([r for r, place in zip(requests, replicas, strict=True) if place == replica])
+        places = list(zip(requests, replicas, strict=True))
+        shares = [[r for r, place in places if place == replica] for replica in range(len(self.engines))]
+        for engine, share in zip(self.engines, shares, strict=True):
+            engine.scheduler.check_ids(share)
+        self._replica_of |= dict(places)
+        for engine, share in zip(self.engines, shares, strict=True):
+            engine.queue(share)
 
     def step(self) -> list[Request]:
-        """One step of every replica that has work."""
-        return [
-            request
-            for engine in self.engines
-            if engine.scheduler.has_work
-            for request in self._call(engine, engine.step)
-        ]
+        """One step of every replica that has work. Where one raises, the next step returns what the others gave."""
+        for engine in self.engines:
+            if engine.scheduler.has_work or engine.late_results:
+                self._late_results += self._call(engine, engine.step)
+        results, self._late_results = self._late_results, []
+        return results
 
     def abort(self, request: Request) -> None:
         check_is_request("abort", request)

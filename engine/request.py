@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -139,6 +140,11 @@ def no_number(request: Request) -> FloatingPointError:
     return FloatingPointError(f"{where}: the {what.get(request.kind, 'reward is no number')}; are the weights finite?")
 
 
+def failure_of(request: Request, error: Exception) -> RuntimeError:
+    """An error that is one request's own: a tokenizer's, say."""
+    return RuntimeError(f"request {request.request_id}: {type(error).__name__}: {error}")
+
+
 @dataclass(frozen=True)
 class RequestOutput:
     """A sample. token_ids, logprobs and weight_versions have one entry per generated token.
@@ -169,10 +175,10 @@ class Request:
     """One sample in the making, or one sequence to score or to reward. Compared and hashed by identity.
 
     The engine writes tokens, logprobs and weight_versions (through `extend`), or the reward. The runner counts in
-    `num_pending` what it has launched and not collected. Speculation writes the next six, the scheduler everything
-    below those but the last three, which are the engine's. The runner may keep a copy of `pages` in its page table: it
-    copies the entries from num_pages_synced on and sets num_pages_synced to their number; the scheduler lowers it where
-    it replaces pages.
+    `num_pending` what it has launched and not collected. Speculation writes the next six, the scheduler and KVMemory
+    everything below those but the last three, which are the engine's. The runner may keep a copy of `pages` in its page
+    table: it copies the entries from num_pages_synced on and sets num_pages_synced to their number; KVMemory lowers it
+    where it replaces pages.
     """
 
     request_id: int
@@ -205,6 +211,8 @@ class Request:
     slot: int | None = None  # row in the runner's arrays; None: waiting or finished
     pages: list[int] = field(default_factory=list)  # page i holds positions i * page_size ...
     num_pages_synced: int = 0
+    kv_room: int = 0  # tokens that `pages` have room for
+    commit_at: int = sys.maxsize  # with so many tokens computed its next page is full, and goes to the cache
     num_computed: int = 0  # leading tokens whose KV is present and valid
     num_cached: int = 0  # of these, how many the cache gave when the request was last admitted
     kv_version: int = -1  # weight version of the KV; -1: mixed, never goes to the cache
@@ -235,6 +243,12 @@ class Request:
         self.tokens += tokens
         self.logprobs += logprobs
         self.weight_versions += [weight_version] * len(tokens)
+
+    def append(self, token: int, logprob: float, weight_version: int) -> None:
+        """`extend` by one token."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.weight_versions.append(weight_version)
 
     def cut(self, num_tokens: int) -> None:
         """Forgets the outputs after the first num_tokens tokens, prompt included."""

@@ -1,6 +1,7 @@
 """Test set-up: numerics; without a GPU the Triton kernels run in Triton's interpreter, chosen before its import."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,43 @@ numerics.set_up("cuda" if ON_GPU else "cpu")  # before the first matrix product 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
+# Folders and files that train, start processes, or run many Triton kernels in the interpreter: `-m "not slow"` leaves
+# them out (make test-fast).
+SLOW = (
+    "parity",
+    "kernels",
+    "gpu",
+    "engine/test_replicated_engine.py",
+    "engine/test_sharding.py",
+    "engine/test_tensor_parallel.py",
+    "recipes/test_bench.py",
+    "recipes/test_cluster.py",
+    "recipes/test_draft.py",
+    "recipes/test_draft_judge.py",
+    "recipes/test_dynamic_sampling.py",
+    "recipes/test_environment_failures.py",
+    "recipes/test_kills.py",
+    "recipes/test_learner.py",
+    "recipes/test_ray_session.py",
+    "recipes/test_remote_rewards.py",
+    "recipes/test_replay.py",
+    "recipes/test_resume.py",
+    "recipes/test_reward.py",
+    "recipes/test_rl.py",
+    "recipes/test_rl_draft.py",
+    "recipes/test_runs.py",
+    "recipes/test_verifier_failures.py",
+    "test_docs.py",
+    "trainer_bridge/test_draft_trainer.py",
+    "trainer_bridge/test_losses_trl.py",
+    "trainer_bridge/test_parallel_trainer.py",
+    "trainer_bridge/test_trainer.py",
+    "trainer_bridge/test_trainer_checkpoint.py",
+    "trainer_bridge/test_trainer_model.py",
+    "trainer_bridge/test_transports.py",
+)
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--shape",
@@ -26,6 +64,10 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    root = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(root).as_posix().startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     runs_on_a_cpu = config.getoption("--shape") == "small"

@@ -152,19 +152,20 @@ def load_draft_config(path: str | Path, target: ModelConfig, numbers_of: LayerId
     is_speculators = "speculators_model_type" in found
     raw = _from_speculators(path, found) if is_speculators else found
     _check_kind(path, raw)
-    layer = _parse_layer(path, raw)
+    whole = _parse_layer(path, raw)
+    mixer, mlp = whole.layers[0].mixer, whole.layers[0].mlp
     numbers_of = "vllm" if is_speculators and numbers_of == "auto" else numbers_of
     config = Eagle3Config(
-        vocab_size=layer.vocab_size,
-        draft_vocab_size=_draft_vocab_size(path, raw, layer),
-        hidden_size=layer.hidden_size,
-        num_heads=layer.num_heads,
-        num_kv_heads=layer.num_kv_heads,
-        head_dim=layer.head_dim,
-        ffn_hidden_size=layer.ffn_hidden_size,
-        rms_norm_eps=layer.rms_norm_eps,
-        rope_theta=layer.rope_theta,
-        rope_scaling=layer.rope_scaling,
+        vocab_size=whole.vocab_size,
+        draft_vocab_size=_draft_vocab_size(path, raw, whole),
+        hidden_size=whole.hidden_size,
+        num_heads=mixer.num_heads,
+        num_kv_heads=mixer.num_kv_heads,
+        head_dim=mixer.head_dim,
+        ffn_hidden_size=mlp.ffn_hidden_size,
+        rms_norm_eps=whole.final_norm.eps,
+        rope_theta=whole.ropes[mixer.rope].theta,
+        rope_scaling=whole.ropes[mixer.rope].scaling,
         max_position_embeddings=target.max_position_embeddings,
         aux_layers=_aux_layers(path, raw, target, numbers_of),
         norm_aux=_flag(path, raw, "fc_norm"),
@@ -208,6 +209,7 @@ def _check_kind(path: str | Path, raw: Mapping[str, Any]) -> None:
 
 
 def _parse_layer(path: str | Path, raw: Mapping[str, Any]) -> ModelConfig:
+    """The draft as a model of one layer."""
     # A layer that is told to attend to everything is an ordinary one.
     plain = {key: value for key, value in raw.items() if not (key == "layer_types" and value == ["full_attention"])}
     try:

@@ -1,6 +1,6 @@
 """Finished KV pages by the tokens that they were computed from: the prefix cache.
 
-One tree per weight version, one node per page: the path from the root spells the tokens. Nodes are not merged into
+One tree per namespace, one node per page: the path from the root spells the tokens. Nodes are not merged into
 runs of pages, so nothing is ever split, a running request extends its path by one dictionary entry per page, and
 a lookup costs one hash of page_size ints per page (about half a microsecond). What that costs is a few hundred bytes
 of Python per page, next to megabytes of KV.
@@ -13,15 +13,27 @@ and checked when they are popped, so there is no scan.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+from lockstep.engine.memory.namespace import Namespace, PageKey
 from lockstep.engine.memory.page_pool import PagePool
+
+# Called with a page that is about to be free, and what it holds. The page's content stays until the call returns.
+EvictionHook = Callable[[int, PageKey], None]
+
+
+class Snapshot(NamedTuple):
+    """The state of recurrent layers after the last token of a node's path, opaque here. num_bytes: what it occupies."""
+
+    state: Any
+    num_bytes: int
 
 
 class Node:
-    """A cached page (or the root of a version, page -1) below its parent, under the page's tokens."""
+    """A cached page below its parent, under the page's tokens."""
 
-    __slots__ = ("children", "key", "locks", "page", "parent", "stamp")
+    __slots__ = ("children", "key", "locks", "page", "parent", "snapshot", "stamp")
 
     def __init__(self, parent: Node | None, key: tuple[int, ...], page: int) -> None:
         self.parent = parent
@@ -30,10 +42,21 @@ class Node:
         self.children: dict[tuple[int, ...], Node] = {}
         self.locks = 0  # handles that end at this node or below it
         self.stamp = 0  # when a handle that ended here was last unlocked
+        self.snapshot: Snapshot | None = None
+
+
+class Root(Node):
+    """The empty prefix of a namespace. It has no page."""
+
+    __slots__ = ("namespace",)
+
+    def __init__(self, namespace: Namespace) -> None:
+        super().__init__(None, (), -1)
+        self.namespace = namespace
 
 
 class CacheHandle:
-    """A locked path: `num_pages` pages from the root of `version` down to `node`."""
+    """A locked path: `num_pages` pages from the root of a namespace of `version` down to `node`."""
 
     __slots__ = ("node", "num_pages", "version")
 
@@ -42,6 +65,11 @@ class CacheHandle:
         self.num_pages = num_pages
         self.version = version
 
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """Of the state after the path's last token, if one is kept."""
+        return self.node.snapshot
+
 
 class RadixCache:
     """Prefix cache over the pages of `pool`. Holds one reference to each cached page, and every user holds its own.
@@ -49,38 +77,60 @@ class RadixCache:
     A user takes part through a handle: match() gives one, insert() extends it with pages that the user computed, and
     unlock() ends it. The user must drop its own page references (pool.release) when it unlocks: only then is evicting
     an unlocked page the same as freeing it.
+
+    on_evict sees each page that eviction frees while a match could still have found it, leaves before their parents.
+    It must not raise, nor call the cache.
     """
 
-    def __init__(self, pool: PagePool, page_size: int) -> None:
+    def __init__(self, pool: PagePool, page_size: int, on_evict: EvictionHook | None = None) -> None:
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {page_size}")
         self._pool = pool
         self._page_size = page_size
-        self._roots: dict[int, Node] = {}
+        self._on_evict = on_evict
+        self._roots: dict[Namespace, Root] = {}
         self._evictable_leaves: list[tuple[int, int, int, Node]] = []  # heap of (version, stamp, serial, node)
         self._clock = 0
         self.num_pages = 0  # cached
         self.num_evictable = 0  # cached and unlocked
         self.num_evicted = 0  # ever
+        self.snapshot_bytes = 0
 
-    def match(self, tokens: Sequence[int], version: int, limit: int) -> tuple[CacheHandle, list[int]]:
-        """The pages of the longest cached prefix of tokens[:limit], locked and retained for the caller."""
-        assert version >= 0, f"version {version}"
-        page_size = self._page_size
-        node = self._roots.get(version)
+    def match(
+        self, tokens: Sequence[int], namespace: Namespace, limit: int, needs_snapshot: bool = False
+    ) -> tuple[CacheHandle, list[int]]:
+        """The pages of the longest cached prefix of tokens[:limit], locked and retained for the caller.
+
+        needs_snapshot: of the longest one that ends with a snapshot, which is the handle's.
+        """
+        node = self._roots.get(namespace)
         if node is None:
-            node = self._roots[version] = Node(None, (), -1)
+            assert namespace.version >= 0, f"{namespace}"
+            node = self._roots[namespace] = Root(namespace)
+        path = self._walk(node, tokens, limit)
+        if needs_snapshot:
+            while path and path[-1].snapshot is None:
+                path.pop()
         node.locks += 1
         pages = []
+        for node in path:
+            if node.locks == 0:
+                self.num_evictable -= 1
+            node.locks += 1
+            pages.append(node.page)
+        self._pool.retain(pages)
+        return CacheHandle(node, len(pages), namespace.version), pages
+
+    def _walk(self, node: Node, tokens: Sequence[int], limit: int) -> list[Node]:
+        """The nodes of the longest cached prefix of tokens[:limit]."""
+        page_size, path = self._page_size, []
         for start in range(0, limit - page_size + 1, page_size):
             child = node.children.get(tuple(tokens[start : start + page_size]))
             if child is None:
                 break
-            self._lock(child)
-            pages.append(child.page)
+            path.append(child)
             node = child
-        self._pool.retain(pages)
-        return CacheHandle(node, len(pages), version), pages
+        return path
 
     def missing_page(self, handle: CacheHandle, tokens: Sequence[int]) -> tuple[Node, tuple[int, ...]] | None:
         """The first whole page of `tokens` that is not cached, as (its parent, its tokens); None if all are.
@@ -98,7 +148,7 @@ class RadixCache:
         return None
 
     def insert(self, handle: CacheHandle, tokens: Sequence[int], pages: list[int], num_pages: int) -> int | None:
-        """Extends the handle to pages[:num_pages], which hold the KV of `tokens` under the handle's version.
+        """Extends the handle to pages[:num_pages], which hold the KV of `tokens` in the handle's namespace.
 
         Pages not yet present are retained for the cache. Where the cache has a page of the same tokens already, the
         caller's own is released and replaced in `pages` by the cached one, which is retained for the caller. Returns
@@ -118,7 +168,9 @@ class RadixCache:
                 self._pool.retain((page,))
                 self.num_pages += 1
             else:
-                self._lock(child)
+                if child.locks == 0:
+                    self.num_evictable -= 1
+                child.locks += 1
                 if child.page != page:
                     self._pool.retain((child.page,))
                     self._pool.release((page,))
@@ -128,6 +180,15 @@ class RadixCache:
             node = child
         handle.node, handle.num_pages = node, num_pages
         return first_replaced
+
+    def keep_snapshot(self, handle: CacheHandle, snapshot: Snapshot) -> None:
+        """Keeps the state after the handle's last token with its last page, in place of one that was kept there."""
+        node = handle.node
+        assert handle.num_pages > 0, "a snapshot belongs to a page, and the handle has none"
+        if node.snapshot is not None:
+            self._drop_snapshot(node)
+        node.snapshot = snapshot
+        self.snapshot_bytes += snapshot.num_bytes
 
     def unlock(self, handle: CacheHandle) -> None:
         """Ends the handle; its pages may be evicted once no other handle locks them."""
@@ -145,13 +206,17 @@ class RadixCache:
         self._offer(last, handle.version)
 
     def evict(self, count: int) -> int:
-        """Frees up to `count` unlocked pages; returns how many."""
+        """Frees up to `count` unlocked pages, and their snapshots; returns how many."""
         heap = self._evictable_leaves
         evicted = 0
         while evicted < count and heap:
             version, stamp, _, node = heapq.heappop(heap)
             if not self._is_current(node, stamp):
                 continue
+            if self._on_evict is not None:
+                self._report(node)
+            if node.snapshot is not None:
+                self._drop_snapshot(node)
             parent = node.parent
             del parent.children[node.key]
             self._pool.release((node.page,))
@@ -167,7 +232,8 @@ class RadixCache:
 
     def forget(self, version: int) -> None:
         """No later match finds what was cached under `version`. Its pages are freed by eviction, as any others."""
-        self._roots.pop(version, None)
+        for namespace in [namespace for namespace in self._roots if namespace.version == version]:
+            del self._roots[namespace]
 
     def reset(self) -> None:
         """No later match finds anything; unlocked pages are freed now, locked ones by eviction after their unlock."""
@@ -181,10 +247,19 @@ class RadixCache:
             "evicted_pages": self.num_evicted,
         }
 
-    def _lock(self, node: Node) -> None:
-        if node.locks == 0:
-            self.num_evictable -= 1
-        node.locks += 1
+    def _report(self, node: Node) -> None:
+        """Tells the hook of a page that leaves, unless its tree was forgotten."""
+        page, keys = node.page, []
+        while node.parent is not None:
+            keys.append(node.key)
+            node = node.parent
+        if self._roots.get(node.namespace) is node:
+            tokens = tuple([token for key in reversed(keys) for token in key])
+            self._on_evict(page, PageKey(node.namespace, tokens))
+
+    def _drop_snapshot(self, node: Node) -> None:
+        self.snapshot_bytes -= node.snapshot.num_bytes
+        node.snapshot = None
 
     @staticmethod
     def _is_current(node: Node, stamp: int) -> bool:
@@ -196,8 +271,8 @@ class RadixCache:
         if node.locks or node.children:
             return
         if node.parent is None:
-            if self._roots.get(version) is node:
-                del self._roots[version]
+            if self._roots.get(node.namespace) is node:
+                del self._roots[node.namespace]
             return
         self._clock += 1
         heap = self._evictable_leaves

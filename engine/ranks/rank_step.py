@@ -11,18 +11,20 @@ import numpy as np
 class RankStep:
     """T rows, the chunks of D decodes (of one row each), then those of P prefills. Arrays are int64.
 
-    rows:       [3, T], token (or runner.PENDING), slot and position of each row.
+    rows:       [3, T], token (or layout.PENDING), slot and position of each row.
     prefills:   [3, P], slot, length and, with this step's, tokens in the cache.
-    drawing:    the rows that tokens are drawn from, ascending.
+    sampled:    the rows that tokens are sampled from, ascending.
     scored:     [2, S], first row and end of the rows whose logits scoring wants.
     new_pages:  [2, N], places in the page table (as one row) and the pages that go there.
+    page_copies: [2, C], pages to copy before the rows are computed, as kernels.memory.copy_pages takes them.
     """
 
     rows: np.ndarray
     prefills: np.ndarray
-    drawing: np.ndarray
+    sampled: np.ndarray
     scored: np.ndarray
     new_pages: np.ndarray
+    page_copies: np.ndarray
 
     @property
     def num_rows(self) -> int:
@@ -41,7 +43,12 @@ class RankStep:
     def unpacked(cls, packed: np.ndarray) -> RankStep:
         names = [field.name for field in fields(cls)]
         sizes, values = packed[: len(names)], packed[len(names) :]
-        rows, prefills, drawing, scored, new_pages = np.split(values, np.cumsum(sizes)[:-1])
+        rows, prefills, sampled, scored, new_pages, page_copies = np.split(values, np.cumsum(sizes)[:-1])
         return cls(
-            rows.reshape(3, -1), prefills.reshape(3, -1), drawing, scored.reshape(2, -1), new_pages.reshape(2, -1)
+            rows.reshape(3, -1),
+            prefills.reshape(3, -1),
+            sampled,
+            scored.reshape(2, -1),
+            new_pages.reshape(2, -1),
+            page_copies.reshape(2, -1),
         )

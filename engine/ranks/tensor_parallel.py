@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from lockstep.engine.build import build_model, num_kv_pages, rank_device, scheduler_config
+from lockstep.engine.build import build_model, num_kv_pages, rank_device, runner_config, scheduler_config
 from lockstep.engine.models.config import ModelConfig
+from lockstep.engine.models.decoder import Decoder
 from lockstep.engine.ranks.rank_group import RankGroup
 from lockstep.engine.ranks.rank_step import RankStep
 from lockstep.engine.ranks.workers import Workers
-from lockstep.engine.scheduling.scheduler import StepBatch
-from lockstep.engine.steps.runner import Collected, LaunchedStep, Runner
+from lockstep.engine.scheduling.step_batch import StepBatch
+from lockstep.engine.steps.results import Collected, LaunchedStep
+from lockstep.engine.steps.runner import Runner, RunnerConfig
 from lockstep.engine.weights.rank_weights import RankWeights
 
 if TYPE_CHECKING:
@@ -36,13 +38,13 @@ def start_workers(config: EngineConfig, model_config: ModelConfig) -> Workers:
 class LeadingRunner(Runner):
     """Rank 0's: the other ranks take part in its steps."""
 
-    def __init__(self, workers: Workers, *arguments: Any, **speculation: Any) -> None:
-        super().__init__(*arguments, announce=workers.step, **speculation)
+    def __init__(self, workers: Workers, model: Decoder, config: RunnerConfig, drafter: None = None) -> None:
+        super().__init__(model, config, drafter, announce=workers.step)
         self.workers = workers
 
-    def launch(self, batch: StepBatch, weight_version: int, chains: bool = False) -> LaunchedStep:
+    def launch(self, batch: StepBatch, weight_version: int, drafts_next: bool = False) -> LaunchedStep:
         with self.workers.watched():
-            return super().launch(batch, weight_version, chains)
+            return super().launch(batch, weight_version, drafts_next)
 
     def collect(self, step: LaunchedStep) -> Collected:
         if step.ready is not None:
@@ -65,10 +67,7 @@ class EngineFollower:
         self.weights = RankWeights(model_config, ranks, dict(self.model.named_parameters()), config.ep_size)
 
     def begin(self, num_pages: int) -> None:
-        dtype = getattr(torch, self.config.dtype)
-        self.runner = Runner(
-            self.model, self.sizes, num_pages, self.device, dtype, group_prefixes=self.config.group_prefixes
-        )
+        self.runner = Runner(self.model, runner_config(self.config, self.sizes, num_pages, self.device))
 
     def step(self, step: RankStep) -> None:
         self.runner.follow(step)

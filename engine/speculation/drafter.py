@@ -1,4 +1,4 @@
-"""What a drafter is. Any will do: a draft is accepted only where it equals the token that the target draws."""
+"""What a drafter is. Any will do: a draft is accepted only where it equals the token that the target samples."""
 
 from __future__ import annotations
 

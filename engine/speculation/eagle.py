@@ -1,4 +1,4 @@
-"""Drafts by an EAGLE-3 model: it follows every step of the target, and goes on from there by a chain of its own.
+"""Drafts by an EAGLE-3 model: it computes the rows of each step of the target, and goes on by its own tokens.
 
 Row t of the target's text is a row of the draft's too, with the target's states at t and the token at t + 1. The draft
 computes these rows in each step of the target, whatever that does, so its keys and values lie in the same pages at the
@@ -16,46 +16,44 @@ from typing import NamedTuple
 import torch
 
 from lockstep.engine.intake import checked_version
+from lockstep.engine.models.attention_plans import plan_few_rows
 from lockstep.engine.models.eagle3 import Eagle3Draft
 from lockstep.engine.models.layers.context import AttentionPart
 from lockstep.engine.request import Request
-from lockstep.engine.speculation.step_rows import MAX_VERIFY_ITEMS
 from lockstep.engine.weights.served_weights import copy_in_place
 from lockstep.engine.weights.staging import NamedTensors, stage
 from lockstep.kernels.attention.attention import attention
-from lockstep.kernels.attention.attention_plan import AttentionPlan, plan_attention
+from lockstep.kernels.attention.attention_plan import AttentionPlan
 from lockstep.kernels.memory.kv_cache import new_kv_cache
 from lockstep.kernels.norm_rope.qk_norm_rope_store import qk_norm_rope_store
 from lockstep.kernels.sampling.noise import gumbel_noise
-
-MAX_CHAIN_ITEMS = 8192  # bounds the workspace of attention for one row per request
 
 # Requests (slots [B]) and their newest positions [B] -> the part of a step that has one row for each.
 DecodePart = Callable[[torch.Tensor, torch.Tensor], AttentionPart]
 
 
-class Chain(NamedTuple):
-    """Drafts for what follows a request's first num_tokens tokens."""
+class NextDrafts(NamedTuple):
+    """Draft tokens for what follows a request's first num_tokens tokens."""
 
     num_tokens: int
     drafts: list[int]
 
 
 @dataclass(frozen=True)
-class DrawnRows:
-    """The D rows of a step that were drawn from, of B requests. On the device, int64 but for the temperatures.
+class SampledRows:
+    """The R rows of a step that were sampled from, of B requests. On the device, int64 but for the temperatures.
 
-    tokens, positions, draws: [D], what the rows computed, where, and what was drawn after them.
+    tokens, positions, sampled: [R], what the rows computed, where, and what was sampled after them.
     first:        [B], the first row of each request; the others follow it.
     num_drafts:   [B], how many do.
     slots:        [B], the requests' rows in the page table; -1 for padding.
     limits:       [B], the tokens that the requests have pages for.
-    seeds, temperatures: [B], of the requests' draws; fp32 the latter.
+    seeds, temperatures: [B], of the requests' samples; fp32 the latter.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
-    draws: torch.Tensor
+    sampled: torch.Tensor
     first: torch.Tensor
     num_drafts: torch.Tensor
     slots: torch.Tensor
@@ -65,7 +63,7 @@ class DrawnRows:
 
 
 class EagleDrafter:
-    """Owns the draft model and its KV cache. The runner lets it follow each step and brings its drafts to the host."""
+    """Owns the draft model and its KV cache. DraftSteps runs it after each step of the target."""
 
     def __init__(self, draft: Eagle3Draft, num_tokens: int, num_pages: int, page_size: int, max_model_len: int):
         self.draft = draft
@@ -81,11 +79,11 @@ class EagleDrafter:
     # What the engine asks ----------------------------------------------------------------------------------------
 
     def propose(self, request: Request, num_tokens: int) -> list[int]:
-        """The chain that the last step left, if it goes on from the request's newest token."""
-        chain, request.drafter_state = request.drafter_state, None
-        if chain is None or chain.num_tokens != len(request.tokens):
+        """The draft tokens that the last step left, if they go on from the request's newest token."""
+        left, request.drafter_state = request.drafter_state, None
+        if left is None or left.num_tokens != len(request.tokens):
             return []
-        return chain.drafts[:num_tokens]
+        return left.drafts[:num_tokens]
 
     def finished(self, request: Request) -> None:
         """Nothing is learned from it."""
@@ -123,7 +121,7 @@ class EagleDrafter:
 
     # What follows a step of the target -----------------------------------------------------------------------------
 
-    def follow(
+    def compute(
         self,
         aux: torch.Tensor,
         next_tokens: torch.Tensor,
@@ -138,15 +136,15 @@ class EagleDrafter:
         attend = self._attend(positions, kv_slots, parts)
         return self.draft.layer(self.draft.combine(aux), next_tokens, attend)
 
-    def chain(
+    def draft_next(
         self,
         normed: torch.Tensor,
         feedback: torch.Tensor,
-        rows: DrawnRows,
+        rows: SampledRows,
         page_table: torch.Tensor,
         decode_part: DecodePart,
     ) -> torch.Tensor:
-        """Drafts [B, num_tokens] for the positions after each request's newest token. normed, feedback: the D rows'."""
+        """Drafts [B, num_tokens] for the positions after each request's newest token. normed, feedback: [R, H]."""
         last = rows.first + self._num_accepted(rows)
         normed, feedback, position = normed[last], feedback[last], rows.positions[last]
         drafts = []
@@ -157,20 +155,20 @@ class EagleDrafter:
                 part = decode_part(rows.slots, at)
                 attend = self._attend(at, self._kv_slots(rows, position, page_table), (part,))
                 normed, feedback = self.draft.layer(feedback, drafts[-1], attend)
-            drafts.append(self._draw(normed, rows, position + 2))
+            drafts.append(self._sample(normed, rows, position + 2))
         return torch.stack(drafts, dim=1)
 
-    def _num_accepted(self, rows: DrawnRows) -> torch.Tensor:
+    def _num_accepted(self, rows: SampledRows) -> torch.Tensor:
         """[B], as `verification.num_valid` counts them on the host, less one."""
         place = torch.arange(self.num_tokens, dtype=torch.int64, device=rows.first.device)
-        drawn = rows.first[:, None] + place
+        row = rows.first[:, None] + place
         is_draft = place < rows.num_drafts[:, None]
-        drafted = (drawn + 1).clamp(max=len(rows.tokens) - 1)
-        drawn = drawn.clamp(max=len(rows.tokens) - 1)
-        holds = is_draft & (rows.draws[drawn] == rows.tokens[drafted])
+        drafted = (row + 1).clamp(max=len(rows.tokens) - 1)
+        row = row.clamp(max=len(rows.tokens) - 1)
+        holds = is_draft & (rows.sampled[row] == rows.tokens[drafted])
         return holds.to(torch.int64).cumprod(1).sum(1)
 
-    def _draw(self, normed: torch.Tensor, rows: DrawnRows, positions: torch.Tensor) -> torch.Tensor:
+    def _sample(self, normed: torch.Tensor, rows: SampledRows, positions: torch.Tensor) -> torch.Tensor:
         """The target's rule over the draft's tokens, with the noise of their ids in the target's vocabulary."""
         scores = self.draft.logits(normed).float()
         noise = gumbel_noise(rows.seeds, positions, self.draft.config.vocab_size)[:, self.draft.token_map]
@@ -178,7 +176,7 @@ class EagleDrafter:
         noisy = scores / torch.where(is_greedy, 1.0, rows.temperatures)[:, None] + noise
         return self.draft.target_ids(torch.where(is_greedy[:, None], scores, noisy).argmax(-1))
 
-    def _kv_slots(self, rows: DrawnRows, position: torch.Tensor, page_table: torch.Tensor) -> torch.Tensor:
+    def _kv_slots(self, rows: SampledRows, position: torch.Tensor, page_table: torch.Tensor) -> torch.Tensor:
         """Where the keys of a position go: nowhere (-1) behind the pages that the request has."""
         page = position.clamp(max=self.max_position) // self.page_size
         slots = page_table[rows.slots.clamp(min=0), page].long() * self.page_size + position % self.page_size
@@ -216,6 +214,4 @@ class EagleDrafter:
         """Not the target's, whose KV heads and windows may be others."""
         if part.max_queries is None or part.kv_lens.device.type == "cpu":
             return None
-        max_items = MAX_CHAIN_ITEMS if part.max_queries == 1 else MAX_VERIFY_ITEMS
-        num_kv_heads = self.draft.config.num_kv_heads
-        return plan_attention(part.kv_lens, part.cu_seqlens_q, num_kv_heads, max_items, part.max_queries)
+        return plan_few_rows(part.kv_lens, part.cu_seqlens_q, self.draft.config.num_kv_heads, part.max_queries)

@@ -9,7 +9,7 @@ from lockstep.engine.request import Request
 # Weight of the newest in the running means.
 STEP_WEIGHT = 0.1
 REQUEST_WEIGHT = 0.15
-# The first steps of a kind compile kernels and capture graphs: they say nothing about its speed.
+# The first steps of a kind compile kernels and make graphs: they say nothing about its speed.
 WARM_UP_STEPS = 3
 # Steps of a kind before it is judged, how often the slower kind is tried again, and for how many steps.
 MEASURED_STEPS = 8

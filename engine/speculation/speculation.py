@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lockstep.engine.request import Request
-from lockstep.engine.scheduling.scheduler import StepBatch
+from lockstep.engine.scheduling.step_batch import StepBatch
 from lockstep.engine.speculation.drafter import Drafter
 from lockstep.engine.speculation.policy import SpeculationPolicy
 from lockstep.engine.speculation.verification import Verified
@@ -41,7 +41,7 @@ class Speculation:
         for request in running:
             if _decodes(request) and self.policy.allows(request):
                 assert not request.num_pending, f"request {request.request_id}: its newest token is not known yet"
-                room = min(self.num_tokens, request.max_tokens - len(request.tokens) - 1)  # the next draw is one more
+                room = min(self.num_tokens, request.max_tokens - len(request.tokens) - 1)  # the next sample is one more
                 if room > 0:
                     request.drafts = self._known_tokens(self.drafter.propose(request, room)[:room])
 
@@ -68,7 +68,7 @@ class Speculation:
             self.policy.record_step(len(batch.chunks), is_due, num_tokens, seconds)
 
     def stats(self) -> dict[str, float | int]:
-        """Sums since the start. drafted_at_1, accepted_at_1, ...: by place in the chain.
+        """Sums since the start. drafted_at_1, accepted_at_1, ...: by place among a request's drafts.
 
         A request counts as one verify step each time that it has drafts.
         """

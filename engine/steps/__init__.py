@@ -1,1 +1,1 @@
-"""How a step is computed: layout, graphs, sampling, capture of hidden states."""
+"""How a step is computed: layout, graphs or eager launches, sampling, drafts, results; capture of hidden states."""

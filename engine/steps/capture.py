@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lockstep.engine.request import Request
-from lockstep.engine.scheduling.scheduler import Chunk
+from lockstep.engine.scheduling.step_batch import Chunk
 from lockstep.engine.steps.transfer import to_device, to_host
 
 
@@ -87,7 +87,7 @@ class Capture:
             Path(config.directory).mkdir(parents=True, exist_ok=True)
 
     def choose(self, request: Request) -> None:
-        """Marks a request that waits to be added to the scheduler, if it is one to capture."""
+        """Marks a request that has not run yet, if it is one to capture."""
         if request.seed % self.config.every == 0:
             request.states = []
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from lockstep.engine.foreign_files import has_file
-from lockstep.engine.request import Request
+from lockstep.engine.request import Request, failure_of
 from lockstep.engine.text.detokenizer import Detokenizer, decode_text, special_ids, unseen_ids
 from lockstep.engine.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -28,13 +28,17 @@ class RequestText:
         return Detokenizer(self.tokenizer, request.params.stop, self._unseen_ids(request))
 
     def of(self, request: Request) -> str | None:
-        """The text of what was generated; None without a tokenizer. Raises what the tokenizer raises."""
+        """The text of what was generated. None without a tokenizer, and where it fails: that is the request's error."""
         if self.tokenizer is None:
             return None
-        if request.detokenizer is not None:
-            return request.detokenizer.cut(request.output_ids)
-        unseen = self._unseen_ids(request)
-        return decode_text(self.tokenizer, request.output_ids, skip_special_tokens=False, unseen=unseen)
+        try:
+            if request.detokenizer is not None:
+                return request.detokenizer.cut(request.output_ids)
+            unseen = self._unseen_ids(request)
+            return decode_text(self.tokenizer, request.output_ids, skip_special_tokens=False, unseen=unseen)
+        except Exception as error:
+            request.failure = request.failure or failure_of(request, error)
+            return None
 
     def _unseen_ids(self, request: Request) -> frozenset[int]:
         end_ids = (*request.params.stop_token_ids, *self._eos_token_ids)

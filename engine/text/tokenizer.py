@@ -77,7 +77,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     with _refusals(directory):
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     _check_growth(directory, tokenizer)
-    check_patterns(str(directory), tokenizer)
+    check_patterns(str(directory), getattr(tokenizer, "backend_tokenizer", None))
     with _refusals(directory):
         _try_out(tokenizer)
     return tokenizer

@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 DEADLINE_S = 10.0
 MEMORY_BYTES = 2**30
 _PROGRAM = Path(__file__).with_name("tokenizer_probe_process.py")
@@ -24,9 +22,11 @@ _OPERATORS = "()[]{}|+*?.^$\\ \n\t"
 _MAX_WORDS = 400
 
 
-def check_patterns(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError where the tokenizer's regular expressions fail, or take longer than DEADLINE_S."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+def check_patterns(name: str, backend: Any) -> None:
+    """Raises ValueError where a tokenizer's regular expressions fail, or take longer than DEADLINE_S.
+
+    backend: of the library `tokenizers`, or None.
+    """
     found = {part: getattr(backend, part, None) for part in _PARTS}
     parts = {part: json.loads(value.__getstate__()) for part, value in found.items() if value is not None}
     patterns = [pattern for part in parts.values() for pattern in _patterns(part)]

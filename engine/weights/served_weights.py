@@ -70,7 +70,7 @@ class OwnWeights(ServedWeights):
     """Weights of an engine's own, in memory that nobody else writes to.
 
     encoders: by the name of a whole tensor, what makes the parts that are served of it; see staging.stage.
-    wholes: tensors without contents, of the shapes and dtypes of these wholes, for `room` to hold.
+    wholes: tensors without contents, of the shapes and dtypes of these wholes.
     """
 
     def __init__(
@@ -82,12 +82,12 @@ class OwnWeights(ServedWeights):
     ):
         self.targets = targets
         self.version = version
-        self._encoders = encoders or {}
+        self._encoders, self._wholes = encoders or {}, wholes or {}
         self._device = next(iter(targets.values())).device
-        self._room = UpdateRoom(targets, self._device, wholes)
+        self._room = UpdateRoom(targets, self._device, self._wholes)
 
     def stage(self, named_tensors: NamedTensors, partial: bool = False) -> Staged:
-        return stage(named_tensors, self.targets, self._encoders, partial)
+        return stage(named_tensors, self.targets, self._encoders, partial, self._wholes)
 
     def flip(self, staged: Staged, version: int) -> Callable[[], UpdateReport]:
         laps = Laps(self._device)

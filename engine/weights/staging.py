@@ -40,19 +40,24 @@ def stage(
     targets: Mapping[str, torch.Tensor],
     encoders: Mapping[str, Encoder] | None = None,
     partial: bool = False,
+    wholes: Mapping[str, torch.Tensor] | None = None,
 ) -> Staged:
     """Reads an update to its end and checks it against the serving tensors, which stay untouched.
 
     encoders: by the name of a whole tensor. The update brings the whole, which is encoded as it arrives, or all of its
-    parts; a tensor of the name, shape and dtype of a served one is a part.
+    parts; a tensor of the name, shape and dtype of a served one is a part, unless the whole is like that too.
+    wholes: of these names, the shape and dtype of the wholes that may come.
     partial: what it lacks stays as it is served, but for parts of one whole: they come together.
     Raises ValueError that names the tensor: unknown, sent twice, missing, of another shape or dtype.
     """
-    encoders = encoders or {}
+    encoders, wholes = encoders or {}, wholes or {}
     staged = Staged()
     for name, tensor in named_tensors:
         tensor = tensor.detach()
-        if name in encoders and not (name in targets and _fits(tensor, targets[name])):
+        is_part = name in targets and _fits(tensor, targets[name])
+        if name in encoders and (not is_part or (name in wholes and _fits(tensor, wholes[name]))):
+            if name in wholes:
+                _check_fits(name, tensor, wholes[name])
             _encode(name, tensor, encoders[name], targets, staged)
         else:
             _add(name, tensor, targets, staged)
@@ -77,12 +82,15 @@ def _add(name: str, tensor: torch.Tensor, targets: Mapping[str, torch.Tensor], s
         raise ValueError(f"weight update holds an unknown tensor {name!r}")
     if name in staged.parts:
         raise ValueError(f"weight update holds tensor {name!r} twice")
-    target = targets[name]
+    _check_fits(name, tensor, targets[name])
+    staged.parts[name] = tensor
+
+
+def _check_fits(name: str, tensor: torch.Tensor, target: torch.Tensor) -> None:
     if tensor.shape != target.shape:
         raise ValueError(f"weight update of {name!r} has shape {tuple(tensor.shape)}, expected {tuple(target.shape)}")
     if tensor.dtype != target.dtype:
         raise ValueError(f"weight update of {name!r} has dtype {tensor.dtype}, expected {target.dtype}")
-    staged.parts[name] = tensor
 
 
 def _encode(

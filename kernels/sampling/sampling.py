@@ -71,8 +71,6 @@ def sample_with_log_probs(
     seeds: torch.Tensor,
     positions: torch.Tensor,
     truncates: bool = True,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
-    out_rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens, log-probs) of one draw per row, on a GPU in one pass over the logits.
 
@@ -80,28 +78,13 @@ def sample_with_log_probs(
         return tokens, token_log_probs(logits, tokens, temperature)          the same bits; NaN for token -1
 
     truncates: False promises that no row asks for top-k, top-p or min-p, and saves the search for their borders.
-    out: int64 and fp32 tensors to write to, which are returned; out_rows: int64 [B], where each row's result goes in
-    them, -1 for nowhere. Without out_rows, row b goes to out[b]. For CUDA graphs: nothing waits for the host.
-
     The rest is as in `sample` and `token_log_probs`.
     """
     _check(logits, temperature, top_k, top_p, min_p, seeds, positions)
-    if out_rows is not None and (out is None or out_rows.shape != seeds.shape or out_rows.dtype != torch.int64):
-        raise ValueError(f"out_rows must be int64 [{seeds.shape[0]}] and come with out")
     if logits.device.type == "cuda":
-        return _sample_triton(
-            logits, temperature, top_k, top_p, min_p, seeds, positions, truncates, out=out, out_rows=out_rows
-        )
+        return _sample_triton(logits, temperature, top_k, top_p, min_p, seeds, positions, truncates)
     tokens = _sample_cpu(logits, temperature, top_k, top_p, min_p, seeds, positions)
-    results = tokens, token_log_probs(logits, tokens, temperature)
-    if out is None:
-        return results
-    for target, result in zip(out, results, strict=True):
-        if out_rows is None:
-            target[: len(result)] = result
-        else:
-            target[out_rows[out_rows >= 0]] = result[out_rows >= 0]
-    return out
+    return tokens, token_log_probs(logits, tokens, temperature)
 
 
 def _check(logits: torch.Tensor, *parameters: torch.Tensor) -> None:
@@ -345,11 +328,10 @@ def _better(score, token, new_score, new_token):
 
 @triton.jit
 def _choose_kernel(
-    logits, temperature, maxima, sums, weighted, best_scores, best_tokens, tokens_out, logprobs_out, out_rows,
-    vocab_size, num_chunks, CHUNKS: tl.constexpr, HAS_OUT_ROWS: tl.constexpr,
+    logits, temperature, maxima, sums, weighted, best_scores, best_tokens, tokens_out, logprobs_out,
+    vocab_size, num_chunks, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    out_row = tl.load(out_rows + row) if HAS_OUT_ROWS else row
     divisor = tl.load(temperature + row)
     divisor = tl.where(divisor == 0.0, 1.0, divisor)
     first, chunks = row * num_chunks, tl.arange(0, CHUNKS)
@@ -360,8 +342,8 @@ def _choose_kernel(
     token = tl.where(score > -float("inf"), token, -1)
     largest, total, _ = fold_chunks(maxima + first, sums + first, weighted + first, chunks, num_chunks)
     logprob = log_prob_of(logits + row * vocab_size, token, vocab_size, divisor, largest, tl.log(total))
-    tl.store(tokens_out + out_row, token, mask=out_row >= 0)
-    tl.store(logprobs_out + out_row, logprob, mask=out_row >= 0)
+    tl.store(tokens_out + row, token)
+    tl.store(logprobs_out + row, logprob)
 
 
 def _sample_triton(
@@ -373,19 +355,13 @@ def _sample_triton(
     seeds: torch.Tensor,
     positions: torch.Tensor,
     truncates: bool = True,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
-    out_rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """sample_with_log_probs on a GPU, without a synchronisation."""
     num_rows, vocab_size = logits.shape
     logits = logits.contiguous()
     device = logits.device
-    if out is None:
-        out = (
-            torch.empty(num_rows, dtype=torch.int64, device=device),
-            torch.empty(num_rows, dtype=torch.float32, device=device),
-        )
-    tokens, logprobs = out
+    tokens = torch.empty(num_rows, dtype=torch.int64, device=device)
+    logprobs = torch.empty(num_rows, dtype=torch.float32, device=device)
     if num_rows == 0:
         return tokens, logprobs
     lowest = lowest_allowed_triton(logits, temperature, top_k, top_p, min_p) if truncates else temperature
@@ -397,8 +373,7 @@ def _sample_triton(
         TRUNCATES=truncates, BLOCKS=BLOCKS, LANES=NOISE_LANES, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     _choose_kernel[(num_rows,)](
-        logits, temperature, *chunks, best_tokens, tokens, logprobs, temperature if out_rows is None else out_rows,
-        vocab_size, num_chunks, CHUNKS=triton.next_power_of_2(num_chunks), HAS_OUT_ROWS=out_rows is not None,
-        num_warps=1, enable_fp_fusion=False,
+        logits, temperature, *chunks, best_tokens, tokens, logprobs,
+        vocab_size, num_chunks, CHUNKS=triton.next_power_of_2(num_chunks), num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
     return tokens, logprobs

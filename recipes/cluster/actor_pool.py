@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from lockstep.recipes.cluster.config import ClusterConfig
+from lockstep.recipes.cluster.config import RayClusterConfig
 
 
 class ActorPool:
@@ -23,7 +23,7 @@ class ActorPool:
         size: int,
         start: Callable[[int], Any],
         readiness: Callable[[Any], Any],
-        cluster: ClusterConfig,
+        cluster: RayClusterConfig,
         title: str,
         needs: str,
         failure: type[Exception],

@@ -21,11 +21,6 @@ class ClusterConfig:
 
     kind: Literal["local", "ray"] = "local"
 
-    # Of a cluster that is this process.
-    num_engines: ClassVar[int] = 1
-    trainer_ranks: ClassVar[int] = 1
-    address: ClassVar[str | None] = None
-
     def __new__(cls, *arguments: Any, **options: Any) -> ClusterConfig:
         return CLUSTER_CONFIGS.new(cls, arguments, options)
 
@@ -35,7 +30,11 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class LocalClusterConfig(ClusterConfig):
-    """No options."""
+    """No options: it is this process."""
+
+    num_engines: ClassVar[int] = 1
+    trainer_ranks: ClassVar[int] = 1
+    address: ClassVar[str | None] = None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from lockstep.engine import EngineConfig
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.models.names import itemsizes
 from lockstep.recipes.cluster.actors import TransferSession
-from lockstep.recipes.cluster.config import ClusterConfig, check_cluster
+from lockstep.recipes.cluster.config import RayClusterConfig, check_cluster
 from lockstep.recipes.cluster.ray_session import RaySession
 from lockstep.recipes.cluster.remote_engines import RemoteEngines
 from lockstep.recipes.cluster.remote_rewards import RemoteRewards
@@ -40,7 +40,7 @@ class RayCluster:
     """`trainer`, `engine`, `rewards` and `publish`, as LocalCluster has them. Use as a context manager."""
 
     def __init__(
-        self, config: ClusterConfig, trainer: TrainerConfig, engine: EngineConfig, seed: int, num_threads: int | None
+        self, config: RayClusterConfig, trainer: TrainerConfig, engine: EngineConfig, seed: int, num_threads: int | None
     ):
         check_cluster(config, trainer, engine)
         self._config = config
@@ -259,7 +259,7 @@ class RayCluster:
         self._session.close()
 
 
-def _reserve(config: ClusterConfig) -> Any:
+def _reserve(config: RayClusterConfig) -> Any:
     """A bundle for each engine, one for each of the trainer's ranks that shares none, for each reward worker, for each
     teacher, in this order."""
     bundles = [{"CPU": config.engine_cpus, "GPU": config.engine_gpus} for _ in range(config.num_engines)]

@@ -22,7 +22,7 @@ import psutil
 import ray
 
 from lockstep.engine.owned_folder import OwnedFolder
-from lockstep.recipes.cluster.config import ClusterConfig
+from lockstep.recipes.cluster.config import RayClusterConfig
 
 _LOG = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class RaySession:
     Raises ValueError for an address at which no cluster answers.
     """
 
-    def __init__(self, config: ClusterConfig):
+    def __init__(self, config: RayClusterConfig):
         self.directory: Path | None = None
         self._is_ours = not ray.is_initialized()
         self._folder: OwnedFolder | None = None

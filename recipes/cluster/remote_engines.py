@@ -22,7 +22,7 @@ from lockstep.engine.request import one_per_prompt
 from lockstep.engine.spread import spread
 from lockstep.recipes.cluster.actor_pool import ActorPool
 from lockstep.recipes.cluster.actors import EngineActor
-from lockstep.recipes.cluster.config import ClusterConfig
+from lockstep.recipes.cluster.config import RayClusterConfig
 
 _HEALTH_S = 10.0  # a health check's own deadline, beside the engine's work
 _POLL_S = 1.0
@@ -37,7 +37,7 @@ class RemoteEngines(Generator):
 
     def __init__(
         self,
-        cluster: ClusterConfig,
+        cluster: RayClusterConfig,
         config: EngineConfig,
         seed: int,
         num_threads: int | None,

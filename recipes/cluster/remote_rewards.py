@@ -11,7 +11,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from lockstep.recipes.cluster.actor_pool import ActorPool
 from lockstep.recipes.cluster.actors import RewardActor
-from lockstep.recipes.cluster.config import ClusterConfig
+from lockstep.recipes.cluster.config import RayClusterConfig
 from lockstep.recipes.runs.run_inputs import with_absolute_paths
 from lockstep.rollout.rewards import Completion, Reward
 from lockstep.rollout.tasks.problem import Task
@@ -28,7 +28,7 @@ class RemoteRewards:
     A worker that dies, or gives no answer in time, is replaced, and its share is scored again.
     """
 
-    def __init__(self, cluster: ClusterConfig, seed: int, num_threads: int | None, start: Callable[..., Any]):
+    def __init__(self, cluster: RayClusterConfig, seed: int, num_threads: int | None, start: Callable[..., Any]):
         def start_worker(number: int) -> Any:
             bundle = cluster.reward_bundles()[number]
             return start(RewardActor, bundle, cluster.reward_cpus, cluster.reward_gpus).remote(seed, num_threads)

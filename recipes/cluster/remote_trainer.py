@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from lockstep.recipes.cluster.actors import TrainerActor, TransferSession
-from lockstep.recipes.cluster.config import ClusterConfig
+from lockstep.recipes.cluster.config import RayClusterConfig
 from lockstep.recipes.cluster.remote_engines import RemoteEngines
 from lockstep.trainer_bridge import TrainerConfig
 
@@ -27,7 +27,7 @@ class RemoteTrainer:
 
     def __init__(
         self,
-        cluster: ClusterConfig,
+        cluster: RayClusterConfig,
         config: TrainerConfig,
         seed: int,
         num_threads: int | None,

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lockstep.engine import Engine
+from lockstep.engine import Engine, Generator
 from lockstep.engine.files import check_writable, write_whole
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.text.detokenizer import decode_text
@@ -72,8 +72,8 @@ def run(config: EvalConfig) -> dict[str, dict[str, Any]]:
 
 
 def evaluate_tasks(
-    engine: Engine,
-    tokenizer,
+    engine: Generator,
+    tokenizer: Tokenizer,
     tasks: Mapping[str, Task],
     reward: Any,
     rewards: LocalRewards,

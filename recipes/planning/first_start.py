@@ -55,23 +55,24 @@ def settled(config: Config) -> Config:
     """
     if config.push_to_hub is not None:
         hub.check_repo(config.push_to_hub, "push_to_hub")
-    stored = None if config.overwrite else read_run(config.directory)
-    date = config.chat.date or _at(stored or {}, "chat.date")
-    if date is None and stored is None:
+    run = None if config.overwrite else read_run(config.directory)
+    stored = run or {}
+    date = config.chat.date or _at(stored, "chat.date")
+    if date is None and run is None:
         date = datetime.date.today().isoformat()
     config = replace(config, chat=replace(config.chat, date=date))
     for key in _MODELS:
         name = _value(config, key)
         if name is not None:
-            config = _with_value(config, key, _pinned(name, _at(stored or {}, key), hub.TOKENIZER_AND_CONFIG))
+            config = _with_value(config, key, _pinned(name, _at(stored, key), hub.TOKENIZER_AND_CONFIG))
     is_new = made_from_nothing(config.model.path)
-    config = replace(config, task=settled_task(config.task, is_new, _at(stored or {}, "task")))
+    config = replace(config, task=settled_task(config.task, is_new, _at(stored, "task")))
     if (further := getattr(config, "evaluation_tasks", None)) is not None:
-        before = _at(stored or {}, "evaluation_tasks") or {}
+        before = _at(stored, "evaluation_tasks") or {}
         tasks = {name: settled_task(task, is_new, before.get(name)) for name, task in further.items()}
         config = replace(config, evaluation_tasks=tasks)
     if (reward := getattr(config, "reward", None)) is not None:
-        config = replace(config, reward=_settled_reward(reward, _at(stored or {}, "reward"), date))
+        config = replace(config, reward=_settled_reward(reward, _at(stored, "reward"), date))
     return config
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from lockstep.engine.files import whole_folder
 from lockstep.recipes.runs.config import ModelShape
@@ -16,6 +16,8 @@ def new_model(path: Path, shape: ModelShape, seed: int, tokenizer: PreTrainedTok
 
     The directory appears whole or not at all. Raises ValueError if no vocabulary size is known.
     """
+    from transformers import Qwen3ForCausalLM  # here and not above: it takes a second, and most runs are given a model
+
     config = new_config(shape, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

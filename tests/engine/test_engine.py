@@ -27,6 +27,11 @@ def engine(path):
     return Engine(EngineConfig(model=path, max_model_len=200))
 
 
+def test_an_engine_has_few_attributes(engine):
+    """What it counts, samples from, stores and serves has owners of its own."""
+    assert len(vars(engine)) <= 20, sorted(vars(engine))
+
+
 def test_greedy_generation_is_that_of_transformers(tmp_path):
     model = make_hf_model(tmp_path, "llama", seed=2)
     prompt = [5, 6, 7, 8]
@@ -53,13 +58,14 @@ def test_outputs_are_in_the_order_of_prompts_and_samples(engine):
 def test_generate_starts_the_longest_first_and_keeps_the_order(path):
     engine = Engine(EngineConfig(model=path, max_running_requests=1))
     started = []
-    start = engine.scheduler._start
+    admission = engine.scheduler._admission
+    start = admission._start
 
     def record(request, length):
         started.append(request.params.max_tokens)
         start(request, length)
 
-    engine.scheduler._start = record
+    admission._start = record
     lengths = [3, 9, 5, 9]
     params = [SamplingParams(max_tokens=length, ignore_eos=True) for length in lengths]
     outputs = engine.generate([[1 + i] for i in range(4)], params)

@@ -5,6 +5,9 @@ import torch
 from models import make_hf_model
 
 from lockstep.engine import Engine, EngineConfig, ReplicatedEngine, SamplingParams
+from lockstep.engine.memory.kv_memory import KVMemory
+from lockstep.engine.request import Request
+from lockstep.engine.scheduling.scheduler import Scheduler
 
 SETTINGS = {"max_model_len": 100, "page_size": 4, "kv_cache_tokens": 400}
 PROMPTS = [[1, 2, 3] * 7, [4, 5], [6] * 30, [7, 8, 9]]
@@ -95,3 +98,51 @@ def test_replicas_that_could_differ_are_all_shut_down(paths, monkeypatch):
 def test_no_replicas_are_refused(paths):
     with pytest.raises(ValueError, match="num_replicas must be at least 1, got 0"):
         ReplicatedEngine(EngineConfig(model=paths[0]), num_replicas=0)
+
+
+def test_a_replica_that_raises_takes_no_results_of_the_others_along(paths, monkeypatch):
+    engine = ReplicatedEngine(EngineConfig(model=paths[0], **SETTINGS), num_replicas=2)
+    first, second = engine.submit([[1] * 9, [2] * 9], SamplingParams(max_tokens=3, ignore_eos=True))
+    step = engine.engines[1].step
+
+    def fails():
+        raise ConnectionError("gone for a moment")
+
+    monkeypatch.setattr(engine.engines[1], "step", fails)
+    with pytest.raises(ConnectionError):
+        engine.step()
+    monkeypatch.setattr(engine.engines[1], "step", step)
+    assert engine.step() == [first, first, second]
+    for request in (first, second):
+        engine.abort(request)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_of_requests_with_one_id_none_is_taken(paths, num_replicas):
+    engine = ReplicatedEngine(EngineConfig(model=paths[0], **SETTINGS), num_replicas)
+    penalised = SamplingParams(max_tokens=2, presence_penalty=0.5)
+    requests = [Request(0, [3, 4, 5], penalised) for _ in range(3)]  # as of three engines; two meet in a replica
+    with pytest.raises(ValueError, match="request id 0 is in use"):
+        engine.queue(requests)
+    assert not any(replica.scheduler.has_work or replica.editing for replica in engine.engines)
+    engine.queue(requests[:1])
+    while requests[0].finish_reason is None:
+        engine.step()
+
+
+def test_a_request_is_checked_once(paths, monkeypatch):
+    engine = Engine(EngineConfig(model=paths[0], **SETTINGS))
+    checked, check = [], engine.scheduler.check
+    monkeypatch.setattr(engine.scheduler, "check", lambda request: (checked.append(request), check(request)))
+    engine.generate([[3, 4, 5], [1, 2], [3]], SamplingParams(max_tokens=2))
+    assert len(checked) == 3
+
+
+def test_replicas_take_what_the_smallest_can_serve(paths):
+    engine = ReplicatedEngine(EngineConfig(model=paths[0], **SETTINGS), 2)
+    small = engine.engines[1]
+    small.memory = KVMemory(12, page_size=4)
+    small.scheduler = Scheduler(small.scheduler.config, small.memory)
+    with pytest.raises(ValueError, match=r"prompt 0: .* 49 tokens, 13 pages of 4, but the pool has 12 pages"):
+        engine.prepare([[1] * 40], SamplingParams(max_tokens=10))
+    assert engine.prepare([[1] * 40], SamplingParams(max_tokens=9))

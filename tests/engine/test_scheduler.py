@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from lockstep.engine.memory.page_pool import PagePool
-from lockstep.engine.memory.radix_cache import RadixCache
+from lockstep.engine.memory.kv_memory import KVMemory
 from lockstep.engine.request import Request, SamplingParams
-from lockstep.engine.scheduling.scheduler import Chunk, Scheduler, SchedulerConfig, StepBatch
+from lockstep.engine.scheduling.scheduler import Scheduler, SchedulerConfig
+from lockstep.engine.scheduling.step_batch import Chunk, StepBatch
 
 NOTHING = 0  # the content of a KV slot before position 0, and of a slot that was freed
 
@@ -24,9 +24,9 @@ class World:
         self, num_pages: int, page_size: int, max_running: int, budget: int, max_model_len: int, caching: bool
     ):
         self.config = SchedulerConfig(max_running, budget, page_size, max_model_len, caching)
-        self.pool = PagePool(num_pages)
-        self.cache = RadixCache(self.pool, page_size)
-        self.scheduler = Scheduler(self.config, self.pool, self.cache)
+        self.memory = KVMemory(num_pages, page_size, caching)
+        self.pool, self.cache = self.memory._pool, self.memory._cache
+        self.scheduler = Scheduler(self.config, self.memory)
         self.content = [[NOTHING] * page_size for _ in range(num_pages)]
         self.table = [[-1] * num_pages for _ in range(max_running)]
         self.seen: dict[Request, tuple[int, list[int]]] = {}  # num_preemptions, KV of the request's positions
@@ -38,7 +38,8 @@ class World:
         request = Request(
             request_id=len(self.seen), prompt_ids=tokens, params=SamplingParams(max_tokens), seed=seed, kind=kind
         )
-        self.scheduler.add(request)
+        self.scheduler.check(request)
+        self.scheduler.add([request])
         self.seen[request] = (0, [])
         self.live.append(request)
         return request
@@ -365,7 +366,7 @@ def test_impossible_requests_are_refused_with_numbers():
     world.add([1] * 10, 7)
     world.add([1] * 16, 1, kind="score")
     with pytest.raises(ValueError, match="request id 1 is in use"):
-        world.scheduler.add(Request(request_id=1, prompt_ids=[1], params=SamplingParams()))
+        world.scheduler.add([Request(request_id=1, prompt_ids=[1], params=SamplingParams())])
     world.run_to_end()
 
 

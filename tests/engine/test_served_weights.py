@@ -118,7 +118,7 @@ REFUSED = {
     "shape": (lambda w: w.update({"norm.weight": MATRIX}), True, r"'norm.weight' has shape \(8, 4\), expected \(4,\)"),
     "dtype": (lambda w: w.update({"norm.weight": w["norm.weight"].double()}), True, "'norm.weight' has dtype .*64"),
     "whole's shape": (lambda w: w.update({"fc1.weight": MATRIX[:5]}), True, r"'fc1.weight' has shape \(5, 4\)"),
-    "no matrix": (lambda w: w.update({"fc1.weight": MATRIX[0]}), True, "'fc1.weight'.*a matrix is wanted"),
+    "whole's dtype": (lambda w: w.update({"fc1.weight": MATRIX.double()}), True, "'fc1.weight' has dtype .*64, expec"),
     "nothing": (lambda w: w.clear(), True, "holds no tensor"),
 }
 
@@ -135,10 +135,29 @@ def test_a_refused_update_names_the_tensor_and_changes_nothing(case):
     assert weights.version == 0
 
 
+def test_what_an_encoder_cannot_take_is_named():
+    weights = OwnWeights(parts_of(values(1)), ENCODERS)  # nobody says what the wholes are like
+    with pytest.raises(ValueError, match=r"'fc1.weight'.*a matrix is wanted"):
+        update(weights, {**values(2), "fc1.weight": MATRIX[0]})
+    with pytest.raises(ValueError, match=r"'fc1.weight' has shape \(5, 4\)"):
+        update(weights, {**values(2), "fc1.weight": MATRIX[:5]})
+    assert serves(weights, parts_of(values(1)))
+
+
 def test_an_encoder_that_makes_other_parts_than_are_served_is_named():
     weights = OwnWeights(parts_of(values(1)), {**ENCODERS, "fc1.weight": lambda whole: {"fc1.weight": whole}})
     with pytest.raises(ValueError, match=r"'fc1.weight': its encoder makes \['fc1.weight'\]"):
         update(weights, values(2))
+
+
+def test_a_format_whose_part_looks_like_the_whole_encodes_it():
+    """Values that are rounded in place, say: nothing in the tensor tells whether that was done."""
+    parts = {name: tensor.round() for name, tensor in values(1).items()}
+    weights = OwnWeights(parts, {"fc1.weight": lambda whole: {"fc1.weight": whole.round()}}, WHOLES)
+    new = values(2)
+    report = update(weights, new)
+    assert serves(weights, {**new, "fc1.weight": new["fc1.weight"].round()})
+    assert (report["received_checksum"], report["checksum"]) == (checksum(new.items()), weights.checksum())
 
 
 def test_a_whole_that_its_encoder_writes_to_is_hashed_as_it_came():

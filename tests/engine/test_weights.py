@@ -176,6 +176,41 @@ def test_requests_run_on_while_an_update_arrives_and_pause_only_for_the_flip(mod
     assert checksum(engine.weight_targets.items()) == checksum(new.items())
 
 
+@pytest.mark.parametrize("in_slices", [False, True])
+def test_a_partial_update_leaves_the_rest_as_it_is_served(models, in_slices):
+    engine = engine_of(models[0])
+    old, new = weights_of(models[0]), weights_of(models[1])
+    some = {name: tensor for name, tensor in new.items() if "layers.1" in name}
+    generate(engine)
+    if in_slices:
+        update = engine.begin_update(1, partial=True)
+        fill(update, some)
+        report = engine.commit_update(update)
+    else:
+        report = engine.update_weights(some.items(), version=1, partial=True)
+    served = checksum({**old, **some}.items())
+    assert report["checksum"] == engine.checksum() == checksum(engine.weight_targets.items()) == served
+    assert report["received_checksum"] == checksum(some.items())
+    assert report["received"] == {name: report["served"][name] for name in some}
+    mixed = engine_of(models[1])
+    mixed.update_weights({**old, **some}.items(), version=1)
+    after, expected = generate(engine), generate(mixed)
+    assert (after.token_ids, after.logprobs) == (expected.token_ids, expected.logprobs)
+    assert after.num_cached_tokens == 0
+
+
+def test_what_an_update_collects_is_a_result_of_the_next_step(models):
+    engine = engine_of(models[0])
+    engine.overlaps = True  # as on a GPU: a pass is in flight between two steps
+    (request,) = engine.submit([PROMPT], SamplingParams(max_tokens=3, seed=5, ignore_eos=True))
+    while len(request.logprobs) < 2:
+        engine.step()
+    engine.update_weights(weights_of(models[0]).items(), version=1)
+    assert request.finish_reason == "length", "the pass in flight was its last"
+    assert engine.step() == [request]
+    assert engine.step() == []
+
+
 def test_an_incomplete_or_overfull_update_is_refused_and_the_old_version_serves(models):
     engine = engine_of(models[0], enable_prefix_cache=False)
     before = generate(engine)
@@ -219,7 +254,7 @@ def test_an_engine_sleeps_without_kv_memory_takes_weights_and_wakes_to_the_same_
         engine.sleep()
     engine.abort(request)
     engine.sleep()
-    assert engine.runner.kv_caches == []
+    assert engine.runner.target.kv_caches == []
     with pytest.raises(RuntimeError, match="asleep"):
         generate(engine)
     engine.update_weights(weights_of(models[1]).items(), version=1)

@@ -131,9 +131,9 @@ def test_graphs_give_the_drafts_that_eager_steps_give(setup, workload, draft_pat
 
 
 def test_accepting_one_draft_too_many_is_noticed(setup, workload, expected, draft_path, monkeypatch):
-    from lockstep.engine.steps import runner
+    from lockstep.engine.steps import results
 
     num_valid = verification.num_valid
-    monkeypatch.setattr(runner, "num_valid", lambda draws, drafts: min(num_valid(draws, drafts) + 1, len(draws)))
+    monkeypatch.setattr(results, "num_valid", lambda draws, drafts: min(num_valid(draws, drafts) + 1, len(draws)))
     with pytest.raises(AssertionError):
         check(setup, workload, expected, draft_path, 48, num_draft_tokens=4)

@@ -6,7 +6,7 @@ import pytest
 from comparisons import score_differences
 
 from lockstep.engine import Engine, RequestOutput, SamplingParams
-from lockstep.engine.steps import runner
+from lockstep.engine.steps import scores
 from lockstep.trainer_bridge import MegatronTrainer, publish
 from lockstep.trainer_bridge.algorithms.losses import grpo_loss
 from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
@@ -101,7 +101,7 @@ def test_other_log_prob_arithmetic_in_the_engine_is_noticed(setup, monkeypatch):
     def by_log_softmax(logits, tokens, temperature):
         return (logits / temperature[:, None]).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
-    monkeypatch.setattr(runner, "token_log_probs", by_log_softmax)
+    monkeypatch.setattr(scores, "token_log_probs", by_log_softmax)
     trainer = setup.trainer(optimizer="none")
     with setup.engine() as engine:
         tokens = sequences(setup, random.Random(4))

@@ -83,21 +83,6 @@ def test_triton_log_probs_are_those_of_given_tokens():
         assert torch.equal(alone[1], logprobs[row : row + 1])
 
 
-@pytest.mark.parametrize("draw", [sample_with_log_probs, sampling._sample_triton])
-def test_results_go_to_the_given_rows(draw):
-    device = DEVICE if draw is sampling._sample_triton else "cpu"
-    batch = [tensor.to(device) for tensor in plain(torch.randn(3, 40, generator=torch.Generator().manual_seed(3)))]
-    out = torch.full((5,), -7, device=device), torch.full((5,), -7.0, device=device)
-    tokens, logprobs = draw(*batch, False)
-    draw(*batch, False, out, torch.tensor([4, -1, 0], device=device))
-    assert torch.equal(out[0][[4, 0]], tokens[[0, 2]])
-    assert torch.equal(out[1][[4, 0]], logprobs[[0, 2]])
-    assert (out[0][1:4] == -7).all()
-    assert (out[1][1:4] == -7).all()
-    with pytest.raises(ValueError, match="out_rows"):
-        sample_with_log_probs(*batch, False, None, torch.tensor([4, -1, 0], device=device))
-
-
 def test_half_precision_logits_have_the_borders_of_their_fp32_values():
     """Borders are found on the logits' own bits: 16 of them here."""
     batch = make_batch(4, 5000, seed=4)

@@ -146,16 +146,16 @@ def check_case(model, rng):
         if rng.random() < 0.1:  # another draft in the middle of the requests
             swap_draft(engine, is_eagle, requests, rng, truth)
         if rng.random() < 0.05:
-            engine._drain()
+            engine._settle()
             engine.scheduler.preempt_all()
     for request, want in zip(requests, expected, strict=True):
         assert request.output_ids == want.token_ids
         assert request.logprobs == want.logprobs
         assert (request.finish_reason, len(request.weight_versions)) == (want.finish_reason, len(want.token_ids))
         assert 0 <= request.num_accepted <= request.num_drafted
-    engine.pool.check_invariants()
-    engine.cache.reset()
-    assert engine.pool.num_free == engine.pool.num_pages, "pages were lost"
+    engine.memory.check_invariants()
+    engine.memory.reset()
+    assert engine.memory.num_free == engine.memory.num_pages, "pages were lost"
     stats = engine.stats()
     assert stats["accepted_draft_tokens"] == sum(request.num_accepted for request in requests)
     names = ("draft_tokens", "accepted_draft_tokens", "preemptions", "cached_tokens")

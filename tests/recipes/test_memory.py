@@ -71,7 +71,7 @@ def test_an_engines_weights_and_kv_are_counted(model):
     assert items["weights"] == items["room for an update"] == storage_bytes(engine.weight_targets.values())
     assert items["weights"] == 4 * num_parameters(shape)
     assert items["KV cache"] == 640 * kv_bytes_per_token(shape, config)
-    pages = [page for layer in engine.runner.kv_caches for page in layer]
+    pages = [page for layer in engine.runner.target.kv_caches for page in layer]
     assert sum(page.nbytes for page in pages) == items["KV cache"]
 
 

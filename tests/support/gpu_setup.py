@@ -11,7 +11,7 @@ from comparisons import output_differences
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.kernels import numerics
-from lockstep.kernels.linear.linear import linear
+from lockstep.kernels.linear import linear
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 
 # The plainest way of serving: nothing captured, overlapped, shared or cached.

@@ -150,9 +150,7 @@ def pack(
     max_tokens = Whole(1)("max_tokens", max_tokens)
     sequences = [_with_plain_ids(index, sequence) for index, sequence in enumerate(sequences)]
     columns = [_columns(index, sequence) for index, sequence in enumerate(sequences)]
-    for name in _COLUMNS:
-        if len({getattr(sequence, name) is None for sequence in sequences}) > 1:
-            raise ValueError(f"{name} are given for some sequences of the step and missing for others")
+    _check_alike(sequences)
     trained_counts = [sum(map(bool, sequence.loss_mask)) for sequence in sequences]
     if not any(trained_counts):
         raise ValueError("no token of the step is trained on")
@@ -160,17 +158,20 @@ def pack(
     weights = token_weights(aggregation, counts)
     lengths = [len(sequence.token_ids) for sequence in sequences]
     has_advantage = np.array([column["advantages"].any() for column in columns])
-    bins = [
-        members
-        for indices in (np.flatnonzero(has_advantage), np.flatnonzero(~has_advantage))
-        for members in first_fit(lengths, max_tokens, indices.tolist())
-    ]
+    bins = first_fit(lengths, max_tokens, np.flatnonzero(has_advantage).tolist())
+    bins += first_fit(lengths, max_tokens, np.flatnonzero(~has_advantage).tolist())
     return [
         _pack_bin(
             [sequences[i] for i in members], [columns[i] for i in members], [weights[i] for i in members], temperature
         )
         for members in bins
     ]
+
+
+def _check_alike(sequences: Sequence[TrainSequence]) -> None:
+    for name in _COLUMNS:
+        if len({getattr(sequence, name) is None for sequence in sequences}) > 1:
+            raise ValueError(f"{name} are given for some sequences of the step and missing for others")
 
 
 def _with_plain_ids(index: int, sequence: TrainSequence) -> TrainSequence:

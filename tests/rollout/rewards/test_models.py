@@ -61,7 +61,7 @@ def test_a_judge_s_verdict(tokenizer, tmp_path):
 
     def generate(prompts, sampling):
         asked.extend(tokenizer.decode(prompt) for prompt in prompts)
-        return [SimpleNamespace(text=text, error=None) for text in texts]
+        return [SimpleNamespace(text=text, error=None if text else "no number") for text in texts]
 
     class Engines(RewardEngines):
         def engine(self, model, options):
@@ -84,6 +84,10 @@ def test_a_judge_s_verdict(tokenizer, tmp_path):
         ):
             texts[:] = given
             assert grades(COMPLETIONS) == pytest.approx(scores)
+        texts[:] = ["score 7", "", "score 2"]  # a request that failed is no verdict
+        given = build_reward({"j": {**graded, "weight": 1.0}}, None, engines)(COMPLETIONS)
+        assert given == [7.0, 0.0, 2.0]
+        assert "no number" in given[1].reason
 
 
 @pytest.mark.parametrize(
