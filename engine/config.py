@@ -18,6 +18,7 @@ from lockstep.engine.checks import (
     optional,
     path,
     power_of_two,
+    text,
 )
 from lockstep.engine.config_fields import InputPath
 from lockstep.engine.speculation.config import MAX_DRAFT_TOKENS, NGRAM, LayerIds
@@ -120,6 +121,7 @@ _RULES: dict[str, Rule] = {
     "memory_fraction": Real(0.0, 1.0, "in (0, 1]", open_low=True),
     "max_model_len": Whole(1, none=True),
     "row_parallel_splits": power_of_two,
+    "linear_format": text,
     "tp_size": Whole(1),
     "ep_size": Whole(1),
     "rank_timeout_s": SECONDS,

@@ -19,6 +19,7 @@ from lockstep.engine.checks import (
     optional,
     path,
     power_of_two,
+    text,
 )
 from lockstep.engine.config_fields import InputPath
 
@@ -193,6 +194,7 @@ _TRAINER_RULES: dict[str, Rule] = {
     "max_tokens_per_micro_batch": Whole(1),
     "recompute": flag,
     "row_parallel_splits": power_of_two,
+    "linear_format": text,
     "gradient_splits": power_of_two,
     "rank_timeout_s": SECONDS,
 } | dict.fromkeys(

@@ -31,6 +31,7 @@ def check_rl(config: RLConfig) -> None:
     """All but the data, which planning/room.py looks at. Raises ValueError that names the key which is wrong."""
     check_stage(config)
     check_models(config)
+    check_numerics(config)
     check_algorithm(config)
     check_lengths(config)
     if config.cluster.kind == "ray":
@@ -70,6 +71,14 @@ def check_models(config: RLConfig) -> None:
     for key, path in beside.items():
         if path is not None and hub.parse(path) is None and not (Path(path) / "config.json").is_file():
             raise ValueError(f"{key}={path} is no model directory: {missing_config(Path(path))}")
+
+
+def check_numerics(config: RLConfig) -> None:
+    """Raises ValueError for settings with which the engine's bits are not the trainer's."""
+    for key in ("row_parallel_splits", "linear_format"):
+        engine, trainer = getattr(config.engine, key), getattr(config.trainer, key)
+        if engine != trainer:
+            raise ValueError(f"engine.{key}={engine} and trainer.{key}={trainer} must be the same: it changes bits")
 
 
 def check_algorithm(config: RLConfig) -> None:

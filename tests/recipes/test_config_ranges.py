@@ -172,6 +172,8 @@ def plain_value(plain: dict, key: str) -> object:
             "evaluation_tasks.a.reasoning_gym.train",
         ),
         ("rl", "trainer.tensor_parallel_size", 2, "cluster.trainer_ranks=1 is no multiple"),
+        ("rl", "trainer.row_parallel_splits", 4, "engine.row_parallel_splits=1 and trainer.row_parallel_splits=4 must"),
+        ("rl", "engine.linear_format", "int4", "engine.linear_format=int4 and trainer.linear_format=plain must"),
     ],
 )
 def test_a_run_refuses_it_before_there_is_a_directory(stage, key, value, message, tmp_path):
@@ -179,6 +181,7 @@ def test_a_run_refuses_it_before_there_is_a_directory(stage, key, value, message
     plain = with_value(plain, "runs_dir", str(tmp_path / "runs"))
     if key == "trainer.tensor_parallel_size":
         plain = with_value(with_value(plain, "cluster.kind", "ray"), "trainer.row_parallel_splits", 2)
+        plain = with_value(plain, "engine.row_parallel_splits", 2)
     module, _, name = STAGES[stage].run.partition(":")
     run = getattr(importlib.import_module(module), name)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
