@@ -62,7 +62,7 @@ def parse(name: str) -> HubId | None:
 def model_directory(name: str, files: Sequence[str] = MODEL_FILES) -> str:
     """The local directory of a model: the name itself, or the snapshot of a hub id, downloaded where it is not cached.
 
-    Raises ValueError, one line, for an id that is neither in the cache nor to be had.
+    Raises ValueError, one line, for an id that is neither in the cache nor on the hub.
     """
     found = parse(name)
     return name if found is None else str(_snapshot(found, files))

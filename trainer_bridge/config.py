@@ -134,7 +134,7 @@ class TrainerConfig(AdamWConfig):
     expert_parallel_size: of a model with experts: tensor_parallel_size, and those ranks share out the experts of each
         layer, whole; or 1, and each holds all of them. It changes no bit.
     tensor_parallel_size, pipeline_parallel_size, virtual_pipeline_parallel_size: over how many ranks a layer's matrices
-        and the layers are spread, and the model chunks of a rank. The ranks of the world that are left over are data
+        and the layers are split, and the model chunks of a rank. The ranks of the world that are left over are data
         parallel: they share out the micro-batches, and the optimizer's state.
     row_parallel_splits, gradient_splits: orders of summation, see ParallelSizes. They change the bits of log-probs and
         of gradients; the numbers of ranks, which must divide them, change none. The engine's row_parallel_splits must

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from math import prod
 
 from lockstep.engine.models.config import ModelConfig
@@ -147,12 +147,10 @@ def _check_shard(shard: ParameterShard, rank: int) -> None:
         for box, shape in ((piece.whole, shard.whole_shape), (piece.local, shard.local_shape)):
             if len(box) != len(shape) or any(not 0 <= a < b <= n for (a, b), n in zip(box, shape, strict=True)):
                 raise ValueError(f"{where} has [{_format(box)}], which is not in {shape}")
-    for side in ("whole", "local"):
-        boxes = [getattr(piece, side) for piece in shard.pieces]
-        for index, box in enumerate(boxes):
-            for other in boxes[:index]:
-                if _intersection(box, other) is not None:
-                    raise ValueError(f"{where} holds [{_format(box)}] and [{_format(other)}], which overlap")
+    for other, piece in combinations(shard.pieces, 2):
+        for box, other_box in ((piece.whole, other.whole), (piece.local, other.local)):
+            if _intersection(box, other_box) is not None:
+                raise ValueError(f"{where} holds [{_format(box)}] and [{_format(other_box)}], which overlap")
     if sum(volume(piece.local) for piece in shard.pieces) != prod(shard.local_shape):
         raise ValueError(f"{where} does not fill its tensor of shape {shard.local_shape}")
 

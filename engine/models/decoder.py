@@ -13,7 +13,7 @@ from lockstep.engine.models.sharding import shard_config
 from lockstep.engine.ranks.rank_group import RankGroup
 from lockstep.kernels.linear.linear import linear
 from lockstep.kernels.linear.scalar_head import scalar_head
-from lockstep.kernels.memory.embedding import embedding
+from lockstep.kernels.memory.embedding import embedding, embedding_shard
 
 
 class _Embedding(nn.Module):
@@ -144,10 +144,8 @@ class Decoder(nn.Module):
         weight = self.embedding.word_embeddings.weight
         if self.ranks is None:
             return embedding(token_ids, weight)
-        row = token_ids - self.shard.part_of(self.config.vocab_size).start
-        is_elsewhere = (row < 0) | (row >= len(weight))
-        hidden = embedding(row.masked_fill(is_elsewhere, 0), weight).masked_fill_(is_elsewhere[:, None], 0)
-        return self.ranks.sum_disjoint(hidden)
+        first_token = self.shard.part_of(self.config.vocab_size).start
+        return self.ranks.sum_disjoint(embedding_shard(token_ids, weight, first_token))
 
 
 def _matrix(rows: int, factory: ModuleFactory) -> Weights:

@@ -40,11 +40,6 @@ def gather_columns(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return all_gather(tensor, group).transpose(0, 1).reshape(tensor.shape[0], -1)
 
 
-def vocabulary_rows(token_ids: Tensor, first_token: int, num_tokens: int) -> Tensor:
-    """The positions, ascending, of token_ids[T] that lie in [first_token, first_token + num_tokens)."""
-    return ((token_ids >= first_token) & (token_ids < first_token + num_tokens)).nonzero().squeeze(1)
-
-
 def sum_disjoint(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The sum, in place (contiguous), where all ranks but one hold 0 in an element: that one's bits. No gradient."""
     if group is not None and group.size() > 1 and tensor.numel():

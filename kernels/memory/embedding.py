@@ -25,6 +25,24 @@ def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
     return F.embedding(token_ids, weight)
 
 
+def embedding_shard(token_ids: Tensor, weight: Tensor, first_token: int) -> Tensor:
+    """token_ids[T] int64, weight[N, H], the rows of tokens first_token to first_token + N - 1 -> [T, H].
+
+        y[t] = weight[token_ids[t] - first_token] where the shard has that token, else 0
+
+    Differentiable in weight, as `embedding` is. Shapes do not depend on the tokens, so a graph can capture it.
+    """
+    if torch.is_grad_enabled() and weight.requires_grad:
+        return _EmbeddingShard.apply(token_ids, weight, first_token)
+    return _shard_rows(token_ids, weight, first_token)
+
+
+def _shard_rows(token_ids: Tensor, weight: Tensor, first_token: int) -> Tensor:
+    row = token_ids - first_token
+    is_elsewhere = (row < 0) | (row >= len(weight))
+    return F.embedding(row.masked_fill(is_elsewhere, 0), weight).masked_fill_(is_elsewhere[:, None], 0)
+
+
 def embedding_reference(token_ids: Tensor, weight: Tensor) -> Tensor:
     """The formula of `embedding` in plain torch."""
     return weight[token_ids]
@@ -109,5 +127,25 @@ class _Embedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         (token_ids,) = ctx.saved_tensors
-        backward = _embedding_backward_triton if dy.is_cuda else _embedding_backward_cpu
-        return None, backward(token_ids.reshape(-1), dy.reshape(-1, dy.shape[-1]), ctx.vocab_size)
+        return None, _backward(token_ids.reshape(-1), dy.reshape(-1, dy.shape[-1]), ctx.vocab_size)
+
+
+class _EmbeddingShard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, token_ids, weight, first_token):
+        ctx.save_for_backward(token_ids)
+        ctx.first_token, ctx.num_tokens = first_token, weight.shape[0]
+        return _shard_rows(token_ids, weight, first_token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (token_ids,) = ctx.saved_tensors
+        row = token_ids - ctx.first_token
+        here = ((row >= 0) & (row < ctx.num_tokens)).nonzero().squeeze(1)
+        return None, _backward(row[here], dy[here], ctx.num_tokens), None
+
+
+def _backward(token_ids: Tensor, dy: Tensor, vocab_size: int) -> Tensor:
+    backward = _embedding_backward_triton if dy.is_cuda else _embedding_backward_cpu
+    return backward(token_ids, dy, vocab_size)

@@ -17,10 +17,10 @@ class Ragged(NamedTuple):
     offsets: torch.Tensor
 
     @classmethod
-    def from_lists(cls, lists: Sequence[Sequence], dtype: torch.dtype = torch.int64) -> "Ragged":
+    def from_lists(cls, lists: Sequence[Sequence[int]]) -> "Ragged":
         flat = [value for row in lists for value in row]
         offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
-        return cls(torch.tensor(flat, dtype=dtype, device="cpu"), torch.from_numpy(offsets))
+        return cls(torch.tensor(flat, dtype=torch.int64, device="cpu"), torch.from_numpy(offsets))
 
     def to(self, device: torch.device | str) -> "Ragged":
         return Ragged(self.values.to(device), self.offsets.to(device))

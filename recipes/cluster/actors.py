@@ -34,11 +34,11 @@ StoreAddress = Path | tuple[str, int, str]
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """One arrangement of senders (0, 1, ...: the trainer's ranks, or an engine) and, behind them, some engines that
-    receive.
+class TransferSession:
+    """Senders (0, 1, ...: the trainer's ranks, or an engine) and, numbered after them, the engines that receive
+    from them.
 
-    name: of this arrangement, since an engine that was replaced needs a new one. store: of the trainer's first rank.
+    name: of this session; an engine that was replaced needs a new one. store: of the trainer's first rank.
     directory: for updates through files.
     """
 
@@ -94,7 +94,7 @@ class TrainerActor:
         self._rank, self._num_ranks = rank, num_ranks
         self.trainers: list[MegatronTrainer] = []
         self._store: dist.Store | None = None
-        self._meeting: str | None = None
+        self._transfer_session: str | None = None
         self._transport: WeightTransport | None = None
 
     def open_store(self, directory: Path | None) -> StoreAddress:
@@ -138,15 +138,16 @@ class TrainerActor:
         result = getattr(trainer, name)(*arguments)
         return (result if self._rank == 0 else None), trainer.step_count
 
-    def send(self, meeting: Meeting, version: int) -> dict[str, float]:
-        """Joins the meeting if it is a new one, and sends the weights as `version`."""
-        if self._meeting != meeting.name:
-            self._transport = meeting.sender_end(self._rank, self.trainers[0].device, self._store)
-            self._meeting = meeting.name
+    def send(self, session: TransferSession, version: int) -> dict[str, float]:
+        """Joins the transfer session if it is a new one, and sends the weights as `version`."""
+        if self._transfer_session != session.name:
+            self._transport = session.sender_end(self._rank, self.trainers[0].device, self._store)
+            self._transfer_session = session.name
         try:
             return self._transport.send(dict(self.trainers[0].named_weights()), version)
         except OSError:
-            self._transport = self._meeting = None  # closes its connections: no engine waits for this rank any longer
+            # Closes its connections: no engine waits for this rank any longer.
+            self._transport = self._transfer_session = None
             raise
 
 
@@ -181,7 +182,7 @@ class EngineActor:
         launch.set_up_process(seed, num_threads)
         self.engine = Engine(config)
         self._update: WeightUpdate | None = None
-        self._meeting: str | None = None
+        self._transfer_session: str | None = None
         self._transport: WeightTransport | None = None
 
     def identity(self) -> dict[str, Any]:
@@ -197,13 +198,13 @@ class EngineActor:
     def score(self, sequences: Sequence[Sequence[int]], temperature: float) -> list[list[float | None]]:
         return self._run(lambda: self.engine.score(sequences, temperature))
 
-    def receive(self, meeting: Meeting, number: int, version: int) -> dict[str, Any]:
+    def receive(self, session: TransferSession, number: int, version: int) -> dict[str, Any]:
         """Takes the weights of `version` beside those that serve, for `commit`."""
 
         def take() -> dict[str, Any]:
-            if self._meeting != meeting.name:
-                self._transport = meeting.receiver_end(number, torch.device(self.engine.config.device))
-                self._meeting = meeting.name
+            if self._transfer_session != session.name:
+                self._transport = session.receiver_end(number, torch.device(self.engine.config.device))
+                self._transfer_session = session.name
             self._update = self.engine.begin_update(version)
             arrived = self._transport.receive(self._update)
             self._update.check_complete()
@@ -211,15 +212,15 @@ class EngineActor:
 
         return self._run(take)
 
-    def send(self, meeting: Meeting, version: int) -> dict[str, float]:
+    def send(self, session: TransferSession, version: int) -> dict[str, float]:
         """Sends the weights that it serves to another engine, also while it generates (concurrency group "peers")."""
         if self.engine.config.tp_size > 1 or self.engine.weight_version != version:
             raise ValueError(
                 f"an engine of {self.engine.config.tp_size} ranks that serves version {self.engine.weight_version} "
                 f"cannot send version {version}"
             )
-        store = connect(meeting.store, meeting.timeout_s)
-        transport = meeting.sender_end(0, torch.device(self.engine.config.device), store)
+        store = connect(session.store, session.timeout_s)
+        transport = session.sender_end(0, torch.device(self.engine.config.device), store)
         return transport.send(self.engine.weight_targets, version)
 
     def commit(self, inflight: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from lockstep.engine import EngineConfig
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.models.names import itemsizes
-from lockstep.recipes.cluster.actors import Meeting
+from lockstep.recipes.cluster.actors import TransferSession
 from lockstep.recipes.cluster.config import RayClusterConfig, check_cluster
 from lockstep.recipes.cluster.ray_session import RaySession
 from lockstep.recipes.cluster.remote_engines import RemoteEngines
@@ -67,9 +67,9 @@ class RayCluster:
         if config.reward_workers:
             self.rewards = RemoteRewards(config, seed, num_threads, self._start)
         self._version = 0
-        self._meeting: Meeting | None = None
-        self._meeting_engines: list[Any] = []  # the actors: one that was replaced cannot come
-        self._num_meetings = 0
+        self._transfer_session: TransferSession | None = None
+        self._transfer_engines: list[Any] = []  # the actors: one that was replaced cannot come
+        self._num_transfer_sessions = 0
         _LOG.info("waiting for the actors of trainer and engines, which load the model %s", engine.model)
         try:
             self.trainer.wait_until_ready()
@@ -129,7 +129,7 @@ class RayCluster:
                 failures = self._collect(calls, time.monotonic() + self._config.publish_timeout_s, report)
                 lacking = list(failures)
             if failures:
-                self._meeting = None  # a group that lost a member is of no more use
+                self._transfer_session = None  # a group that lost a member is of no more use
                 received -= failures.keys()
                 # The others failed because these did; they serve on and are sent the version again. Where nobody died
                 # it may have been the network, which is given one more chance.
@@ -151,13 +151,13 @@ class RayCluster:
             )
         layout = engine_layout(self._model)
         kind = "disk" if self._config.transport == "disk" else "distributed"  # engines are on devices of their own
-        meeting = self._new_meeting(kind, plan_transfers(layout, layout), num_senders=1, num_engines=1)
+        session = self._new_transfer_session(kind, plan_transfers(layout, layout), num_senders=1, num_engines=1)
         deadline = time.monotonic() + self._config.publish_timeout_s
         sender, receiver = self.engine.actors[peers[0]], self.engine.actors[number]
         report: dict[str, Any] = {}
         calls = {
-            peers[0]: sender.send.options(concurrency_group="peers").remote(meeting, self._version),
-            number: receiver.receive.remote(meeting, 0, self._version),
+            peers[0]: sender.send.options(concurrency_group="peers").remote(session, self._version),
+            number: receiver.receive.remote(session, 0, self._version),
         }
         failures = self._collect(calls, deadline, report)
         failures = failures or self._collect({number: receiver.commit.remote("keep")}, deadline, report)
@@ -173,11 +173,11 @@ class RayCluster:
 
         Raises TrainerDiedError, and RuntimeError for a trainer that fails of its own.
         """
-        meeting = self._meet(engines)
+        session = self._transfer_session_with(engines)
         deadline = time.monotonic() + self._config.publish_timeout_s
-        sent = self.trainer.start_send(meeting, self._version)
+        sent = self.trainer.start_send(session, self._version)
         calls = {
-            number: self.engine.actors[number].receive.remote(meeting, place, self._version)
+            number: self.engine.actors[number].receive.remote(session, place, self._version)
             for place, number in enumerate(engines)
         }
         failures = self._collect(calls, deadline, report)
@@ -202,9 +202,9 @@ class RayCluster:
                 failures[number] = error
         return failures
 
-    def _meet(self, engines: Sequence[int]) -> Meeting:
+    def _transfer_session_with(self, engines: Sequence[int]) -> TransferSession:
         members = [self.engine.actors[number] for number in engines]
-        if self._meeting is None or members != self._meeting_engines:
+        if self._transfer_session is None or members != self._transfer_engines:
             sources = trainer_layout(self._model, self.trainer.config.parallel_sizes(self._config.trainer_ranks))
             targets = engine_layout(self._model, num_replicas=self._config.num_engines)
             # Planned for all engines, so that each keeps the sender that is its neighbour.
@@ -213,16 +213,18 @@ class RayCluster:
                 for transfer in plan_transfers(sources, targets)
                 if transfer.target_rank in engines
             ]
-            self._meeting_engines = members
-            self._meeting = self._new_meeting(
+            self._transfer_engines = members
+            self._transfer_session = self._new_transfer_session(
                 self._config.transport, plan, num_senders=self._config.trainer_ranks, num_engines=len(engines)
             )
-        return self._meeting
+        return self._transfer_session
 
-    def _new_meeting(self, kind: str, plan: Sequence[Transfer], num_senders: int, num_engines: int) -> Meeting:
-        self._num_meetings += 1
-        return Meeting(
-            name=f"meeting {self._num_meetings}",
+    def _new_transfer_session(
+        self, kind: str, plan: Sequence[Transfer], num_senders: int, num_engines: int
+    ) -> TransferSession:
+        self._num_transfer_sessions += 1
+        return TransferSession(
+            name=f"transfer session {self._num_transfer_sessions}",
             kind=kind,
             plan=plan,
             itemsizes=itemsizes(self._model, getattr(torch, self.engine.config.dtype)),

@@ -56,7 +56,6 @@ class RemoteEngines(Generator):
 
         self.config = config
         self.model_config = load_model_config(config.model)
-        self.num_replaced = 0
         self._cluster = cluster
         self._title = title
         self._bring_up_to_date = bring_up_to_date

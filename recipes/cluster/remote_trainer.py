@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from lockstep.recipes.cluster.actors import Meeting, TrainerActor
+from lockstep.recipes.cluster.actors import TrainerActor, TransferSession
 from lockstep.recipes.cluster.config import RayClusterConfig
 from lockstep.recipes.cluster.remote_engines import RemoteEngines
 from lockstep.trainer_bridge import TrainerConfig
@@ -66,9 +66,9 @@ class RemoteTrainer:
     def _build(self) -> int:
         return self._get([actor.build.remote(self.config) for actor in self.actors])[0]
 
-    def start_send(self, meeting: Meeting, version: int) -> list[Any]:
+    def start_send(self, session: TransferSession, version: int) -> list[Any]:
         """References to what each rank reports of it, for `finish_send`."""
-        return [actor.send.remote(meeting, version) for actor in self.actors]
+        return [actor.send.remote(session, version) for actor in self.actors]
 
     def finish_send(self, references: Sequence[Any], timeout_s: float) -> dict[str, float]:
         """The first rank's report. Raises as `_get`."""

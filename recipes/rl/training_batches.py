@@ -49,7 +49,7 @@ def scored_responses(
         [
             ScoredResponse(
                 reward=sample.reward,
-                logprobs=list(compress(_engine_logprobs(sample), written(sample))),
+                logprobs=list(compress(sample.logprobs, sample.written)),
                 truncated=sample.finish_reason == "length",
                 ref_logprobs=of_written(reference, index),
                 teacher_logprobs=of_written(teacher, index),
@@ -94,11 +94,11 @@ def policy_batches(
         return [
             replace(
                 _sequence(sample, number),
-                advantage=_on_written(sample, row),
-                logprobs=_engine_logprobs(sample),
-                ref_logprobs=response.ref_logprobs and _on_written(sample, response.ref_logprobs),
+                advantage=row,
+                logprobs=response.logprobs,
+                ref_logprobs=response.ref_logprobs,
                 lags=_lags(sample, version) if has_lags else None,
-                proximal_logprobs=response.proximal_logprobs and _on_written(sample, response.proximal_logprobs),
+                proximal_logprobs=response.proximal_logprobs,
             )
             for number, (group, scored, rows) in enumerate(
                 zip(groups[part], responses[part], rows_of_part, strict=True)
@@ -118,11 +118,7 @@ def critic_batches(
 
     def sequences(part: slice) -> list[TrainSequence]:
         return [
-            replace(
-                _sequence(sample, number),
-                values=_on_written(sample, response.values),
-                returns=_on_written(sample, row),
-            )
+            replace(_sequence(sample, number), values=response.values, returns=row)
             for number, (group, scored, rows) in enumerate(
                 zip(groups[part], responses[part], returns[part], strict=True)
             )
@@ -164,15 +160,6 @@ def _at_turn_ends(sample: Sample) -> list[float]:
     return rewards
 
 
-def _engine_logprobs(sample: Sample) -> list[float | None]:
-    return [None] * len(sample.prompt_ids) + list(sample.logprobs)
-
-
 def _lags(sample: Sample, version: int) -> list[int]:
-    return [0] * len(sample.prompt_ids) + [version - drawn_with for drawn_with in sample.weight_versions]
-
-
-def _on_written(sample: Sample, values: Sequence[float]) -> list[float]:
-    """One number per token, from those of the written tokens; 0 elsewhere."""
-    rest = iter(values)
-    return [next(rest) if is_written else 0.0 for is_written in written(sample)]
+    """Of each token that the policy wrote."""
+    return [version - drawn_with for drawn_with in compress(sample.weight_versions, sample.written)]

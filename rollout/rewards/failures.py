@@ -1,4 +1,4 @@
-"""Verdicts that could not be had: the sample scores 0, is counted, and is named in a warning now and then."""
+"""Verdicts that failed: the sample scores 0, is counted, and is named in a warning now and then."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class FailureWarnings:
         self._num_silent = 0
 
     def failed(self, problem_id: str, reason: str) -> FailedScore:
-        """The score of a verdict that could not be had. Warns where the last warning is long ago."""
+        """The score of a verdict that failed. Warns where the last warning is long ago."""
         now = time.monotonic()
         if now < self._next_at:
             self._num_silent += 1

@@ -152,15 +152,14 @@ def start(
     return _start(main, descriptor, folder, readable, limits, sandbox, **standard)
 
 
-def confinement(
-    limits: Limits, readable: Sequence[str] = (ANY_FILE,), profile: str = "function", needed: bool = True
-) -> dict[str, Any] | None:
-    """Plain values that `isolated_main.confine` (with "parent" beside them) and `isolated_main.overuse` take.
+def confinement(limits: Limits, needed: bool = True) -> dict[str, Any] | None:
+    """Of a function that may read any file: what `isolated_main.confine` and `isolated_main.overuse` take.
 
+    Plain values; `confine` wants "parent" beside them.
     needed: where nothing works on this machine, IsolationError is raised; else this is None.
     """
     sandbox = _resolved(limits.sandbox, needed)
-    return None if sandbox is None else _confinement(limits, readable, profile, sandbox)
+    return None if sandbox is None else _confinement(limits, (ANY_FILE,), "function", sandbox)
 
 
 def _confinement(limits: Limits, readable: Sequence[str], profile: str, sandbox: str) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def update(setup, trainer: MegatronTrainer, engine: Engine, rng: random.Random, 
             token_ids=output.prompt_ids + output.token_ids,
             loss_mask=[False] * len(output.prompt_ids) + [True] * len(output.token_ids),
             advantage=rng.gauss(0.0, 1.0),
-            logprobs=[None] * len(output.prompt_ids) + output.logprobs,
+            logprobs=output.logprobs,
         )
         for output in generate(setup, engine, rng, max_tokens)
     ]
@@ -112,5 +112,5 @@ def test_an_update_that_was_not_published_is_noticed(setup, updates_fit):
     trainer, rng = setup.trainer(learning_rate=1e-4), random.Random(5)
     with setup.engine() as engine:
         update(setup, trainer, engine, rng, 16)
-        trainer.step(pack([TrainSequence([1, 2, 3], [False, True, True], 1.0, [None, -1.0, -1.0])], 8), grpo_loss)
+        trainer.step(pack([TrainSequence([1, 2, 3], [False, True, True], 1.0, [-1.0, -1.0])], 8), grpo_loss)
         assert all_differences(setup, trainer, engine, rng)

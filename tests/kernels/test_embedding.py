@@ -10,6 +10,7 @@ from lockstep.kernels.memory.embedding import (
     _embedding_backward_triton,
     embedding,
     embedding_reference,
+    embedding_shard,
 )
 
 
@@ -75,3 +76,22 @@ def test_triton_gradient_adds_equal_tokens_in_order():
     token_ids = torch.randint(7, (60,), generator=torch.Generator().manual_seed(0))
     dy = _random(60, 100)
     assert torch.equal(_embedding_backward_triton(token_ids, dy, 9), _serial_sum(token_ids, dy, 9))
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_shards_add_up_to_the_whole(num_shards):
+    """Each row is one shard's, with its bits, and 0 in the others; a shard's gradient is its part of the whole's."""
+    token_ids = torch.randint(12, (500,), generator=torch.Generator().manual_seed(1))
+    whole, dy = _random(12, 8).requires_grad_(), _random(500, 8, seed=2)
+    expected = embedding(token_ids, whole)
+    expected.backward(dy)
+    size = 12 // num_shards
+    for first in range(0, 12, size):
+        part = whole.detach()[first : first + size].clone().requires_grad_()
+        rows = embedding_shard(token_ids, part, first)
+        is_here = (token_ids >= first) & (token_ids < first + size)
+        assert torch.equal(rows, expected.where(is_here[:, None], 0.0))
+        rows.backward(dy)
+        assert torch.equal(part.grad, whole.grad[first : first + size])
+        with torch.no_grad():
+            assert torch.equal(embedding_shard(token_ids, part, first), rows)

@@ -104,7 +104,7 @@ def results(model: str, built_in: AbstractContextManager, called_in: AbstractCon
         sequences = [output.prompt_ids + output.token_ids for output in outputs]
         trained = trainer.logprobs(sequences, 0.7)
         examples = [
-            TrainSequence(ids, [False] + [True] * (len(ids) - 1), float(index - 1), logprobs=logprobs)
+            TrainSequence(ids, [False] + [True] * (len(ids) - 1), float(index - 1), logprobs=logprobs[1:])
             for index, (ids, logprobs) in enumerate(zip(sequences, trained, strict=True))
         ]
         stats = trainer.step(pack(examples, 512, temperature=0.7), LOSS)

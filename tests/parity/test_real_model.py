@@ -74,7 +74,7 @@ def test_batch_alone_score_and_trainer_agree_before_and_after_an_update(engine, 
             token_ids=sequence,
             loss_mask=[False] * len(prompt) + [True] * (len(sequence) - len(prompt)),
             advantage=1.0,
-            logprobs=[None] * len(prompt) + output.logprobs,
+            logprobs=output.logprobs,
         )
         for sequence, prompt, output in zip(sequences[:2], prompts[:2], together[:2], strict=True)
     ]

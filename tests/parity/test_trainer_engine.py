@@ -99,7 +99,7 @@ def training_batches(outputs: list, rng: random.Random) -> list:
             token_ids=output.prompt_ids + output.token_ids,
             loss_mask=[False] * len(output.prompt_ids) + [True] * len(output.token_ids),
             advantage=rng.gauss(0.0, 1.0),
-            logprobs=[None] * len(output.prompt_ids) + output.logprobs,
+            logprobs=output.logprobs,
         )
         for output in outputs
     ]

@@ -216,14 +216,14 @@ def test_each_mini_batch_of_each_epoch_is_an_update(model, groups, options, lag)
         of_prompt = len(sample.prompt_ids)
         tokens = [*sample.prompt_ids, *sample.response_ids]
         old = {
-            "lags": [lag] * len(tokens),
-            "proximal_logprobs": by_hand.logprobs([tokens])[0],
+            "lags": [lag] * len(advantage),
+            "proximal_logprobs": by_hand.logprobs([tokens])[0][of_prompt:],
         }
         return TrainSequence(
             tokens,
             [index >= of_prompt for index in range(len(tokens))],
-            [0.0] * of_prompt + advantage,
-            [None] * of_prompt + list(sample.logprobs),
+            advantage,
+            list(sample.logprobs),
             **(old if lag else {}),
         )
 

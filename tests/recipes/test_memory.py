@@ -54,7 +54,7 @@ def test_a_trainers_weights_and_optimizer_are_counted_and_its_activations_estima
             saved.append(tensor)
         return tensor
 
-    mask, logprobs = [False] + [True] * (TOKENS - 1), [None] + [-1.0] * (TOKENS - 1)
+    mask, logprobs = [False] + [True] * (TOKENS - 1), [-1.0] * (TOKENS - 1)
     batches = pack([TrainSequence(list(range(TOKENS)), mask, 1.0, logprobs)], TOKENS)
     loss = functools.partial(grpo_loss, clip_low=0.2, clip_high=0.2, kl_coefficient=0.0)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -31,10 +31,10 @@ def fragile_engine(deaths: Path) -> type[EngineActor]:
                 self.engine.step = lambda: _die() if self.engine.counters.num_steps == last else step()
             return super().generate(prompts, params)
 
-        def receive(self, meeting, number, version):
+        def receive(self, session, number, version):
             if version == 1 and _is_first(deaths / "receiving 1"):
                 self.engine.begin_update = lambda version: _die()
-            return super().receive(meeting, number, version)
+            return super().receive(session, number, version)
 
         def commit(self, inflight):
             if self._update.version == 2 and _is_first(deaths / "received 2"):
@@ -52,10 +52,10 @@ def broken_engine(places: Path, number: int) -> type[EngineActor]:
             super().__init__(*arguments)
             self._is_broken = any(_is_first(places / str(place)) for place in range(number))
 
-        def receive(self, meeting, number, version):
+        def receive(self, session, number, version):
             if self._is_broken:
                 raise OSError("out of order")
-            return super().receive(meeting, number, version)
+            return super().receive(session, number, version)
 
     return BrokenEngine
 
@@ -64,7 +64,7 @@ def fragile_trainer(stage: str) -> type[TrainerActor]:
     """Dies at its first publish: "joining" the engines, or "sending", when the first engine has its weights."""
 
     class FragileTrainer(TrainerActor):
-        def send(self, meeting, version):
+        def send(self, session, version):
             if stage == "joining":
                 _die()
             write = transport.write
@@ -74,6 +74,6 @@ def fragile_trainer(stage: str) -> type[TrainerActor]:
                 write(*arguments)
 
             transport.write = write_once
-            return super().send(meeting, version)
+            return super().send(session, version)
 
     return FragileTrainer

@@ -1,6 +1,7 @@
 """What a trainer is seen to do, of which tests compare the bits between layouts. In a module that ranks can import."""
 
 import functools
+from itertools import compress
 
 import torch
 
@@ -8,6 +9,7 @@ from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 from lockstep.trainer_bridge.algorithms.losses import grpo_loss
 from lockstep.trainer_bridge.megatron.layout import local_parts
 from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
+from lockstep.trainer_bridge.megatron.training_state import TrainingState
 
 # Sums are cut alike in every layout of a case; the sequences make seven micro-batches.
 SPLITS = {"row_parallel_splits": 2, "gradient_splits": 4}
@@ -38,6 +40,10 @@ def sequences(seed=0):
     return [torch.randint(0, 132, (n,), generator=generator).tolist() for n in (20, 33, 7, 41, 12, 28, 30, 44, 38, 1)]
 
 
+def state_hash(trainer):
+    return TrainingState(trainer.trained_model, trainer.optimizers).hash()
+
+
 def batches(trainer, seed):
     tokens = sequences(seed)
     policy, reference = trainer.logprobs(tokens, 0.8), trainer.reference_logprobs(tokens, 0.8)
@@ -45,7 +51,8 @@ def batches(trainer, seed):
     for i, t in enumerate(tokens):
         # Nothing of the last sequences is trained on: one of their micro-batches has nothing to do.
         mask = [False] + [i < 7 and t[j] % 5 != 0 for j in range(1, len(t))]
-        training.append(TrainSequence(t, mask, 1.0 - i / 3, policy[i], reference[i]))
+        old, ref = (list(compress(scores[i], mask)) for scores in (policy, reference))
+        training.append(TrainSequence(t, mask, 1.0 - i / 3, old, ref))
     return pack(training, 48, temperature=0.8)
 
 
@@ -60,7 +67,7 @@ def exercise(model_dir, folder, options, other_checkpoint):
         seen["hash"].append(trainer.weights_hash())
     seen["last"] = trainer.logprobs(sequences(), 0.7)
     seen["weights"] = {name: tensor.clone() for name, tensor in trainer.whole_weights()}
-    seen["state_hash"] = trainer._state_hash()
+    seen["state_hash"] = state_hash(trainer)
     trainer.export_hf(folder / "export")
     seen["local"] = [
         (name, torch.equal(part, tensor))

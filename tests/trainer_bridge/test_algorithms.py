@@ -33,15 +33,15 @@ def loss_of(algorithm, groups, logprobs, max_tokens=MAX_TOKENS):
                     TrainSequence(
                         token_ids=list(range(1, len(response) + 3)),
                         loss_mask=[False, False] + [True] * len(response),
-                        advantage=[0.0, 0.0, *row],
-                        logprobs=[None, None, *response.logprobs],
-                        ref_logprobs=response.ref_logprobs and [None, None, *response.ref_logprobs],
+                        advantage=row,
+                        logprobs=response.logprobs,
+                        ref_logprobs=response.ref_logprobs,
                         group=number,
                     )
                 )
     micro_batch_tokens = max(len(sequence.token_ids) for sequence in sequences) + 4
     batches = pack(sequences, micro_batch_tokens, algorithm.config.aggregation, length=max_tokens)
-    order = {tuple(sequence.logprobs[2:]): i for i, sequence in enumerate(sequences)}
+    order = {tuple(sequence.logprobs): i for i, sequence in enumerate(sequences)}
     current = [row for row, is_learned in zip(logprobs, learned, strict=True) if is_learned]
     total, gradients = 0.0, {}
     for batch in batches:

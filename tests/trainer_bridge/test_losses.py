@@ -19,14 +19,15 @@ def batch_and_logprobs(num_tokens=64, with_reference=True):
         return (-3.0 + scale * torch.randn(num_tokens, generator=generator)).tolist()
 
     half = num_tokens // 2
+    trained = [t for t in range(half) if t % 4]
     old, ref = logprobs(0.3), logprobs(0.5)
     sequences = [
         TrainSequence(
             token_ids=list(range(half)),
-            loss_mask=[False] + [t % 4 != 0 for t in range(1, half)],
+            loss_mask=[t in trained for t in range(half)],
             advantage=advantage,
-            logprobs=old[start : start + half],
-            ref_logprobs=ref[start : start + half] if with_reference else None,
+            logprobs=[old[start + t] for t in trained],
+            ref_logprobs=[ref[start + t] for t in trained] if with_reference else None,
         )
         for advantage, start in ((1.5, 0), (-0.7, half))
     ]
@@ -97,8 +98,8 @@ def test_sft_loss_is_the_negative_log_likelihood():
 def stale_batch():
     """Two sequences: of the first, tokens 1 and 2 are old; of the second none. Ratios are 3, 0.5, 1 and 1, 1."""
     sequences = [
-        TrainSequence([1, 2, 3, 4], [False, True, True, True], 1.0, [None, -2.0, -1.0, -1.0], lags=[0, 2, 1, 0]),
-        TrainSequence([1, 2, 3], [False, True, True], -1.0, [None, -1.5, -0.5], lags=[0, 0, 0]),
+        TrainSequence([1, 2, 3, 4], [False, True, True, True], 1.0, [-2.0, -1.0, -1.0], lags=[2, 1, 0]),
+        TrainSequence([1, 2, 3], [False, True, True], -1.0, [-1.5, -0.5], lags=[0, 0]),
     ]
     (batch,) = pack(sequences, 16)
     moved = torch.tensor([math.log(3.0), math.log(0.5), 0.0, 0.0, 0.0, 0.0, 0.0])
@@ -168,7 +169,7 @@ def test_an_entropy_bonus_is_subtracted():
 
 def test_a_critics_loss_by_hand():
     """Old values 0, returns 1; clip 0.2: V = 0.5 counts as 0.2, V = 0.1 as itself, V = -0.5 (farther off) as itself."""
-    sequence = TrainSequence([1] * 4, [False, True, True, True], values=[0.0] * 4, returns=[1.0] * 4)
+    sequence = TrainSequence([1] * 4, [False, True, True, True], values=[0.0] * 3, returns=[1.0] * 3)
     (batch,) = pack([sequence], 8)
     values = torch.tensor([0.5, 0.1, -0.5, 0.0], requires_grad=True)
     loss, stats = value_loss(values, batch, clip=0.2)

@@ -97,8 +97,8 @@ def test_losses_equal_trls(name, loss_type, level, epsilons, beta):
             token_ids=[1] * (n + 1),
             loss_mask=[False] + [True] * n,
             advantage=columns["advantages"][i].item(),
-            logprobs=[None, *old[i, :n].tolist()],
-            ref_logprobs=[None, *columns["ref"][i, :n].tolist()],
+            logprobs=old[i, :n].tolist(),
+            ref_logprobs=columns["ref"][i, :n].tolist(),
         )
         for i, n in enumerate(LENGTHS)
     ]

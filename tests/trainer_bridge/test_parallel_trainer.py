@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from models import EXPERTS, make_hf_model
-from parallel_trainer import LOSS, batches, exercise, new_trainer, sequences
+from parallel_trainer import LOSS, batches, exercise, new_trainer, sequences, state_hash
 from ranks import run_ranks
 
 from lockstep.engine.checkpoints.checkpoint import iterate_weights
@@ -72,4 +72,4 @@ def test_splits_change_bits(one_rank):
     other_runs = new_trainer(model_dir, gradient_splits=1)
     for step in range(2):
         other_runs.step(batches(other_runs, step), LOSS)
-    assert other_runs._state_hash() != expected["state_hash"]
+    assert state_hash(other_runs) != expected["state_hash"]

@@ -12,6 +12,7 @@ from lockstep.trainer_bridge import TrainerConfig
 from lockstep.trainer_bridge.algorithms.losses import sft_loss
 from lockstep.trainer_bridge.algorithms.preference import PreferencePair, bradley_terry_loss, pack_pairs
 from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
+from lockstep.trainer_bridge.megatron.step_gradients import backward
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 
@@ -41,7 +42,7 @@ def test_bradley_terry_gradients_equal_transformers(tmp_path):
     expected_loss.backward()
     gradients = {name: parameter.grad for name, parameter in hf.named_parameters()}
 
-    parts = trainer._backward(pack_pairs(pairs(), 64), bradley_terry_loss)
+    parts = backward(trainer.trained_model, trainer.optimizers, pack_pairs(pairs(), 64), bradley_terry_loss)
     trainer.optimizers[0].reduce_gradients()
     assert sum(part["loss"] for part in parts) == pytest.approx(expected_loss.item(), abs=1e-5)
     assert sum(part["accuracy"] for part in parts) == pytest.approx((margins > 0).double().mean().item())

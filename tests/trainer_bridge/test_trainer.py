@@ -31,10 +31,14 @@ def training_batches(trainer, seed=0, max_tokens=64, aggregation="token_mean", w
     """Micro-batches as a rollout would give them, with the trainer's own log-probs as the engine's."""
     token_lists = sequences(seed)
     logprobs = trainer.logprobs(token_lists)
-    references = trainer.reference_logprobs(token_lists) if with_reference else [None] * len(token_lists)
+    references = trainer.reference_logprobs(token_lists) if with_reference else None
     training = [
         TrainSequence(
-            tokens, [False] * 3 + [True] * (len(tokens) - 3), (-1.0) ** i * (1 + i), logprobs[i], references[i]
+            tokens,
+            [False] * 3 + [True] * (len(tokens) - 3),
+            (-1.0) ** i * (1 + i),
+            logprobs[i][3:],
+            references and references[i][3:],
         )
         for i, tokens in enumerate(token_lists)
     ]
@@ -90,9 +94,9 @@ def test_backward_passes_without_gradient_are_left_out(model_dir, monkeypatch, k
         trainer = MegatronTrainer(TrainerConfig(model=model_dir, learning_rate=1e-2))
         tokens = sequences()
         logprobs = trainer.logprobs(tokens)
-        reference = [[None if x is None else x - 0.5 for x in row] for row in logprobs]
+        reference = [[x - 0.5 for x in row[1:]] for row in logprobs]
         training = [
-            TrainSequence(t, [False, *[True] * (len(t) - 1)], float(i % 2), logprobs[i], reference[i])
+            TrainSequence(t, [False, *[True] * (len(t) - 1)], float(i % 2), logprobs[i][1:], reference[i])
             for i, t in enumerate(tokens)
         ]
         batches = pack(training, 4096)

@@ -107,6 +107,6 @@ def test_another_models_checkpoint_is_refused_before_anything_changes(saved):
     make_hf_model(path / "wider", "llama", seed=1, intermediate_size=128)
     other = new_trainer(path / "wider")
     before = other.weights_hash()
-    with pytest.raises(ValueError, match=r"of another model, with ffn_hidden_size 96 \(wanted: 128\)"):
+    with pytest.raises(ValueError, match=r"of another model, with layers\.0\.mlp\.ffn_hidden_size 96 \(wanted: 128\)"):
         other.load(path / "checkpoint")
     assert other.weights_hash() == before

@@ -20,6 +20,7 @@ from lockstep.trainer_bridge.algorithms.losses import sft_loss
 from lockstep.trainer_bridge.megatron.layer_spec import PackedSequences
 from lockstep.trainer_bridge.megatron.model import LockstepGPTModel
 from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
+from lockstep.trainer_bridge.megatron.step_gradients import backward
 
 CASES = {
     **{family: (family, {}) for family in FAMILY_NAMES},
@@ -183,7 +184,10 @@ def test_gradients_equal_transformers(case, recompute, tmp_path):
     sequences = random_sequences([20, 45, 31])
     trainer = MegatronTrainer(TrainerConfig(model=str(tmp_path), recompute=recompute))
     expected_loss, expected = hf_gradients(hf, sequences, trainer.model_config)
-    loss = sum(part["loss"] for part in trainer._backward(sft_batches(sequences, 64), sft_loss))
+    loss = sum(
+        part["loss"]
+        for part in backward(trainer.trained_model, trainer.optimizers, sft_batches(sequences, 64), sft_loss)
+    )
     for optimizer in trainer.optimizers:
         optimizer.reduce_gradients()
     assert loss == pytest.approx(expected_loss, abs=1e-5)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from lockstep.trainer_bridge.algorithms.responses import Grouped
 
+_VARIANCE_FLOOR = 1e-8
+
 
 def discounted_returns(rewards: Sequence[float], gamma: float = 1.0) -> list[float]:
     """G_t = r_t + gamma * G_(t+1), for each token."""
@@ -31,8 +33,8 @@ def generalized_advantages(
     return advantages[::-1]
 
 
-def whitened(advantages: Grouped[Sequence[float]], epsilon: float = 1e-8) -> list[list[list[float]]]:
-    """Of all tokens of the step: minus their mean, divided by sqrt(their variance + epsilon).
+def whitened(advantages: Grouped[Sequence[float]]) -> list[list[list[float]]]:
+    """Of all tokens of the step: minus their mean, divided by sqrt(their variance + 1e-8).
 
     REINFORCE++: Hu et al. 2025 (arXiv 2501.03262), whose reference code divides by n for the variance. Numbers that are
     all equal become exactly 0.
@@ -42,5 +44,5 @@ def whitened(advantages: Grouped[Sequence[float]], epsilon: float = 1e-8) -> lis
         return [[[0.0] * len(response) for response in group] for group in advantages]
     mean = math.fsum(numbers) / len(numbers)
     variance = math.fsum((number - mean) ** 2 for number in numbers) / len(numbers)
-    scale = 1.0 / math.sqrt(variance + epsilon)
+    scale = 1.0 / math.sqrt(variance + _VARIANCE_FLOOR)
     return [[[(number - mean) * scale for number in response] for response in group] for group in advantages]

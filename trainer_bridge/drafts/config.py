@@ -16,7 +16,7 @@ DraftLoss = Literal["soft_cross_entropy", "acceptance"]
 class DraftTrainerConfig(AdamWConfig):
     """How a draft is trained.
 
-    num_steps: unrolled steps, the length of the chains that it learns to draft.
+    num_steps: unrolled steps, the number of draft tokens that it learns to propose in a row.
     step_decay: step i counts step_decay^i.
     loss: "soft_cross_entropy" (EAGLE-3's), or "acceptance", -log of the probability that a draft token is accepted.
     temperature: that the target is sampled with.

@@ -107,11 +107,10 @@ class DraftTrainer:
 
     # Weights and checkpoints -----------------------------------------------------------------------------------------
 
-    def named_weights(self, draft_temperature: float = 1.0) -> Iterator[tuple[str, torch.Tensor]]:
-        """What `Engine.update_draft` takes: parameters, the head divided by the temperature, and the vocabulary."""
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What `Engine.update_draft` takes: the live parameters, and the draft's vocabulary."""
         for name, parameter in self.draft.named_parameters():
-            weight = parameter.detach()
-            yield name, weight / draft_temperature if name == "output_layer.weight" else weight
+            yield name, parameter.detach()
         yield "token_map", self.draft.token_map
 
     def weights_hash(self) -> str:
@@ -134,7 +133,7 @@ class DraftTrainer:
 
     @torch.no_grad()
     def load(self, path: str | Path) -> None:
-        """Goes on where `save` was called, to the bit. Raises CheckpointError that names what does not fit."""
+        """Restores what `save` wrote, to the bit. Raises CheckpointError that names what does not fit."""
         state = self._state()
         with opened_tensors(Path(path).parent, Path(path).name) as file:
             held = set(file.keys())

@@ -1,7 +1,7 @@
-"""A draft's chains over given tokens, unrolled as training-time test does, and how often they would be accepted.
+"""Draft tokens after each token of given texts, unrolled as training-time test does, and how often they are accepted.
 
-Step 0 is given the target's states; step i + 1 is given what step i put out at the same row, one token later, and sees
-in attention what a chain of that length would see (kernels.chain_attention).
+Step 0 reads the target's states. Step i + 1 reads what step i put out at the same row, one token later. Its attention
+sees what draft token i + 1 would see (kernels.chain_attention).
 """
 
 from collections.abc import Iterator, Sequence
@@ -52,7 +52,7 @@ class UnrolledDraft:
     def evaluate(self, sequences: Sequence[DraftSequence], draft_temperature: float = 1.0) -> dict[str, float]:
         """Acceptance under the engine's rule, with the draft's logits divided by draft_temperature.
 
-        acceptance_i is the mean, over trained tokens, of the probability that the chain's token i would be accepted
+        acceptance_i is the mean, over trained tokens, of the probability that draft token i would be accepted
         after i accepted ones: for i = 0 just what speculation does, for later i along the given tokens.
         tokens_per_step = 1 + sum over i of the product of the acceptances up to i.
         """
@@ -77,12 +77,12 @@ class UnrolledDraft:
 
     @torch.no_grad()
     def draw(self, sequences: Sequence[DraftSequence], seeds: Sequence[int]) -> list[torch.Tensor]:
-        """The chains that the engine drafts at each row of samples drawn with these seeds: int64 [n - 1, num_steps].
+        """The tokens that the engine drafts at each row of samples with these seeds: int64 [n - 1, num_steps] each.
 
-        The chain of row t is for the tokens from t + 2 on, with their noise. Its token i is what is drafted where those
-        before it are the sample's own; after a wrong one nothing is accepted, whatever is drafted.
+        The draft tokens of row t stand for the tokens from t + 2 on, and use their noise. Draft token i assumes that
+        those before it are the sample's own: after a wrong one nothing is accepted, whatever is drafted.
         """
-        chains: dict[int, torch.Tensor] = {}
+        drafts: dict[int, torch.Tensor] = {}
         for batch in self.pack(sequences):
             lengths = batch.cu_seqlens.diff().tolist()
             of_rows = torch.tensor(
@@ -92,9 +92,9 @@ class UnrolledDraft:
             steps = [
                 self._drawn(normed, of_rows, batch.positions + 2 + i) for i, normed in enumerate(self.steps(batch))
             ]
-            drafts = torch.stack(steps, dim=1)
-            chains |= zip(batch.members, drafts.cpu().split(lengths), strict=True)
-        return [chains[number] for number in range(len(sequences))]
+            tokens = torch.stack(steps, dim=1)
+            drafts |= zip(batch.members, tokens.cpu().split(lengths), strict=True)
+        return [drafts[number] for number in range(len(sequences))]
 
     def _drawn(self, normed: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """As `EagleDrafter` draws: the target's rule and noise over the draft's tokens."""
@@ -152,7 +152,7 @@ class UnrolledDraft:
         values: list[torch.Tensor],
         cu_seqlens: torch.Tensor,
     ) -> torch.Tensor:
-        """The attention of the next step of all chains; appends its keys and values."""
+        """The attention of the next step at all rows; appends its keys and values."""
         config, table = self.draft.config, self.draft.rope_cos_sin
         by_group = qkv.view(len(qkv), config.num_kv_heads, -1, config.head_dim)
         q = by_group[:, :, :-2].reshape(len(qkv), config.num_heads, config.head_dim)

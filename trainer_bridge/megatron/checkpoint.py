@@ -11,7 +11,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from lockstep.engine.checkpoints.checkpoint import CheckpointError, opened_tenso
 from lockstep.engine.files import TEMPORARY, flush_to_disk, write_whole
 from lockstep.engine.foreign_files import MissingFileError, has_file, read_json
 from lockstep.engine.models.config import ModelConfig
-from lockstep.engine.models.families.reading import shown
+from lockstep.engine.models.families.reading import printable, shown
 from lockstep.engine.models.names import expand
 from lockstep.engine.models.sharding import ParameterShard, Piece, slices
 from lockstep.engine.weights.checksums import checksum
@@ -37,6 +37,7 @@ COMMON_FILE = "checkpoint.json"
 FORMAT, VERSION = "lockstep-checkpoint", 1
 MAX_FILE_BYTES = 4 * 1024**3
 MAX_RANKS = 1 << 16
+_MAX_LISTED = 5  # in a message
 MAX_PIECES = 16  # of a rank's part of a tensor; gates and ups are two
 # What torch and Megatron write into theirs, which an older Lockstep wrote: pickles.
 PICKLED_FILES = (".metadata", "common.pt")
@@ -46,7 +47,6 @@ def save_checkpoint(
     path: str | Path,
     tensors: Iterable[tuple[ParameterShard, torch.Tensor | None]],
     common: Mapping[str, Any],
-    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Writes a checkpoint to a hidden sibling of `path` and renames it, so `path` is complete where it exists.
 
@@ -63,7 +63,7 @@ def save_checkpoint(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     dist.barrier()
-    write_rank(unfinished, rank, tensors, max_file_bytes)
+    write_rank(unfinished, rank, tensors)
     if rank == 0:
         write_common(unfinished, dist.get_world_size(), common)
     dist.barrier()
@@ -177,10 +177,9 @@ class CheckpointFiles:
         saved = common.get("model")
         if not isinstance(saved, dict) or "family" not in saved:
             raise CheckpointError(f"checkpoint {self.path} is damaged: {COMMON_FILE} has no model")
-        # What an earlier version did not know of, it did not save.
-        if different := sorted(key for key in saved if key not in expected or saved[key] != expected[key]):
-            listed = ", ".join(f"{key} {shown(saved[key])} (wanted: {shown(expected.get(key))})" for key in different)
-            raise CheckpointError(f"checkpoint {self.path} is of another model, with {listed}")
+        if different := list(_differences(saved, expected)):
+            listed = [f"{printable(name)} {shown(old)} (wanted: {shown(wanted)})" for name, old, wanted in different]
+            raise CheckpointError(f"checkpoint {self.path} is of another model, with {', '.join(_first(listed))}")
         kinds = {"step_count": int, "metadata": dict, "state_hash": str}
         if wrong := [name for name, kind in kinds.items() if type(common.get(name)) is not kind]:
             raise CheckpointError(f"checkpoint {self.path} is damaged: {COMMON_FILE} has no {', '.join(wrong)}")
@@ -188,9 +187,8 @@ class CheckpointFiles:
             raise CheckpointError(f"checkpoint {self.path} is damaged: dtype is {common.get('dtype')!r}")
         names = _tensor_names(model, getattr(torch, common["dtype"]))
         if different := sorted(self.names() ^ set(names)):
-            more = f" and {len(different) - 5} more" if len(different) > 5 else ""
             raise CheckpointError(
-                f"checkpoint {self.path} is of another model: only one side has {', '.join(different[:5])}{more}"
+                f"checkpoint {self.path} is of another model: only one side has {', '.join(_first(different))}"
             )
 
     def check_hash(self) -> None:
@@ -234,6 +232,25 @@ class CheckpointFiles:
             local_shape = tuple(file.get_slice(name).get_shape())
             self._sources.setdefault(name, {})[rank] = ParameterShard(name, shape, local_shape, pieces)
             self._files[name, rank] = file
+
+
+def _differences(saved: Any, expected: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, saved, expected) of what differs. What an earlier version did not know, it did not save."""
+    if isinstance(saved, dict) and isinstance(expected, dict):
+        inner = [(key, saved[key], expected.get(key, "nothing")) for key in sorted(saved)]
+    elif isinstance(saved, list) and isinstance(expected, list) and len(saved) == len(expected):
+        inner = [(str(index), *pair) for index, pair in enumerate(zip(saved, expected, strict=True))]
+    else:
+        if saved != expected:
+            yield name, saved, expected
+        return
+    for key, old, wanted in inner:
+        yield from _differences(old, wanted, f"{name}.{key}" if name else key)
+
+
+def _first(items: Sequence[str]) -> list[str]:
+    """The first items, and how many more there are."""
+    return [*items[:_MAX_LISTED], f"and {len(items) - _MAX_LISTED} more"] if len(items) > _MAX_LISTED else list(items)
 
 
 def _tensor_names(model: ModelConfig, dtype: torch.dtype) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The norm of gradients that are spread over ranks in any way, with the same bits for every way."""
+"""The norm of gradients of all ranks together, with the same bits however the ranks share them."""
 
 import math
 from collections.abc import Sequence

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from lockstep.engine.ranks.rank_sum import all_gather
 from lockstep.kernels.linear.row_parallel_linear import tree_sum
-from lockstep.trainer_bridge.config import AdamWConfig
+from lockstep.trainer_bridge.config import AdamWConfig, TrainerConfig
+from lockstep.trainer_bridge.megatron.model import LockstepGPTModel
 from lockstep.trainer_bridge.megatron.parallel import ALONE, RankAxis
 
 
@@ -86,6 +87,7 @@ class MasterAdamW:
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], config: AdamWConfig, data: RankAxis = ALONE):
         self.parameters = list(parameters)
+        self._index_of = {parameter: index for index, parameter in enumerate(self.parameters)}
         self.gradients = GradientSums(self.parameters)
         self._data = data
         self.masters = [self._master(p) for p in self.parameters]
@@ -103,6 +105,10 @@ class MasterAdamW:
                 "exp_avg": torch.zeros_like(master, requires_grad=False),
                 "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
             }
+
+    def index_of(self, parameter: torch.nn.Parameter) -> int:
+        """The parameter's number, under which its state is kept."""
+        return self._index_of[parameter]
 
     def zero_grad(self) -> None:
         self.gradients.clear()
@@ -223,3 +229,12 @@ class NoOptimizer:
 
     def step(self, learning_rate: float, max_grad_norm: float | None, grad_norm: float) -> None:
         pass
+
+
+ChunkOptimizer = MasterAdamW | NoOptimizer
+
+
+def build_optimizer(config: TrainerConfig, chunk: LockstepGPTModel, data: RankAxis) -> ChunkOptimizer:
+    """Of a model chunk's parameters; a tied copy of the embedding is none of them. data: the data-parallel ranks."""
+    parameters = [parameter for parameter in chunk.parameters() if parameter is not chunk.tied_copy]
+    return NoOptimizer(parameters) if config.optimizer == "none" else MasterAdamW(parameters, config, data)

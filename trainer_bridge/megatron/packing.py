@@ -12,7 +12,7 @@ from lockstep.engine.request import SAMPLING_RULES
 from lockstep.engine.steps.transfer import to_device
 from lockstep.trainer_bridge.algorithms.aggregation import Aggregation, StepCounts, token_weights
 
-# Per-token fields of TrainSequence that a loss may need, and their names in PackedBatch.
+# Fields of TrainSequence that a loss may need, and their names in PackedBatch.
 _COLUMNS = {
     "logprobs": "old_logprobs",
     "ref_logprobs": "ref_logprobs",
@@ -25,29 +25,29 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class TrainSequence:
-    """One sequence to learn from. All per-token fields have the length of token_ids.
+    """One sequence to learn from, of T tokens, N of which are trained.
 
-    loss_mask: is this token a trained target; false for token 0, which nothing predicts.
-    advantage: of the whole sequence, or of each token.
+    token_ids [T]. loss_mask [T]: which tokens are trained targets; false for token 0, which nothing predicts.
     group: the prompt's number, of which there are several samples; see aggregation.group_mean.
 
-    The rest is read at trained tokens only; None: the loss reads none.
-    logprobs, ref_logprobs: the engine's log-probability of each token, and the reference model's.
-    lags: how many weight versions before the one that is trained each token was drawn; None: with that one.
-    proximal_logprobs: the policy's log-probability of each token before the step; see off_policy.py.
-    values: the critic's of the tokens before each token, before the update. returns: what they should have been.
+    The other fields have one number for each trained token, in the tokens' order: N numbers. None: the loss reads none.
+    advantage: N numbers, or one for all trained tokens.
+    logprobs, ref_logprobs: the token's log-probability from the engine, and from the reference model.
+    lags: how many weight versions the token was sampled before the one that is trained; None: with that one.
+    proximal_logprobs: the token's log-probability from the policy before the step; see off_policy.py.
+    values: the critic's value, before the update, of the tokens before the token. returns: what it should have been.
     """
 
     token_ids: Sequence[int]
     loss_mask: Sequence[bool]
     advantage: float | Sequence[float] = 0.0
-    logprobs: Sequence[float | None] | None = None
-    ref_logprobs: Sequence[float | None] | None = None
+    logprobs: Sequence[float] | None = None
+    ref_logprobs: Sequence[float] | None = None
     lags: Sequence[int] | None = None
     values: Sequence[float] | None = None
     returns: Sequence[float] | None = None
     group: int = 0
-    proximal_logprobs: Sequence[float | None] | None = None
+    proximal_logprobs: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,16 +142,15 @@ def pack(
     A temperature, and an advantage, mean the number that they hold, whatever its type, as in `SamplingParams`.
 
     Raises ValueError for a sequence longer than max_tokens, token ids that are no whole numbers of at least 0,
-    per-token fields of another length than token_ids, a trained token 0, a missing or non-finite value of a trained
-    token, a field that some sequences have and others lack, or a step without any trained token.
+    a loss_mask of another length than token_ids, a field with another number of values than trained tokens, a trained
+    token 0, a missing or non-finite value, a field that some sequences have and others lack, or a step without any
+    trained token.
     """
     temperature = SAMPLING_RULES["temperature"]("temperature", temperature)
     max_tokens = Whole(1)("max_tokens", max_tokens)
     sequences = [_with_plain_ids(index, sequence) for index, sequence in enumerate(sequences)]
     columns = [_columns(index, sequence) for index, sequence in enumerate(sequences)]
-    for name in _COLUMNS:
-        if len({getattr(sequence, name) is None for sequence in sequences}) > 1:
-            raise ValueError(f"{name} are given for some sequences of the step and missing for others")
+    _check_alike(sequences)
     trained_counts = [sum(map(bool, sequence.loss_mask)) for sequence in sequences]
     if not any(trained_counts):
         raise ValueError("no token of the step is trained on")
@@ -159,17 +158,20 @@ def pack(
     weights = token_weights(aggregation, counts)
     lengths = [len(sequence.token_ids) for sequence in sequences]
     has_advantage = np.array([column["advantages"].any() for column in columns])
-    bins = [
-        members
-        for indices in (np.flatnonzero(has_advantage), np.flatnonzero(~has_advantage))
-        for members in first_fit(lengths, max_tokens, indices.tolist())
-    ]
+    bins = first_fit(lengths, max_tokens, np.flatnonzero(has_advantage).tolist())
+    bins += first_fit(lengths, max_tokens, np.flatnonzero(~has_advantage).tolist())
     return [
         _pack_bin(
             [sequences[i] for i in members], [columns[i] for i in members], [weights[i] for i in members], temperature
         )
         for members in bins
     ]
+
+
+def _check_alike(sequences: Sequence[TrainSequence]) -> None:
+    for name in _COLUMNS:
+        if len({getattr(sequence, name) is None for sequence in sequences}) > 1:
+            raise ValueError(f"{name} are given for some sequences of the step and missing for others")
 
 
 def _with_plain_ids(index: int, sequence: TrainSequence) -> TrainSequence:
@@ -180,44 +182,48 @@ def _with_plain_ids(index: int, sequence: TrainSequence) -> TrainSequence:
 
 
 def _columns(index: int, sequence: TrainSequence) -> dict[str, np.ndarray]:
-    """The sequence's per-token fields that are given, in fp64, 0 where a token is not trained; checked."""
+    """The sequence's fields that are given, in fp64, one number for each trained token; checked."""
     num_tokens = len(sequence.token_ids)
     mask = np.array(sequence.loss_mask, dtype=bool)
     if len(mask) != num_tokens:
         raise ValueError(f"sequence {index}: {len(mask)} loss_mask for {num_tokens} tokens")
     if num_tokens and mask[0]:
         raise ValueError(f"sequence {index}: nothing predicts token 0, so its loss_mask must be false")
-    given = {"loss_mask": mask, "advantages": _per_token(sequence.advantage, num_tokens)}
+    trained = np.flatnonzero(mask)
+    given = {"advantages": _per_token(sequence.advantage, len(trained))}
     given |= {name: values for name in _COLUMNS if (values := getattr(sequence, name)) is not None}
     columns = {}
     for name, values in given.items():
-        if len(values) != num_tokens:
-            raise ValueError(f"sequence {index}: {len(values)} {name} for {num_tokens} tokens")
-        column = np.array(values, dtype=np.float64)  # None becomes NaN
-        unusable = mask & ~np.isfinite(column)
+        if len(values) != len(trained):
+            raise ValueError(f"sequence {index}: {len(values)} {name} for {len(trained)} trained tokens")
+        columns[name] = np.array(values, dtype=np.float64)  # None becomes NaN
+        unusable = ~np.isfinite(columns[name])
         if unusable.any():
-            t = int(unusable.argmax())
-            raise ValueError(f"sequence {index}: {name} of trained token {t} is {values[t]}")
-        columns[name] = np.where(mask, column, 0.0)
+            n = int(unusable.argmax())
+            raise ValueError(f"sequence {index}: {name} of trained token {trained[n]} is {values[n]}")
     return columns
 
 
-def _per_token(value: float | Sequence[float], num_tokens: int) -> Sequence[float]:
+def _per_token(value: float | Sequence[float], num_trained: int) -> Sequence[float]:
     number = plain(value)
-    return [number] * num_tokens if isinstance(number, int | float) else value
+    return [number] * num_trained if isinstance(number, int | float) else value
 
 
 def _pack_bin(
     sequences: list[TrainSequence], columns: list[dict[str, np.ndarray]], weights: list[float], temperature: float
 ) -> PackedBatch:
-    """columns: of `_columns`, and weights: of a token, for each sequence."""
-    # Token t+1 is predicted at row t; the last row predicts nothing.
-    rows = {
-        name: np.concatenate([part for column in columns for part in (column[name][1:], [0.0])]) for name in columns[0]
-    }
+    """columns: of `_columns`, and weights: of a trained token, for each sequence."""
     lengths = [len(sequence.token_ids) for sequence in sequences]
-    rows["loss_mask"] *= np.repeat(weights, lengths)
-    tensors = {name: torch.from_numpy(values.astype(np.float32)) for name, values in rows.items()}
+    masks = [np.array(sequence.loss_mask, dtype=bool) for sequence in sequences]
+    # Token t+1 is predicted at row t. Token 0 is never trained, so the row is of the same sequence.
+    rows = np.flatnonzero(np.concatenate(masks)) - 1
+
+    def on_rows(values: list[np.ndarray]) -> torch.Tensor:
+        column = np.zeros(sum(lengths), dtype=np.float32)
+        column[rows] = np.concatenate(values)
+        return torch.from_numpy(column)
+
+    tensors = {name: on_rows([column[name] for column in columns]) for name in columns[0]}
     positions, cu_seqlens = sequence_layout(lengths)
     token_ids = [np.array(sequence.token_ids, dtype=np.int64) for sequence in sequences]
     targets = [part for ids in token_ids for part in (ids[1:], [0])]
@@ -226,7 +232,7 @@ def _pack_bin(
         positions=positions,
         cu_seqlens=cu_seqlens,
         targets=torch.from_numpy(np.concatenate(targets)),
-        weights=tensors["loss_mask"],
+        weights=on_rows([np.full(mask.sum(), weight) for mask, weight in zip(masks, weights, strict=True)]),
         advantages=tensors["advantages"],
         **{column: tensors.get(name) for name, column in _COLUMNS.items() if name != "logprobs"},
         old_logprobs=tensors.get("logprobs", torch.zeros(sum(lengths), dtype=torch.float32, device="cpu")),

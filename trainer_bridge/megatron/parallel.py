@@ -1,4 +1,4 @@
-"""How a trainer is spread over ranks: the sizes, what they demand of a model, and this process's place.
+"""The ranks of a trainer: this process's place among them, and plain values exchanged between them.
 
 Ranks are numbered as Megatron numbers them by default: tensor-parallel ranks are neighbours, then data-parallel ones,
 then pipeline stages. Expert-parallel ranks are the tensor-parallel ones, which have the same tokens: no token is sent

@@ -8,10 +8,9 @@ import torch
 from lockstep.engine.steps.transfer import to_device
 from lockstep.trainer_bridge.algorithms.losses import Loss
 from lockstep.trainer_bridge.megatron import pipeline
-from lockstep.trainer_bridge.megatron.model import LockstepGPTModel
 from lockstep.trainer_bridge.megatron.optimizer import GradientSums
 from lockstep.trainer_bridge.megatron.packing import PackedBatch
-from lockstep.trainer_bridge.megatron.parallel import Ranks
+from lockstep.trainer_bridge.megatron.trained_model import TrainedModel
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,10 @@ class MicroBatch:
 class _Passes:
     """The forward passes of all micro-batches, in one plan over the pipeline's ranks."""
 
-    def __init__(
-        self,
-        chunks: Sequence[LockstepGPTModel],
-        ranks: Ranks,
-        micro_batches: Sequence[MicroBatch],
-        device: torch.device,
-    ):
-        self.chunks, self.ranks, self.micro_batches, self.device = chunks, ranks, micro_batches, device
-        self.tied_head = chunks[0].share_embeddings_and_output_weights and ranks.sizes.num_stages > 1
+    def __init__(self, model: TrainedModel, micro_batches: Sequence[MicroBatch]):
+        self.chunks, self.ranks, self.device = model.chunks, model.ranks, model.device
+        self.micro_batches = micro_batches
+        self.tied_head = model.config.tie_word_embeddings and model.ranks.sizes.num_stages > 1
 
     def run(self, forward_only: bool) -> None:
         sizes = self.ranks.sizes

@@ -58,50 +58,68 @@ def make_plan(
     schedules do, which bounds the activations that it holds; forward passes come in groups of num_ranks micro-batches
     per chunk.
     """
-    num_stages = num_ranks * chunks_per_rank
-    last = num_stages - 1
-    forwards = [_forward_order(rank, num_ranks, chunks_per_rank, num_micro_batches) for rank in range(num_ranks)]
-    limits = [_most_in_flight(rank, num_ranks, chunks_per_rank) for rank in range(num_ranks)]
-    done: set[StageAction] = set()
-    in_flight = [0] * num_ranks
-    next_backward = [0] * num_stages
+    progress = _Progress(num_ranks, chunks_per_rank, num_micro_batches)
+    total = num_ranks * chunks_per_rank * num_micro_batches * (1 if forward_only else 2)
     plan: list[list[StageAction | None]] = []
+    while len(progress.done) < total:
+        slot = [progress.next_action(rank, forward_only) for rank in range(num_ranks)]
+        if not any(slot):
+            # The bound is a wish; without one of these passes nothing would go on.
+            slot = [progress.ready_forward(rank) for rank in range(num_ranks)]
+        progress.add(slot)
+        plan.append(slot)
+    return plan
 
-    def ready_backward(rank: int) -> StageAction | None:
-        for stage in range(last - (last - rank) % num_ranks, -1, -num_ranks):
-            m = next_backward[stage]
+
+class _Progress:
+    """What the ranks have done so far, and what each of them could do next."""
+
+    def __init__(self, num_ranks: int, chunks_per_rank: int, num_micro_batches: int):
+        self.done: set[StageAction] = set()
+        self._num_ranks, self._num_micro_batches = num_ranks, num_micro_batches
+        self._last_stage = num_ranks * chunks_per_rank - 1
+        self._forwards = [
+            _forward_order(rank, num_ranks, chunks_per_rank, num_micro_batches) for rank in range(num_ranks)
+        ]
+        self._limits = [_most_in_flight(rank, num_ranks, chunks_per_rank) for rank in range(num_ranks)]
+        self._in_flight = [0] * num_ranks
+        self._next_backward = [0] * (num_ranks * chunks_per_rank)
+
+    def next_action(self, rank: int, forward_only: bool) -> StageAction | None:
+        """A backward pass that is ready, or else a forward pass, if not too many are in flight."""
+        if forward_only:
+            return self.ready_forward(rank)
+        is_full = self._in_flight[rank] >= self._limits[rank]
+        return self._ready_backward(rank) or (None if is_full else self.ready_forward(rank))
+
+    def ready_forward(self, rank: int) -> StageAction | None:
+        if not self._forwards[rank]:
+            return None
+        action = self._forwards[rank][0]
+        before = StageAction("forward", action.stage - 1, action.micro_batch)
+        return action if action.stage == 0 or before in self.done else None
+
+    def _ready_backward(self, rank: int) -> StageAction | None:
+        last = self._last_stage
+        for stage in range(last - (last - rank) % self._num_ranks, -1, -self._num_ranks):
+            m = self._next_backward[stage]
             needed = StageAction("forward", stage, m) if stage == last else StageAction("backward", stage + 1, m)
-            if m < num_micro_batches and needed in done:
+            if m < self._num_micro_batches and needed in self.done:
                 return StageAction("backward", stage, m)
         return None
 
-    def ready_forward(rank: int) -> StageAction | None:
-        if not forwards[rank]:
-            return None
-        action = forwards[rank][0]
-        before = StageAction("forward", action.stage - 1, action.micro_batch)
-        return action if action.stage == 0 or before in done else None
-
-    total = num_stages * num_micro_batches * (1 if forward_only else 2)
-    while len(done) < total:
-        backward = [None if forward_only else ready_backward(rank) for rank in range(num_ranks)]
-        forward = [ready_forward(rank) for rank in range(num_ranks)]
-        bounded = [f if forward_only or in_flight[r] < limits[r] else None for r, f in enumerate(forward)]
-        slot = [b or f for b, f in zip(backward, bounded, strict=True)]
-        if not any(slot):
-            slot = forward  # the bound is a wish; without one of these passes nothing would go on
+    def add(self, slot: Sequence[StageAction | None]) -> None:
+        """Counts what the ranks do at one time as done."""
         for rank, action in enumerate(slot):
             if action is None:
                 continue
             if action.kind == "forward":
-                forwards[rank].pop(0)
-                in_flight[rank] += 1
+                self._forwards[rank].pop(0)
+                self._in_flight[rank] += 1
             else:
-                next_backward[action.stage] += 1
-                in_flight[rank] -= 1
-        done.update(action for action in slot if action)
-        plan.append(slot)
-    return plan
+                self._next_backward[action.stage] += 1
+                self._in_flight[rank] -= 1
+            self.done.add(action)
 
 
 def _forward_order(rank: int, num_ranks: int, chunks_per_rank: int, num_micro_batches: int) -> list[StageAction]:

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lockstep.engine.ranks.rank_sum import sum_disjoint, sum_over_ranks, vocabulary_rows
+from lockstep.engine.ranks.rank_sum import sum_disjoint, sum_over_ranks
 from lockstep.kernels.linear.linear import linear
 from lockstep.kernels.linear.row_parallel_linear import tree_sum
-from lockstep.kernels.memory.embedding import embedding
+from lockstep.kernels.memory.embedding import embedding, embedding_shard
 
 Group = dist.ProcessGroup | None
 
@@ -59,10 +59,7 @@ def vocabulary_parallel_embedding(token_ids: Tensor, weight: Tensor, first_token
     """token_ids[T] -> [T, H], where weight[V / R, H] holds the tokens from first_token on; exact."""
     if group is None:
         return embedding(token_ids, weight)
-    rows = vocabulary_rows(token_ids, first_token, weight.shape[0])
-    own = torch.zeros(token_ids.shape[0], weight.shape[1], dtype=weight.dtype, device=weight.device)
-    own = own.index_copy(0, rows, embedding(token_ids[rows] - first_token, weight))
-    return _SumDisjoint.apply(own, group)
+    return _SumDisjoint.apply(embedding_shard(token_ids, weight, first_token), group)
 
 
 class _SumOutputs(torch.autograd.Function):

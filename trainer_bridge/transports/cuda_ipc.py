@@ -71,18 +71,18 @@ class CudaIpcTransport(BucketTransport):
 
     def _end_receive(self, message: BucketMessage) -> None:
         sent = self._group.send([torch.tensor([message.number], dtype=torch.int64, device="cpu")], message.peer, _READ)
-        self._wait(sent, f"rank {message.peer} to hear that {message.part.transfers[0].name} has arrived")
+        self._wait(sent, f"rank {message.peer} to be notified that {message.part.transfers[0].name} has arrived")
 
 
 class _Handed:
-    """The receiver was told, and has answered."""
+    """A bucket that the receiver was notified of; done once it has acknowledged."""
 
-    def __init__(self, number: torch.Tensor, told: dist.Work, answered: dist.Work):
-        self._number, self._told, self._answered = number, told, answered
+    def __init__(self, number: torch.Tensor, notified: dist.Work, acknowledged: dist.Work):
+        self._number, self._notified, self._acknowledged = number, notified, acknowledged
 
     def wait(self, timeout: timedelta) -> None:
-        self._told.wait(timeout)
-        self._answered.wait(timeout)
+        self._notified.wait(timeout)
+        self._acknowledged.wait(timeout)
 
 
 def _place(device: torch.device) -> str:
