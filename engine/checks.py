@@ -155,13 +155,6 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
-def text(name: str, value: Any) -> str:
-    """Text that is not empty."""
-    if not isinstance(value, str) or not value:
-        raise refuse(name, "a name", value)
-    return str(value)
-
-
 def path(name: str, value: Any) -> str:
     """Text that is not empty, or a path object."""
     if isinstance(value, os.PathLike):
