@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lockstep.engine.balance import balance
 from lockstep.engine.checks import Whole
 from lockstep.engine.config import EngineConfig
 from lockstep.engine.counters import summed_stats
@@ -16,7 +17,6 @@ from lockstep.engine.engine import Engine
 from lockstep.engine.generator import SteppedGenerator
 from lockstep.engine.intake import check_is_request, check_not_queued
 from lockstep.engine.request import Kind, Request, RequestOutput, SamplingParams
-from lockstep.engine.spread import spread
 from lockstep.engine.weights.served_weights import UpdateReport
 from lockstep.engine.weights.staging import NamedTensors, WeightUpdate
 
@@ -67,7 +67,7 @@ class ReplicatedEngine(SteppedGenerator):
         for request, replica in self._replica_of.items():
             to_come[replica] += _tokens_to_come(request)
         prompts = [tuple(request.prompt_ids) for request in requests]
-        replicas = spread(prompts, [_tokens_to_come(request) for request in requests], to_come)
+        replicas = balance(prompts, [_tokens_to_come(request) for request in requests], to_come)
         places = list(zip(requests, replicas, strict=True))
         shares = [[r for r, place in places if place == replica] for replica in range(len(self.engines))]
         for engine, share in zip(self.engines, shares, strict=True):

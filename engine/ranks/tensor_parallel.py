@@ -1,4 +1,4 @@
-"""An engine's part on rank 0 and on the others, where its model is spread over several."""
+"""An engine's part on rank 0 and on the others, where its model is split over several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that are spread over ranks. An update is staged and verified on all of them, then served by all."""
+"""Weights that are split over ranks. An update is staged and verified on all of them, then served by all."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class LocalClusterConfig(ClusterConfig):
 @dataclass(frozen=True)
 class RayClusterConfig(ClusterConfig):
     """address: of a running cluster ("auto": the one this machine belongs to); null starts one on this machine.
-    num_engines: the requests of a step are spread over so many engines.
+    num_engines: the requests of a step are balanced over so many engines.
     trainer_ranks: processes of the trainer; what trainer.tensor_parallel_size and pipeline_parallel_size leave over
         are data parallel.
     transport: how weights travel: "distributed" (NCCL between GPUs, gloo between CPUs), "cuda_ipc" (between processes

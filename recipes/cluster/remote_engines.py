@@ -16,10 +16,10 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from lockstep.engine import EngineConfig, Generator, RequestOutput, SamplingParams
+from lockstep.engine.balance import balance
 from lockstep.engine.counters import summed_stats
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.request import one_per_prompt
-from lockstep.engine.spread import spread
 from lockstep.recipes.cluster.actor_pool import ActorPool
 from lockstep.recipes.cluster.actors import EngineActor
 from lockstep.recipes.cluster.config import RayClusterConfig
@@ -33,7 +33,7 @@ class EngineFailedError(RuntimeError):
 
 
 class RemoteEngines(Generator):
-    """The engines as one: `generate` and `score` spread requests over them and give outputs in the requests' order."""
+    """The engines as one: `generate` and `score` balance requests over them and give outputs in the requests' order."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class RemoteEngines(Generator):
 
     def _shares(self, prompts: Sequence[Sequence[int]], costs: Sequence[int]) -> list[list[int]]:
         """Indices of the requests for each engine."""
-        places = spread([tuple(prompt) for prompt in prompts], costs, [0] * len(self.actors))
+        places = balance([tuple(prompt) for prompt in prompts], costs, [0] * len(self.actors))
         return [[i for i, place in enumerate(places) if place == number] for number in range(len(self.actors))]
 
     def _run(self, calls: dict[int, tuple]) -> dict[int, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 
-def spread(prompts: Sequence[Hashable], costs: Sequence[int], loads: Sequence[int]) -> list[int]:
+def balance(prompts: Sequence[Hashable], costs: Sequence[int], loads: Sequence[int]) -> list[int]:
     """The number of an engine for each request; loads: what each engine already has to do, in the unit of costs.
 
     Requests of one prompt go to one engine, which computes the prompt once; the costliest prompts are placed first,
