@@ -30,6 +30,7 @@ from lockstep.engine.models.families.reading import printable, shown
 from lockstep.engine.models.names import expand
 from lockstep.engine.models.sharding import ParameterShard, Piece, slices
 from lockstep.engine.weights.checksums import checksum
+from lockstep.trainer_bridge.megatron.flat_models import is_flat, with_layer_records
 from lockstep.trainer_bridge.megatron.optimizer import state_names as optimizer_state_names
 from lockstep.trainer_bridge.weight_plan import plan_transfers, whole
 
@@ -177,6 +178,11 @@ class CheckpointFiles:
         saved = common.get("model")
         if not isinstance(saved, dict) or "family" not in saved:
             raise CheckpointError(f"checkpoint {self.path} is damaged: {COMMON_FILE} has no model")
+        if is_flat(saved):
+            try:
+                saved = with_layer_records(saved)
+            except ValueError as error:
+                raise CheckpointError(f"checkpoint {self.path} is damaged: in {COMMON_FILE} {error}") from None
         if different := list(_differences(saved, expected)):
             listed = [f"{printable(name)} {shown(old)} (wanted: {shown(wanted)})" for name, old, wanted in different]
             raise CheckpointError(f"checkpoint {self.path} is of another model, with {', '.join(_first(listed))}")
