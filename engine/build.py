@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lockstep.engine.checkpoints.checkpoint import check_weights, load_into
+from lockstep.engine.memory.kv_memory import MemoryConfig
 from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.models.decoder import Decoder
 from lockstep.engine.models.layers.linear import format_named
@@ -90,11 +91,13 @@ def scheduler_config(config: EngineConfig, model_config: ModelConfig) -> Schedul
     return SchedulerConfig(
         max_running_requests=config.max_running_requests,
         max_prefill_tokens=config.max_prefill_tokens,
-        page_size=config.page_size or PAGE_SIZE[torch.device(config.device).type],
         max_model_len=longest,
-        enable_prefix_cache=config.enable_prefix_cache,
         num_chain_tokens=config.num_draft_tokens if config.has_draft_model else 0,
     )
+
+
+def page_size(config: EngineConfig) -> int:
+    return config.page_size or PAGE_SIZE[torch.device(config.device).type]
 
 
 def num_kv_pages(
@@ -108,26 +111,33 @@ def num_kv_pages(
 
     draft_elements_per_token: of a draft model's keys and values, which lie in the same pages.
     """
-    local, page_size = model.local_config, sizes.page_size
+    local, page_tokens = model.local_config, page_size(config)
     itemsize = getattr(torch, config.dtype).itemsize
-    page_bytes = (local.kv_elements_per_token + draft_elements_per_token) * page_size * itemsize
+    page_bytes = (local.kv_elements_per_token + draft_elements_per_token) * page_tokens * itemsize
     if config.kv_cache_tokens is not None:
-        if config.kv_cache_tokens < page_size:
-            raise ValueError(f"kv_cache_tokens={config.kv_cache_tokens} is less than a page of {page_size}")
-        return config.kv_cache_tokens // page_size
+        if config.kv_cache_tokens < page_tokens:
+            raise ValueError(f"kv_cache_tokens={config.kv_cache_tokens} is less than a page of {page_tokens}")
+        return config.kv_cache_tokens // page_tokens
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * config.memory_fraction) // page_bytes
-    useful = config.max_running_requests * -(-sizes.max_model_len // page_size)
+    useful = config.max_running_requests * -(-sizes.max_model_len // page_tokens)
     return max(1, min(useful, CPU_KV_CACHE_BYTES // page_bytes))
 
 
-def runner_config(config: EngineConfig, sizes: SchedulerConfig, num_pages: int, device: torch.device) -> RunnerConfig:
+def memory_config(config: EngineConfig, num_pages: int) -> MemoryConfig:
+    """num_pages: those that every rank has."""
+    return MemoryConfig(num_pages, page_size(config), config.enable_prefix_cache)
+
+
+def runner_config(
+    config: EngineConfig, sizes: SchedulerConfig, memory: MemoryConfig, device: torch.device
+) -> RunnerConfig:
     """What every rank's runner has in common, and its device."""
     return RunnerConfig(
         max_running_requests=sizes.max_running_requests,
         max_model_len=sizes.max_model_len,
-        page_size=sizes.page_size,
-        num_pages=num_pages,
+        page_size=memory.page_size,
+        num_pages=memory.num_pages,
         num_draft_tokens=config.num_draft_tokens,
         device=device,
         dtype=getattr(torch, config.dtype),

@@ -10,6 +10,7 @@ import torch
 from lockstep.engine.build import (
     build_model,
     check_parallel,
+    memory_config,
     num_kv_pages,
     rank_device,
     runner_config,
@@ -62,16 +63,17 @@ def build_parts(config: EngineConfig, model_config: ModelConfig) -> EngineParts:
     except BaseException:
         workers.shutdown()
         raise
-    memory = KVMemory(num_pages, sizes.page_size, sizes.enable_prefix_cache)
-    eagle = new_eagle(config, draft, sizes, num_pages)
+    memory = memory_config(config, num_pages)
+    eagle = new_eagle(config, draft, memory, sizes.max_model_len)
     new_runner = Runner if config.tp_size == 1 else partial(LeadingRunner, workers)
-    runner = new_runner(model, runner_config(config, sizes, num_pages, device), eagle)
+    runner = new_runner(model, runner_config(config, sizes, memory, device), eagle)
+    kv_memory = KVMemory(memory)
     return EngineParts(
         workers=workers,
         model=model,
         weights=_new_weights(config, model_config, model, workers, device),
-        memory=memory,
-        scheduler=Scheduler(sizes, memory),
+        memory=kv_memory,
+        scheduler=Scheduler(sizes, kv_memory),
         runner=runner,
         draft=eagle or NoDraftModel(config.draft_model),
         speculation=new_speculation(config, eagle, model_config.vocab_size),

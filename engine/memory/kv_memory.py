@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
 
 from lockstep.engine.memory.namespace import Namespace
 from lockstep.engine.memory.page_pool import PagePool
@@ -11,6 +12,20 @@ from lockstep.engine.memory.radix_cache import EvictionHook, RadixCache
 from lockstep.engine.request import Request
 
 NEVER = sys.maxsize
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """page_size: tokens in a page. enable_prefix_cache: whether pages are ever shared."""
+
+    num_pages: int
+    page_size: int
+    enable_prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("num_pages", "page_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"MemoryConfig.{name} must be at least 1, got {getattr(self, name)}")
 
 
 class KVMemory:
@@ -24,22 +39,15 @@ class KVMemory:
     A request's way: match() gives it the pages of a cached prefix, extend() more of its own, commit() caches those that
     are full, and drop() ends it. What is cached is evicted for whoever needs room; nobody is preempted here.
 
-    enable_prefix_cache: whether pages are ever shared. on_evict: see RadixCache; a cache tier can keep a copy of what
-    leaves.
+    on_evict: see RadixCache; a cache tier can keep a copy of what leaves.
     """
 
-    def __init__(
-        self,
-        num_pages: int,
-        page_size: int,
-        enable_prefix_cache: bool = True,
-        on_evict: EvictionHook | None = None,
-    ) -> None:
-        self.num_pages = num_pages
-        self.page_size = page_size
-        self._caches_prefixes = enable_prefix_cache
-        self._pool = PagePool(num_pages)
-        self._cache = RadixCache(self._pool, page_size, on_evict)
+    def __init__(self, config: MemoryConfig, on_evict: EvictionHook | None = None) -> None:
+        self.num_pages = config.num_pages
+        self.page_size = config.page_size
+        self._caches_prefixes = config.enable_prefix_cache
+        self._pool = PagePool(config.num_pages)
+        self._cache = RadixCache(self._pool, config.page_size, on_evict)
 
     @property
     def num_free(self) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lockstep.engine.build import build_model, num_kv_pages, rank_device, runner_config, scheduler_config
+from lockstep.engine.build import build_model, memory_config, num_kv_pages, rank_device, runner_config, scheduler_config
 from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.models.decoder import Decoder
 from lockstep.engine.ranks.rank_group import RankGroup
@@ -67,7 +67,8 @@ class EngineFollower:
         self.weights = RankWeights(model_config, ranks, dict(self.model.named_parameters()), config.ep_size)
 
     def begin(self, num_pages: int) -> None:
-        self.runner = Runner(self.model, runner_config(self.config, self.sizes, num_pages, self.device))
+        memory = memory_config(self.config, num_pages)
+        self.runner = Runner(self.model, runner_config(self.config, self.sizes, memory, self.device))
 
     def step(self, step: RankStep) -> None:
         self.runner.follow(step)

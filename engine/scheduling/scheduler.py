@@ -25,13 +25,11 @@ class SchedulerConfig:
 
     max_running_requests: int
     max_prefill_tokens: int
-    page_size: int
     max_model_len: int
-    enable_prefix_cache: bool = True
     num_chain_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_running_requests", "max_prefill_tokens", "page_size", "max_model_len"):
+        for name in ("max_running_requests", "max_prefill_tokens", "max_model_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"SchedulerConfig.{name} must be at least 1, got {getattr(self, name)}")
 

@@ -7,9 +7,9 @@ import torch
 from lockstep.engine.checkpoints.draft_checkpoint import load_draft
 from lockstep.engine.checkpoints.draft_config import load_draft_config
 from lockstep.engine.config import EngineConfig
+from lockstep.engine.memory.kv_memory import MemoryConfig
 from lockstep.engine.models.decoder import Decoder
 from lockstep.engine.models.eagle3 import Eagle3Draft, initialize
-from lockstep.engine.scheduling.scheduler import SchedulerConfig
 from lockstep.engine.speculation.drafter import Drafter
 from lockstep.engine.speculation.eagle import EagleDrafter
 from lockstep.engine.speculation.ngram import NgramDrafter
@@ -31,12 +31,12 @@ def load_draft_model(config: EngineConfig, model: Decoder) -> Eagle3Draft | None
 
 
 def new_eagle(
-    config: EngineConfig, draft: Eagle3Draft | None, sizes: SchedulerConfig, num_pages: int
+    config: EngineConfig, draft: Eagle3Draft | None, memory: MemoryConfig, max_model_len: int
 ) -> EagleDrafter | None:
     """The drafter of a draft model, with its KV cache."""
     if draft is None:
         return None
-    return EagleDrafter(draft, config.num_draft_tokens, num_pages, sizes.page_size, sizes.max_model_len)
+    return EagleDrafter(draft, config.num_draft_tokens, memory.num_pages, memory.page_size, max_model_len)
 
 
 def new_speculation(config: EngineConfig, eagle: EagleDrafter | None, vocab_size: int) -> Speculation | NoSpeculation:

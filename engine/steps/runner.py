@@ -34,7 +34,7 @@ Observer = Callable[[Sequence[Chunk], torch.Tensor, torch.Tensor], None]
 
 @dataclass(frozen=True)
 class RunnerConfig:
-    """Sizes of the arrays and caches of a runner, and where they are. See EngineConfig and SchedulerConfig."""
+    """Sizes of the arrays and caches of a runner, and where they are. See EngineConfig, and MemoryConfig for pages."""
 
     max_running_requests: int
     max_model_len: int

@@ -5,7 +5,7 @@ import torch
 from models import make_hf_model
 
 from lockstep.engine import Engine, EngineConfig, ReplicatedEngine, SamplingParams
-from lockstep.engine.memory.kv_memory import KVMemory
+from lockstep.engine.memory.kv_memory import KVMemory, MemoryConfig
 from lockstep.engine.request import Request
 from lockstep.engine.scheduling.scheduler import Scheduler
 
@@ -141,7 +141,7 @@ def test_a_request_is_checked_once(paths, monkeypatch):
 def test_replicas_take_what_the_smallest_can_serve(paths):
     engine = ReplicatedEngine(EngineConfig(model=paths[0], **SETTINGS), 2)
     small = engine.engines[1]
-    small.memory = KVMemory(12, page_size=4)
+    small.memory = KVMemory(MemoryConfig(12, page_size=4))
     small.scheduler = Scheduler(small.scheduler.config, small.memory)
     with pytest.raises(ValueError, match=r"prompt 0: .* 49 tokens, 13 pages of 4, but the pool has 12 pages"):
         engine.prepare([[1] * 40], SamplingParams(max_tokens=10))

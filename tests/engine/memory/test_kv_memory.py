@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from prefix_cache_model import PrefixCacheModel, User
 
-from lockstep.engine.memory.kv_memory import NEVER, KVMemory
+from lockstep.engine.memory.kv_memory import NEVER, KVMemory, MemoryConfig
 from lockstep.engine.memory.namespace import Namespace, PageKey
 from lockstep.engine.request import Request, SamplingParams
 
@@ -26,7 +26,9 @@ class MemoryMachine(RuleBasedStateMachine):
     @initialize(num_pages=st.integers(1, 16), page_size=st.integers(1, 4), caches=st.sampled_from([True, True, False]))
     def begin(self, num_pages: int, page_size: int, caches: bool) -> None:
         self.evicted: list[tuple[int, PageKey]] = []
-        self.memory = KVMemory(num_pages, page_size, caches, lambda page, key: self.evicted.append((page, key)))
+        self.memory = KVMemory(
+            MemoryConfig(num_pages, page_size, caches), lambda page, key: self.evicted.append((page, key))
+        )
         self.model = PrefixCacheModel(page_size)
         self.page_size, self.caches = page_size, caches
         self.users: list[tuple[Request, User]] = []
@@ -220,7 +222,7 @@ def test_a_copy_of_an_evicted_page_is_known_by_its_tokens():
     """A cache tier in small: it copies what leaves, and a later request finds its prefix there."""
     store: dict[PageKey, str] = {}
     content: dict[int, str] = {}
-    memory = KVMemory(4, page_size=2, on_evict=lambda page, key: store.update({key: content[page]}))
+    memory = KVMemory(MemoryConfig(4, page_size=2), on_evict=lambda page, key: store.update({key: content[page]}))
     request = new_request([1, 2, 3, 4, 5])
     memory.match(request, Namespace(7), limit=5)
     assert memory.extend(request, 5)
@@ -239,7 +241,10 @@ def test_a_copy_of_an_evicted_page_is_known_by_its_tokens():
     assert memory.available == memory.num_free == 4
 
 
-@pytest.mark.parametrize(("num_pages", "page_size", "message"), [(0, 4, "num_pages must"), (4, 0, "page_size must")])
+@pytest.mark.parametrize(
+    ("num_pages", "page_size", "message"),
+    [(0, 4, "MemoryConfig.num_pages must"), (4, 0, "MemoryConfig.page_size must")],
+)
 def test_sizes_below_one_are_refused(num_pages, page_size, message):
     with pytest.raises(ValueError, match=message):
-        KVMemory(num_pages, page_size)
+        MemoryConfig(num_pages, page_size)

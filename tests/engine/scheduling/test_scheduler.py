@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from lockstep.engine.memory.kv_memory import KVMemory
+from lockstep.engine.memory.kv_memory import KVMemory, MemoryConfig
 from lockstep.engine.request import Request, SamplingParams
 from lockstep.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from lockstep.engine.scheduling.step_batch import Chunk, StepBatch
@@ -23,8 +23,8 @@ class World:
     def __init__(
         self, num_pages: int, page_size: int, max_running: int, budget: int, max_model_len: int, caching: bool
     ):
-        self.config = SchedulerConfig(max_running, budget, page_size, max_model_len, caching)
-        self.memory = KVMemory(num_pages, page_size, caching)
+        self.config = SchedulerConfig(max_running, budget, max_model_len)
+        self.memory = KVMemory(MemoryConfig(num_pages, page_size, caching))
         self.pool, self.cache = self.memory._pool, self.memory._cache
         self.scheduler = Scheduler(self.config, self.memory)
         self.content = [[NOTHING] * page_size for _ in range(num_pages)]
@@ -101,7 +101,7 @@ class World:
 
     def run_chunk(self, chunk: Chunk) -> None:
         request, start, length, samples = chunk.request, chunk.start, chunk.length, chunk.samples
-        page_size, version = self.config.page_size, self.scheduler.version
+        page_size, version = self.memory.page_size, self.scheduler.version
         assert start == request.num_computed
         assert length >= 1
         assert samples == (request.kind == "generate" and start + length == len(request.tokens))
@@ -146,7 +146,7 @@ class World:
         self.pool.check_invariants()
         for page in range(self.pool.num_pages):
             if not self.pool.references(page):
-                self.content[page] = [NOTHING] * self.config.page_size
+                self.content[page] = [NOTHING] * self.memory.page_size
 
     def check_nothing_leaked(self) -> None:
         assert self.pool.num_free + self.cache.num_pages == self.pool.num_pages
@@ -411,8 +411,8 @@ def test_abort_of_unknown_waiting_running_and_all():
     world.check_nothing_leaked()
 
 
-@pytest.mark.parametrize("name", ["max_running_requests", "max_prefill_tokens", "page_size", "max_model_len"])
+@pytest.mark.parametrize("name", ["max_running_requests", "max_prefill_tokens", "max_model_len"])
 def test_config_values_below_one_are_refused(name):
-    values = dict.fromkeys(["max_running_requests", "max_prefill_tokens", "page_size", "max_model_len"], 8)
+    values = dict.fromkeys(["max_running_requests", "max_prefill_tokens", "max_model_len"], 8)
     with pytest.raises(ValueError, match=f"SchedulerConfig.{name} must be at least 1, got 0"):
         SchedulerConfig(**{**values, name: 0})

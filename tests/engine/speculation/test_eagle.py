@@ -113,7 +113,7 @@ def test_drafts_are_those_of_the_whole_text(family, sizes, settings, tmp_path_fa
         if drafts and request.request_id % 2:
             expected = expected_chain(engine.model, draft, request, len(drafts))
             # Without free pages behind its text, a chain does not see its own first tokens.
-            whole = len(request.pages) * engine.scheduler.config.page_size >= len(request.tokens) + len(drafts)
+            whole = len(request.pages) * engine.memory.page_size >= len(request.tokens) + len(drafts)
             seen.append(drafts == expected)
             assert seen[-1] or not whole
         return drafts
