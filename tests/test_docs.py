@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 import shlex
@@ -34,6 +35,10 @@ SMALL = {
     "eval": SMALL_EVALUATION,
     "convert": ["checkpoint=runs/demo/checkpoints/step_000002/trainer", "output=hf"],
 }
+
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+# The code and its pages: nothing that a run or a build left here.
+FOLDERS = ("docs", "engine", "kernels", "recipes", "rollout", "tests", "trainer_bridge", "configs")
 
 composed: list = []
 
@@ -127,6 +132,51 @@ def test_every_make_target_and_path_of_a_test_is_there():
         assert set(re.findall(r"^make ([a-z-]+)", text, re.MULTILINE)) <= targets
         for path in re.findall(r"(?<![\w/])(tests/[\w/]+(?:\.py)?)", text):
             assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+# Of users, of a run's folder, or of a test's.
+OTHERS_FILES = re.compile(
+    r"path/to/\w+\.py|my_\w+\.py|config\.yaml|(program|tests|file)\.py|[\w/]*[A-Z]{4,}[\w/]*\.\w+"
+)
+REPOSITORY = sorted(
+    str(path.relative_to(ROOT))
+    for path in [*ROOT.glob("*.*"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.*"))]
+)
+
+
+def named_files(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w./*{}<-])((?:[\w-]+/)*[\w-]+\.(?:py|md|toml|yaml|sh))(?![\w/*])", text))
+
+
+def docstrings(source: str) -> str:
+    """Those of a module, and its comments."""
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, DOCUMENTED))
+    comments = (line.partition("#")[2] for line in source.splitlines())
+    return "\n".join([*(ast.get_docstring(node) or "" for node in nodes), *comments])
+
+
+def test_every_file_that_docs_and_docstrings_name_is_there():
+    """By its path from the root, or the end of one ("drafts/draft_stage.py")."""
+    endings = {"/".join(path.split("/")[start:]) for path in REPOSITORY for start in range(path.count("/") + 1)}
+    checked = 0
+    for path in REPOSITORY:
+        if path.endswith(".md") or (path.endswith(".py") and not path.startswith("tests/")):
+            text = (ROOT / path).read_text(encoding="utf-8")
+            named = named_files(text if path.endswith(".md") else docstrings(text))
+            named = {name for name in named if not OTHERS_FILES.fullmatch(name)}
+            checked += len(named)
+            assert named <= endings, f"{path}: {sorted(named - endings)}"
+    assert checked > 200
+
+
+def test_a_file_that_is_not_there_would_be_found():
+    assert named_files("see `engine/runner.py` and kernels/*.py, NAME.py") == {"engine/runner.py", "NAME.py"}
+    assert docstrings('"""See gone.py."""\nx = "not.py"  # as other.py').split() == [
+        "See",
+        "gone.py.",
+        "as",
+        "other.py",
+    ]
 
 
 def test_every_link_leads_to_a_file():
