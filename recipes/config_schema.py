@@ -20,7 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from lockstep.engine.choices import OneOf
-from lockstep.engine.config_fields import FieldError
+from lockstep.engine.fields.field_types import FieldError
 
 _TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _MOST_NEAR = 6  # keys in an error's advice

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lockstep.engine.config_fields import Fraction, Positive, Seconds, Size, Text, check_fields
+from lockstep.engine.fields.field_types import Fraction, Positive, Seconds, Size, Text, check_fields
 from lockstep.recipes.bench.shapes import SHAPES
 
 Suite = Literal[

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from lockstep.engine import EngineConfig
 from lockstep.engine.choices import OneOf
-from lockstep.engine.config_fields import Count, NotNegative, Seconds, Size, Text, check_fields
+from lockstep.engine.fields.field_types import Count, NotNegative, Seconds, Size, Text, check_fields
 from lockstep.trainer_bridge import TrainerConfig
 
 

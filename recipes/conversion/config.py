@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lockstep.engine.config_fields import Size, Text, check_fields
+from lockstep.engine.fields.field_types import Size, Text, check_fields
 from lockstep.engine.speculation.config import LayerIds, ServingEngine
 
 

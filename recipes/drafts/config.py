@@ -9,7 +9,7 @@ from typing import Annotated
 from annotated_types import Interval
 
 from lockstep.engine import EngineConfig
-from lockstep.engine.config_fields import (
+from lockstep.engine.fields.field_types import (
     MAX_COUNT,
     Count,
     Input,

@@ -163,6 +163,8 @@ def checked_texts(config: DraftConfig, model: str) -> tuple[list[DraftText], lis
         draft = Eagle3Config.of_target(target, target.vocab_size)
     elif config.draft_vocab_size is not None:
         raise ValueError(f"draft: start={config.start} has a vocabulary; draft_vocab_size is that of a new draft")
+    elif config.norm_aux or config.norm_output:
+        raise ValueError(f"draft: start={config.start} has its norms; norm_aux and norm_output are of a new draft")
     else:
         draft = load_draft_config(config.start, target, config.engine.draft_layer_ids)
     choose_engine(config.export_for, draft.aux_layers, target)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lockstep.engine import EngineConfig
-from lockstep.engine.config_fields import Count, Seed, Text, Threads, check_fields
+from lockstep.engine.fields.field_types import Count, Seed, Text, Threads, check_fields
 from lockstep.engine.text.config import ChatConfig
 from lockstep.recipes.cluster.config import AnyCluster, ClusterConfig
 from lockstep.rollout.config import EvaluationConfig

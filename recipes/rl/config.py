@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lockstep.engine import EngineConfig
-from lockstep.engine.config_fields import Count, Fraction, InputPath, Size
+from lockstep.engine.fields.field_types import Count, Fraction, InputPath, Size
 from lockstep.recipes.cluster.config import AnyCluster, ClusterConfig
 from lockstep.recipes.drafts.config import DraftStageConfig
 from lockstep.recipes.runs.config import START, TrainingRunConfig
@@ -66,6 +66,10 @@ class RLConfig(TrainingRunConfig):
             raise ValueError(
                 f"engine.draft_model={self.engine.draft_model} does not go with a draft that learns during the run "
                 f"(draft.train_every={self.draft.train_every}): give it as draft.start, or set draft.train_every=0"
+            )
+        if self.draft.start is not None and self.draft.draft_vocab_size is not None:
+            raise ValueError(
+                f"draft.start={self.draft.start} has a vocabulary; draft.draft_vocab_size is that of a new draft"
             )
         has_teacher = getattr(self.algorithm, "teacher_model", None) is not None
         if has_teacher and self.cluster.kind == "ray" and not self.cluster.teacher_engines:

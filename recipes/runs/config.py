@@ -8,7 +8,7 @@ from typing import Annotated
 
 from annotated_types import Interval
 
-from lockstep.engine.config_fields import Count, InputPath, NotNegative, Seed, Size, Text, Threads, check_fields
+from lockstep.engine.fields.field_types import Count, InputPath, NotNegative, Seed, Size, Text, Threads, check_fields
 from lockstep.engine.text.config import ChatConfig
 from lockstep.rollout.config import TokenizerConfig
 from lockstep.rollout.tasks.config import AnyTask, TaskConfig

@@ -24,7 +24,7 @@ from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
-from lockstep.engine.config_fields import Input, marked_fields
+from lockstep.engine.fields.field_types import Input, marked_fields
 from lockstep.engine.files import write_whole
 from lockstep.recipes.runs.content_hashes import hash_of
 

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lockstep.engine import EngineConfig
-from lockstep.engine.config_fields import numeric_ranges
+from lockstep.engine.fields.field_types import numeric_ranges
 from lockstep.recipes import config_schema, launch
 from lockstep.recipes.cli import STAGES, main
 from lockstep.rollout.config import RolloutConfig
@@ -72,7 +72,7 @@ ZERO = {
     "nonsense_reward": "nothing on top",
 }
 MINUS_ONE = {"top_k", "error_reward", "miss_reward", "nonsense_reward"}
-# engine/checks.py: each of their fields has a rule, but not all an upper bound.
+# engine/fields/values.py: each of their fields has a rule, but not all an upper bound.
 HAVE_RULES = (EngineConfig, AdamWConfig, RolloutConfig)
 NEVER = (math.nan, math.inf, -math.inf, 1e308, -1e308, 10**30, -(10**30))
 

@@ -90,6 +90,8 @@ def test_a_run_learns_exports_and_resumes_to_the_bit(tmp_path, path, monkeypatch
         ({"texts": None, "rollouts": "no_run"}, "no_run has 0 texts to learn from"),
         ({"start": "no_draft", "draft_vocab_size": None}, "no_draft"),
         ({"start": "no_draft"}, "draft_vocab_size is that of a new draft"),
+        ({"start": "no_draft", "draft_vocab_size": None, "norm_aux": True}, "norm_aux and norm_output are of a new"),
+        ({"start": "no_draft", "draft_vocab_size": None, "norm_output": True}, "norm_aux and norm_output are of a new"),
     ],
 )
 def test_what_does_not_serve_is_refused_before_the_model_is_loaded(changes, message, tmp_path, path, monkeypatch):

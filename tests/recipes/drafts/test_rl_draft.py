@@ -99,3 +99,10 @@ def test_a_run_that_cannot_train_a_draft_goes_without_and_says_so(changes, name,
     config = rl.without_draft_where_none_can_learn(config_of(tmp_path, **changes))
     assert not config.draft.is_on
     assert f"does not go with {name}" in caplog.text
+
+
+def test_the_vocabulary_of_a_new_draft_is_refused_beside_a_draft_to_start_from(tmp_path):
+    config, start = short_config(tmp_path), DraftStageConfig(start="mine")
+    with pytest.raises(ValueError, match=r"draft.start=mine has a vocabulary; draft.draft_vocab_size is that of a"):
+        replace(config, draft=replace(start, draft_vocab_size=64))
+    assert replace(config, draft=start).draft.start == "mine"
