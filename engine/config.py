@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
-from lockstep.engine.checks import (
+from lockstep.engine.fields.field_types import InputPath
+from lockstep.engine.fields.values import (
     SECONDS,
     Choice,
     Real,
@@ -20,7 +21,6 @@ from lockstep.engine.checks import (
     power_of_two,
     text,
 )
-from lockstep.engine.config_fields import InputPath
 from lockstep.engine.speculation.config import MAX_DRAFT_TOKENS, NGRAM, LayerIds
 
 

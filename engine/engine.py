@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 
-from lockstep.engine.checks import Choice, check_device_is_there
 from lockstep.engine.config import EngineConfig
 from lockstep.engine.counters import Counters
 from lockstep.engine.endings import end_reason
+from lockstep.engine.fields.values import Choice, check_device_is_there
 from lockstep.engine.generator import SteppedGenerator
 from lockstep.engine.intake import check_is_request, check_is_served, check_not_queued, checked_version, new_requests
 from lockstep.engine.models.config import load_model_config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
-from lockstep.engine.checks import Whole, list_of_sequences, refuse, sequence_ids
+from lockstep.engine.fields.values import Whole, list_of_sequences, refuse, sequence_ids
 from lockstep.engine.request import Kind, Request, SamplingParams, one_per_prompt
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from lockstep.engine.balance import balance
-from lockstep.engine.checks import Whole
 from lockstep.engine.config import EngineConfig
 from lockstep.engine.counters import summed_stats
 from lockstep.engine.engine import Engine
+from lockstep.engine.fields.values import Whole
 from lockstep.engine.generator import SteppedGenerator
 from lockstep.engine.intake import check_is_request, check_not_queued
 from lockstep.engine.request import Kind, Request, RequestOutput, SamplingParams

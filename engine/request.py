@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from lockstep.engine.checks import Real, Rule, Whole, conform, flag, refuse, strings, token_set
+from lockstep.engine.fields.values import Real, Rule, Whole, conform, flag, refuse, strings, token_set
 
 if TYPE_CHECKING:
     from lockstep.engine.memory.radix_cache import CacheHandle
@@ -70,7 +70,7 @@ class SamplingParams:
     """How the tokens of a request are drawn and when it ends. Raises ValueError that names the field and its value.
 
     A value means the number that it holds, whatever its type: 1, 1.0, numpy.float32(1) and a tensor of no dimensions
-    with 1 in it give the same bits; kernels round it to fp32 once. See engine.checks.
+    with 1 in it give the same bits; kernels round it to fp32 once. See engine.fields.values.
 
     temperature 0 takes the most likely token. top_k -1 or 0 is off. Penalties and logit_bias are added to the logits
     before the temperature. `seed` is the seed of the request's first sample; with n > 1 the caller of the engine gets

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from lockstep.engine.checks import Rule, Whole, conform
-from lockstep.engine.config_fields import MAX_COUNT, Count, NotNegative, Positive, Size, check_fields
+from lockstep.engine.fields.field_types import MAX_COUNT, Count, NotNegative, Positive, Size, check_fields
+from lockstep.engine.fields.values import Rule, Whole, conform
 from lockstep.engine.request import SAMPLING_RULES
 
 

@@ -11,7 +11,7 @@ from code_map import ROOT, circles, complexity, imports_of, modules
 FLOORS = {
     "kernels": ("memory", "linear", "reductions", "norm_rope", "attention", "latent", "moe", "sampling"),
     "engine": (
-        "memory", "scheduling", "models", "checkpoints", "text", "steps", "weights", "speculation", "ranks",
+        "fields", "memory", "scheduling", "models", "checkpoints", "text", "steps", "weights", "speculation", "ranks",
     ),
     "rollout": ("mathematics", "tasks", "rewards", "environments"),
     "trainer_bridge": ("algorithms", "megatron", "drafts", "transports"),
@@ -41,7 +41,7 @@ LONG_FUNCTIONS = {"lockstep.recipes.bench.rl_suite._train_with_trl"}
 COMPLEX_FUNCTIONS = {
     "lockstep.engine.checkpoints.draft_config._aux_layers",
     "lockstep.engine.checkpoints.gguf_tokenizer.build_tokenizer",
-    "lockstep.engine.config_fields._checked",
+    "lockstep.engine.fields.field_types._checked",
     "lockstep.engine.models.families.rope_keys.read_rope",
     "lockstep.recipes.bench.engine_suite._table",
     "lockstep.recipes.cluster.ray_cluster._publish_to",

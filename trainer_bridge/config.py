@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lockstep.engine.checks import (
+from lockstep.engine.fields.field_types import InputPath
+from lockstep.engine.fields.values import (
     SECONDS,
     Choice,
     Real,
@@ -21,7 +22,6 @@ from lockstep.engine.checks import (
     power_of_two,
     text,
 )
-from lockstep.engine.config_fields import InputPath
 
 LrSchedule = Literal["constant", "linear", "cosine"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lockstep.engine.checks import check_device_is_there
+from lockstep.engine.fields.values import check_device_is_there
 from lockstep.engine.models.config import Head
 from lockstep.engine.request import SAMPLING_RULES
 from lockstep.engine.weights.checksums import checksum

@@ -9,7 +9,7 @@
 
 A type says the range of a number (Count, Size, Positive, ...), or that a path is read by a run (InputPath).
 Where a 0 has a meaning of its own, the config's docstring says which. EngineConfig, RolloutConfig and trainers' configs
-have the rules of checks.py, which also take scalars of numpy and torch.
+have the rules of values.py, which also take scalars of numpy and torch.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lockstep.engine.config_fields import InputPath, check_fields
+from lockstep.engine.fields.field_types import InputPath, check_fields
 
 _NOT_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from lockstep.engine import user_code
 from lockstep.engine.choices import OneOf
-from lockstep.engine.config_fields import Count, Seconds, Size, Text, check_fields
+from lockstep.engine.fields.field_types import Count, Seconds, Size, Text, check_fields
 from lockstep.rollout.environments.calculator import CalculatorConfig, build_calculator
 from lockstep.rollout.environments.environment import Action, Environment, Opening, StepResult
 from lockstep.rollout.environments.failures import OnError

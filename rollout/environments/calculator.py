@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lockstep.engine.config_fields import Finite, check_fields
+from lockstep.engine.fields.field_types import Finite, check_fields
 from lockstep.rollout.environments.tool_environment import Tool, ToolEnvironment
 
 Number = int | float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lockstep.engine.config_fields import Finite, check_fields
+from lockstep.engine.fields.field_types import Finite, check_fields
 from lockstep.rollout.environments.environment import Action, Opening, StepResult
 from lockstep.rollout.tasks import Problem
 from lockstep.rollout.tasks.answers import extract_answer

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from annotated_types import Interval
 
-from lockstep.engine.config_fields import MAX_COUNT, Count, Seed, Size, check_fields
+from lockstep.engine.fields.field_types import MAX_COUNT, Count, Seed, Size, check_fields
 from lockstep.rollout.tasks.answers import format_answer
 from lockstep.rollout.tasks.problem import Problem, TaskSplits, check_index, conversation
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lockstep.engine.config_fields import Fraction, InputPath, Text, check_fields
+from lockstep.engine.fields.field_types import Fraction, InputPath, Text, check_fields
 from lockstep.rollout import hub
 from lockstep.rollout.tasks.answers import COMPARISONS
 from lockstep.rollout.tasks.chats import Messages, looks_like_chat, read_messages, to_ask

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Interval
 
-from lockstep.engine.config_fields import MAX_COUNT, Fraction, Seconds, Seed, Size, Text, check_fields
+from lockstep.engine.fields.field_types import MAX_COUNT, Fraction, Seconds, Seed, Size, Text, check_fields
 from lockstep.rollout.rewards.isolation import Limits
 from lockstep.rollout.rewards.verifiers import Verifier, VerifierPool
 from lockstep.rollout.tasks.problem import Problem, TaskSplits, check_index, content_hash, conversation, hash_fraction

@@ -7,7 +7,16 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, Self
 
 from lockstep.engine.choices import OneOf
-from lockstep.engine.config_fields import Count, Fraction, InputPath, NotNegative, Positive, Size, Text, check_fields
+from lockstep.engine.fields.field_types import (
+    Count,
+    Fraction,
+    InputPath,
+    NotNegative,
+    Positive,
+    Size,
+    Text,
+    check_fields,
+)
 from lockstep.trainer_bridge.algorithms.aggregation import Aggregation
 
 KlEstimator = Literal["k1", "k2", "k3"]

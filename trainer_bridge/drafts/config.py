@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lockstep.engine.checks import FP32_MAX, Choice, Real, Rule, Whole, conform
+from lockstep.engine.fields.values import FP32_MAX, Choice, Real, Rule, Whole, conform
 from lockstep.engine.request import MIN_TEMPERATURE
 from lockstep.trainer_bridge.config import AdamWConfig
 

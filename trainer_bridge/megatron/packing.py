@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from lockstep.engine.checks import Whole, plain, sequence_ids
+from lockstep.engine.fields.values import Whole, plain, sequence_ids
 from lockstep.engine.request import SAMPLING_RULES
 from lockstep.engine.steps.transfer import to_device
 from lockstep.trainer_bridge.algorithms.aggregation import Aggregation, StepCounts, token_weights

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from lockstep.engine.checks import list_of_sequences, sequence_ids
+from lockstep.engine.fields.values import list_of_sequences, sequence_ids
 from lockstep.trainer_bridge.megatron.packing import deal, first_fit, sequence_layout
 from lockstep.trainer_bridge.megatron.passes import MicroBatch, ScoringPasses
 from lockstep.trainer_bridge.megatron.reference_model import ReferenceWeights

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from annotated_types import Interval
 
-from lockstep.engine.config_fields import (
+from lockstep.engine.fields.field_types import (
     Count,
     FieldError,
     Input,
