@@ -37,6 +37,7 @@ def latent_decoder(
         raise unsupported("head_dim", raw["head_dim"], f"it must be qk_rope_head_dim = {rope_dim}")
     nope_dim = read_size(raw, "qk_nope_head_dim")
     rope = read_rope(raw, rope_dim)
+    mscale = _mscale(rope.scaling)
     mixer = LatentAttention(
         num_heads=num_heads,
         q_lora_rank=None if raw.get("q_lora_rank") is None else read_size(raw, "q_lora_rank"),
@@ -47,7 +48,7 @@ def latent_decoder(
         rope=ROPE,
         rope_interleaved=rope_interleaved,
         norm=_NORM,
-        softmax_scale=(nope_dim + rope_dim) ** -0.5 * _mscale(rope.scaling) ** 2,
+        softmax_scale=(nope_dim + rope_dim) ** -0.5 * mscale * mscale,
     )
     norm, mlp = read_norm(raw), GatedMLP(read_size(raw, "intermediate_size"), mlp_bias)
     layers = tuple(LayerSpec(mixer, experts.get(number, mlp), norm) for number in range(raw["num_hidden_layers"]))
