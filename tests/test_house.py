@@ -49,17 +49,6 @@ COMPLEX_FUNCTIONS = {
     "lockstep.recipes.runs.report._plots",
     "lockstep.recipes.runs.report.summary_cards",
     "lockstep.rollout.buffer._grow",
-    "lockstep.rollout.mathematics.equality._same_value",
-    "lockstep.rollout.mathematics.equality.same",
-    "lockstep.rollout.mathematics.expressions._log10_bound",
-    "lockstep.rollout.mathematics.extraction.closing_parts",
-    "lockstep.rollout.mathematics.extraction.last_expression",
-    "lockstep.rollout.mathematics.reading._bracketed",
-    "lockstep.rollout.mathematics.reading._equation",
-    "lockstep.rollout.mathematics.reading._joined",
-    "lockstep.rollout.mathematics.reading._list",
-    "lockstep.rollout.mathematics.regions.as_region",
-    "lockstep.rollout.mathematics.units.without_unit",
     "lockstep.rollout.rewards.remote_tests.encoded",
 }
 

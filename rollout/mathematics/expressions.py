@@ -211,24 +211,32 @@ def _log10_bound(expression: sympy.Basic) -> float | None:
     bounds = [_log10_bound(argument) for argument in expression.args]
     if None in bounds:
         return None
-    bound = max([1.0, *(abs(b) for b in bounds)])
     if isinstance(expression, sympy.Rational):
         bound = math.log10(max(abs(int(expression.p)), int(expression.q), 10))
     elif isinstance(expression, sympy.Mul | sympy.Add):
         bound = sum(bounds)
     elif isinstance(expression, sympy.Pow | sympy.exp):
-        exponent = bounds[-1]
-        if exponent > 5 and expression.args[-1].free_symbols == set():
-            return None
-        number = expression.args[-1]
-        size = abs(float(number)) if isinstance(number, sympy.Rational) else 10.0 ** min(exponent, 5)
-        bound = max(bounds[0] if len(bounds) > 1 else 1.0, 1.0) * max(size, 1.0)
+        bound = _power_bound(expression.args[-1], bounds)
     elif isinstance(expression, sympy.factorial):
-        if not isinstance(expression.args[0], sympy.Rational):
-            return None if not expression.free_symbols else 10.0
-        number = float(expression.args[0])
-        bound = _MOST_DIGITS + 1 if number > _LARGEST_FACTORIAL else max(number, 1.0) * 4
+        bound = _factorial_bound(expression.args[0])
+    else:
+        bound = max([1.0, *map(abs, bounds)])
     return bound if bound <= 2 * _MOST_DIGITS else None
+
+
+def _power_bound(exponent: sympy.Basic, bounds: list[float]) -> float:
+    """bounds: of the base, which exp has none of, and of the exponent."""
+    if bounds[-1] > 5 and not exponent.free_symbols:
+        return math.inf
+    size = abs(float(exponent)) if isinstance(exponent, sympy.Rational) else 10.0 ** min(bounds[-1], 5)
+    return max(bounds[0] if len(bounds) > 1 else 1.0, 1.0) * max(size, 1.0)
+
+
+def _factorial_bound(argument: sympy.Basic) -> float:
+    if not isinstance(argument, sympy.Rational):
+        return 10.0 if argument.free_symbols else math.inf
+    number = float(argument)
+    return _MOST_DIGITS + 1 if number > _LARGEST_FACTORIAL else max(number, 1.0) * 4
 
 
 def _same_number(left: sympy.Expr, right: sympy.Expr) -> bool:
