@@ -30,6 +30,7 @@ _FORBIDDEN = re.compile(
 _LARGE_BINOMIAL = re.compile(r"\\binom[^a-zA-Z]*\d{4}|(?:gcd|lcm)[^a-zA-Z]*\d{30}")
 _IMMODEST = re.compile(r"\d{400}|(?:\^[^\s^]{0,20}){8}")
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:[ ]|,)\d{3})+(?!\d|,\d)")
+_SQUARE_BRACKETS = re.compile(r"(?<!\\sqrt)(?<!\\sqrt\s)\[([^\[\]]*)\]")
 _WHOLE_THEN = r"(?<![\d.}^_/])(\d+)\s*"
 _MIXED = re.compile(_WHOLE_THEN + r"\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
 _MIXED_TYPED = re.compile(r"(?<![\d.}^_/])(\d+)(?:\s+|\s*-\s*(?=\d+/)(?!.)|\s+and\s+)(\d+)\s*/\s*(\d+)(?![\d.])")
@@ -41,7 +42,7 @@ _TIMES_TEN = re.compile(
 )
 _REPEATING = re.compile(r"(?<!\d)(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*\{?\s*(\d+)\s*\}?|\((\d+)\))")
 _DECIMAL = re.compile(r"(?<![\d.])(\d*)\.(\d*)(?![\d.])")
-_FACTOR = re.compile(r"(?<=[\d)])\s*(?=\()|(?<=\\pi)\s*(?=\()")
+_FACTOR = re.compile(r"(?<=[\d)])(?<!\\log_\d)\s*(?=\()|(?<=\\pi)\s*(?=\()|(?<=\))\s*(?=\d)")
 _CALCULATION = re.compile(
     r"(?<=[\w)}!])\s*[-+](?!\s*$)|\\(?:cdot|times|div|bmod|pmod)(?![a-zA-Z])|\*|\\(?:sum|int|prod|lim|min|max|gcd|lcm)(?![a-zA-Z])"
 )
@@ -161,7 +162,7 @@ def is_modest(text: str) -> bool:
 
 def _rewritten(text: str) -> str:
     """In the forms that latex2sympy reads rightly; numbers are exact fractions."""
-    text = _GROUPED.sub(lambda match: re.sub(r"\D", "", match[0]), text)
+    text = _with_round_brackets(_GROUPED.sub(lambda match: re.sub(r"\D", "", match[0]), text))
     text = _SHORT_FRACTION.sub(_full_fraction, _SHORT_ROOT.sub(r"\\sqrt\1{\2}", text))
     text = _SCIENTIFIC.sub(lambda match: _fraction(Fraction(f"{match[1]}e{match[2]}")), text)
     text = _TIMES_TEN.sub(lambda match: _fraction(Fraction(f"{match[1]}e{match[2] or match[3]}")), text)
@@ -169,6 +170,18 @@ def _rewritten(text: str) -> str:
     text = _REPEATING.sub(_repeating, text)
     text = _DECIMAL.sub(lambda match: _fraction(Fraction(match[0])) if match[1] or match[2] else match[0], text)
     return _FACTOR.sub(r"\\cdot ", text).strip()
+
+
+def _with_round_brackets(text: str) -> str:
+    """For square ones, but those of a root's degree: latex2sympy reads `2[3]` as 2 + 3."""
+    before = None
+    while before != text:
+        before, text = text, _SQUARE_BRACKETS.sub(_in_round_brackets, text)
+    return text
+
+
+def _in_round_brackets(match: re.Match[str]) -> str:
+    return f"({match[1]})" if match[1].count("(") == match[1].count(")") else match[0]
 
 
 def _full_fraction(match: re.Match[str]) -> str:

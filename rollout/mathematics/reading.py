@@ -34,7 +34,8 @@ _LEADING = re.compile(
     re.IGNORECASE,
 )
 _CHOICE = re.compile(
-    r"(?:(?:option|choice|answer|letter)\s*:?\s*)?(?:([A-Z])|\(\s*([A-Za-z])\s*\))\s*[.:)]?", re.IGNORECASE
+    r"(?:(?:option|choice|answer|letter)\s*:?\s*)?(?:([A-Z])|\(\s*([A-Z])\s*\)|\[\s*([A-J])\s*\])\s*[.:)]?",
+    re.IGNORECASE,
 )
 _LABELLED = re.compile(
     r"(?:(?i:option|choice|answer)\s*:?\s*)?(?:\(\s*([A-Ja-j])\s*\)|([A-J])\s*[.):])\s*(\S.*)", re.DOTALL
@@ -105,8 +106,8 @@ def _choice(text: str) -> Answer | None:
     """`B`, `(b)`, `B.`, `Option B`, `(B) 12`."""
     text = plain(text)
     if found := _CHOICE.fullmatch(text):
-        letter = found[1] or found[2]
-        if letter.isupper() or (letter in "abcdefghij" and (found[2] or len(text) > 2 or text.endswith(")"))):
+        letter = next(filter(None, found.groups()))
+        if letter.isupper() or (letter in "abcdefghij" and (not found[1] or len(text) > 2 or text.endswith(")"))):
             return LetterChoice(letter)
         return None
     found = _LABELLED.fullmatch(text)
@@ -240,11 +241,22 @@ def _bracketed(text: str) -> Answer | None:
     parts = [part.strip() for part in split_outside(inner, re.compile(r"\s*[,;]\s*"))]
     if r"\{" in opening or r"\}" in closing:
         return _set(inner, parts) if (opening, closing) == (r"\{", r"\}") else None
-    if len(parts) < 2 or "" in parts:
+    if "" in parts:
         return None
+    if len(parts) == 1:
+        return _list_of_one(parts[0], opening + closing)
     if opening in ("<", r"\langle"):
         opening, closing = "(", ")"
     return Ordered(tuple(_read(part) for part in parts), opening, closing)
+
+
+def _list_of_one(part: str, brackets: str) -> Ordered | None:
+    """`[5]` is a list and no number; `([5])` is the same list. Sentences in brackets are none."""
+    item = _read(part)
+    if brackets == "[]" and not isinstance(item, Words):
+        return Ordered((item,), "[", "]")
+    is_list = isinstance(item, Ordered) and len(item.items) == 1
+    return item if brackets == "()" and is_list else None
 
 
 def _set(inner: str, parts: list[str]) -> Answer | None:
