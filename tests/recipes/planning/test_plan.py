@@ -19,7 +19,7 @@ from lockstep.rollout.tokenizer import build_tokenizer
 from lockstep.trainer_bridge import TrainerConfig
 from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 RECIPES = sorted(path.stem for path in (ROOT / "configs" / "recipe").glob("*.yaml"))
 
 
