@@ -21,7 +21,7 @@ from lockstep.rollout.tasks import Problem, Task
 from lockstep.rollout.tokenizer import encode_response, load_tokenizer, render_prompt
 from lockstep.trainer_bridge import MegatronTrainer
 from lockstep.trainer_bridge.algorithms.losses import sft_loss
-from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 _LOG = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from lockstep.rollout.tasks.config import TaskConfig
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig
 from lockstep.trainer_bridge.algorithms.losses import sft_loss
-from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 ray = pytest.importorskip("ray")
 from lockstep.recipes.cluster import remote_engines, remote_trainer  # noqa: E402

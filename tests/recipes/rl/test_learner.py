@@ -20,7 +20,7 @@ from lockstep.trainer_bridge.algorithms.algorithms import build_algorithm
 from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig
 from lockstep.trainer_bridge.algorithms.responses import RewardShaping, token_rewards
 from lockstep.trainer_bridge.algorithms.returns import whitened
-from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 CONFIG = rl.RLConfig(
     seed=3,
