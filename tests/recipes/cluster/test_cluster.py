@@ -13,8 +13,8 @@ from short_runs import Killed, without_times
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.recipes.cluster.config import ClusterConfig
+from lockstep.recipes.inputs import starting_directory
 from lockstep.recipes.rl import rl
-from lockstep.recipes.rl.inputs import starting_directory
 from lockstep.recipes.rl.learner import Learner
 from lockstep.recipes.runs.config import START, ModelShape, ModelSource
 from lockstep.recipes.runs.run_directory import read_metrics

@@ -6,8 +6,8 @@ import pytest
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.recipes.cluster.local import LocalCluster
+from lockstep.recipes.inputs import starting_directory
 from lockstep.recipes.rl import rl
-from lockstep.recipes.rl.inputs import starting_directory
 from lockstep.recipes.rl.learner import Learner
 from lockstep.recipes.rl.training_batches import BatchShape, policy_batches, scored_responses
 from lockstep.recipes.runs.config import START, ModelShape, ModelSource
