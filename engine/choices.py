@@ -54,11 +54,15 @@ class OneOf:
 
         Raises ValueError for an unknown choice, or an option of another one.
         """
-        if cls is self.base:
-            name = arguments[0] if arguments else options.get(self.key, self.default)
-            cls = self.class_of(name)
-            for option in options.keys() - _defaults(cls).keys():
+        name = arguments[0] if arguments else options.get(self.key)
+        if cls is self.base or name is not None:
+            name = self.default if name is None else name
+            chosen = self.class_of(name)
+            for option in options.keys() - _defaults(chosen).keys():
                 raise self._not_of(name, option, options[option])
+            if cls is not self.base and cls is not chosen:  # by dataclasses.replace, for example
+                raise ValueError(f"{self.section}.{self.key}={name} has the options of {chosen.__name__}")
+            cls = chosen
         return object.__new__(cls)
 
     def make(self, values: Mapping[str, Any]) -> Any:

@@ -191,7 +191,8 @@ def test_llama_3_rope_is_found_again(factor, tmp_path, vocabulary):
     path = tmp_path / "model.gguf"  # llama.cpp's converter stores what the frequencies are divided by
     write_gguf(path, model, vocabulary, "F32", tensors={"rope_freqs.weight": (plain / frequencies).numpy()})
     convert_gguf(path, tmp_path / "out")
-    found = next(iter(load_model_config(tmp_path / "out").ropes.values())).scaling
+    (rope,) = load_model_config(tmp_path / "out").ropes.values()
+    found = rope.scaling
     assert found == {name: value for name, value in scaling.items() if name != "rope_theta"}
 
 

@@ -148,7 +148,8 @@ def _system_state(outside: Path) -> dict:
     return {
         **{str(path): [line.split()[:2] for line in path.read_text().splitlines()] for path in lists},
         "unix": {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines() if "@" in line},
-        "shm": sorted(os.listdir("/dev/shm")),
+        # torch's are of tests in other processes
+        "shm": sorted(name for name in os.listdir("/dev/shm") if not name.startswith("torch_")),
         "file": (outside.read_bytes(), outside.stat().st_mode, outside.stat().st_uid, outside.stat().st_mtime_ns),
         "beside": sorted(os.listdir(outside.parent)),
         "hostname": socket.gethostname(),
