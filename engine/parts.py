@@ -22,6 +22,7 @@ from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.models.decoder import Decoder
 from lockstep.engine.models.layers.linear import encode, encoded
 from lockstep.engine.ranks.no_workers import NoWorkers
+from lockstep.engine.ranks.rank_weights import WeightsOverRanks
 from lockstep.engine.ranks.tensor_parallel import LeadingRunner, start_workers
 from lockstep.engine.ranks.workers import Workers
 from lockstep.engine.scheduling.scheduler import Scheduler
@@ -30,7 +31,6 @@ from lockstep.engine.speculation.eagle import EagleDrafter
 from lockstep.engine.speculation.no_draft import NoDraftModel
 from lockstep.engine.speculation.speculation import NoSpeculation, Speculation
 from lockstep.engine.steps.runner import Runner
-from lockstep.engine.weights.rank_weights import WeightsOverRanks
 from lockstep.engine.weights.served_weights import OwnWeights, ServedWeights
 
 

@@ -85,7 +85,7 @@ STAGES: Mapping[str, Stage] = {
     ),
     "replay": Stage(
         "lockstep.recipes.evaluation.config:ReplayConfig",
-        "lockstep.recipes.evaluation.replay:main",
+        "lockstep.recipes.rl.replay:main",
         "stored rollouts again, compared by bit",
     ),
     "convert": Stage(

@@ -257,11 +257,11 @@ def _missing_keys(plain: Any, prefix: str = "") -> Iterator[str]:
 def _build(annotation: Any, value: Any, key: str) -> Any:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        if value not in arguments:
-            raise ValueError(f"{key}: {value!r} is none of {', '.join(map(repr, arguments))}")
-        return value
-    if annotation in (int, bool):
-        return _truth(value, key) if annotation is bool else _whole_number(value, key)
+        return _one_of(arguments, value, key)
+    if annotation is bool:
+        return _truth(value, key)
+    if annotation is int:
+        return _whole_number(value, key)
     if value is None:
         return None
     if _is_section(annotation):
@@ -300,6 +300,12 @@ def _build_sequence(annotation: Any, value: Any, key: str) -> Any:
         return tuple(_build(arm, item, f"{key}[{i}]") for i, (arm, item) in enumerate(zip(arms, value, strict=True)))
     if origin in (list, Sequence):
         return [_build(arguments[0], item, f"{key}[{i}]") for i, item in enumerate(value)]
+    return value
+
+
+def _one_of(allowed: Sequence[Any], value: Any, key: str) -> Any:
+    if value not in allowed:
+        raise ValueError(f"{key}: {value!r} is none of {', '.join(map(repr, allowed))}")
     return value
 
 

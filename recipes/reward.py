@@ -13,12 +13,12 @@ from lockstep.engine import Engine
 from lockstep.engine.models.config import load_model_config
 from lockstep.engine.pooling import scored_part
 from lockstep.engine.text.tokenizer import Tokenizer
+from lockstep.recipes.inputs import sizes_and_tokenizer, starting_directory
 from lockstep.recipes.planning.first_start import resumed
 from lockstep.recipes.planning.room import pairs_with_room, policy_with_room
 from lockstep.recipes.planning.start_checks import check_stage
 from lockstep.recipes.rl.config import RewardConfig
-from lockstep.recipes.rl.inputs import sizes_and_tokenizer, starting_directory
-from lockstep.recipes.rl.training_run import TrainingRun, is_due
+from lockstep.recipes.training_run import TrainingRun, is_due
 from lockstep.rollout import hub
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.preferences import Preference, read_pairs, sample_pairs, write_pairs

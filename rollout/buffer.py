@@ -105,13 +105,14 @@ class RolloutBuffer:
             return
         self.num_tokens += self.worker.extend(unfinished, self.config.segment_tokens)
         scored = [group for group in unfinished if group.samples is not None]
-        lost = [group for group in scored if group.is_lost]
-        kept = [group for group in scored if not group.is_lost]
-        dropped = lost + [g for g in kept if not self.keep_group([sample.reward for sample in g.samples])]
         self.num_failures += sum(group.num_failures for group in scored)
-        self.num_lost += len(lost)
+        self.num_lost += sum(group.is_lost for group in scored)
+        dropped = [group for group in scored if not self._is_kept(group)]
         self.num_dropped += len(dropped)
         self.groups = [group for group in self.groups if group not in dropped]
+
+    def _is_kept(self, scored: Group) -> bool:
+        return not scored.is_lost and self.keep_group([sample.reward for sample in scored.samples])
 
     def _complete_candidates(self) -> list[Group]:
         candidates = self.groups[: self.num_candidates]

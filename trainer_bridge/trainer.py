@@ -25,12 +25,12 @@ from lockstep.trainer_bridge.megatron.checkpoint import CheckpointFiles
 from lockstep.trainer_bridge.megatron.layout import LocalParameter
 from lockstep.trainer_bridge.megatron.model import LockstepGPTModel
 from lockstep.trainer_bridge.megatron.optimizer import build_optimizer
-from lockstep.trainer_bridge.megatron.packing import PackedBatch
 from lockstep.trainer_bridge.megatron.reference_model import ReferenceModel, ReferenceWeights
 from lockstep.trainer_bridge.megatron.scoring import checked_sequences, score
 from lockstep.trainer_bridge.megatron.step_gradients import compute_gradients
 from lockstep.trainer_bridge.megatron.trained_model import TrainedModel
 from lockstep.trainer_bridge.megatron.training_state import TrainingState
+from lockstep.trainer_bridge.packing import PackedBatch
 
 
 class MegatronTrainer:

@@ -228,6 +228,24 @@ def _draft_vocab_size(path: str | Path, raw: Mapping[str, Any], layer: ModelConf
 
 
 def _aux_layers(path: str | Path, raw: Mapping[str, Any], target: ModelConfig, numbers_of: LayerIds) -> tuple[int, ...]:
+    eagle = _eagle_config(path, raw)
+    if numbers_of == "auto" and raw.get(_OWN_LAYERS) is not None:
+        key, layers = _OWN_LAYERS, _numbers(path, _OWN_LAYERS, raw[_OWN_LAYERS])
+    else:
+        outer, inner = raw.get(_IDS), eagle.get(_IDS)
+        engine = _engine_meant(path, outer, inner) if numbers_of == "auto" else numbers_of
+        # vLLM reads the outer ones first, SGLang the inner ones alone.
+        key, ids = (_IDS, outer or inner) if engine == "vllm" else (f"eagle_config.{_IDS}", inner or outer)
+        if not ids:
+            return default_aux_layers(target.num_layers)
+        layers = _entered(engine, _numbers(path, key, ids), target)
+    if list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] <= target.num_layers:
+        reason = f"expected {NUM_AUX} ascending layers of a target of {target.num_layers}"
+        raise _unsupported(path, key, list(layers), reason)
+    return tuple(layers)
+
+
+def _eagle_config(path: str | Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     eagle = raw.get("eagle_config") or {}
     if not isinstance(eagle, dict):
         raise _unsupported(path, "eagle_config", eagle, "expected an object")
@@ -236,24 +254,15 @@ def _aux_layers(path: str | Path, raw: Mapping[str, Any], target: ModelConfig, n
             raise _unsupported(path, f"eagle_config.{key}", value, "unknown key")
     if eagle.get("use_aux_hidden_state", True) is not True:
         raise _unsupported(path, "eagle_config.use_aux_hidden_state", False, "the draft reads the target's states")
-    if numbers_of == "auto" and raw.get(_OWN_LAYERS) is not None:
-        key, layers = _OWN_LAYERS, _numbers(path, _OWN_LAYERS, raw[_OWN_LAYERS])
-    else:
-        # vLLM reads the outer ones first, SGLang the inner ones alone.
-        outer, inner = raw.get(_IDS), eagle.get(_IDS)
-        if numbers_of == "auto":
-            if outer and inner and outer != inner:
-                reason = f"eagle_config has {shown(inner)}: say whose numbers are meant by draft_layer_ids"
-                raise _unsupported(path, _IDS, outer, reason)
-            numbers_of = "sglang" if inner else "vllm"
-        key, ids = (_IDS, outer or inner) if numbers_of == "vllm" else (f"eagle_config.{_IDS}", inner or outer)
-        if not ids:
-            return default_aux_layers(target.num_layers)
-        layers = _entered(numbers_of, _numbers(path, key, ids), target)
-    if list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] <= target.num_layers:
-        reason = f"expected {NUM_AUX} ascending layers of a target of {target.num_layers}"
-        raise _unsupported(path, key, list(layers), reason)
-    return tuple(layers)
+    return eagle
+
+
+def _engine_meant(path: str | Path, outer: object, inner: object) -> ServingEngine:
+    """Whose numbers a directory has: beside the other keys (outer), or within eagle_config (inner)."""
+    if outer and inner and outer != inner:
+        reason = f"eagle_config has {shown(inner)}: say whose numbers are meant by draft_layer_ids"
+        raise _unsupported(path, _IDS, outer, reason)
+    return "sglang" if inner else "vllm"
 
 
 def _numbers(path: str | Path, key: str, ids: object) -> list[int]:

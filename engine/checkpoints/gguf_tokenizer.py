@@ -10,6 +10,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 _CONTROL, _USER_DEFINED = 3, 4  # of the file's token types
+_TOKEN_ID_KEYS = {  # by transformers' names
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -76,39 +82,33 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     pre = given.get("pre", "default")
     if pre not in PIECES:
         raise ValueError(f"tokenizer.ggml.pre = {pre!r} is none of {', '.join(PIECES)}")
-    pieces, tokens = PIECES[pre], given["tokens"]
-    tokenizer = Tokenizer(
-        models.BPE(
-            {token: index for index, token in enumerate(tokens)},
-            [tuple(merge.split(" ")) for merge in given["merges"]],
-            ignore_merges=pieces.whole_words,
-        )
-    )
-    if pieces.nfc:
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pieces.cut()
-    tokenizer.decoder = decoders.ByteLevel()
-    types = given.get("token_type", ())
-    added = [(token, kind) for token, kind in zip(tokens, types, strict=False) if kind in (_CONTROL, _USER_DEFINED)]
-    tokenizer.add_tokens([AddedToken(token, special=kind == _CONTROL, normalized=False) for token, kind in added])
-    named = {
-        name: tokens[given[key]]
-        for name, key in {
-            "bos_token": "bos_token_id",
-            "eos_token": "eos_token_id",
-            "unk_token": "unknown_token_id",
-            "pad_token": "padding_token_id",
-        }.items()
-        if key in given
-    }
+    tokenizer = _byte_level_bpe(given, PIECES[pre])
+    added = [
+        AddedToken(token, special=kind == _CONTROL, normalized=False)
+        for token, kind in zip(given["tokens"], given.get("token_type", ()), strict=False)
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
+    tokenizer.add_tokens(added)
+    named = {name: given["tokens"][given[key]] for name, key in _TOKEN_ID_KEYS.items() if key in given}
     tokenizer.post_processor = _with_bos(given, named) or processors.ByteLevel(trim_offsets=False)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        additional_special_tokens=[t for t, kind in added if kind == _CONTROL and t not in named.values()],
+        additional_special_tokens=[t.content for t in added if t.special and t.content not in named.values()],
         chat_template=_chat_templates(metadata),
         clean_up_tokenization_spaces=False,
         **named,
     )
+
+
+def _byte_level_bpe(given: Mapping[str, Any], pieces: Pieces) -> Tokenizer:
+    vocabulary = {token: index for index, token in enumerate(given["tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in given["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pieces.whole_words))
+    if pieces.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pieces.cut()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def _with_bos(given: Mapping[str, Any], named: Mapping[str, str]) -> processors.PostProcessor | None:

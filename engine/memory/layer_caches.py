@@ -12,8 +12,8 @@ from typing import Protocol
 
 import torch
 
-from lockstep.kernels.latent.latent_cache import new_latent_cache
 from lockstep.kernels.memory.kv_cache import new_kv_cache
+from lockstep.kernels.memory.latent_cache import new_latent_cache
 
 # A layer's (k_cache, v_cache) of `kernels.kv_cache`, the one cache of `kernels.latent_cache`, or none.
 LayerCache = tuple[torch.Tensor, ...]

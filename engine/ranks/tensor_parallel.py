@@ -11,12 +11,12 @@ from lockstep.engine.build import build_model, memory_config, num_kv_pages, rank
 from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.models.decoder import Decoder
 from lockstep.engine.ranks.rank_group import RankGroup
-from lockstep.engine.ranks.rank_step import RankStep
+from lockstep.engine.ranks.rank_weights import RankWeights
 from lockstep.engine.ranks.workers import Workers
 from lockstep.engine.scheduling.step_batch import StepBatch
+from lockstep.engine.steps.rank_step import RankStep
 from lockstep.engine.steps.results import Collected, LaunchedStep
 from lockstep.engine.steps.runner import Runner, RunnerConfig
-from lockstep.engine.weights.rank_weights import RankWeights
 
 if TYPE_CHECKING:
     from lockstep.engine.config import EngineConfig

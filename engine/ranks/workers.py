@@ -27,7 +27,7 @@ import torch
 
 from lockstep.engine.owned_folder import OwnedFolder
 from lockstep.engine.ranks.rank_group import RankGroup, RankGroupError
-from lockstep.engine.ranks.rank_step import RankStep
+from lockstep.engine.steps.rank_step import RankStep
 
 _EXIT_GRACE_S = 5.0
 _REPORT_GRACE_S = 2.0  # for workers to tell what stopped them, after rank 0 found that something did

@@ -9,9 +9,9 @@ import torch
 
 from lockstep.engine.models.attention_plans import fits_a_plan
 from lockstep.engine.models.layers.context import AttentionContext, AttentionPart
-from lockstep.engine.ranks.rank_step import RankStep
 from lockstep.engine.steps.attention_parts import AttentionParts
 from lockstep.engine.steps.layout import StepLayout, rank_step
+from lockstep.engine.steps.rank_step import RankStep
 from lockstep.engine.steps.target import Computed, Target, TargetRows
 from lockstep.engine.steps.transfer import to_device
 

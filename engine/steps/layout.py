@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lockstep.engine.ranks.rank_step import RankStep
 from lockstep.engine.request import Request
 from lockstep.engine.scheduling.prefix_groups import order_by_prefix
 from lockstep.engine.scheduling.step_batch import Chunk, StepBatch
+from lockstep.engine.steps.rank_step import RankStep
 
 PENDING = -1  # a token that only the device knows
 

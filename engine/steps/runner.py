@@ -10,7 +10,6 @@ import torch
 
 from lockstep.engine.models.decoder import Decoder
 from lockstep.engine.models.layers.context import PlanKey
-from lockstep.engine.ranks.rank_step import RankStep
 from lockstep.engine.scheduling.step_batch import Chunk, StepBatch
 from lockstep.engine.speculation.eagle import EagleDrafter
 from lockstep.engine.steps.attention_parts import AttentionParts
@@ -20,6 +19,7 @@ from lockstep.engine.steps.graph_steps import GraphSteps, NoGraphSteps
 from lockstep.engine.steps.layout import StepLayout, lay_out, order_chunks
 from lockstep.engine.steps.packed_rows import RowPacker
 from lockstep.engine.steps.page_table import PageTable
+from lockstep.engine.steps.rank_step import RankStep
 from lockstep.engine.steps.results import Collected, LaunchedStep, collect, launched
 from lockstep.engine.steps.sampler import RewardReader, Sampler
 from lockstep.engine.steps.scores import Scorer

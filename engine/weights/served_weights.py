@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lockstep.engine.steps.laps import Laps
+from lockstep.engine.laps import Laps
 from lockstep.engine.weights import checksums
 from lockstep.engine.weights.staging import Encoder, NamedTensors, Staged, UpdateRoom, WeightUpdate, stage
 from lockstep.kernels.reductions.content_hash import content_hashes, copy_and_verify

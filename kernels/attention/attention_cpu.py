@@ -22,8 +22,8 @@ from lockstep.kernels._cpu_vectors import (
     vector_max,
     vector_sum,
 )
-from lockstep.kernels.latent.latent_cache import cpu_array
 from lockstep.kernels.memory.kv_cache import CPU_VECTOR, cpu_arrays
+from lockstep.kernels.memory.latent_cache import cpu_array
 
 SPLIT = 256
 # Query rows (tokens times heads of a KV group) that share a pass over the keys and values of a split.

@@ -10,7 +10,7 @@ from lockstep.kernels.attention.attention import PACKED_PAGE_SIZE, attention_ref
 from lockstep.kernels.attention.attention_cpu import latent_attention_forward as _forward_cpu
 from lockstep.kernels.latent.latent_attention_backward import latent_attention_backward
 from lockstep.kernels.latent.latent_attention_triton import latent_attention_forward as _forward_triton
-from lockstep.kernels.latent.latent_cache import latent_store, new_latent_cache
+from lockstep.kernels.memory.latent_cache import latent_store, new_latent_cache
 
 
 def latent_attention(

@@ -114,21 +114,30 @@ def _table(config: BenchConfig, workloads: list[Workload], rates: dict[str, dict
     has_records = config.model_name == RECORDED_SHAPE and config.scale == 1.0 and config.device == "cuda"
     rows = []
     for workload in workloads:
-        medians = {name: statistics.median(by_workload[workload.name]) for name, by_workload in rates.items()}
-        row = {"workload": f"{workload.name}: {workload.description}", **medians}
-        row["all"] = {name: by_workload[workload.name] for name, by_workload in rates.items()}
-        if peer:
-            row["ratio"] = medians["lockstep"] / medians[peer]
-        if has_records:
-            row["recorded"] = {name: numbers[workload.name] for name, numbers in RECORDED.items()}
-            row |= row["recorded"] | {"share": medians["lockstep"] / RECORDED["bound"][workload.name]}
-        rows.append(row)
+        row = _row(workload, {name: by_workload[workload.name] for name, by_workload in rates.items()}, peer)
+        rows.append(row | (_recorded(workload, row["lockstep"]) if has_records else {}))
     columns = [Column("workload", "workload"), Column("lockstep", "lockstep", ",.0f")]
     if peer:
         columns += [Column(peer, peer, ",.0f"), Column("ratio", f"lockstep / {peer}", ".2f")]
     if has_records:
         columns += [Column("bound", "physical bound (approx.)", ",.0f"), Column("share", "share of bound", ".0%")]
         columns += [Column(name, f"recorded: {name}", ",.0f") for name in RECORDED if name != "bound"]
+    return Table("Tokens per second", columns, rows, _notes(config, has_records))
+
+
+def _row(workload: Workload, rates: dict[str, list[float]], peer: str | None) -> dict[str, Any]:
+    """rates: of each candidate, one for each repeat."""
+    medians = {name: statistics.median(repeats) for name, repeats in rates.items()}
+    row = {"workload": f"{workload.name}: {workload.description}", **medians, "all": rates}
+    return row | ({"ratio": medians["lockstep"] / medians[peer]} if peer else {})
+
+
+def _recorded(workload: Workload, rate: float) -> dict[str, Any]:
+    recorded = {name: numbers[workload.name] for name, numbers in RECORDED.items()}
+    return {"recorded": recorded, **recorded, "share": rate / recorded["bound"]}
+
+
+def _notes(config: BenchConfig, has_records: bool) -> list[str]:
     notes = [
         f"{config.model_name}, {config.dtype}, {_weights(config)}; median of {config.repeats}; W4 counts input tokens, "
         "the others output tokens.",
@@ -140,7 +149,7 @@ def _table(config: BenchConfig, workloads: list[Workload], rates: dict[str, dict
         )
     if config.scale != 1.0:
         notes.append(f"Workloads scaled by {config.scale:g}.")
-    return Table("Tokens per second", columns, rows, notes)
+    return notes
 
 
 def _weights(config: BenchConfig) -> str:

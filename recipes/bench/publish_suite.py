@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from lockstep.engine import Engine, SamplingParams
+from lockstep.engine.laps import Laps
 from lockstep.engine.models.config import load_model_config
-from lockstep.engine.steps.laps import Laps
 from lockstep.kernels.reductions.content_hash import copy_and_hash, copy_and_verify
 from lockstep.recipes.bench.candidates import engine_config
 from lockstep.recipes.bench.config import BenchConfig

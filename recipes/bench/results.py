@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from lockstep.recipes.bench.config import BenchConfig
-from lockstep.recipes.planning.machine import gpu, processor
+from lockstep.recipes.runs.machine import gpu, processor
 
 
 @dataclass(frozen=True)

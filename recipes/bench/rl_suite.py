@@ -166,46 +166,22 @@ def _train_with_trl(demo: rl.RLConfig, **options: Any) -> Trained:
     first = demo.rollout.prompts_per_step  # those of step 1
     problems = [task.problem(order[first + i]) for i in range(demo.steps * demo.rollout.prompts_per_step)]
     rows = [{"prompt": list(problem.messages), "number": number} for number, problem in enumerate(problems)]
-    folder = demo.directory
-    arguments = trl.GRPOConfig(
-        output_dir=str(folder),
-        use_cpu=True,
-        bf16=False,
-        seed=demo.seed,
-        max_steps=demo.steps,
-        num_generations=demo.rollout.samples_per_prompt,
-        max_completion_length=demo.rollout.max_tokens,
-        temperature=demo.rollout.temperature,
-        learning_rate=demo.trainer.learning_rate,
-        lr_scheduler_type="constant",
-        adam_beta1=demo.trainer.adam_beta1,
-        adam_beta2=demo.trainer.adam_beta2,
-        adam_epsilon=demo.trainer.adam_epsilon,
-        weight_decay=demo.trainer.weight_decay,
-        max_grad_norm=demo.trainer.max_grad_norm,
-        beta=0.0,
-        shuffle_dataset=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=1,
-        **options,
-    )
+
+    class Clock(transformers.TrainerCallback):
+        seconds: list[float] = []  # noqa: RUF012  one object of it
+
+        def on_step_begin(self, *unused: Any, **more: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *unused: Any, **more: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.started)
+
     with LocalRewards() as rewards:
         reward = rewards.build(demo.reward, task)
 
         def reward_of(completions: list[list[dict[str, str]]], number: list[int], **unused: Any) -> list[float]:
             texts = [completion[0]["content"] for completion in completions]
             return reward([Completion(problems[n], text, 0) for n, text in zip(number, texts, strict=True)])
-
-        class Clock(transformers.TrainerCallback):
-            seconds: list[float] = []  # noqa: RUF012  one object of it
-
-            def on_step_begin(self, *unused: Any, **more: Any) -> None:
-                self.started = time.perf_counter()
-
-            def on_step_end(self, *unused: Any, **more: Any) -> None:
-                self.seconds.append(time.perf_counter() - self.started)
 
         model = transformers.AutoModelForCausalLM.from_pretrained(
             demo.model.path, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
@@ -214,16 +190,44 @@ def _train_with_trl(demo: rl.RLConfig, **options: Any) -> Trained:
         trainer = trl.GRPOTrainer(
             model=model,
             reward_funcs=reward_of,
-            args=arguments,
+            args=trl.GRPOConfig(**_settings_of_trl(demo), **options),
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=tokenizer,
             callbacks=[clock],
         )
         trainer.train()
     last = next(entry["reward"] for entry in reversed(trainer.state.log_history) if "reward" in entry)
-    trainer.model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    return Trained(clock.seconds, last, str(folder / "model"))
+    result = demo.directory / "model"
+    trainer.model.save_pretrained(result)
+    tokenizer.save_pretrained(result)
+    return Trained(clock.seconds, last, str(result))
+
+
+def _settings_of_trl(demo: rl.RLConfig) -> dict[str, Any]:
+    """The recipe's options by the names of GRPOConfig."""
+    return {
+        "output_dir": str(demo.directory),
+        "use_cpu": True,
+        "bf16": False,
+        "seed": demo.seed,
+        "max_steps": demo.steps,
+        "num_generations": demo.rollout.samples_per_prompt,
+        "max_completion_length": demo.rollout.max_tokens,
+        "temperature": demo.rollout.temperature,
+        "learning_rate": demo.trainer.learning_rate,
+        "lr_scheduler_type": "constant",
+        "adam_beta1": demo.trainer.adam_beta1,
+        "adam_beta2": demo.trainer.adam_beta2,
+        "adam_epsilon": demo.trainer.adam_epsilon,
+        "weight_decay": demo.trainer.weight_decay,
+        "max_grad_norm": demo.trainer.max_grad_norm,
+        "beta": 0.0,
+        "shuffle_dataset": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    }
 
 
 def accuracy(demo: rl.RLConfig, model: str) -> float:

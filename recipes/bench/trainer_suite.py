@@ -19,7 +19,7 @@ from lockstep.recipes.bench.shapes import write_model_directory
 from lockstep.recipes.bench.timing import matmul_flops_per_second, seconds_per_step
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 from lockstep.trainer_bridge.algorithms.losses import sft_loss
-from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 NUM_SEQUENCES, SEQUENCE_TOKENS = 8, 2048
 # fp32 master weights, gradients and moments of 8 billion parameters do not fit on one GPU.

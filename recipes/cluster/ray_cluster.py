@@ -113,13 +113,15 @@ class RayCluster:
         next version, an engine that serves the current one sends it. Raises EngineFailedError once too many failed.
         """
         report: dict[str, Any] = {}
-        if self._version > 0 and self.trainer.is_ahead:
+        if self._version == 0:
+            return report
+        if self.trainer.is_ahead:
             for number in engines:
                 report |= self._send_from_peer(number)
             return report
         received: set[int] = set()
         tried_again = False
-        lacking = list(engines) if self._version > 0 else []
+        lacking = list(engines)
         while lacking:
             to_receive = [number for number in lacking if number not in received]
             failures = self._send_to(to_receive, report) if to_receive else {}
@@ -131,15 +133,20 @@ class RayCluster:
             if failures:
                 self._transfer_session = None  # a group that lost a member is of no more use
                 received -= failures.keys()
-                # The others failed because these did; they serve on and are sent the version again. Where nobody died
-                # it may have been the network, which is given one more chance.
-                lost = [number for number in failures if len(failures) == 1 or not self.engine.is_alive(number)]
-                if tried_again and not lost:
-                    lost = list(failures)
+                lost = self._lost(failures, tried_again)
                 tried_again = not lost
                 for number in lost:
                     self.engine.replace(number, failures[number])
         return report
+
+    def _lost(self, failures: dict[int, Exception], tried_again: bool) -> list[int]:
+        """The engines to replace.
+
+        The others failed because these did; they serve on and are sent the version again. Where nobody died it may
+        have been the network, which is given one more chance.
+        """
+        lost = [number for number in failures if len(failures) == 1 or not self.engine.is_alive(number)]
+        return list(failures) if tried_again and not lost else lost
 
     def _send_from_peer(self, number: int) -> dict[str, Any]:
         """Brings an engine to the version that the others serve. Raises RuntimeError where none of them can send it."""

@@ -15,7 +15,7 @@ from lockstep.recipes.cluster.config import RayClusterConfig
 from lockstep.recipes.runs.run_inputs import with_absolute_paths
 from lockstep.rollout.rewards import Completion, Reward
 from lockstep.rollout.tasks.problem import Task
-from lockstep.trainer_bridge.megatron.packing import deal
+from lockstep.trainer_bridge.packing import deal
 
 
 class RewardWorkerFailedError(RuntimeError):

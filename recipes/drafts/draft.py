@@ -26,9 +26,9 @@ from lockstep.recipes.drafts.config import USUAL_DRAFT_VOCAB, DraftConfig
 from lockstep.recipes.drafts.draft_texts import DraftText, read_texts
 from lockstep.recipes.planning.first_start import resumed
 from lockstep.recipes.planning.start_checks import check_stage
-from lockstep.recipes.rl.training_run import TrainingRun, is_due
 from lockstep.recipes.runs.report import write_report
 from lockstep.recipes.runs.run_directory import read_metrics
+from lockstep.recipes.training_run import TrainingRun, is_due
 from lockstep.rollout import hub
 from lockstep.rollout.order import ProblemOrder
 from lockstep.trainer_bridge.drafts.draft_batch import DraftSequence

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lockstep.recipes.planning import machine
 from lockstep.recipes.planning.memory import ACTIVATIONS, OPTIMIZER, Item
+from lockstep.recipes.runs import machine
 
 # Of a process that has imported torch, transformers and Megatron-core, and has compiled kernels: 620 MiB of resident
 # memory before a model is there, and 50 more after a step, measured with torch 2.13 for CPUs.

@@ -12,14 +12,14 @@ from rich.table import Table
 
 from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.text.tokenizer import Tokenizer
+from lockstep.recipes.inputs import sizes_and_tokenizer
 from lockstep.recipes.planning.first_start import resumed
 from lockstep.recipes.planning.fit import Fit, gpu_fit, host_fit, size
 from lockstep.recipes.planning.memory import Item, engine_memory, kv_bytes_per_token, num_parameters, trainer_memory
 from lockstep.recipes.planning.room import rl_with_room, sft_with_room
 from lockstep.recipes.planning.start_checks import check_rl, check_stage
-from lockstep.recipes.rl.inputs import sizes_and_tokenizer
-from lockstep.recipes.rl.training_run import check_directory
 from lockstep.recipes.runs.config import ModelSource
+from lockstep.recipes.training_run import check_directory
 from lockstep.rollout.environments import SINGLE_TURN
 from lockstep.rollout.rewards import check_reward
 from lockstep.rollout.tasks import Task

@@ -14,7 +14,7 @@ from lockstep.engine import EngineConfig
 from lockstep.engine.models.config import ModelConfig
 from lockstep.engine.text.chat_template import apply_template
 from lockstep.engine.text.tokenizer import Tokenizer
-from lockstep.recipes.rl.inputs import sizes_and_tokenizer
+from lockstep.recipes.inputs import sizes_and_tokenizer
 from lockstep.rollout.environments import SINGLE_TURN, EnvironmentConfig
 from lockstep.rollout.preferences import Preference
 from lockstep.rollout.tasks import Problem, Task, TaskSplits

@@ -26,7 +26,7 @@ from lockstep.trainer_bridge.algorithms.algorithm_config import next_entropy_coe
 from lockstep.trainer_bridge.algorithms.algorithms import build_algorithm
 from lockstep.trainer_bridge.algorithms.losses import Loss
 from lockstep.trainer_bridge.algorithms.responses import Grouped, ScoredResponse
-from lockstep.trainer_bridge.megatron.packing import PackedBatch
+from lockstep.trainer_bridge.packing import PackedBatch
 
 if TYPE_CHECKING:
     from lockstep.recipes.cluster.local import LocalCluster

@@ -14,17 +14,17 @@ from lockstep.recipes.cluster.open_cluster import open_cluster
 from lockstep.recipes.drafts.draft_stage import DraftStage, NoDraftStage, open_draft_stage
 from lockstep.recipes.drafts.draft_start import with_draft
 from lockstep.recipes.evaluation.evaluate import evaluate_tasks
+from lockstep.recipes.inputs import starting_directory
 from lockstep.recipes.planning.first_start import resumed
 from lockstep.recipes.planning.plan import plan_rl
 from lockstep.recipes.planning.room import rl_with_room
 from lockstep.recipes.planning.start_checks import check_rl, check_teacher
 from lockstep.recipes.rl import sft
 from lockstep.recipes.rl.config import RLConfig
-from lockstep.recipes.rl.inputs import starting_directory
 from lockstep.recipes.rl.learner import Learner
 from lockstep.recipes.rl.step_clock import StepClock
-from lockstep.recipes.rl.training_run import TrainingRun, has_ended, is_due
 from lockstep.recipes.runs.run_directory import read_rollouts, rollout_steps
+from lockstep.recipes.training_run import TrainingRun, has_ended, is_due
 from lockstep.rollout.answer_watch import AnswerWatch
 from lockstep.rollout.buffer import RolloutBuffer
 from lockstep.rollout.environments import SINGLE_TURN

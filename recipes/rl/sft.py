@@ -9,19 +9,19 @@ from dataclasses import replace
 from typing import Any
 
 from lockstep.engine.text.tokenizer import Tokenizer
+from lockstep.recipes.inputs import starting_directory
 from lockstep.recipes.planning.first_start import resumed
 from lockstep.recipes.planning.plan import plan_sft
 from lockstep.recipes.planning.room import sft_with_room
 from lockstep.recipes.planning.start_checks import check_stage
 from lockstep.recipes.rl.config import SFTConfig
-from lockstep.recipes.rl.inputs import starting_directory
-from lockstep.recipes.rl.training_run import TrainingRun
+from lockstep.recipes.training_run import TrainingRun
 from lockstep.rollout.order import ProblemOrder
 from lockstep.rollout.tasks import Problem, Task
 from lockstep.rollout.tokenizer import encode_response, load_tokenizer, render_prompt
 from lockstep.trainer_bridge import MegatronTrainer
 from lockstep.trainer_bridge.algorithms.losses import sft_loss
-from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 _LOG = logging.getLogger(__name__)
 

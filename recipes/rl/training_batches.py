@@ -9,7 +9,7 @@ from itertools import compress, groupby, pairwise
 from lockstep.rollout.sample import Sample
 from lockstep.trainer_bridge.algorithms.algorithm_config import Algorithm
 from lockstep.trainer_bridge.algorithms.responses import Grouped, ScoredResponse
-from lockstep.trainer_bridge.megatron.packing import PackedBatch, TrainSequence, deal, pack
+from lockstep.trainer_bridge.packing import PackedBatch, TrainSequence, deal, pack
 
 Scores = Sequence[Sequence[float | None]]  # per sample, a number for each token of prompt and response
 

@@ -36,6 +36,7 @@ METRICS: Mapping[str, Metric] = {
     "logprob_diff_max": Metric("max |trainer − engine| log-prob", ".1e"),  # noqa: RUF001
 }
 TIME_PREFIX = "time/"  # seconds of the step spent in one part: time/rollout, time/train, time/publish, time/evaluate
+ENGINE_TIMES = ("time/rollout", "time/wait_for_trainer")  # the other line of recipes/rl/step_clock.py
 
 
 def known_name(name: str) -> str | None:
@@ -43,6 +44,11 @@ def known_name(name: str) -> str | None:
     last = name.rpartition("/")[2]
     last = "pass@k" if last.startswith("pass@") else last
     return last if last in METRICS and not name.startswith(TIME_PREFIX) else None
+
+
+def is_part_of_step(name: str) -> bool:
+    """Whether it is one of the times that make up a step: what the engine does beside the trainer is not."""
+    return name.startswith(TIME_PREFIX) and name not in ENGINE_TIMES
 
 
 def title_of(name: str) -> str:

@@ -5,7 +5,6 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,16 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lockstep.engine.files import write_whole
 from lockstep.engine.speculation.config import MAX_DRAFT_TOKENS
-from lockstep.recipes.runs.metrics import METRICS, TIME_PREFIX, format_value, in_order, known_name, title_of
+from lockstep.recipes.runs.metrics import (
+    METRICS,
+    TIME_PREFIX,
+    format_value,
+    in_order,
+    is_part_of_step,
+    known_name,
+    title_of,
+)
+from lockstep.recipes.runs.report_cards import summary_cards
 from lockstep.recipes.runs.report_page import PAGE
 from lockstep.recipes.runs.run_directory import read_config, read_metrics, read_rollouts, rollout_steps
 
@@ -49,10 +57,8 @@ COMPARED: Mapping[str, Mapping[str, str]] = {
         f"draft/accepted_at_{place}": f"token {place}" for place in range(1, MAX_DRAFT_TOKENS + 1)
     },
 }
-EVALUATIONS = ("eval", "draft_eval", "draft_verified")  # stages of records that are of held-out problems
 MOST_REWARDS_SHOWN = 16
 FIGURE_INCHES = (4.2, 2.5)  # about a phone's width, at which the text is as large as that of the page
-ENGINE_TIMES = ("time/rollout", "time/wait_for_trainer")  # the other line of recipes/rl/step_clock.py
 COLOURS = ("#2f6fed", "#e07a1f", "#2a9d63", "#b04ac4", "#c2a200", "#5a6b7b")
 PLOT_STYLE = {
     "svg.fonttype": "none",  # text stays text: smaller, sharp and searchable
@@ -73,16 +79,6 @@ PLOT_STYLE = {
 }
 
 Record = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Card:
-    """One headline result."""
-
-    title: str
-    value: str
-    note: str = ""
-    good: bool = False
 
 
 def write_report(
@@ -126,77 +122,33 @@ def write_report(
     return target
 
 
-def summary_cards(records: Sequence[Record], weights_hash: str | None) -> list[Card]:
-    """The headline results that the records hold: of training and of evaluation apart, since both have rewards."""
-    cards = []
-    evaluation = [record for record in records if record["stage"] in EVALUATIONS]
-    training = [record for record in records if record["stage"] not in EVALUATIONS]
-    if accuracy := _values(evaluation, "accuracy"):
-        before, after = accuracy[0], accuracy[-1]
-        note = f"{after - before:+.1%} over {len(accuracy)} evaluations" if len(accuracy) > 1 else "one evaluation"
-        value = f"{before:.1%} → {after:.1%}" if len(accuracy) > 1 else f"{after:.1%}"
-        cards.append(Card("Held-out accuracy", value, note, good=after > before))
-    if rewards := _values(evaluation, "reward"):
-        value = f"{rewards[0]:.3f} → {rewards[-1]:.3f}" if len(rewards) > 1 else f"{rewards[-1]:.3f}"
-        cards.append(Card("Held-out reward", value, f"best {max(rewards):.3f}"))
-    if differences := _values(training, "logprob_diff_max"):
-        largest = math.nan if any(map(math.isnan, differences)) else max(differences)
-        exact = largest == 0.0
-        note = (
-            f"trainer and engine agree to the bit, {len(differences)} steps" if exact else f"{len(differences)} steps"
-        )
-        cards.append(
-            Card(
-                "Largest log-prob difference", "0" if exact else format_value("logprob_diff_max", largest), note, exact
-            )
-        )
-    if rewards := _values(training, "reward"):
-        cards.append(
-            Card("Reward of the rollouts", f"{rewards[0]:.3f} → {rewards[-1]:.3f}", f"best {max(rewards):.3f}")
-        )
-    elif losses := _values(training, "loss"):
-        cards.append(Card("Loss", f"{losses[0]:.3f} → {losses[-1]:.3f}", f"lowest {min(losses):.3f}"))
-    if steps := _values(training, "draft/tokens_per_verify_step"):
-        cards.append(Card("Tokens per verify step", f"{steps[0]:.2f} → {steps[-1]:.2f}", _speed_note(records)))
-    if records:
-        times = [float(value) for record in records for name, value in record.items() if _is_part(name)]
-        cards.append(Card("Steps", f"{max(record['step'] for record in records):,}", _duration(sum(times))))
-    if speeds := _values(training, "tokens_per_s"):
-        cards.append(Card("Tokens/s", f"{statistics.median(speeds):,.0f}", f"median; best {max(speeds):,.0f}"))
-    if weights_hash:
-        cards.append(Card("Final weights (SHA-256)", weights_hash[:12], weights_hash))
-    return cards
-
-
-def _speed_note(records: Sequence[Record]) -> str:
-    speed_ups = _values(records, "draft/speed_up")
-    return f"with the draft, decoding took {1 / speed_ups[-1]:.2f} of the time without" if speed_ups else ""
-
-
 def _plots(records: Sequence[Record]) -> list[str]:
     """An SVG for each plotted metric of each stage that has it, and one of where the time went."""
-    stages = list(dict.fromkeys(record["stage"] for record in records))
-    plots = []
+    by_stage: dict[str, list[Record]] = {}
+    for record in records:
+        by_stage.setdefault(record["stage"], []).append(record)
     with matplotlib.rc_context(PLOT_STYLE):
-        names = in_order({name for record in records for name in record})
-        for name in sorted((n for n in names if known_name(n) in PLOTTED), key=lambda n: PLOTTED.index(known_name(n))):
-            for stage in stages:
-                points = [
-                    (record["step"], record[name]) for record in records if record["stage"] == stage and name in record
-                ]
-                if points:
-                    plots.append(_plot_metric(name, stage, points))
-        for stage in stages:
-            of_stage = [record for record in records if record["stage"] == stage]
+        plots = [
+            _plot_metric(name, stage, points)
+            for name in _plotted_names(records)
+            for stage, of_stage in by_stage.items()
+            if (points := [(record["step"], record[name]) for record in of_stage if name in record])
+        ]
+        for stage, of_stage in by_stage.items():
             plots += [
                 _plot_compared(title, lines, stage, of_stage)
                 for title, lines in COMPARED.items()
                 if any(name in record for record in of_stage for name in lines)
             ]
-            timed = [r for r in records if r["stage"] == stage and any(map(_is_part, r))]
-            if timed:
+            if timed := [record for record in of_stage if any(map(is_part_of_step, record))]:
                 plots.append(_plot_time(stage, timed))
     return plots
+
+
+def _plotted_names(records: Sequence[Record]) -> list[str]:
+    """In the order of PLOTTED."""
+    names = in_order({name for record in records for name in record})
+    return sorted((n for n in names if known_name(n) in PLOTTED), key=lambda n: PLOTTED.index(known_name(n)))
 
 
 def _plot_metric(name: str, stage: str, points: Sequence[tuple[int, float]]) -> str:
@@ -236,7 +188,7 @@ def _plot_compared(title: str, lines: Mapping[str, str], stage: str, records: Se
 
 def _plot_time(stage: str, records: Sequence[Record]) -> str:
     figure, axes = _new_plot(f"seconds per step  ·  {stage}")
-    names = in_order({name for record in records for name in record if _is_part(name)})
+    names = in_order({name for record in records for name in record if is_part_of_step(name)})
     steps = [record["step"] for record in records]
     parts = [[float(record.get(name, 0.0)) for record in records] for name in names]
     bottoms = [0.0] * len(steps)
@@ -247,11 +199,6 @@ def _plot_time(stage: str, records: Sequence[Record]) -> str:
     axes.set_ylim(0, max(bottoms) * 1.25 or 1.0)
     axes.legend(loc="upper left", ncols=3, frameon=False, fontsize=8.5, handlelength=1.0, columnspacing=1.2)
     return _svg(figure)
-
-
-def _is_part(name: str) -> bool:
-    """Whether it is one of the times that make up a step: what the engine does beside the trainer is not."""
-    return name.startswith(TIME_PREFIX) and name not in ENGINE_TIMES
 
 
 def _new_plot(title: str) -> tuple[Figure, Axes]:
@@ -369,20 +316,3 @@ def _last_values(records: Sequence[Record]) -> list[tuple[str, str, str, int]]:
             part = "time: " if name.startswith(TIME_PREFIX) else ""
             rows.append((stage, part + title_of(name), shown, step))
     return rows
-
-
-def _values(records: Iterable[Record], name: str) -> list[float]:
-    return [float(record[name]) for record in records if name in record]
-
-
-def _duration(seconds: float) -> str:
-    if not seconds:
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes // 60} h {minutes % 60} min"
-        if minutes >= 60
-        else f"{minutes} min {rest} s"
-        if minutes
-        else f"{seconds:.1f} s"
-    )

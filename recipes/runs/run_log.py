@@ -6,7 +6,7 @@ import logging
 import sys
 from pathlib import Path
 
-from lockstep.recipes.planning import machine
+from lockstep.recipes.runs import machine
 from lockstep.recipes.runs.console_log import IN_THE_LOG_ALONE, PACKAGE
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"

@@ -34,40 +34,53 @@ def same(wanted: Answer, given: Answer, ignore_units: bool = False) -> bool:
         return _same_value(wanted, given, ignore_units)
     if wanted == given:
         return True
-    for left, right, flipped in ((wanted, given, False), (given, wanted, True)):
-        one_way = (lambda a, b: equal(b, a)) if flipped else equal
-        if isinstance(left, Named) and not isinstance(right, Named):
-            return _same_named(left, right, one_way)
-        if isinstance(left, Several) and not isinstance(right, Several):
-            return _same_single(left, right, one_way)
-        if isinstance(left, Region) and not isinstance(right, Region):
-            return _same_region(left, as_region(right))
-        if isinstance(left, Ratio) and isinstance(right, Value):
-            number = None if right.unit or right.calculation else _rational(right.expression)
-            return number is not None and left.value == number
-        if isinstance(left, LetterChoice) and isinstance(right, Value):
-            return right.expression.is_Symbol and str(right.expression) == left.letter and not right.unit
-    if type(wanted) is not type(given):
-        return False
-    compare = _SAME_KIND.get(type(wanted))
-    return compare is not None and compare(wanted, given, equal)
+    if type(wanted) is type(given):
+        compare = _SAME_KIND.get(type(wanted))
+        return compare is not None and compare(wanted, given, equal)
+    for left, right, one_way in ((wanted, given, equal), (given, wanted, lambda a, b: equal(b, a))):
+        compare = _SAME_AS_ANOTHER_KIND.get(type(left))
+        if compare is not None and (verdict := compare(left, right, one_way)) is not None:
+            return verdict
+    return False
 
 
 def _same_value(wanted: Value, given: Value, ignore_units: bool) -> bool:
-    if wanted.variable is not None or given.variable is not None:
-        left, right = ((v.expression if v.variable is None else v.variable) for v in (wanted, given))
-        if same_expression(left, right):
-            return True
+    has_variable = wanted.variable is not None or given.variable is not None
+    if has_variable and same_expression(_with_variable(wanted), _with_variable(given)):
+        return True
     if wanted.literal and given.calculation:
         return False
     if ignore_units and same_expression(wanted.bare, given.bare):
         return True
+    return (ignore_units or _units_agree(wanted, given)) and same_expression(wanted.expression, given.expression)
+
+
+def _with_variable(value: Value) -> sympy.Expr:
+    """With the letter behind the number as a variable."""
+    return value.expression if value.variable is None else value.variable
+
+
+def _units_agree(wanted: Value, given: Value) -> bool:
     is_missing = not given.unit and wanted.unit in MONEY_UNITS  # 5 is $5
-    if not ignore_units and wanted.unit not in ("", given.unit) and not is_missing:
+    if wanted.unit not in ("", given.unit) and not is_missing:
         return False
-    if not ignore_units and given.variable is not None and not wanted.unit and wanted.expression.free_symbols:
-        return False  # a letter behind a number is a unit only where the reference has no variable
-    return same_expression(wanted.expression, given.expression)
+    # A letter behind a number is a unit only where the reference has no variable.
+    return given.variable is None or bool(wanted.unit) or not wanted.expression.free_symbols
+
+
+def _same_ratio(ratio: Ratio, other: Answer, equal) -> bool | None:
+    """None where the other's kind decides."""
+    if not isinstance(other, Value):
+        return None
+    number = None if other.unit or other.calculation else _rational(other.expression)
+    return number is not None and ratio.value == number
+
+
+def _same_letter(choice: LetterChoice, other: Answer, equal) -> bool | None:
+    """None where the other's kind decides."""
+    if not isinstance(other, Value):
+        return None
+    return other.expression.is_Symbol and str(other.expression) == choice.letter and not other.unit
 
 
 def _same_named(named: Named, other: Answer, equal) -> bool:
@@ -213,6 +226,7 @@ def _rational(expression: sympy.Expr) -> Fraction | None:
     return exact_number(expression) if isinstance(expression, sympy.Rational) else None
 
 
+# How two answers of one kind are compared.
 _SAME_KIND = {
     LetterChoice: lambda wanted, given, equal: wanted.letter.casefold() == given.letter.casefold(),
     Named: _same_names,
@@ -222,4 +236,12 @@ _SAME_KIND = {
     Relation: _same_relation,
     Grid: _same_grid,
     Moment: _same_moment,
+}
+# How an answer of a kind is compared with one of another kind, whichever of the two is the reference.
+_SAME_AS_ANOTHER_KIND = {
+    Named: _same_named,
+    Several: _same_single,
+    Region: lambda region, other, equal: _same_region(region, as_region(other)),
+    Ratio: _same_ratio,
+    LetterChoice: _same_letter,
 }

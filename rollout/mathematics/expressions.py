@@ -30,6 +30,7 @@ _FORBIDDEN = re.compile(
 _LARGE_BINOMIAL = re.compile(r"\\binom[^a-zA-Z]*\d{4}|(?:gcd|lcm)[^a-zA-Z]*\d{30}")
 _IMMODEST = re.compile(r"\d{400}|(?:\^[^\s^]{0,20}){8}")
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:[ ]|,)\d{3})+(?!\d|,\d)")
+_SQUARE_BRACKETS = re.compile(r"(?<!\\sqrt)(?<!\\sqrt\s)\[([^\[\]]*)\]")
 _WHOLE_THEN = r"(?<![\d.}^_/])(\d+)\s*"
 _MIXED = re.compile(_WHOLE_THEN + r"\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
 _MIXED_TYPED = re.compile(r"(?<![\d.}^_/])(\d+)(?:\s+|\s*-\s*(?=\d+/)(?!.)|\s+and\s+)(\d+)\s*/\s*(\d+)(?![\d.])")
@@ -41,7 +42,7 @@ _TIMES_TEN = re.compile(
 )
 _REPEATING = re.compile(r"(?<!\d)(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*\{?\s*(\d+)\s*\}?|\((\d+)\))")
 _DECIMAL = re.compile(r"(?<![\d.])(\d*)\.(\d*)(?![\d.])")
-_FACTOR = re.compile(r"(?<=[\d)])\s*(?=\()|(?<=\\pi)\s*(?=\()")
+_FACTOR = re.compile(r"(?<=[\d)])(?<!\\log_\d)\s*(?=\()|(?<=\\pi)\s*(?=\()|(?<=\))\s*(?=\d)")
 _CALCULATION = re.compile(
     r"(?<=[\w)}!])\s*[-+](?!\s*$)|\\(?:cdot|times|div|bmod|pmod)(?![a-zA-Z])|\*|\\(?:sum|int|prod|lim|min|max|gcd|lcm)(?![a-zA-Z])"
 )
@@ -161,7 +162,7 @@ def is_modest(text: str) -> bool:
 
 def _rewritten(text: str) -> str:
     """In the forms that latex2sympy reads rightly; numbers are exact fractions."""
-    text = _GROUPED.sub(lambda match: re.sub(r"\D", "", match[0]), text)
+    text = _with_round_brackets(_GROUPED.sub(lambda match: re.sub(r"\D", "", match[0]), text))
     text = _SHORT_FRACTION.sub(_full_fraction, _SHORT_ROOT.sub(r"\\sqrt\1{\2}", text))
     text = _SCIENTIFIC.sub(lambda match: _fraction(Fraction(f"{match[1]}e{match[2]}")), text)
     text = _TIMES_TEN.sub(lambda match: _fraction(Fraction(f"{match[1]}e{match[2] or match[3]}")), text)
@@ -169,6 +170,18 @@ def _rewritten(text: str) -> str:
     text = _REPEATING.sub(_repeating, text)
     text = _DECIMAL.sub(lambda match: _fraction(Fraction(match[0])) if match[1] or match[2] else match[0], text)
     return _FACTOR.sub(r"\\cdot ", text).strip()
+
+
+def _with_round_brackets(text: str) -> str:
+    """For square ones, but those of a root's degree: latex2sympy reads `2[3]` as 2 + 3."""
+    before = None
+    while before != text:
+        before, text = text, _SQUARE_BRACKETS.sub(_in_round_brackets, text)
+    return text
+
+
+def _in_round_brackets(match: re.Match[str]) -> str:
+    return f"({match[1]})" if match[1].count("(") == match[1].count(")") else match[0]
 
 
 def _full_fraction(match: re.Match[str]) -> str:
@@ -211,24 +224,32 @@ def _log10_bound(expression: sympy.Basic) -> float | None:
     bounds = [_log10_bound(argument) for argument in expression.args]
     if None in bounds:
         return None
-    bound = max([1.0, *(abs(b) for b in bounds)])
     if isinstance(expression, sympy.Rational):
         bound = math.log10(max(abs(int(expression.p)), int(expression.q), 10))
     elif isinstance(expression, sympy.Mul | sympy.Add):
         bound = sum(bounds)
     elif isinstance(expression, sympy.Pow | sympy.exp):
-        exponent = bounds[-1]
-        if exponent > 5 and expression.args[-1].free_symbols == set():
-            return None
-        number = expression.args[-1]
-        size = abs(float(number)) if isinstance(number, sympy.Rational) else 10.0 ** min(exponent, 5)
-        bound = max(bounds[0] if len(bounds) > 1 else 1.0, 1.0) * max(size, 1.0)
+        bound = _power_bound(expression.args[-1], bounds)
     elif isinstance(expression, sympy.factorial):
-        if not isinstance(expression.args[0], sympy.Rational):
-            return None if not expression.free_symbols else 10.0
-        number = float(expression.args[0])
-        bound = _MOST_DIGITS + 1 if number > _LARGEST_FACTORIAL else max(number, 1.0) * 4
+        bound = _factorial_bound(expression.args[0])
+    else:
+        bound = max([1.0, *map(abs, bounds)])
     return bound if bound <= 2 * _MOST_DIGITS else None
+
+
+def _power_bound(exponent: sympy.Basic, bounds: list[float]) -> float:
+    """bounds: of the base, which exp has none of, and of the exponent."""
+    if bounds[-1] > 5 and not exponent.free_symbols:
+        return math.inf
+    size = abs(float(exponent)) if isinstance(exponent, sympy.Rational) else 10.0 ** min(bounds[-1], 5)
+    return max(bounds[0] if len(bounds) > 1 else 1.0, 1.0) * max(size, 1.0)
+
+
+def _factorial_bound(argument: sympy.Basic) -> float:
+    if not isinstance(argument, sympy.Rational):
+        return 10.0 if argument.free_symbols else math.inf
+    number = float(argument)
+    return _MOST_DIGITS + 1 if number > _LARGEST_FACTORIAL else max(number, 1.0) * 4
 
 
 def _same_number(left: sympy.Expr, right: sympy.Expr) -> bool:

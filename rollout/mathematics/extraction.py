@@ -83,28 +83,34 @@ def closing_parts(text: str) -> tuple[bool, list[str]]:
     """
     text = _HOPE.sub("", text.strip())
     announced = next(reversed([*_FINAL.finditer(text)]), None)
-    parts = []
-    if announced is not None and (tail := _SENTENCE_END.split(text[announced.end() :].strip())[0].strip()):
-        parts.append(tail)
-        if not _NEGATED.search(tail) and (said := _ASIDE.sub("", tail)) != tail:
-            parts.append(said)
-        sentence = tail
-    else:
-        sentences = [part.strip() for part in _SENTENCE_END.split(text) if re.search(r"\w", part)]
-        sentence = next(
-            (part for part in reversed(sentences) if re.search(r"\d|\$|\\|=", part)), sentences[-1] if sentences else ""
-        )
+    tail = _SENTENCE_END.split(text[announced.end() :].strip())[0].strip() if announced else ""
+    parts = [tail] if tail else []
+    if tail and not _NEGATED.search(tail) and (said := _ASIDE.sub("", tail)) != tail:
+        parts.append(said)
+    sentence = tail or _last_sentence(text)
     if choice := _RIGHT_CHOICE.match(sentence):
         return True, [choice[1]]
+    parts += _announced_parts(sentence)
+    return bool(announced and parts), parts
+
+
+def _last_sentence(text: str) -> str:
+    """The last with mathematics in it, else the last with words."""
+    sentences = [part.strip() for part in _SENTENCE_END.split(text) if re.search(r"\w", part)]
+    last = sentences[-1] if sentences else ""
+    return next((part for part in reversed(sentences) if re.search(r"\d|\$|\\|=", part)), last)
+
+
+def _announced_parts(sentence: str) -> list[str]:
+    """What stands behind each verb, colon and equals sign, the last first; behind the last alone of a denial."""
     formulas = [match.span() for match in _MATHEMATICS.finditer(sentence)]
     ends = [
         match.end()
         for match in _ANNOUNCING.finditer(sentence)
         if not any(start < match.start() < end for start, end in formulas)
     ]
-    parts += [sentence[end:].strip() for end in (ends[-1:] if _NEGATED.search(sentence) else reversed(ends))]
-    parts = [part for part in parts if part]
-    return bool(announced and parts), parts
+    parts = [sentence[end:].strip() for end in (ends[-1:] if _NEGATED.search(sentence) else reversed(ends))]
+    return [part for part in parts if part]
 
 
 def last_expression(text: str) -> str | None:
@@ -114,19 +120,30 @@ def last_expression(text: str) -> str | None:
         return None
     formulas = list(_MATHEMATICS.finditer(sentence))
     if formulas and not re.search(r"\d", sentence[formulas[-1].end() :]):
-        first = len(formulas) - 1
-        while first and _JOINED_MATHEMATICS.fullmatch(sentence[formulas[first - 1].end() : formulas[first].start()]):
-            first -= 1
-        return sentence[formulas[first].start() : formulas[-1].end()]
+        return _last_formulas(sentence, formulas)
     if whole := _AT_END.search(sentence):
         return whole[1]
-    plain = _MATHEMATICS.sub(" ", sentence)
-    if re.search(r"\\[a-zA-Z]|\^", plain):
+    return _last_number(_MATHEMATICS.sub(" ", sentence))
+
+
+def _last_formulas(sentence: str, formulas: list[re.Match[str]]) -> str:
+    """The last, with those before it that commas or words join to it."""
+    first = len(formulas) - 1
+    while first and _JOINED_MATHEMATICS.fullmatch(sentence[formulas[first - 1].end() : formulas[first].start()]):
+        first -= 1
+    return sentence[formulas[first].start() : formulas[-1].end()]
+
+
+def _last_number(sentence: str) -> str | None:
+    """Of a sentence without formulas; None where it is one of many, or words change it."""
+    if re.search(r"\\[a-zA-Z]|\^", sentence):
         return None
-    numbers = [match for match in _NUMBER.finditer(plain) if re.search(r"\d", match[0])]
-    if not numbers or re.search(r"\d", plain[numbers[-1].end() :]) or _IN_ROW.search(plain[: numbers[-1].start()]):
+    numbers = [match for match in _NUMBER.finditer(sentence) if re.search(r"\d", match[0])]
+    if not numbers:
+        return None
+    before, after = sentence[: numbers[-1].start()], sentence[numbers[-1].end() :]
+    if re.search(r"\d", after) or _IN_ROW.search(before):
         return None  # not the last, or one of many
-    before, after = plain[: numbers[-1].start()], plain[numbers[-1].end() :]
     if _CHANGED_BEFORE.search(before) or _CHANGED_AFTER.match(after):
         return None
     return numbers[-1][0].strip()

@@ -18,8 +18,11 @@ from lockstep.rollout.mathematics.answers import (
     Value,
     Words,
 )  # fmt: skip
-from lockstep.rollout.mathematics.expressions import is_modest, is_real_number, parse
-from lockstep.rollout.mathematics.regions import as_region, interval
+from lockstep.rollout.mathematics.expressions import is_modest, parse
+from lockstep.rollout.mathematics.inequalities import between, inequality, same_direction
+from lockstep.rollout.mathematics.joining import flat, joined
+from lockstep.rollout.mathematics.names import NAME, contains, is_name, is_prose, name_of
+from lockstep.rollout.mathematics.regions import as_region
 from lockstep.rollout.mathematics.spelling import MONEY, normal, plain, spelled, split_outside
 from lockstep.rollout.mathematics.values import leaf, read_value
 from lockstep.rollout.mathematics.written_forms import date_or_time, number_of_base, ratio
@@ -31,7 +34,8 @@ _LEADING = re.compile(
     re.IGNORECASE,
 )
 _CHOICE = re.compile(
-    r"(?:(?:option|choice|answer|letter)\s*:?\s*)?(?:([A-Z])|\(\s*([A-Za-z])\s*\))\s*[.:)]?", re.IGNORECASE
+    r"(?:(?:option|choice|answer|letter)\s*:?\s*)?(?:([A-Z])|\(\s*([A-Z])\s*\)|\[\s*([A-J])\s*\])\s*[.:)]?",
+    re.IGNORECASE,
 )
 _LABELLED = re.compile(
     r"(?:(?i:option|choice|answer)\s*:?\s*)?(?:\(\s*([A-Ja-j])\s*\)|([A-J])\s*[.):])\s*(\S.*)", re.DOTALL
@@ -41,6 +45,8 @@ _MATHEMATICS = re.compile(r"[\d\\^_=<>+*/|{}\[\]]")
 _JOINT = re.compile(r"\s*,?\s*(?<![a-zA-Z])(?:or|and)(?![a-zA-Z])\s*|\s*;\s*")
 _COMMA = re.compile(r"\s*,\s*")
 _LIST_COMMA = re.compile(r"\s*,(?!\d{3}(?!\d))\s*|,\s+")
+_AND_FRACTION = re.compile(r"(\d+) and (\d+/\d+|\\frac\{\d+\}\{\d+\})")
+_ASSIGNMENT = re.compile(r"^(.*?)(?<![<>!\\:])=(.*)$", re.DOTALL)
 _RELATION = re.compile(r"\\(?:le|ge|ne|approx|in)(?![a-zA-Z])|(?<![\\<>!:])[=<>]|:=")
 _MATRIX = re.compile(
     r"^(.*?)\\begin\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?(.*)\\end\{[a-zA-Z]*\}$", re.DOTALL
@@ -48,17 +54,8 @@ _MATRIX = re.compile(
 _IN_BRACKETS = re.compile(r"^[(\[]\s*(\\begin\{array\}.*\\end\{array\})\s*[)\]]$", re.DOTALL)
 _CASES = re.compile(r"^\\begin\{(?:cases|aligned|array)\}(?:\{[clr|]*\})?(.*)\\end\{[a-zA-Z]*\}$", re.DOTALL)
 _ROW = re.compile(r"\\\\|\\cr(?![a-zA-Z])")
+_BRACKETED = re.compile(r"(\(|\[|\\\{|\\langle(?![a-zA-Z])|<)(.*?)(\)|\]|\\\}|\\rangle|>)", re.DOTALL)
 _SET_JOINT = re.compile(r"\\(?:cup|cap|setminus)(?![a-zA-Z])|-(?=\s*\\\{)")
-_NAME = re.compile(
-    r"(?:\\(?:angle|triangle|overline|vec|bar|hat)\s*)?\{?(?:[a-zA-Z]{1,3}|\\[a-zA-Z]{2,}|[a-zA-Z]+(?:\s[a-zA-Z]+){0,3})"
-    r"\}?'?(?:\^\{?-1\}?(?=\s*\())?(?:_(?:\w|\{\w+\}))?(?:\s*\(\s*[-\w\\, ]*\))?|\|[A-Z]{2}\||"
-    r"\\(?:angle|overline|vec|triangle)\s*\{?[A-Za-z]+\}?"
-)
-_CONSTANTS = ("e", "i", r"\pi", r"\infty", r"\emptyset")
-_VERB = re.compile(
-    r"(?<![a-zA-Z\\])(?:is|are|the|so|thus|hence|we|get|have|that|then|answer|when|if|for|not)(?![a-zA-Z])",
-    re.IGNORECASE,
-)
 _NAMES_TUPLE = re.compile(r"\(\s*([a-zA-Z](?:\s*,\s*[a-zA-Z])+)\s*\)")
 _SIGNS = re.compile(r"\\(pm|mp)(?![a-zA-Z])")
 _KNOWN_WORDS = {
@@ -70,7 +67,6 @@ _REALS = {
     r"\mathbb{R}", "all real numbers", "all reals", "all real", "real numbers", "the set of real numbers",
     "the real numbers", "any real number", "every real number",
 }  # fmt: skip
-_FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne"}
 
 
 @functools.lru_cache(maxsize=2048)
@@ -110,8 +106,8 @@ def _choice(text: str) -> Answer | None:
     """`B`, `(b)`, `B.`, `Option B`, `(B) 12`."""
     text = plain(text)
     if found := _CHOICE.fullmatch(text):
-        letter = found[1] or found[2]
-        if letter.isupper() or (letter in "abcdefghij" and (found[2] or len(text) > 2 or text.endswith(")"))):
+        letter = next(filter(None, found.groups()))
+        if letter.isupper() or (letter in "abcdefghij" and (not found[1] or len(text) > 2 or text.endswith(")"))):
             return LetterChoice(letter)
         return None
     found = _LABELLED.fullmatch(text)
@@ -174,22 +170,30 @@ def _list(text: str) -> Answer | None:
     parts = [part.strip() for joined in by_words for part in split_outside(joined, _LIST_COMMA) if part.strip()]
     if len(parts) < 2:
         return None
-    if mixed := re.fullmatch(r"\d+ and \d+/\d+", text):
-        return read_value(mixed[0].replace(" and ", " "))
-    if mixed := re.fullmatch(r"(\d+) and (\\frac\{\d+\}\{\d+\})", text):
-        return read_value(mixed[1] + mixed[2])
-    first = re.match(r"^(.*?)(?<![<>!\\:])=(.*)$", parts[0], re.DOTALL)
-    shared = bool(first) and not any(_RELATION.search(part) for part in parts[1:])
-    if shared and _NAMES_TUPLE.fullmatch(first[1].strip()):
-        parts[0] = first[2].strip()
-    elif shared and _NAME.fullmatch(first[1].strip()):
-        items = _read_all([first[2].strip(), *parts[1:]])
-        return Several(items, name=spelled(first[1]))
+    if mixed := _AND_FRACTION.fullmatch(text):
+        return read_value(mixed[1] + (" " if "/" in mixed[2] else "") + mixed[2])
+    name, parts = _shared_name(parts)
     items = _read_all(parts)
+    if name is not None:
+        return Several(items, name=name)
+    return None if _is_sentence(parts, items) else joined(items, bool(re.search(r"\bor\b", text)))
+
+
+def _shared_name(parts: list[str]) -> tuple[str | None, list[str]]:
+    """Of `x = 2, 3`: x, and the parts without it. `(x, y) = 2, 3` only loses its names: the order says the same."""
+    first = _ASSIGNMENT.match(parts[0])
+    if not first or any(_RELATION.search(part) for part in parts[1:]):
+        return None, parts
+    left, values = first[1].strip(), [first[2].strip(), *parts[1:]]
+    if _NAMES_TUPLE.fullmatch(left):
+        return None, values
+    return (spelled(first[1]), values) if NAME.fullmatch(left) else (None, parts)
+
+
+def _is_sentence(parts: list[str], items: tuple[Answer, ...]) -> bool:
+    """Whether a part in words is longer than a name: than a word where other parts are no words."""
     in_words = [part for part, item in zip(parts, items, strict=True) if isinstance(item, Words)]
-    if any(plain(part).count(" ") >= (1 if len(in_words) < len(items) else 3) for part in in_words):
-        return None  # a sentence
-    return _joined(items, bool(re.search(r"\bor\b", text)))
+    return any(plain(part).count(" ") >= (1 if len(in_words) < len(items) else 3) for part in in_words)
 
 
 def _read_all(parts: list[str]) -> tuple[Answer, ...]:
@@ -199,28 +203,6 @@ def _read_all(parts: list[str]) -> tuple[Answer, ...]:
     if isinstance(last, Value) and last.unit and all(isinstance(i, Value) and not i.unit for i in items[:-1]):
         items = [Value(i.expression, last.unit, i.bare, i.literal, i.calculation) for i in items[:-1]] + [last]
     return tuple(items)
-
-
-def _joined(items: tuple[Answer, ...], by_or: bool) -> Answer:
-    if all(isinstance(item, Named) and len(item.names) == 1 for item in items):
-        names = [item.names[0] for item in items]
-        if len(set(names)) == 1:
-            return Several(tuple(item.items[0] for item in items), name=names[0])
-        if len(set(names)) == len(names) and not by_or:
-            ordered = sorted(zip(names, (item.items[0] for item in items), strict=True), key=lambda pair: pair[0])
-            return Named(tuple(name for name, _ in ordered), tuple(item for _, item in ordered))
-        if by_or:
-            return Words(f"or: {items}")
-    if all(isinstance(item, Region) and item.name for item in items) and len({item.name for item in items}) == 1:
-        both = sympy.Intersection(*(item.numbers for item in items))
-        either = sympy.Union(*(item.numbers for item in items))
-        return Region(either if by_or or both is sympy.S.EmptySet else both, items[0].name)
-    return Several(tuple(part for item in items for part in _flat(item)))
-
-
-def _flat(item: Answer) -> tuple[Answer, ...]:
-    """`\\pm 3` among others is two of them."""
-    return item.items if isinstance(item, Several) and not item.braces and not item.name else (item,)
 
 
 def _is_number_with_commas(text: str) -> bool:
@@ -252,29 +234,42 @@ def _union(text: str) -> Answer | None:
 
 def _bracketed(text: str) -> Answer | None:
     """`(2, 3)`, `[2, 3)`, `\\{1, 2\\}`, `\\langle 1, 2 \\rangle`."""
-    found = re.fullmatch(r"(\(|\[|\\\{|\\langle(?![a-zA-Z])|<)(.*?)(\)|\]|\\\}|\\rangle|>)", text, re.DOTALL)
+    found = _BRACKETED.fullmatch(text)
     if not found or len(split_outside(found[2], re.compile(r"(?!)"))) != 1 or not _is_balanced(found[2]):
         return None
-    opening, closing = found[1], found[3]
-    parts = [part.strip() for part in split_outside(found[2], re.compile(r"\s*[,;]\s*"))]
-    if opening == r"\{":
-        if closing != r"\}":
-            return None
-        if len(builder := re.split(r"\\mid(?![a-zA-Z])|[|:]", found[2])) == 2:
-            return _set_of(*builder)
-        return Several(tuple(item for part in parts if part for item in _flat(_read(part))), braces=True)
-    if len(parts) < 2 or "" in parts or closing == r"\}":
+    opening, inner, closing = found.groups()
+    parts = [part.strip() for part in split_outside(inner, re.compile(r"\s*[,;]\s*"))]
+    if r"\{" in opening or r"\}" in closing:
+        return _set(inner, parts) if (opening, closing) == (r"\{", r"\}") else None
+    if "" in parts:
         return None
+    if len(parts) == 1:
+        return _list_of_one(parts[0], opening + closing)
     if opening in ("<", r"\langle"):
         opening, closing = "(", ")"
     return Ordered(tuple(_read(part) for part in parts), opening, closing)
+
+
+def _list_of_one(part: str, brackets: str) -> Ordered | None:
+    """`[5]` is a list and no number; `([5])` is the same list. Sentences in brackets are none."""
+    item = _read(part)
+    if brackets == "[]" and not isinstance(item, Words):
+        return Ordered((item,), "[", "]")
+    is_list = isinstance(item, Ordered) and len(item.items) == 1
+    return item if brackets == "()" and is_list else None
+
+
+def _set(inner: str, parts: list[str]) -> Answer | None:
+    if len(builder := re.split(r"\\mid(?![a-zA-Z])|[|:]", inner)) == 2:
+        return _set_of(*builder)
+    return Several(tuple(item for part in parts if part for item in flat(_read(part))), braces=True)
 
 
 def _set_of(element: str, condition: str) -> Answer | None:
     """`\\{x \\mid x > 2\\}`."""
     numbers = _read(condition.strip())
     name = re.split(r"\\in(?![a-zA-Z])", element)[0].strip()
-    return Region(numbers.numbers) if isinstance(numbers, Region) and numbers.name == _name_of(name) else None
+    return Region(numbers.numbers) if isinstance(numbers, Region) and numbers.name == name_of(name) else None
 
 
 def _is_balanced(text: str) -> bool:
@@ -300,87 +295,44 @@ def _relation(text: str) -> Answer | None:
         return None if region is None else Region(region.numbers, spelled(sides[0]))
     if set(signs) <= {"=", r"\approx"}:
         return _equation(sides, signs)
-    if len(signs) == 2 and _same_direction(signs):
-        return _between(sides, signs)
-    return _inequality(sides, signs[0]) if len(signs) == 1 else None
+    if len(signs) == 2 and same_direction(signs):
+        return between(sides, signs)
+    return inequality(sides, signs[0]) if len(signs) == 1 else None
 
 
 def _equation(sides: list[str], signs: list[str]) -> Answer | None:
-    if signs[-1] == r"\approx" and not (len(signs) == 1 and _is_name(sides[0])):
+    if signs[-1] == r"\approx" and not (len(signs) == 1 and is_name(sides[0])):
         sides, signs = sides[:-1], signs[:-1]  # what is written behind it is less exact
         if not signs:
             return _read(sides[0])
     left, right = sides[0], sides[-1]
     if names := _NAMES_TUPLE.fullmatch(left):
-        value = _read(right)
-        if isinstance(value, Ordered) and len(value.items) == names[1].count(",") + 1:
-            return Named(tuple(name.strip() for name in names[1].split(",")), value.items)
-        return None
-    if len(signs) == 1 and _is_name(right) and not _is_name(left):
+        return _named_tuple(tuple(name.strip() for name in names[1].split(",")), _read(right))
+    if len(signs) == 1 and is_name(right) and not is_name(left):
         left, right = right, left
-    value = _read(right)
-    if _is_name(left):
-        if isinstance(value, Several) and not value.name:
-            return Several(value.items, value.braces, _name_of(left))
-        return None if _contains(value, left) or _is_prose(value) else Named((_name_of(left),), (value,))
+    if is_name(left):
+        return _named(left, _read(right))
+    return _calculation(left, right, is_chain=len(signs) > 1)
+
+
+def _calculation(left: str, right: str, is_chain: bool) -> Answer | None:
+    """`3+4 = 7` is its end, 7; with variables it is an equation, unless it is a chain of them."""
     first, second = parse(leaf(left)), parse(leaf(right))
     if first is None:
         return None
-    if not first[0].free_symbols and not (second and second[0].free_symbols):  # the end of a calculation
-        return None if first[1] else value
-    if len(signs) > 1 or second is None:
-        return None
-    return Relation("=", first[0] - second[0])
+    if not first[0].free_symbols and not (second and second[0].free_symbols):
+        return None if first[1] else _read(right)
+    return None if is_chain or second is None else Relation("=", first[0] - second[0])
 
 
-def _is_name(text: str) -> bool:
-    text = plain(text)
-    return bool(_NAME.fullmatch(text)) and text not in _CONSTANTS and not _VERB.search(text)
+def _named_tuple(names: tuple[str, ...], value: Answer) -> Named | None:
+    return Named(names, value.items) if isinstance(value, Ordered) and len(value.items) == len(names) else None
 
 
-def _is_prose(value: Answer) -> bool:
-    return isinstance(value, Words) and (value.text.count(" ") > 2 or re.search(r"\d", value.text) is not None)
-
-
-def _name_of(text: str) -> str:
-    return spelled(text).replace("{", "").replace("}", "")
-
-
-def _contains(value: Answer, name: str) -> bool:
-    symbols = value.expression.free_symbols if isinstance(value, Value) else set()
-    return any(str(symbol) == _name_of(name).replace("\\", "") for symbol in symbols)
-
-
-def _same_direction(signs: list[str]) -> bool:
-    return set(signs) <= {"<", r"\le"} or set(signs) <= {">", r"\ge"}
-
-
-def _between(sides: list[str], signs: list[str]) -> Answer | None:
-    ends = [parse(leaf(side)) for side in (sides[0], sides[2])]
-    if None in ends or not _is_name(sides[1]) or not all(is_real_number(end[0]) for end in ends):
-        return None
-    if signs[0] in (">", r"\ge"):
-        ends, signs = ends[::-1], signs[::-1]
-    return Region(interval(ends[0][0], ends[1][0], "\\" not in signs[0], "\\" not in signs[1]), _name_of(sides[1]))
-
-
-def _inequality(sides: list[str], sign: str) -> Answer | None:
-    if _is_name(sides[1]) and not _is_name(sides[0]):
-        sides, sign = sides[::-1], _FLIPPED[sign]
-    left, right = parse(leaf(sides[0])), parse(leaf(sides[1]))
-    if left is None or right is None:
-        return None
-    if _is_name(sides[0]) and is_real_number(right[0]):
-        end, name = right[0], _name_of(sides[0])
-        if sign == r"\ne":
-            return Region(sympy.Complement(sympy.S.Reals, sympy.FiniteSet(end)), name)
-        if sign in ("<", r"\le"):
-            return Region(interval(-sympy.oo, end, True, sign == "<"), name)
-        return Region(interval(end, sympy.oo, sign == ">", True), name)
-    difference = left[0] - right[0]
-    if sign in (">", r"\ge"):
-        difference, sign = -difference, _FLIPPED[sign]
-    return Relation(sign, difference)
+def _named(name: str, value: Answer) -> Answer | None:
+    if isinstance(value, Several) and not value.name:
+        return Several(value.items, value.braces, name_of(name))
+    return None if contains(value, name) or is_prose(value) else Named((name_of(name),), (value,))
 
 
 def _plus_minus(text: str) -> Answer | None:

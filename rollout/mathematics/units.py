@@ -57,24 +57,45 @@ MONEY_UNITS = frozenset(CURRENCIES.values())
 
 def without_unit(text: str) -> tuple[str, str]:
     """A normal text's number, and its unit's name, "" where none is marked as such or follows as words."""
+    return next(found for split in _SPLITS if (found := split(text)) is not None)
+
+
+def _without_money(text: str) -> tuple[str, str] | None:
     sign = _MONEY_BEFORE.match(text)
     if sign and not (sign[1] and sign[3]):
-        value = sign[1] + sign[3] + text[sign.end() :]
+        value, currency = sign[1] + sign[3] + text[sign.end() :], CURRENCIES[sign[2]]
         inner, unit = without_unit(value)
-        return (inner, CURRENCIES[sign[2]]) if unit in ("", CURRENCIES[sign[2]]) else (value, CURRENCIES[sign[2]])
-    if behind := _MONEY_BEHIND.search(text):
-        return text[: behind.start()], CURRENCIES[behind[1]]
-    found = _DEGREES.search(plain(text))
-    if found and _VALUE_END.search(plain(text)[: found.start()].rstrip()):
-        kind = re.sub(r"\\circ|degrees?|deg|[^a-zA-Z]", "", found[0], flags=re.IGNORECASE)[:1].upper()
-        return plain(text)[: found.start()], f"°{kind}"
-    if (found := _MARKED.search(text)) and _is_value(text[: found.start()]) and _is_unit(plain(found[0])):
-        return plain(text[: found.start()]), unit_name(plain(found[0]))
+        return (inner if unit in ("", currency) else value), currency
+    behind = _MONEY_BEHIND.search(text)
+    return (text[: behind.start()], CURRENCIES[behind[1]]) if behind else None
+
+
+def _without_degrees(text: str) -> tuple[str, str] | None:
+    text = plain(text)
+    found = _DEGREES.search(text)
+    if not found or not _VALUE_END.search(text[: found.start()].rstrip()):
+        return None
+    kind = re.sub(r"\\circ|degrees?|deg|[^a-zA-Z]", "", found[0], flags=re.IGNORECASE)[:1].upper()
+    return text[: found.start()], f"°{kind}"
+
+
+def _without_marked(text: str) -> tuple[str, str] | None:
+    found = _MARKED.search(text)
+    if not found or not _is_value(text[: found.start()]) or not _is_unit(plain(found[0])):
+        return None
+    return plain(text[: found.start()]), unit_name(plain(found[0]))
+
+
+def _without_words(text: str) -> tuple[str, str]:
+    """The last resort: the text itself where it ends in no unit."""
     text = plain(text)
     found = _WORDS.search(text)
     while found and not (_is_value(text[: found.start()]) and _is_unit(found[1]) and _is_known(text, found)):
         found = _WORDS.search(text, found.end(0)) if found.end(0) < len(text) else None
     return (text[: found.start()].strip(), unit_name(found[1])) if found else (text, "")
+
+
+_SPLITS = (_without_money, _without_degrees, _without_marked, _without_words)  # the first that finds a unit
 
 
 def letter_unit(text: str) -> tuple[str, str] | None:

@@ -127,19 +127,25 @@ class _Peer:
             return ["int", hex(value)]
         if kind in (bytes, bytearray):
             return [kind.__name__, value.hex()]
-        if kind.__name__ in _CONTAINERS and kind.__module__ == "builtins":
+        if kind is datetime.datetime:
+            return ["datetime", value.isoformat()]
+        if kind.__module__ == "numpy" and hasattr(value, "dtype") and value.dtype.kind in "biufcSU":
+            is_array = kind.__name__ == "ndarray"
+            return ["numpy", is_array, value.dtype.str, list(value.shape), value.tobytes().hex()]
+        items = self._encoded_items(value)
+        return self.encoded_object(value) if items is None else items
+
+    def _encoded_items(self, value):
+        """Of a container, and of what is made from parts; None for anything else."""
+        kind = type(value)
+        if kind in _CONTAINERS.values():
             return [kind.__name__, [self.encoded(item) for item in value]]
         if kind is dict:
             return ["dict", [[self.encoded(key), self.encoded(item)] for key, item in value.items()]]
         if kind in _NAME_OF:
             name = _NAME_OF[kind]
             return ["copied", name, [self.encoded(item) for item in _COPIED[name][1](value)]]
-        if kind is datetime.datetime:
-            return ["datetime", value.isoformat()]
-        if kind.__module__ == "numpy" and hasattr(value, "dtype") and value.dtype.kind in "biufcSU":
-            is_array = kind.__name__ == "ndarray"
-            return ["numpy", is_array, value.dtype.str, list(value.shape), value.tobytes().hex()]
-        return self.encoded_object(value)
+        return None
 
     def decoded(self, data):
         if not isinstance(data, list):

@@ -17,7 +17,7 @@ from lockstep.engine import Engine, EngineConfig, ReplicatedEngine, SamplingPara
 from lockstep.engine.request import MIN_TEMPERATURE, SAMPLING_RULES
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig, publish
 from lockstep.trainer_bridge.drafts.config import DraftTrainerConfig
-from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 VOCAB = 131
 HOSTILE = [

@@ -9,7 +9,7 @@ from lockstep.engine import Engine, RequestOutput, SamplingParams
 from lockstep.engine.steps import scores
 from lockstep.trainer_bridge import MegatronTrainer, publish
 from lockstep.trainer_bridge.algorithms.losses import grpo_loss
-from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 pytestmark = pytest.mark.gpu
 

@@ -15,7 +15,7 @@ from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.kernels.process_state import flushes_subnormals, own_state
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 from lockstep.trainer_bridge.algorithms.losses import grpo_loss
-from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 PROMPTS = [[3, 4, 5], [9] * 20, list(range(1, 40))]
 # Truncation, penalties and temperatures, so that all of the sampler runs.

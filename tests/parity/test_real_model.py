@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig, publish
 from lockstep.trainer_bridge.algorithms.losses import grpo_loss
-from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 pytestmark = pytest.mark.skipif(not MODEL.is_dir(), reason=WHY_NOT)
 

@@ -14,7 +14,7 @@ from lockstep.engine.models.layers.linear import encode, encoded
 from lockstep.engine.models.names import expand
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig, publish
 from lockstep.trainer_bridge.algorithms.losses import sft_loss
-from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 SIZES = {
     "model_type": "toy",

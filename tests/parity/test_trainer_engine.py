@@ -10,7 +10,7 @@ from models import EXPERTS, make_hf_model
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig, publish, share_weights
 from lockstep.trainer_bridge.algorithms.losses import grpo_loss
-from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 MODELS = {
     "deepseek_v2": ("deepseek_v2", {}),

@@ -8,10 +8,10 @@ import pytest
 
 from lockstep.engine import Engine, EngineConfig
 from lockstep.recipes import reward
-from lockstep.recipes.rl.training_run import TrainingRun
 from lockstep.recipes.runs.config import START, ModelShape, ModelSource
 from lockstep.recipes.runs.run_directory import read_metrics
 from lockstep.recipes.runs.sinks import Sinks
+from lockstep.recipes.training_run import TrainingRun
 from lockstep.rollout import preferences
 from lockstep.rollout.config import PairSamplingConfig, TokenizerConfig
 from lockstep.rollout.preferences import Preference, read_pairs, sample_pairs, write_pairs

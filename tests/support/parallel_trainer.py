@@ -8,8 +8,8 @@ import torch
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 from lockstep.trainer_bridge.algorithms.losses import grpo_loss
 from lockstep.trainer_bridge.megatron.layout import local_parts
-from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
 from lockstep.trainer_bridge.megatron.training_state import TrainingState
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 # Sums are cut alike in every layout of a case; the sequences make seven micro-batches.
 SPLITS = {"row_parallel_splits": 2, "gradient_splits": 4}

@@ -9,7 +9,7 @@ from lockstep.engine.models.config import load_model_config
 from lockstep.trainer_bridge import MegatronTrainer
 from lockstep.trainer_bridge.algorithms.losses import sft_loss
 from lockstep.trainer_bridge.megatron.layout import trainer_layout
-from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 from lockstep.trainer_bridge.transports.distributed import DistributedTransport, join_group
 from lockstep.trainer_bridge.weight_plan import engine_layout, plan_transfers
 

@@ -11,7 +11,7 @@ from models import make_hf_model
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig, publish
 from lockstep.trainer_bridge.algorithms.losses import grpo_loss, sft_loss
 from lockstep.trainer_bridge.megatron import passes
-from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from lockstep.trainer_bridge.algorithms.config import KlEstimator, OffPolicy
 from lockstep.trainer_bridge.algorithms.kl import KL_ESTIMATORS
 from lockstep.trainer_bridge.algorithms.off_policy import importance_weights, proximal_logprobs
 from lockstep.trainer_bridge.algorithms.surrogates import Surrogate, clipped
-from lockstep.trainer_bridge.megatron.packing import PackedBatch
+from lockstep.trainer_bridge.packing import PackedBatch
 
 Stats = dict[str, torch.Tensor]
 Loss = Callable[[torch.Tensor, PackedBatch], tuple[torch.Tensor, Stats]]

@@ -17,7 +17,7 @@ import torch
 
 from lockstep.trainer_bridge.algorithms.config import OffPolicy
 from lockstep.trainer_bridge.algorithms.surrogates import sequence_sums
-from lockstep.trainer_bridge.megatron.packing import PackedBatch
+from lockstep.trainer_bridge.packing import PackedBatch
 
 
 def proximal_logprobs(logprobs: torch.Tensor, batch: PackedBatch) -> torch.Tensor:

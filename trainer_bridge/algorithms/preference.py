@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lockstep.trainer_bridge.algorithms.losses import Stats
-from lockstep.trainer_bridge.megatron.packing import PackedBatch, first_fit, sequence_layout
+from lockstep.trainer_bridge.packing import PackedBatch, first_fit, sequence_layout
 
 
 class PreferencePair(NamedTuple):

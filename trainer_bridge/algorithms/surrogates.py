@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from lockstep.trainer_bridge.megatron.packing import PackedBatch
+from lockstep.trainer_bridge.packing import PackedBatch
 
 Surrogate = Callable[[torch.Tensor, torch.Tensor, PackedBatch, float, float], tuple[torch.Tensor, torch.Tensor]]
 

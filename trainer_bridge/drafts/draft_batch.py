@@ -7,7 +7,7 @@ import torch
 
 from lockstep.engine.models.eagle3 import Eagle3Config
 from lockstep.engine.steps.transfer import to_device
-from lockstep.trainer_bridge.megatron.packing import first_fit, sequence_layout
+from lockstep.trainer_bridge.packing import first_fit, sequence_layout
 
 
 @dataclass(frozen=True)

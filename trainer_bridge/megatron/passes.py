@@ -9,8 +9,8 @@ from lockstep.engine.steps.transfer import to_device
 from lockstep.trainer_bridge.algorithms.losses import Loss
 from lockstep.trainer_bridge.megatron import pipeline
 from lockstep.trainer_bridge.megatron.optimizer import GradientSums
-from lockstep.trainer_bridge.megatron.packing import PackedBatch
 from lockstep.trainer_bridge.megatron.trained_model import TrainedModel
+from lockstep.trainer_bridge.packing import PackedBatch
 
 
 @dataclass(frozen=True)

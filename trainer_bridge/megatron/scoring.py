@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 
 from lockstep.engine.fields.values import list_of_sequences, sequence_ids
-from lockstep.trainer_bridge.megatron.packing import deal, first_fit, sequence_layout
 from lockstep.trainer_bridge.megatron.passes import MicroBatch, ScoringPasses
 from lockstep.trainer_bridge.megatron.reference_model import ReferenceWeights
 from lockstep.trainer_bridge.megatron.trained_model import TrainedModel
+from lockstep.trainer_bridge.packing import deal, first_fit, sequence_layout
 
 
 def checked_sequences(model: TrainedModel, sequences: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -8,10 +8,10 @@ import torch
 from lockstep.trainer_bridge.algorithms.losses import Loss
 from lockstep.trainer_bridge.megatron.grad_norm import gradient_norm
 from lockstep.trainer_bridge.megatron.optimizer import ChunkOptimizer, NoOptimizer
-from lockstep.trainer_bridge.megatron.packing import PackedBatch, deal
 from lockstep.trainer_bridge.megatron.parallel import exchange
 from lockstep.trainer_bridge.megatron.passes import MicroBatch, TrainingPasses, fold_stats, to_floats
 from lockstep.trainer_bridge.megatron.trained_model import TrainedModel
+from lockstep.trainer_bridge.packing import PackedBatch, deal
 
 
 def compute_gradients(

@@ -15,8 +15,8 @@ from lockstep.engine.models.layers.layer import ModuleFactory
 from lockstep.engine.models.layers.norm import NormSpec
 from lockstep.engine.models.layers.shard import Shard
 from lockstep.kernels.latent.latent_attention import latent_attention
-from lockstep.kernels.latent.latent_cache import latent_store
 from lockstep.kernels.latent.latent_projection import latent_outputs, latent_queries, latent_rows
+from lockstep.kernels.memory.latent_cache import latent_store
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from lockstep.engine.models.layers.shard import Shard
 from lockstep.engine.models.names import expand
 from lockstep.engine.models.sharding import check_divides, check_expert_ranks, parameter_shards, shard_config, slices
 from lockstep.engine.ranks.rank_group import RankGroup, RankGroupError
+from lockstep.engine.ranks.rank_weights import RankWeights
 from lockstep.engine.weights import checksums
 from lockstep.engine.weights.dummy_weights import initialize_dummy
-from lockstep.engine.weights.rank_weights import RankWeights
 from lockstep.kernels.linear.linear import linear
 from lockstep.kernels.linear.row_parallel_linear import row_parallel_linear
 

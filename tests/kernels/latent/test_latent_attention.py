@@ -19,7 +19,7 @@ from lockstep.kernels.latent.latent_attention import (
 )
 from lockstep.kernels.latent.latent_attention_backward_triton import latent_attention_backward as triton_backward
 from lockstep.kernels.latent.latent_attention_triton import latent_attention_forward as triton_forward
-from lockstep.kernels.latent.latent_cache import latent_store, latent_store_reference, new_latent_cache
+from lockstep.kernels.memory.latent_cache import latent_store, latent_store_reference, new_latent_cache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # the interpreter's bf16 products are wrong
@@ -276,7 +276,7 @@ def test_store(device, width):
 
 @interpreted
 def test_store_in_triton():
-    from lockstep.kernels.latent.latent_cache import _latent_store_triton
+    from lockstep.kernels.memory.latent_cache import _latent_store_triton
 
     rows, slots = torch.randn(4, 13), torch.tensor([3, -1, 0, 6])
     cache = new_latent_cache(2, 4, 13, torch.float32, "cpu").fill_(-1.0)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lockstep.kernels.attention.attention import attention
-from lockstep.kernels.latent.latent_cache import cpu_array, new_latent_cache
 from lockstep.kernels.memory.copy_pages import copy_pages
 from lockstep.kernels.memory.kv_cache import cpu_arrays, new_kv_cache
+from lockstep.kernels.memory.latent_cache import cpu_array, new_latent_cache
 
 NUM_PAGES, PAGE_SIZE = 9, 4
 

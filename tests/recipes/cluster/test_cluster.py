@@ -13,8 +13,8 @@ from short_runs import Killed, without_times
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.recipes.cluster.config import ClusterConfig
+from lockstep.recipes.inputs import starting_directory
 from lockstep.recipes.rl import rl
-from lockstep.recipes.rl.inputs import starting_directory
 from lockstep.recipes.rl.learner import Learner
 from lockstep.recipes.runs.config import START, ModelShape, ModelSource
 from lockstep.recipes.runs.run_directory import read_metrics
@@ -25,7 +25,7 @@ from lockstep.rollout.tasks.config import TaskConfig
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig
 from lockstep.trainer_bridge.algorithms.losses import sft_loss
-from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 ray = pytest.importorskip("ray")
 from lockstep.recipes.cluster import remote_engines, remote_trainer  # noqa: E402

@@ -9,8 +9,7 @@ from short_runs import STEPS, Killed, short_config, without_times
 from lockstep.recipes.cluster.config import ClusterConfig
 from lockstep.recipes.drafts.config import DraftStageConfig
 from lockstep.recipes.drafts.draft_stage import DraftStage
-from lockstep.recipes.evaluation import replay
-from lockstep.recipes.rl import rl, sft
+from lockstep.recipes.rl import replay, rl, sft
 from lockstep.recipes.runs.run_directory import read_metrics, rollout_steps
 from lockstep.rollout.config import BufferConfig
 from lockstep.trainer_bridge.drafts.config import DraftTrainerConfig

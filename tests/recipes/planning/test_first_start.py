@@ -15,12 +15,12 @@ from lockstep.engine.text.config import ChatConfig
 from lockstep.recipes import reward
 from lockstep.recipes.config_schema import to_plain
 from lockstep.recipes.conversion.export import complete_export, push
-from lockstep.recipes.evaluation import evaluate, replay
+from lockstep.recipes.evaluation import evaluate
+from lockstep.recipes.inputs import sizes_and_tokenizer, starting_directory
 from lockstep.recipes.planning import first_start
 from lockstep.recipes.planning.first_start import resumed
 from lockstep.recipes.planning.room import rl_with_room, sft_with_room
-from lockstep.recipes.rl import rl, sft
-from lockstep.recipes.rl.inputs import sizes_and_tokenizer, starting_directory
+from lockstep.recipes.rl import replay, rl, sft
 from lockstep.recipes.runs.config import START, ModelSource
 from lockstep.recipes.runs.run_directory import read_rollouts
 from lockstep.rollout.config import EvaluationConfig, RolloutConfig

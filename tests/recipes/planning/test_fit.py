@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from lockstep.recipes import cli
-from lockstep.recipes.planning import machine
 from lockstep.recipes.planning.fit import PROCESS_BYTES, Fit, gpu_fit, host_fit, size
 from lockstep.recipes.planning.memory import ACTIVATIONS, OPTIMIZER, Item
+from lockstep.recipes.runs import machine
 
 MB = 2**20
 SHAPE = ("num_layers=2", "hidden_size=256", "head_dim=64", "ffn_hidden_size=768", "vocab_size=49152")

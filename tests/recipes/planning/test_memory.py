@@ -11,7 +11,7 @@ from lockstep.engine.models.config import load_model_config
 from lockstep.recipes.planning.memory import engine_memory, kv_bytes_per_token, num_parameters, trainer_memory
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 from lockstep.trainer_bridge.algorithms.losses import grpo_loss
-from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 TOKENS = 96
 

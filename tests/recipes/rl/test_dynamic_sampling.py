@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 from short_runs import STEPS, Killed, assert_same_run, stale_config
 
-from lockstep.recipes.evaluation import replay
-from lockstep.recipes.rl import rl
+from lockstep.recipes.rl import replay, rl
 from lockstep.recipes.runs.run_directory import read_metrics, read_rollouts
 from lockstep.rollout.buffer import RolloutBuffer
 from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig

@@ -7,8 +7,7 @@ import pytest
 import user_environments
 from short_runs import short_config
 
-from lockstep.recipes.evaluation import replay
-from lockstep.recipes.rl import rl, sft
+from lockstep.recipes.rl import replay, rl, sft
 from lockstep.recipes.runs.run_directory import read_metrics, read_rollouts
 from lockstep.rollout.config import BufferConfig
 from lockstep.rollout.environments import EnvironmentConfig

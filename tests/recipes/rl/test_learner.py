@@ -6,8 +6,8 @@ import pytest
 
 from lockstep.engine import Engine, EngineConfig, SamplingParams
 from lockstep.recipes.cluster.local import LocalCluster
+from lockstep.recipes.inputs import starting_directory
 from lockstep.recipes.rl import rl
-from lockstep.recipes.rl.inputs import starting_directory
 from lockstep.recipes.rl.learner import Learner
 from lockstep.recipes.rl.training_batches import BatchShape, policy_batches, scored_responses
 from lockstep.recipes.runs.config import START, ModelShape, ModelSource
@@ -20,7 +20,7 @@ from lockstep.trainer_bridge.algorithms.algorithms import build_algorithm
 from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig
 from lockstep.trainer_bridge.algorithms.responses import RewardShaping, token_rewards
 from lockstep.trainer_bridge.algorithms.returns import whitened
-from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 CONFIG = rl.RLConfig(
     seed=3,

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lockstep.recipes.planning import machine
-from lockstep.recipes.runs import console_log
+from lockstep.recipes.runs import console_log, machine
 from lockstep.recipes.runs.console_log import IN_THE_LOG_ALONE, PACKAGE, STEPS, ConsoleLog, compilers_say_so
 from lockstep.recipes.runs.run_log import RunLog
 

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from lockstep.recipes.runs.report import summary_cards, write_report
+from lockstep.recipes.runs.report import write_report
+from lockstep.recipes.runs.report_cards import summary_cards
 from lockstep.recipes.runs.run_directory import RunDirectory
 
 EVIL = "<script>alert('x')</script> & \"quoted\""

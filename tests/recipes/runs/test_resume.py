@@ -11,15 +11,14 @@ from short_runs import Killed, short_config
 
 from lockstep.recipes.cli import main
 from lockstep.recipes.config_schema import to_plain
-from lockstep.recipes.evaluation import replay
-from lockstep.recipes.rl import rl, sft
-from lockstep.recipes.rl.inputs import starting_directory
-from lockstep.recipes.rl.training_run import TrainingRun
+from lockstep.recipes.inputs import starting_directory
+from lockstep.recipes.rl import replay, rl, sft
 from lockstep.recipes.runs import run_config
 from lockstep.recipes.runs.config import ModelSource
 from lockstep.recipes.runs.run_config import MAY_DIFFER
 from lockstep.recipes.runs.run_directory import checkpoint_steps, read_config
 from lockstep.recipes.runs.run_inputs import config_inputs, python_files
+from lockstep.recipes.training_run import TrainingRun
 from lockstep.rollout.tasks import LocalFilesConfig
 from lockstep.rollout.tasks.config import TaskConfig
 from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig

@@ -19,8 +19,8 @@ from lockstep.recipes.config_schema import to_plain
 from lockstep.recipes.conversion import convert
 from lockstep.recipes.evaluation import evaluate
 from lockstep.recipes.rl import rl, sft
-from lockstep.recipes.rl.training_run import TrainingRun
 from lockstep.recipes.runs.run_directory import checkpoint_steps, read_metrics, rollout_steps
+from lockstep.recipes.training_run import TrainingRun
 from lockstep.rollout.config import EvaluationConfig
 from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig
 

@@ -11,7 +11,7 @@ from lockstep.trainer_bridge.algorithms.algorithm_config import next_entropy_coe
 from lockstep.trainer_bridge.algorithms.algorithms import ALGORITHMS, build_algorithm
 from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig
 from lockstep.trainer_bridge.algorithms.responses import ScoredResponse
-from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 MAX_TOKENS = 8
 

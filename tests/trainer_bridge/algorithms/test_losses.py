@@ -9,7 +9,7 @@ import torch
 
 from lockstep.trainer_bridge.algorithms.kl import KL_ESTIMATORS
 from lockstep.trainer_bridge.algorithms.losses import grpo_loss, sft_loss, value_loss
-from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 
 def batch_and_logprobs(num_tokens=64, with_reference=True):

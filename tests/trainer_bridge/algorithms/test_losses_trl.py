@@ -11,7 +11,7 @@ import torch
 
 from lockstep.trainer_bridge.algorithms.algorithms import build_algorithm
 from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig
-from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 pytest.importorskip("accelerate")
 grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer")

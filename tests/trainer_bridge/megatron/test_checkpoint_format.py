@@ -17,8 +17,8 @@ from lockstep.recipes.runs import content_hashes
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 from lockstep.trainer_bridge.algorithms.losses import sft_loss
 from lockstep.trainer_bridge.megatron.checkpoint import CheckpointFiles, write_common, write_rank
-from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
 from lockstep.trainer_bridge.megatron.pickled_checkpoint import rewrite
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from lockstep.engine.models.names import expand, to_megatron
 from lockstep.trainer_bridge import TrainerConfig
 from lockstep.trainer_bridge.algorithms.losses import sft_loss
 from lockstep.trainer_bridge.algorithms.preference import PreferencePair, bradley_terry_loss, pack_pairs
-from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
 from lockstep.trainer_bridge.megatron.step_gradients import backward
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 

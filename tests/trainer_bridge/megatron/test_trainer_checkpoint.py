@@ -6,7 +6,7 @@ from models import EXPERTS, make_hf_model
 
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 from lockstep.trainer_bridge.algorithms.losses import sft_loss
-from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 OPTIONS = {
     "learning_rate": 1e-2,

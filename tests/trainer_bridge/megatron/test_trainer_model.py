@@ -19,8 +19,8 @@ from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 from lockstep.trainer_bridge.algorithms.losses import sft_loss
 from lockstep.trainer_bridge.megatron.layer_spec import PackedSequences
 from lockstep.trainer_bridge.megatron.model import LockstepGPTModel
-from lockstep.trainer_bridge.megatron.packing import TrainSequence, pack
 from lockstep.trainer_bridge.megatron.step_gradients import backward
+from lockstep.trainer_bridge.packing import TrainSequence, pack
 
 CASES = {
     **{family: (family, {}) for family in FAMILY_NAMES},

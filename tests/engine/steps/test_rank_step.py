@@ -3,7 +3,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from lockstep.engine.ranks.rank_step import RankStep
+from lockstep.engine.steps.rank_step import RankStep
 
 
 @pytest.mark.parametrize("sizes", [(4, 2, 3, 1, 5, 2), (1, 0, 1, 0, 0, 0), (0, 0, 0, 0, 0, 0), (3, 1, 0, 2, 0, 4)])

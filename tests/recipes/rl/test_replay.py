@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from short_runs import STEPS, Killed, assert_same_run, stale_config
 
-from lockstep.recipes.evaluation import replay
-from lockstep.recipes.rl import rl
+from lockstep.recipes.rl import replay, rl
 from lockstep.recipes.runs.run_directory import checkpoint_steps, read_metrics, read_rollouts
 from lockstep.trainer_bridge import MegatronTrainer, TrainerConfig
 from lockstep.trainer_bridge.algorithms.config import AlgorithmConfig

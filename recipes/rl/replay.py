@@ -18,9 +18,9 @@ from lockstep.recipes.evaluation.config import ReplayConfig
 from lockstep.recipes.planning.first_start import resumed
 from lockstep.recipes.rl import rl
 from lockstep.recipes.rl.learner import Learner
-from lockstep.recipes.rl.training_run import changed_inputs
 from lockstep.recipes.runs import content_hashes
 from lockstep.recipes.runs.run_directory import checkpoint_path, checkpoint_steps, read_rollouts, rollout_steps
+from lockstep.recipes.training_run import changed_inputs
 from lockstep.rollout.environments.worker import EpisodeWorker
 from lockstep.rollout.group import Response
 from lockstep.rollout.sample import FOR_READERS, Sample

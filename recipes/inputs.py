@@ -11,8 +11,8 @@ from lockstep.engine.models.config import ModelConfig, load_model_config, missin
 from lockstep.engine.text.chat_template import set_chat_options
 from lockstep.engine.text.config import ChatConfig
 from lockstep.engine.text.tokenizer import Tokenizer
-from lockstep.recipes.rl.new_model import new_config, new_model
 from lockstep.recipes.runs.config import ModelSource
+from lockstep.recipes.runs.new_model import new_config, new_model
 from lockstep.rollout import hub
 from lockstep.rollout.tasks import Task
 from lockstep.rollout.tokenizer import build_tokenizer, load_tokenizer

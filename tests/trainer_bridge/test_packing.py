@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.trainer_bridge.megatron.packing import TrainSequence, first_fit, pack
+from lockstep.trainer_bridge.packing import TrainSequence, first_fit, pack
 
 # Fields of a sequence with one number per trained token -> where a micro-batch has them.
 COLUMNS = {
