@@ -24,6 +24,7 @@ from lockstep.recipes.rl import replay, rl, sft
 from lockstep.recipes.runs.config import START, ModelSource
 from lockstep.recipes.runs.run_directory import read_rollouts
 from lockstep.rollout.config import EvaluationConfig, RolloutConfig
+from lockstep.rollout.environments import EnvironmentConfig
 from lockstep.rollout.tasks import LocalFilesConfig, ReasoningGymConfig, TaskSplits
 from lockstep.rollout.tasks.answers import ANSWER_INSTRUCTION
 from lockstep.rollout.tasks.config import TaskConfig
@@ -238,7 +239,8 @@ def test_every_limit_counts(tmp_path, model, changes, message):
         task=local(tmp_path, (1, 40)), model=ModelSource(path=str(model)), rollout=RolloutConfig(max_tokens=40)
     )
     for name, fields in changes.items():
-        config = replace(config, **{name: replace(getattr(config, name), **fields)})
+        made = EnvironmentConfig(**fields) if name == "environment" else replace(getattr(config, name), **fields)
+        config = replace(config, **{name: made})
     with pytest.raises(ValueError, match=message):
         rl_with_room(config, config.task.build(), {})
 
