@@ -1,7 +1,7 @@
 """What a layer keeps of each token, and the tensors that hold it, in pages.
 
-Layers that keep the same are one cache group. All groups share the numbers of pages: page p of a request is page p in
-the tensors of every layer.
+Layers may keep different things, but share the numbers of pages: page p of a request is page p in the tensors of every
+layer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LayerCache = tuple[torch.Tensor, ...]
 
 
 class CacheSpec(Protocol):
-    """The kind and the row width of a layer's cache. Frozen: layers with equal ones are a group."""
+    """The kind and the row width of a layer's cache. Frozen: layers with equal ones keep the same."""
 
     @property
     def elements(self) -> int:
@@ -51,14 +51,6 @@ class LatentCache:
 
     def new(self, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device | str) -> LayerCache:
         return (new_latent_cache(num_pages, page_size, self.elements, dtype, device),)
-
-
-def cache_groups(caches: Sequence[CacheSpec]) -> dict[CacheSpec, tuple[int, ...]]:
-    """The layers, by their numbers from 0, that keep the same."""
-    groups: dict[CacheSpec, list[int]] = {}
-    for layer, cache in enumerate(caches):
-        groups.setdefault(cache, []).append(layer)
-    return {cache: tuple(layers) for cache, layers in groups.items()}
 
 
 def new_layer_caches(
